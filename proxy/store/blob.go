@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// fileID tells whether a file is still the same one.
+type fileID struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime unix.Timespec
+}
+
+// Blob is an open blob. It may be read by several goroutines, each with a
+// reader of its own, and stays readable when the store evicts it.
+type Blob struct {
+	store   *Store
+	digest  digest.Digest
+	file    *os.File
+	size    int64
+	id      fileID
+	foreign bool
+
+	once   sync.Once
+	sums   *sums
+	sumErr error
+}
+
+// open opens a blob's file. size is what the file must have, or -1. The error
+// is [ErrCorrupt] when it has another.
+func (s *Store) open(d digest.Digest, path string, size int64) (*Blob, error) {
+	// O_NONBLOCK: in a directory of somebody else's it might be a FIFO.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		f.Close()
+		return nil, fs.ErrNotExist
+	}
+	if size >= 0 && st.Size != size {
+		f.Close()
+		return nil, fmt.Errorf("%s has %d bytes instead of %d: %w", d, st.Size, size, ErrCorrupt)
+	}
+	return &Blob{store: s, digest: d, file: f, size: st.Size,
+		id: fileID{uint64(st.Dev), st.Ino, st.Size, st.Mtim, st.Ctim}}, nil
+}
+
+// Size is the blob's length in bytes.
+func (b *Blob) Size() int64 { return b.size }
+
+// Foreign says that the blob is in a content store that isn't weir's.
+func (b *Blob) Foreign() bool { return b.foreign }
+
+// Close closes the file; readers of the blob fail from then on.
+func (b *Blob) Close() error { return b.file.Close() }
+
+// Reader returns a reader at the blob's beginning.
+func (b *Blob) Reader() *BlobReader { return &BlobReader{blob: b, chunk: -1} }
+
+// checksums returns what the blob is checked against, and makes it by hashing
+// the whole blob when it isn't there.
+func (b *Blob) checksums() (*sums, error) {
+	b.once.Do(func() {
+		if !b.foreign {
+			if raw, err := os.ReadFile(b.store.sumsPath(b.digest)); err == nil {
+				if s, err := parseSums(raw); err == nil && s.size == b.size {
+					b.sums = s
+					return
+				}
+			}
+		}
+		if s, ok := b.store.memo.Get(b.id); ok {
+			b.sums = s
+			return
+		}
+		v, err, _ := b.store.verifying.Do(b.digest.String()+b.file.Name(), func() (any, error) { return b.verify() })
+		if err != nil {
+			b.sumErr = err
+			return
+		}
+		b.sums = v.(*sums)
+	})
+	return b.sums, b.sumErr
+}
+
+func (b *Blob) verify() (*sums, error) {
+	s, v := newSums(), b.digest.Verifier()
+	if _, err := io.Copy(io.MultiWriter(s, v), io.NewSectionReader(b.file, 0, b.size)); err != nil {
+		return nil, fmt.Errorf("reading %s: %w", b.digest, err)
+	}
+	if s.size != b.size || !v.Verified() {
+		return nil, b.corrupt()
+	}
+	b.store.memo.Add(b.id, s)
+	if !b.foreign && b.store.kept(b.digest) {
+		if err := s.save(b.store.sumsPath(b.digest), b.store.path("ingest")); err != nil {
+			b.store.log.Warn("checksums not kept", "digest", b.digest, "err", err)
+		}
+	}
+	return s, nil
+}
+
+func (b *Blob) corrupt() error {
+	err := fmt.Errorf("%s in %s: %w", b.digest, b.file.Name(), ErrCorrupt)
+	if b.foreign {
+		b.store.log.Warn("a blob in another content store is damaged; it is not served", "digest", b.digest, "err", err)
+	} else {
+		b.store.drop(b.digest, err)
+	}
+	return err
+}
+
+// BlobReader reads a blob; it checks each byte before it gives it away. It is
+// not for concurrent use.
+type BlobReader struct {
+	blob  *Blob
+	off   int64
+	chunk int64 // which one is in buf, or -1
+	buf   []byte
+}
+
+// Read implements io.Reader. The error wraps [ErrCorrupt] at the first byte
+// that isn't known to be right; what was read before it is.
+func (r *BlobReader) Read(p []byte) (int, error) {
+	if r.off >= r.blob.size {
+		return 0, io.EOF
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	i := r.off / chunkSize
+	if r.chunk != i {
+		if err := r.load(i); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(p, r.buf[r.off-i*chunkSize:])
+	r.off += int64(n)
+	return n, nil
+}
+
+func (r *BlobReader) load(i int64) error {
+	s, err := r.blob.checksums()
+	if err != nil {
+		return err
+	}
+	start := i * chunkSize
+	n := min(chunkSize, r.blob.size-start)
+	if int64(cap(r.buf)) < n {
+		r.buf = make([]byte, n)
+	}
+	r.buf, r.chunk = r.buf[:n], -1
+	if _, err := r.blob.file.ReadAt(r.buf, start); err != nil {
+		if errors.Is(err, os.ErrClosed) {
+			return err
+		}
+		// A file that got shorter, or a disk that can't be read there.
+		return errors.Join(err, r.blob.corrupt())
+	}
+	if !s.ok(i, r.buf) {
+		return r.blob.corrupt()
+	}
+	r.chunk = i
+	return nil
+}
+
+// Seek implements io.Seeker.
+func (r *BlobReader) Seek(offset int64, whence int) (int64, error) {
+	off, err := seek(r.off, r.blob.size, offset, whence)
+	if err == nil {
+		r.off = off
+	}
+	return off, err
+}
+
+func seek(at, size, offset int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekCurrent:
+		offset += at
+	case io.SeekEnd:
+		offset += size
+	}
+	if offset < 0 {
+		return at, errors.New("seek before the beginning of a blob")
+	}
+	return offset, nil
+}

@@ -1,0 +1,477 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package store keeps blobs in files named by their digest, and never hands
+// out a wrong byte.
+//
+// A blob comes in through a [Transfer]: one writer takes it from a source and
+// hashes it, and everybody who wants it reads from the same file while it
+// grows. The last byte is visible only once the digest is verified, so nobody
+// can take a forged blob for a whole one.
+//
+// A blob that is kept has a file of checksums beside it, one CRC-32C for each
+// 256 KiB. Each read is checked against them, which costs next to nothing, and
+// so a damaged file is noticed at the damaged place before a byte of it has
+// left. That is also what makes the store safe against crashes without a
+// single fsync: whatever a power cut leaves behind, it either matches its
+// checksums or is not served.
+//
+// Content stores of others (containerd's) are read in place. Their files have
+// no checksums of ours, so such a blob is hashed as a whole when it is first
+// read, and its checksums are remembered for as long as the file is the same.
+//
+// The layout below the store's directory:
+//
+//	blobs/ALGORITHM/HEX   the bytes (as in an OCI image layout)
+//	sums/ALGORITHM/HEX    their checksums; may be lost without harm
+//	ingest/               running transfers; emptied when the store is opened
+//	lock                  held by the process that has the store open
+package store
+
+import (
+	"container/list"
+	"context"
+	_ "crypto/sha256" // digest algorithms of the OCI image specification
+	_ "crypto/sha512"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/singleflight"
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrNotFound says that the store has no such blob.
+	ErrNotFound = errors.New("blob not in the store")
+	// ErrCorrupt says that a blob's bytes are not those of its digest. The
+	// store has dropped the blob when a caller sees this error.
+	ErrCorrupt = errors.New("blob is damaged")
+	// ErrNoSpace says that a blob can't be kept: it is larger than the store,
+	// or the disk has no room. It can still be streamed, see [NewStream].
+	ErrNoSpace = errors.New("no room to keep the blob")
+	// ErrLocked says that another process has the store open.
+	ErrLocked = errors.New("the store is in use by another process")
+)
+
+// Options of a store.
+type Options struct {
+	// MaxBytes bounds the bytes of all blobs; the least recently used make
+	// room. Zero means no bound but the disk's.
+	MaxBytes int64
+	// MinFree is how many bytes of the file system the store leaves to
+	// others: it evicts, and then stops keeping, rather than go below.
+	MinFree int64
+	// Log gets what an operator should know, such as a damaged blob. Nil
+	// means slog.Default().
+	Log *slog.Logger
+}
+
+// Store is a directory of blobs. Its methods may be called concurrently.
+type Store struct {
+	dir  string
+	opts Options
+	log  *slog.Logger
+	lock *os.File
+
+	ctx    context.Context // ends the transfers
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	verifying singleflight.Group
+	memo      *lru.Cache[fileID, *sums] // checksums of files that have none beside them
+
+	mu      sync.Mutex
+	stats   Stats
+	index   map[digest.Digest]*list.Element // of *entry
+	recent  *list.List                      // most recently used first
+	running map[digest.Digest]*Transfer
+	foreign []string
+}
+
+type entry struct {
+	digest  digest.Digest
+	size    int64
+	touched time.Time // what the file's mtime says
+}
+
+// Stats are a store's figures.
+type Stats struct {
+	Blobs    int   `json:"blobs"`     // kept
+	Bytes    int64 `json:"bytes"`     // of kept blobs, and reserved for running transfers
+	MaxBytes int64 `json:"max_bytes"` // as configured; 0 is no bound
+	Running  int   `json:"running"`   // transfers
+	Evicted  int64 `json:"evicted"`   // blobs, since the store was opened
+	Corrupt  int64 `json:"corrupt"`   // blobs found damaged, since the store was opened
+	NotKept  int64 `json:"not_kept"`  // blobs there was no room for, since the store was opened
+}
+
+// Open opens the store in dir and makes it if it isn't there. What an earlier
+// process left unfinished is removed. The error is [ErrLocked] while another
+// process has it open.
+func Open(dir string, opts Options) (*Store, error) {
+	s := &Store{
+		dir:     dir,
+		opts:    opts,
+		log:     opts.Log,
+		index:   make(map[digest.Digest]*list.Element),
+		recent:  list.New(),
+		running: make(map[digest.Digest]*Transfer),
+	}
+	if s.log == nil {
+		s.log = slog.Default()
+	}
+	s.stats.MaxBytes = opts.MaxBytes
+	var err error
+	if s.memo, err = lru.New[fileID, *sums](4096); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("making the store's directory: %w", err)
+	}
+	if s.lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return nil, fmt.Errorf("opening the store's lock: %w", err)
+	}
+	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		s.lock.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%s: %w", dir, ErrLocked)
+		}
+		return nil, fmt.Errorf("locking the store %s: %w", dir, err)
+	}
+	if err := s.load(); err != nil {
+		s.lock.Close()
+		return nil, err
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// load reads what is there and removes what is half done.
+func (s *Store) load() error {
+	if err := os.RemoveAll(s.path("ingest")); err != nil {
+		return fmt.Errorf("removing unfinished transfers: %w", err)
+	}
+	for _, d := range []string{"ingest", "blobs", "sums"} {
+		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
+			return fmt.Errorf("making the store's directories: %w", err)
+		}
+	}
+	var found []*entry
+	algorithms, err := os.ReadDir(s.path("blobs"))
+	if err != nil {
+		return fmt.Errorf("reading the store: %w", err)
+	}
+	for _, alg := range algorithms {
+		names, err := os.ReadDir(s.path("blobs", alg.Name()))
+		if err != nil {
+			return fmt.Errorf("reading the store: %w", err)
+		}
+		for _, n := range names {
+			d := digest.NewDigestFromEncoded(digest.Algorithm(alg.Name()), n.Name())
+			info, err := n.Info()
+			if err != nil || d.Validate() != nil || !info.Mode().IsRegular() {
+				continue // not ours: left alone
+			}
+			found = append(found, &entry{d, info.Size(), info.ModTime()})
+		}
+	}
+	for _, alg := range algorithms {
+		names, _ := os.ReadDir(s.path("sums", alg.Name()))
+		for _, n := range names { // of blobs that are gone
+			if _, err := os.Lstat(s.path("blobs", alg.Name(), n.Name())); errors.Is(err, fs.ErrNotExist) {
+				os.Remove(s.path("sums", alg.Name(), n.Name()))
+			}
+		}
+	}
+	slices.SortFunc(found, func(a, b *entry) int { return b.touched.Compare(a.touched) })
+	for _, e := range found {
+		s.index[e.digest] = s.recent.PushBack(e)
+		s.stats.Bytes += e.size
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.makeRoom(0)
+	return nil
+}
+
+// Close ends running transfers, waits for them, and gives the store up. Blobs
+// that are open stay readable.
+func (s *Store) Close() error {
+	s.cancel()
+	s.wg.Wait()
+	return s.lock.Close()
+}
+
+// Stats returns the store's figures.
+func (s *Store) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.stats
+	st.Blobs, st.Running = len(s.index), len(s.running)
+	return st
+}
+
+// AddForeign makes the store read blobs from dir too, laid out as
+// ALGORITHM/HEX, which it never changes. It is looked at after the store's own.
+func (s *Store) AddForeign(dir string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !slices.Contains(s.foreign, dir) {
+		s.foreign = append(slices.Clone(s.foreign), dir)
+	}
+}
+
+// RemoveForeign undoes [Store.AddForeign].
+func (s *Store) RemoveForeign(dir string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.foreign = slices.DeleteFunc(slices.Clone(s.foreign), func(f string) bool { return f == dir })
+}
+
+// Get opens a blob. The error is [ErrNotFound] when it isn't there. The caller
+// closes the blob.
+func (s *Store) Get(d digest.Digest) (*Blob, error) {
+	if err := d.Validate(); err != nil {
+		return nil, fmt.Errorf("%q: %w", d, err)
+	}
+	s.mu.Lock()
+	el, kept := s.index[d]
+	var touch bool
+	if kept {
+		s.recent.MoveToFront(el)
+		// The order has to survive a restart only roughly, so a busy blob's
+		// inode isn't written each time.
+		if e := el.Value.(*entry); time.Since(e.touched) > time.Minute {
+			e.touched, touch = time.Now(), true
+		}
+	}
+	foreign := s.foreign
+	s.mu.Unlock()
+
+	if kept {
+		path := s.blobPath(d)
+		b, err := s.open(d, path, el.Value.(*entry).size)
+		if err == nil {
+			if touch {
+				_ = os.Chtimes(path, time.Time{}, time.Now())
+			}
+			return b, nil
+		}
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) {
+			s.drop(d, err)
+		} else {
+			s.log.Warn("a kept blob can't be opened", "digest", d, "err", err)
+		}
+	}
+	for _, dir := range foreign {
+		b, err := s.open(d, filepath.Join(dir, d.Algorithm().String(), d.Encoded()), -1)
+		if err == nil {
+			b.foreign = true
+			return b, nil
+		}
+	}
+	return nil, fmt.Errorf("%s: %w", d, ErrNotFound)
+}
+
+// Has says whether Get would find the blob, without opening it.
+func (s *Store) Has(d digest.Digest) bool {
+	b, err := s.Get(d)
+	if err != nil {
+		return false
+	}
+	b.Close()
+	return true
+}
+
+// kept says whether a blob is among the store's own.
+func (s *Store) kept(d digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.index[d]
+	return ok
+}
+
+// Put keeps a small blob that is in memory. The error is [ErrCorrupt] when
+// the bytes aren't those of the digest.
+func (s *Store) Put(d digest.Digest, b []byte) error {
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("%q: %w", d, err)
+	}
+	if d.Algorithm().FromBytes(b) != d {
+		return fmt.Errorf("%s: %w", d, ErrCorrupt)
+	}
+	s.mu.Lock()
+	_, kept := s.index[d]
+	_, running := s.running[d]
+	if kept || running {
+		s.mu.Unlock()
+		return nil
+	}
+	err := s.reserve(int64(len(b)))
+	s.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("keeping %s: %w", d, err)
+	}
+	f, err := os.CreateTemp(s.path("ingest"), d.Encoded()+".")
+	if err == nil {
+		_, err = f.Write(b)
+		err = errors.Join(err, f.Close())
+		if err == nil {
+			sum := newSums()
+			_, _ = sum.Write(b)
+			err = s.keep(d, f.Name(), int64(len(b)), sum)
+		} else {
+			os.Remove(f.Name())
+		}
+	}
+	if err != nil {
+		s.release(int64(len(b)))
+		return fmt.Errorf("keeping %s: %w", d, err)
+	}
+	return nil
+}
+
+// keep makes a finished file a kept blob. Its size must have been reserved.
+func (s *Store) keep(d digest.Digest, tmp string, size int64, sum *sums) error {
+	for _, p := range []string{s.blobPath(d), s.sumsPath(d)} {
+		if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
+			return err
+		}
+	}
+	// The checksums come first: a blob without them would have to be hashed.
+	// When they can't be written that is what happens.
+	if err := sum.save(s.sumsPath(d), s.path("ingest")); err != nil {
+		s.log.Warn("checksums not kept", "digest", d, "err", err)
+	}
+	if err := os.Rename(tmp, s.blobPath(d)); err != nil {
+		os.Remove(tmp)
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old, ok := s.index[d]; ok { // renamed over its twin
+		s.stats.Bytes -= old.Value.(*entry).size
+		s.recent.Remove(old)
+	}
+	s.index[d] = s.recent.PushFront(&entry{d, size, time.Now()})
+	return nil
+}
+
+// drop forgets a kept blob and removes its files; those who read it read on.
+func (s *Store) drop(d digest.Digest, why error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	el, ok := s.index[d]
+	if !ok {
+		return
+	}
+	s.remove(el)
+	if errors.Is(why, ErrCorrupt) {
+		s.stats.Corrupt++
+	}
+	s.log.Warn("dropped a blob from the store; it will be fetched again", "digest", d, "err", why)
+}
+
+// remove takes a blob out. The caller holds s.mu.
+func (s *Store) remove(el *list.Element) {
+	e := el.Value.(*entry)
+	s.recent.Remove(el)
+	delete(s.index, e.digest)
+	s.stats.Bytes -= e.size
+	for _, p := range []string{s.blobPath(e.digest), s.sumsPath(e.digest)} {
+		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			s.log.Warn("can't remove a blob's file", "err", err)
+		}
+	}
+}
+
+// reserve makes room for size bytes and counts them as used. The caller holds
+// s.mu.
+func (s *Store) reserve(size int64) error {
+	if !s.makeRoom(size) {
+		s.stats.NotKept++
+		return ErrNoSpace
+	}
+	s.stats.Bytes += size
+	return nil
+}
+
+func (s *Store) release(size int64) {
+	s.mu.Lock()
+	s.stats.Bytes -= size
+	s.mu.Unlock()
+}
+
+// makeRoom evicts the least recently used blobs until size bytes more fit both
+// bounds. The caller holds s.mu.
+func (s *Store) makeRoom(size int64) bool {
+	if s.opts.MaxBytes > 0 && size > s.opts.MaxBytes {
+		return false
+	}
+	for {
+		fits := s.opts.MaxBytes <= 0 || s.stats.Bytes+size <= s.opts.MaxBytes
+		if fits && (s.opts.MinFree <= 0 || s.free()-size >= s.opts.MinFree) {
+			return true
+		}
+		el := s.recent.Back()
+		if el == nil {
+			return false
+		}
+		s.remove(el)
+		s.stats.Evicted++
+	}
+}
+
+// free is how many bytes the file system has left, or MinFree's bound lifted
+// when it doesn't say.
+func (s *Store) free() int64 {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.dir, &st); err != nil {
+		return 1 << 62
+	}
+	return int64(st.Bavail) * st.Bsize
+}
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.dir}, elem...)...)
+}
+
+func (s *Store) blobPath(d digest.Digest) string {
+	return s.path("blobs", d.Algorithm().String(), d.Encoded())
+}
+
+func (s *Store) sumsPath(d digest.Digest) string {
+	return s.path("sums", d.Algorithm().String(), d.Encoded())
+}
+
+// ParseSize reads a size such as 20GiB, 500MB or a number of bytes.
+func ParseSize(text string) (int64, error) {
+	units := []struct {
+		suffix string
+		factor int64
+	}{
+		{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"TiB", 1 << 40},
+		{"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12}, {"B", 1}, {"", 1},
+	}
+	for _, u := range units {
+		num, ok := strings.CutSuffix(text, u.suffix)
+		if !ok {
+			continue
+		}
+		var n int64
+		if _, err := fmt.Sscanf(num, "%d", &n); err != nil || n < 0 || fmt.Sprint(n) != num || n > (1<<62)/u.factor {
+			break
+		}
+		return n * u.factor, nil
+	}
+	return 0, fmt.Errorf("%q is not a size: write a whole number and a unit, such as 20GiB", text)
+}

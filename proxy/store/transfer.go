@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// Source opens a blob at an offset, at a place that it can be had from. The
+// store closes what it returns.
+type Source func(ctx context.Context, offset int64) (io.ReadCloser, error)
+
+const (
+	// idleTimeout is how long a source may send nothing before another is
+	// asked.
+	idleTimeout = 30 * time.Second
+	// lingerTime is how long a transfer that nobody reads goes on: runtimes
+	// come back for the rest within seconds after a broken connection.
+	lingerTime = 30 * time.Second
+	// attempts is how many times in a row a source may fail without a byte
+	// in between.
+	attempts = 3
+)
+
+// Transfer is a blob on its way into the store. Any number of readers follow
+// it. See [Store.Claim].
+type Transfer struct {
+	store  *Store
+	digest digest.Digest
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	mu      sync.Mutex
+	change  sync.Cond // of anything below
+	state   transferState
+	size    int64 // -1 while it isn't known
+	file    *os.File
+	written int64
+	err     error
+	sources []Source
+	refs    int // of file: the readers and the writer
+	readers int
+	linger  *time.Timer
+}
+
+type transferState int
+
+const (
+	claimed transferState = iota // the leader is asking for the blob
+	running
+	kept
+	failed
+)
+
+// Claim returns the one transfer of a blob, and whether the caller is to lead
+// it: a leader must call [Transfer.Begin] or [Transfer.Abandon]. The others
+// call [Transfer.Wait].
+func (s *Store) Claim(d digest.Digest) (t *Transfer, leader bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if t, ok := s.running[d]; ok {
+		return t, false
+	}
+	t = &Transfer{store: s, digest: d, size: -1}
+	t.change.L = &t.mu
+	s.running[d] = t
+	return t, true
+}
+
+// Abandon ends a transfer that could not begin; those who wait get err.
+func (t *Transfer) Abandon(err error) {
+	t.mu.Lock()
+	t.state, t.err = failed, err
+	t.change.Broadcast()
+	t.mu.Unlock()
+	t.forget()
+}
+
+func (t *Transfer) forget() {
+	t.store.mu.Lock()
+	delete(t.store.running, t.digest)
+	t.store.mu.Unlock()
+}
+
+// Begin starts to take the blob of size bytes (-1 if not known) from body,
+// and from more when body breaks off. It returns a reader for the leader. The
+// error is [ErrNoSpace] when the blob can't be kept; then the transfer is
+// abandoned and body is still the caller's.
+func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*TransferReader, error) {
+	s := t.store
+	s.mu.Lock()
+	err := s.ctx.Err()
+	if err == nil {
+		err = s.reserve(max(size, 0))
+	}
+	s.mu.Unlock()
+	if err != nil {
+		t.Abandon(err)
+		return nil, err
+	}
+	f, err := os.CreateTemp(s.path("ingest"), t.digest.Encoded()+".")
+	if err == nil && size > 0 {
+		// Find out now, and not in the middle, that the disk is full.
+		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, size)
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
+			err = nil
+		}
+		if err != nil {
+			os.Remove(f.Name())
+			f.Close()
+		}
+	}
+	if err != nil {
+		s.release(max(size, 0))
+		s.mu.Lock()
+		s.stats.NotKept++
+		s.mu.Unlock()
+		err = fmt.Errorf("%w: %w", ErrNoSpace, err)
+		t.Abandon(err)
+		return nil, err
+	}
+
+	t.mu.Lock()
+	t.ctx, t.cancel = context.WithCancel(s.ctx)
+	t.state, t.size, t.file, t.refs = running, size, f, 1
+	if more != nil {
+		t.sources = append(t.sources, more)
+	}
+	r := t.reader()
+	t.change.Broadcast()
+	t.mu.Unlock()
+
+	s.wg.Go(func() { t.run(body) })
+	return r, nil
+}
+
+// Wait waits until a claimed transfer has begun and returns a reader of it.
+// more is one source more, for when those that the transfer has break off. The
+// error is that of the leader when it could not begin.
+func (t *Transfer) Wait(ctx context.Context, more Source) (*TransferReader, error) {
+	stop := context.AfterFunc(ctx, func() {
+		t.mu.Lock()
+		t.change.Broadcast()
+		t.mu.Unlock()
+	})
+	defer stop()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for t.state == claimed && ctx.Err() == nil {
+		t.change.Wait()
+	}
+	switch {
+	case t.state == failed:
+		return nil, t.err
+	case t.state == claimed:
+		return nil, ctx.Err()
+	case t.refs == 0: // kept, and the file is closed: it is in the store
+		return nil, errFinished
+	}
+	if more != nil {
+		t.sources = append(t.sources, more)
+	}
+	return t.reader(), nil
+}
+
+var errFinished = errors.New("the transfer is over")
+
+// reader counts one reader more. The caller holds t.mu.
+func (t *Transfer) reader() *TransferReader {
+	t.refs++
+	t.readers++
+	if t.linger != nil {
+		t.linger.Stop()
+		t.linger = nil
+	}
+	return &TransferReader{t: t}
+}
+
+// unref gives up a reference to the file. The caller holds t.mu.
+func (t *Transfer) unref() {
+	if t.refs--; t.refs == 0 {
+		t.file.Close()
+	}
+}
+
+// run takes the blob in.
+func (t *Transfer) run(body io.ReadCloser) {
+	sum, verifier := newSums(), t.digest.Verifier()
+	err := t.fill(body, io.MultiWriter(sum, verifier))
+	if err == nil && !verifier.Verified() {
+		err = fmt.Errorf("%s: what was sent has another digest: %w", t.digest, ErrCorrupt)
+	}
+	name := t.file.Name()
+	reserved := max(t.size, 0)
+	if err == nil {
+		if t.written > reserved { // the size was not known
+			t.store.mu.Lock()
+			t.store.stats.Bytes += t.written - reserved
+			reserved = t.written
+			t.store.makeRoom(0)
+			t.store.mu.Unlock()
+		}
+		if kerr := t.store.keep(t.digest, name, t.written, sum); kerr != nil {
+			// Verified all the same: the readers have the open file.
+			t.store.log.Warn("a blob could not be kept", "digest", t.digest, "err", kerr)
+			t.store.release(reserved)
+		}
+	} else {
+		os.Remove(name)
+		t.store.release(reserved)
+	}
+	t.forget()
+
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.state = kept
+	if err != nil {
+		t.state, t.err = failed, err
+	}
+	if t.linger != nil {
+		t.linger.Stop()
+	}
+	t.cancel()
+	t.unref()
+	t.change.Broadcast()
+}
+
+// fill copies the blob's bytes to the file and to w.
+func (t *Transfer) fill(body io.ReadCloser, w io.Writer) error {
+	buf := make([]byte, chunkSize)
+	failures := 0
+	for {
+		n, err := t.copy(body, w, buf)
+		if err == nil {
+			return nil
+		}
+		var werr *writeError
+		if t.ctx.Err() != nil || errors.As(err, &werr) || errors.Is(err, ErrCorrupt) {
+			return err
+		}
+		if n > 0 {
+			failures = 0
+		}
+		if body, err = t.reopen(&failures, err); err != nil {
+			return err
+		}
+	}
+}
+
+// writeError is a failure on our side, which another source wouldn't mend.
+type writeError struct{ err error }
+
+func (e *writeError) Error() string { return "keeping a blob: " + e.err.Error() }
+func (e *writeError) Unwrap() error { return e.err }
+
+// copy takes in what body gives, and returns nil when that was the rest.
+func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, err error) {
+	// Reads of a body can't be bounded in time but by closing it.
+	idle := time.AfterFunc(idleTimeout, func() { body.Close() })
+	stop := context.AfterFunc(t.ctx, func() { body.Close() })
+	defer func() { idle.Stop(); stop(); body.Close() }()
+	for {
+		k, rerr := body.Read(buf)
+		idle.Reset(idleTimeout)
+		if k > 0 {
+			if t.size >= 0 && t.written+int64(k) > t.size {
+				return n, fmt.Errorf("%s: more than the announced %d bytes: %w", t.digest, t.size, ErrCorrupt)
+			}
+			if _, err := t.file.WriteAt(buf[:k], t.written); err != nil {
+				return n, &writeError{err}
+			}
+			_, _ = w.Write(buf[:k])
+			n += int64(k)
+			t.mu.Lock()
+			t.written += int64(k)
+			t.change.Broadcast()
+			t.mu.Unlock()
+		}
+		switch {
+		case t.size >= 0 && t.written == t.size:
+			return n, nil
+		case rerr == io.EOF && t.size < 0:
+			return n, nil
+		case rerr == io.EOF:
+			return n, io.ErrUnexpectedEOF
+		case rerr != nil:
+			return n, rerr
+		}
+	}
+}
+
+// reopen finds a source for the rest.
+func (t *Transfer) reopen(failures *int, cause error) (io.ReadCloser, error) {
+	for {
+		t.mu.Lock()
+		var src Source
+		if len(t.sources) > 0 {
+			src = t.sources[*failures%len(t.sources)]
+		}
+		limit := attempts * len(t.sources)
+		t.mu.Unlock()
+		if src == nil || *failures >= limit {
+			return nil, fmt.Errorf("%s broke off after %d bytes: %w", t.digest, t.written, cause)
+		}
+		if *failures > 0 {
+			select {
+			case <-t.ctx.Done():
+				return nil, t.ctx.Err()
+			case <-time.After(100 * time.Millisecond << min(*failures, 5)):
+			}
+		}
+		*failures++
+		body, err := src(t.ctx, t.written)
+		if err == nil {
+			return body, nil
+		}
+		cause = err
+	}
+}
+
+// TransferReader reads a blob while it arrives. It is not for concurrent use.
+type TransferReader struct {
+	t      *Transfer
+	off    int64
+	ctx    context.Context
+	closed bool
+}
+
+// WithContext makes reads end with ctx. It returns r.
+func (r *TransferReader) WithContext(ctx context.Context) *TransferReader {
+	r.ctx = ctx
+	return r
+}
+
+// Size is the blob's length in bytes, or -1 when the source didn't say.
+func (r *TransferReader) Size() int64 { return r.t.size }
+
+// Arrived is how many bytes are there by now.
+func (r *TransferReader) Arrived() int64 {
+	r.t.mu.Lock()
+	defer r.t.mu.Unlock()
+	return r.t.written
+}
+
+// Read implements io.Reader: it waits for bytes to arrive. The blob's last byte
+// comes only when the digest has been verified; else the error says why not.
+func (r *TransferReader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	t := r.t
+	t.mu.Lock()
+	visible := t.visible()
+	if r.off >= visible && t.state == running && r.ctx != nil {
+		stop := context.AfterFunc(r.ctx, func() {
+			t.mu.Lock()
+			t.change.Broadcast()
+			t.mu.Unlock()
+		})
+		defer stop()
+	}
+	for r.off >= visible && t.state == running && !r.closed && (r.ctx == nil || r.ctx.Err() == nil) {
+		t.change.Wait()
+		visible = t.visible()
+	}
+	state, err := t.state, t.err
+	t.mu.Unlock()
+
+	if r.closed {
+		return 0, os.ErrClosed
+	}
+	if r.off >= visible {
+		switch state {
+		case kept:
+			return 0, io.EOF
+		case failed:
+			return 0, err
+		}
+		return 0, r.ctx.Err()
+	}
+	n, err := t.file.ReadAt(p[:min(int64(len(p)), visible-r.off)], r.off)
+	r.off += int64(n)
+	if n > 0 {
+		err = nil
+	}
+	return n, err
+}
+
+// visible is how many bytes readers may have. The caller holds t.mu.
+func (t *Transfer) visible() int64 {
+	if t.state == kept {
+		return t.written
+	}
+	return max(t.written-1, 0)
+}
+
+// Seek implements io.Seeker. The end is known only when the size is.
+func (r *TransferReader) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekEnd && r.t.size < 0 {
+		return r.off, errors.New("seek from the end of a blob of unknown size")
+	}
+	off, err := seek(r.off, r.t.size, offset, whence)
+	if err == nil {
+		r.off = off
+	}
+	return off, err
+}
+
+// Rest continues by itself at the reader's offset, from src, when the transfer
+// failed because its bytes could not be written. It is verified against the
+// digest like the transfer, but not kept. The error is the transfer's when it
+// failed for another reason.
+func (r *TransferReader) Rest(ctx context.Context, src Source) (io.ReadCloser, error) {
+	r.t.mu.Lock()
+	err := r.t.err
+	r.t.mu.Unlock()
+	var werr *writeError
+	if !errors.As(err, &werr) {
+		return nil, err
+	}
+	body, err := src(ctx, r.off)
+	if err != nil {
+		return nil, err
+	}
+	st := NewStream(ctx, r.t.digest, r.t.size, body, src)
+	if st.read, err = io.Copy(st.hash, io.NewSectionReader(r.t.file, 0, r.off)); err != nil {
+		body.Close()
+		return nil, fmt.Errorf("reading back %s: %w", r.t.digest, err)
+	}
+	return st, nil
+}
+
+// Close gives the reader up. A transfer that nobody reads ends after a while.
+func (r *TransferReader) Close() error {
+	t := r.t
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if r.closed {
+		return nil
+	}
+	r.closed = true
+	if t.readers--; t.readers == 0 && t.state == running {
+		t.linger = time.AfterFunc(lingerTime, t.cancel)
+	}
+	t.unref()
+	return nil
+}
