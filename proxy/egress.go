@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2/expirable"
+)
+
+// Dialer opens a TCP connection to an IP address and port.
+type Dialer func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error)
+
+const (
+	// dialTimeout bounds one attempt to reach an address; runtimes give up
+	// after 30 seconds.
+	dialTimeout = 15 * time.Second
+	// fallbackDelay is when other addresses of a host are tried beside the
+	// one that the client dialled: what Go's own dialer waits before it tries
+	// the other address family (RFC 8305), which the client itself can't do
+	// any more since its connection was accepted here.
+	fallbackDelay = 300 * time.Millisecond
+	// verifiedTTL is how long a host whose certificate was verified is
+	// intercepted without looking again.
+	verifiedTTL = 10 * time.Minute
+	// refusedTTL is how long a host that could not be verified is passed
+	// through without looking again.
+	refusedTTL = time.Minute
+)
+
+// Egress is the way out for the clients of one network namespace: connections
+// are made in their namespace, so that they have their routes, policies and
+// source address, and those to a registry are kept open for the next request.
+type Egress struct {
+	dial      Dialer
+	roots     func(host string) *x509.CertPool
+	transport *http.Transport
+	verdicts  *lru.LRU[string, error] // host → why it can't be intercepted, or nil
+
+	mu    sync.Mutex
+	addrs map[string]netip.AddrPort // HOST:PORT → where a client has last dialled it
+	ready map[string][]net.Conn     // verified connections nobody has used yet
+}
+
+// Upstreams is what is common to all ways out.
+type Upstreams struct {
+	// Roots returns what a registry's certificate is verified with; nil, as
+	// function or result, means the system's roots.
+	Roots func(host string) *x509.CertPool
+}
+
+// NewEgress returns a way out that dials with dial. Close it when its
+// namespace has no more clients.
+func (u Upstreams) NewEgress(dial Dialer) *Egress {
+	e := &Egress{
+		dial:     dial,
+		roots:    u.Roots,
+		verdicts: lru.NewLRU[string, error](1024, nil, verifiedTTL),
+		addrs:    make(map[string]netip.AddrPort),
+		ready:    make(map[string][]net.Conn),
+	}
+	e.transport = &http.Transport{
+		DialContext:    e.dialHost,
+		DialTLSContext: e.dialTLS,
+		// What the client sent and what the upstream sends stays as it is.
+		DisableCompression:    true,
+		TLSNextProto:          map[string]func(string, *tls.Conn) http.RoundTripper{},
+		MaxIdleConnsPerHost:   16,
+		IdleConnTimeout:       30 * time.Second,
+		ResponseHeaderTimeout: 2 * time.Minute,
+		ExpectContinueTimeout: time.Second,
+		WriteBufferSize:       64 << 10,
+		ReadBufferSize:        64 << 10,
+	}
+	return e
+}
+
+// Close closes idle connections. Those in use live on until they are done.
+func (e *Egress) Close() {
+	e.transport.CloseIdleConnections()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, conns := range e.ready {
+		for _, c := range conns {
+			c.Close()
+		}
+	}
+	e.ready = nil
+}
+
+// errClientCert says that a registry asks its clients for certificates, which
+// weir doesn't have.
+var errClientCert = errors.New("the registry asks for a client certificate")
+
+// verify finds out whether a host that a client dialled at addr can be spoken
+// to in the client's place: it is there, and its certificate is good. It makes
+// the connection that the client's first request will use.
+func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) error {
+	hostport := withPort(host)
+	e.mu.Lock()
+	if len(e.addrs) >= 4096 {
+		clear(e.addrs)
+	}
+	e.addrs[hostport] = addr
+	e.mu.Unlock()
+	if err, ok := e.verdicts.Get(hostport); ok {
+		if err == nil || time.Since(errTime(err)) < refusedTTL {
+			return err
+		}
+	}
+	c, err := e.handshake(ctx, hostport)
+	if err != nil {
+		var ne net.Error
+		if ctx.Err() == nil && !(errors.As(err, &ne) && ne.Timeout()) {
+			e.verdicts.Add(hostport, refusal{err, time.Now()})
+		}
+		return err
+	}
+	e.verdicts.Add(hostport, nil)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.ready == nil || len(e.ready[hostport]) >= 4 {
+		c.Close()
+		return nil
+	}
+	e.ready[hostport] = append(e.ready[hostport], c)
+	// It is idle like any other until then.
+	time.AfterFunc(e.transport.IdleConnTimeout, func() {
+		if e.take(hostport, c) != nil {
+			c.Close()
+		}
+	})
+	return nil
+}
+
+type refusal struct {
+	error
+	at time.Time
+}
+
+func (r refusal) Unwrap() error { return r.error }
+
+func errTime(err error) time.Time {
+	var r refusal
+	errors.As(err, &r)
+	return r.at
+}
+
+// take takes a ready connection to a host: the given one, or any.
+func (e *Egress) take(hostport string, which net.Conn) net.Conn {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for i, c := range e.ready[hostport] {
+		if which == nil || c == which {
+			e.ready[hostport] = append(e.ready[hostport][:i:i], e.ready[hostport][i+1:]...)
+			return c
+		}
+	}
+	return nil
+}
+
+func (e *Egress) dialTLS(ctx context.Context, _, hostport string) (net.Conn, error) {
+	if c := e.take(hostport, nil); c != nil {
+		return c, nil
+	}
+	return e.handshake(ctx, hostport)
+}
+
+func (e *Egress) handshake(ctx context.Context, hostport string) (*tls.Conn, error) {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := e.dialHost(ctx, "tcp", hostport)
+	if err != nil {
+		return nil, err
+	}
+	asked := false
+	conf := &tls.Config{
+		ServerName: host,
+		MinVersion: tls.VersionTLS12,
+		NextProtos: []string{"http/1.1"},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			asked = true
+			return &tls.Certificate{}, nil
+		},
+	}
+	if e.roots != nil {
+		conf.RootCAs = e.roots(stripDefaultPort(hostport))
+	}
+	c := tls.Client(raw, conf)
+	hctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	if err := c.HandshakeContext(hctx); err != nil {
+		raw.Close()
+		return nil, fmt.Errorf("TLS with %s at %s: %w", hostport, raw.RemoteAddr(), err)
+	}
+	if asked {
+		c.Close()
+		return nil, errClientCert
+	}
+	return c, nil
+}
+
+// dialHost connects to a host: where a client has dialled it, else to what its
+// name resolves to.
+func (e *Egress) dialHost(ctx context.Context, _, hostport string) (net.Conn, error) {
+	e.mu.Lock()
+	addr, dialled := e.addrs[hostport]
+	e.mu.Unlock()
+	if dialled {
+		return e.dialOr(ctx, addr, hostport)
+	}
+	addrs, err := resolve(ctx, hostport)
+	if err != nil {
+		return nil, err
+	}
+	return e.race(ctx, addrs)
+}
+
+// dialOr connects to addr, or else to another address of hostport, which may
+// be empty for none.
+func (e *Egress) dialOr(ctx context.Context, addr netip.AddrPort, hostport string) (*net.TCPConn, error) {
+	if hostport == "" {
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
+		return e.dial(ctx, addr)
+	}
+	first := make(chan struct{})
+	type result struct {
+		c   *net.TCPConn
+		err error
+	}
+	results := make(chan result, 2)
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	go func() {
+		defer close(first)
+		c, err := e.dial(ctx, addr)
+		results <- result{c, err}
+	}()
+	go func() {
+		select {
+		case <-first:
+		case <-time.After(fallbackDelay):
+		}
+		others, err := resolve(ctx, hostport)
+		if err == nil && ctx.Err() == nil {
+			var c *net.TCPConn
+			c, err = e.race(ctx, without(others, addr))
+			results <- result{c, err}
+			return
+		}
+		results <- result{nil, err}
+	}()
+	var firstErr error
+	for i := range 2 {
+		r := <-results
+		if r.err == nil && r.c != nil {
+			if i == 0 { // the other one is not needed
+				cancel()
+				go func() {
+					if r := <-results; r.c != nil {
+						r.c.Close()
+					}
+				}()
+			}
+			return r.c, nil
+		}
+		if firstErr == nil {
+			firstErr = r.err
+		}
+	}
+	return nil, firstErr
+}
+
+// race dials addresses, each a moment after the one before, and returns the
+// first connection.
+func (e *Egress) race(ctx context.Context, addrs []netip.AddrPort) (*net.TCPConn, error) {
+	if len(addrs) == 0 {
+		return nil, errors.New("no address to connect to")
+	}
+	if len(addrs) > 8 {
+		addrs = addrs[:8]
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	type result struct {
+		c   *net.TCPConn
+		err error
+	}
+	results := make(chan result)
+	var started, finished int
+	next := time.NewTimer(0)
+	defer next.Stop()
+	var first error
+	for {
+		select {
+		case <-next.C:
+			if started < len(addrs) {
+				addr := addrs[started]
+				started++
+				go func() {
+					c, err := e.dial(ctx, addr)
+					select {
+					case results <- result{c, err}:
+					case <-ctx.Done():
+						if err == nil {
+							c.Close()
+						}
+					}
+				}()
+				next.Reset(fallbackDelay)
+			}
+		case r := <-results:
+			if r.err == nil {
+				return r.c, nil
+			}
+			if first == nil {
+				first = r.err
+			}
+			if finished++; finished == len(addrs) {
+				return nil, first
+			}
+			next.Reset(0)
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func resolve(ctx context.Context, hostport string) ([]netip.AddrPort, error) {
+	host, port, err := net.SplitHostPort(hostport)
+	if err != nil {
+		return nil, err
+	}
+	p, err := net.DefaultResolver.LookupPort(ctx, "tcp", port)
+	if err != nil {
+		return nil, err
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	addrs := make([]netip.AddrPort, 0, len(ips))
+	for _, ip := range ips {
+		addrs = append(addrs, netip.AddrPortFrom(ip.Unmap(), uint16(p)))
+	}
+	return addrs, nil
+}
+
+func without(addrs []netip.AddrPort, not netip.AddrPort) (rest []netip.AddrPort) {
+	for _, a := range addrs {
+		if a != not {
+			rest = append(rest, a)
+		}
+	}
+	return rest
+}
+
+func withPort(host string) string {
+	if _, _, err := net.SplitHostPort(host); err == nil {
+		return host
+	}
+	return net.JoinHostPort(host, "443")
+}
+
+func stripDefaultPort(hostport string) string {
+	if h, p, err := net.SplitHostPort(hostport); err == nil && p == "443" {
+		return h
+	}
+	return hostport
+}

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"time"
+
+	"weir/proxy/registry"
+)
+
+// protocol is what a client's first bytes are.
+type protocol int
+
+const (
+	opaque    protocol = iota // not understood
+	tlsHello                  // a whole TLS ClientHello
+	plainHTTP                 // a whole HTTP/1 request head
+)
+
+// hello is what a client said before anybody answered it.
+type hello struct {
+	protocol protocol
+	// host is the TLS server name or the HTTP Host, in canonical form and
+	// without a port; empty when the client named none.
+	host string
+	// http1 says that the client can speak HTTP/1.1 over this TLS connection.
+	http1 bool
+	// bytes are what was read to find this out.
+	bytes []byte
+}
+
+// maxHello bounds what is read of a client before it is understood. A TLS
+// handshake message has at most 64 KiB in Go, and net/http's own bound for a
+// request's head is 1 MiB; more than this is opaque.
+const maxHello = 64 << 10
+
+// peek reads the client's first bytes until it knows what they are, or that it
+// doesn't. It never fails: what it can't make sense of is opaque. The caller
+// bounds its time with r's deadline.
+func peek(r io.Reader) hello {
+	rec := &recorder{r: r}
+	var first [1]byte
+	if _, err := io.ReadFull(rec, first[:]); err != nil {
+		return hello{}
+	}
+	h := hello{}
+	rec.replay = 1
+	switch c := first[0]; {
+	case c == 22: // a TLS record with a handshake, RFC 8446 section 5.1
+		h = peekTLS(rec)
+	case c >= 'A' && c <= 'Z':
+		h = peekHTTP(rec)
+	}
+	h.bytes = rec.bytes
+	return h
+}
+
+// peekTLS lets crypto/tls parse the ClientHello, however it is cut into
+// records and segments, and stops it before it answers.
+func peekTLS(rec *recorder) (h hello) {
+	stop := errors.New("seen enough")
+	_ = tls.Server(rec, &tls.Config{
+		GetConfigForClient: func(chi *tls.ClientHelloInfo) (*tls.Config, error) {
+			h.protocol = tlsHello
+			h.host = registry.Canonical(chi.ServerName)
+			h.http1 = len(chi.SupportedProtos) == 0 || slices.Contains(chi.SupportedProtos, "http/1.1")
+			return nil, stop
+		},
+	}).Handshake()
+	return h
+}
+
+func peekHTTP(rec *recorder) hello {
+	// One byte at a time would be slow and many could be the next request's,
+	// so the buffer is small; all that is read is recorded anyway.
+	req, err := http.ReadRequest(bufio.NewReader(rec))
+	if err != nil {
+		return hello{}
+	}
+	host := req.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	return hello{protocol: plainHTTP, host: registry.Canonical(host)}
+}
+
+// recorder is a connection whose reads are remembered and whose writes go
+// nowhere.
+type recorder struct {
+	r      io.Reader
+	bytes  []byte
+	replay int // of bytes: how many at the end are to be read again
+}
+
+var errTooLong = errors.New("the client's first message is too long")
+
+func (c *recorder) Read(p []byte) (int, error) {
+	if c.replay > 0 {
+		n := copy(p, c.bytes[len(c.bytes)-c.replay:])
+		c.replay -= n
+		return n, nil
+	}
+	room := maxHello - len(c.bytes)
+	if room <= 0 {
+		return 0, errTooLong
+	}
+	n, err := c.r.Read(p[:min(len(p), room)])
+	c.bytes = append(c.bytes, p[:n]...)
+	return n, err
+}
+
+func (c *recorder) Write(p []byte) (int, error)      { return len(p), nil }
+func (c *recorder) Close() error                     { return nil }
+func (c *recorder) LocalAddr() net.Addr              { return &net.TCPAddr{} }
+func (c *recorder) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
+func (c *recorder) SetDeadline(time.Time) error      { return nil }
+func (c *recorder) SetReadDeadline(time.Time) error  { return nil }
+func (c *recorder) SetWriteDeadline(time.Time) error { return nil }
+
+// replayConn gives the bytes that were peeked before those of the connection.
+type replayConn struct {
+	*net.TCPConn
+	head *bytes.Reader
+}
+
+func (c *replayConn) Read(p []byte) (int, error) {
+	if c.head.Len() > 0 {
+		return c.head.Read(p)
+	}
+	return c.TCPConn.Read(p)
+}

@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package proxy carries redirected connections. It looks at what a client says
+// first, and then either speaks TLS with it in the registry's place and
+// answers its requests (package registry), or passes every byte through to
+// where the client wanted to go.
+//
+// Passing through is the rule, and intercepting the exception that needs a
+// reason: the client names a host that is known to be a registry, its runtime
+// is known to trust weir for that host, and the registry itself can be
+// verified. Everything is decided before the client gets its first byte, so
+// that passing through is always still possible.
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"weir/proxy/registry"
+)
+
+// Flow is a redirected connection's meaning: what the agent knows of it.
+type Flow struct {
+	// Dst is where the client wanted to go.
+	Dst netip.AddrPort
+	// Egress is the way out of the client's network namespace.
+	Egress *Egress
+	// Client names the client in logs.
+	Client string
+	// Trusts says whether the client's runtime trusts weir's CA for a
+	// registry, and sees to it that it can. Nil means never.
+	Trusts func(host registry.Known, name string) bool
+	// Rejected is told when the client did not trust weir's certificate all
+	// the same. It may be nil.
+	Rejected func(host string, err error)
+}
+
+// Leaves issues the certificates that the proxy shows to clients.
+type Leaves interface {
+	Leaf(host string) (*tls.Certificate, error)
+	Permits(host string) bool
+}
+
+// Options of a proxy. All but Log are required.
+type Options struct {
+	Hosts    *registry.Hosts
+	Leaves   Leaves
+	Registry *registry.Handler
+	Log      *slog.Logger // nil means slog.Default()
+}
+
+// Proxy serves flows.
+type Proxy struct {
+	opts   Options
+	log    *slog.Logger
+	server *http.Server
+	ready  handed // intercepted connections on their way to server
+
+	intercepted, passed, failed atomic.Int64
+
+	mu      sync.Mutex
+	splices map[*splice]struct{}
+	unknown map[string]Unknown
+	active  sync.WaitGroup
+}
+
+// Stats are a proxy's figures since the start.
+type Stats struct {
+	Intercepted int64 `json:"intercepted"` // connections
+	PassedOn    int64 `json:"passed_on"`   // connections
+	Failed      int64 `json:"failed"`      // connections whose destination could not be reached
+}
+
+// Unknown is a host that clients connect to and that isn't known to be a
+// registry.
+type Unknown struct {
+	Host        string    `json:"host"`
+	Connections int64     `json:"connections"`
+	LastSeen    time.Time `json:"last_seen"`
+}
+
+const (
+	// peekTimeout is how long a client that has begun to speak may take to
+	// say what it wants.
+	peekTimeout = 10 * time.Second
+	// silence is how long a client may say nothing before the destination is
+	// dialled, for protocols in which the server speaks first.
+	silence = 100 * time.Millisecond
+	// maxUnknown bounds the table of unknown hosts.
+	maxUnknown = 256
+)
+
+// New returns a proxy. Close it.
+func New(o Options) *Proxy {
+	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), unknown: make(map[string]Unknown)}
+	if p.log == nil {
+		p.log = slog.Default()
+	}
+	p.ready = handed{conns: make(chan net.Conn), closed: make(chan struct{})}
+	p.server = &http.Server{
+		Handler:           http.HandlerFunc(p.serveHTTP),
+		ReadHeaderTimeout: 30 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, upstreamKey{}, c.(*tls.Conn).NetConn().(*intercepted).up)
+		},
+		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
+	}
+	p.active.Go(func() { _ = p.server.Serve(&p.ready) })
+	return p
+}
+
+type upstreamKey struct{}
+
+func (p *Proxy) serveHTTP(w http.ResponseWriter, r *http.Request) {
+	p.opts.Registry.Serve(w, r, r.Context().Value(upstreamKey{}).(registry.Upstream))
+}
+
+// intercepted is a connection whose client believes to speak to up.
+type intercepted struct {
+	replayConn
+	up registry.Upstream
+}
+
+// Stats returns the proxy's figures.
+func (p *Proxy) Stats() Stats {
+	return Stats{p.intercepted.Load(), p.passed.Load(), p.failed.Load()}
+}
+
+// Unknowns returns the hosts that were passed through because they aren't
+// known to be registries.
+func (p *Proxy) Unknowns() []Unknown {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := make([]Unknown, 0, len(p.unknown))
+	for _, u := range p.unknown {
+		all = append(all, u)
+	}
+	return all
+}
+
+// Serve carries one connection. It returns when the connection was passed
+// through to its end, or handed over to be answered; it always takes care of
+// conn.
+func (p *Proxy) Serve(ctx context.Context, conn *net.TCPConn, f Flow) {
+	p.active.Add(1)
+	defer p.active.Done()
+
+	o, err := p.listen(ctx, conn, f)
+	if err != nil {
+		p.log.Debug("nothing to carry", "client", f.Client, "dst", f.Dst, "err", err)
+		abort(conn)
+		return
+	}
+	if len(o.greeting) > 0 || o.protocol != tlsHello {
+		p.pass(ctx, conn, f, o)
+		return
+	}
+	host, why := p.decide(ctx, f, o.hello)
+	if why != "" {
+		p.log.Debug("passed through", "client", f.Client, "host", o.host, "dst", f.Dst, "why", why)
+		p.pass(ctx, conn, f, o)
+		return
+	}
+	p.intercept(ctx, conn, f, o, host)
+}
+
+// opening is how a connection begins.
+type opening struct {
+	hello
+	// server is the connection to the destination, when there is one already.
+	server *net.TCPConn
+	// greeting is what the destination said before the client did.
+	greeting []byte
+}
+
+// listen hears who speaks first and what the client says. The destination is
+// dialled only when the client says nothing for a moment: in most protocols it
+// has the first word. The error says that there is nobody to carry bytes for.
+func (p *Proxy) listen(ctx context.Context, conn *net.TCPConn, f Flow) (o opening, err error) {
+	first := make([]byte, 1)
+	_ = conn.SetReadDeadline(time.Now().Add(silence))
+	n, err := conn.Read(first)
+	if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+		if o.server, err = f.Egress.dialOr(ctx, f.Dst, ""); err != nil {
+			p.failed.Add(1)
+			return o, err
+		}
+		n, o.greeting, err = whoIsFirst(ctx, conn, o.server, first)
+	}
+	if n == 0 && len(o.greeting) == 0 {
+		if o.server != nil {
+			o.server.Close()
+		}
+		return o, err
+	}
+	if n > 0 {
+		_ = conn.SetReadDeadline(time.Now().Add(peekTimeout))
+		o.hello = peek(io.MultiReader(bytes.NewReader(first), conn))
+	}
+	_ = conn.SetReadDeadline(time.Time{})
+	return o, nil
+}
+
+// whoIsFirst waits until the client or the server says something, and returns
+// the client's first byte in first, the server's first bytes, or the error when
+// one of them left without a word.
+func whoIsFirst(ctx context.Context, client, server *net.TCPConn, first []byte) (n int, greeting []byte, err error) {
+	long := time.Unix(1, 0)
+	stop := context.AfterFunc(ctx, func() { _ = client.SetReadDeadline(long); _ = server.SetReadDeadline(long) })
+	defer stop()
+	_ = client.SetReadDeadline(time.Time{})
+	buf := make([]byte, 4096)
+	var k int
+	var serr error
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		k, serr = server.Read(buf)
+		_ = client.SetReadDeadline(long)
+	})
+	n, err = client.Read(first)
+	_ = server.SetReadDeadline(long)
+	wg.Wait()
+	_ = server.SetReadDeadline(time.Time{})
+	if errors.Is(err, os.ErrDeadlineExceeded) && serr != nil {
+		err = serr
+	}
+	return n, buf[:k], err
+}
+
+// decide returns the registry's host when the connection is to be
+// intercepted, and otherwise why not.
+func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (host, why string) {
+	name := h.host
+	if name == "" { // clients name no IP addresses, RFC 6066 section 3
+		name = f.Dst.Addr().String()
+	}
+	host = registry.Canonical(net.JoinHostPort(name, portOf(f.Dst)))
+	known, ok := p.opts.Hosts.Find(host)
+	switch {
+	case !ok:
+		p.see(host)
+		return "", "not a known registry"
+	case !h.http1:
+		return "", "the client doesn't speak HTTP/1.1"
+	case !p.opts.Leaves.Permits(name):
+		return "", "the CA may not speak for this host"
+	case f.Trusts == nil || !f.Trusts(known, host):
+		return "", "the runtime isn't known to trust the CA"
+	}
+	if err := f.Egress.verify(ctx, host, f.Dst); err != nil {
+		p.log.Info("a registry can't be verified; passed through", "registry", host, "dst", f.Dst, "err", err)
+		return "", "the registry can't be verified"
+	}
+	return host, ""
+}
+
+func portOf(a netip.AddrPort) string {
+	_, port, _ := net.SplitHostPort(a.String())
+	return port
+}
+
+func (p *Proxy) see(host string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	u, ok := p.unknown[host]
+	if !ok && len(p.unknown) >= maxUnknown {
+		return
+	}
+	p.unknown[host] = Unknown{host, u.Connections + 1, time.Now()}
+}
+
+func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, host string) {
+	name := o.host
+	if name == "" {
+		name = f.Dst.Addr().String()
+	}
+	leaf, err := p.opts.Leaves.Leaf(name)
+	if err != nil {
+		p.log.Error("no certificate for a registry; passed through", "registry", host, "err", err)
+		p.pass(ctx, conn, f, o)
+		return
+	}
+	if o.server != nil {
+		o.server.Close()
+	}
+	p.intercepted.Add(1)
+	c := tls.Server(&intercepted{
+		replayConn{conn, bytes.NewReader(o.bytes)},
+		registry.Upstream{Host: host, Transport: f.Egress.transport},
+	}, &tls.Config{
+		Certificates: []tls.Certificate{*leaf},
+		NextProtos:   []string{"http/1.1"},
+		MinVersion:   tls.VersionTLS12,
+	})
+	hctx, cancel := context.WithTimeout(ctx, peekTimeout)
+	defer cancel()
+	if err := c.HandshakeContext(hctx); err != nil {
+		// An alert is the client's word that it doesn't trust us; a
+		// connection that just ends is not.
+		var alert *net.OpError
+		if errors.As(err, &alert) && alert.Op == "remote error" && f.Rejected != nil {
+			f.Rejected(host, err)
+		}
+		p.log.Debug("TLS with a client failed", "client", f.Client, "registry", host, "err", err)
+		conn.Close()
+		return
+	}
+	if !p.ready.hand(c) {
+		c.Close()
+	}
+}
+
+// pass passes a connection through, with what was said already.
+func (p *Proxy) pass(ctx context.Context, conn *net.TCPConn, f Flow, o opening) {
+	if o.server == nil {
+		// Where the client dialled; for a host whose certificate the client
+		// is going to verify, another of its addresses will do if need be.
+		alternative := ""
+		if o.protocol == tlsHello && o.host != "" {
+			alternative = net.JoinHostPort(o.host, portOf(f.Dst))
+		}
+		var err error
+		if o.server, err = f.Egress.dialOr(ctx, f.Dst, alternative); err != nil {
+			p.failed.Add(1)
+			p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
+			abort(conn)
+			return
+		}
+	}
+	p.passed.Add(1)
+	s := &splice{client: conn, server: o.server}
+	p.mu.Lock()
+	p.splices[s] = struct{}{}
+	p.mu.Unlock()
+	s.run(o.bytes, o.greeting)
+	p.mu.Lock()
+	delete(p.splices, s)
+	p.mu.Unlock()
+}
+
+// Shutdown waits until the connections have ended: those to registries after
+// their running request, those passed through when one side closes. When ctx
+// is done it cuts the rest, and returns ctx's error.
+func (p *Proxy) Shutdown(ctx context.Context) error {
+	err := p.server.Shutdown(ctx)
+	if err != nil {
+		p.server.Close()
+	}
+	p.ready.Close()
+	done := make(chan struct{})
+	go func() { p.active.Wait(); close(done) }()
+	select {
+	case <-done:
+		return err
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	for s := range p.splices {
+		abort(s.client)
+		abort(s.server)
+	}
+	p.mu.Unlock()
+	<-done
+	return ctx.Err()
+}
+
+// abort closes a connection with a reset, as its peer would see it from a
+// destination that is not there.
+func abort(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	c.Close()
+}
+
+// handed is the listener of connections whose TLS handshake is done.
+type handed struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *handed) hand(c net.Conn) bool {
+	select {
+	case l.conns <- c:
+		return true
+	case <-l.closed:
+		return false
+	}
+}
+
+func (l *handed) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *handed) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *handed) Addr() net.Addr { return &net.TCPAddr{} }

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"net"
+	"strings"
+)
+
+// Known is a registry that weir knows to be one.
+type Known struct {
+	// Host is what clients connect to. With Subtree, every host below it is
+	// a registry too.
+	Host    string
+	Subtree bool
+	// Name is what image references and certs.d directories call it, when
+	// that isn't Host.
+	Name string
+}
+
+// DockerHub is the host that Docker Hub's images are pulled from.
+const DockerHub = "registry-1.docker.io"
+
+// WellKnown are the public registries that most images come from. Only hosts
+// that serve nothing but registries are here, because weir's CA may speak for
+// all of them.
+var WellKnown = []Known{
+	{Host: DockerHub, Name: "docker.io"},
+	{Host: "ghcr.io"},
+	{Host: "quay.io"},
+	{Host: "registry.k8s.io"},
+	{Host: "gcr.io", Subtree: true},
+	{Host: "pkg.dev", Subtree: true},
+	{Host: "mcr.microsoft.com"},
+	{Host: "azurecr.io", Subtree: true},
+	{Host: "public.ecr.aws"},
+	{Host: "registry.gitlab.com"},
+	{Host: "docker.elastic.co"},
+	{Host: "nvcr.io"},
+	{Host: "cgr.dev"},
+	{Host: "lscr.io"},
+	{Host: "registry.access.redhat.com"},
+	{Host: "registry.redhat.io"},
+	{Host: "registry.opensuse.org"},
+	{Host: "docker.redpanda.com"},
+}
+
+// Hosts tells registries from other hosts.
+type Hosts struct {
+	known []Known
+}
+
+// NewHosts knows the well-known registries and the given ones, each HOST or
+// HOST:PORT.
+func NewHosts(more ...string) *Hosts {
+	h := &Hosts{known: WellKnown}
+	for _, m := range more {
+		h.known = append(h.known[:len(h.known):len(h.known)], Known{Host: Canonical(m)})
+	}
+	return h
+}
+
+// All returns every known registry.
+func (h *Hosts) All() []Known { return h.known }
+
+// Find returns the known registry that a host (in its canonical form) is or
+// belongs to.
+func (h *Hosts) Find(host string) (Known, bool) {
+	for _, k := range h.known {
+		if host == k.Host || k.Subtree && strings.HasSuffix(host, "."+k.Host) {
+			return k, true
+		}
+	}
+	return Known{}, false
+}
+
+// Canonical returns the form in which a registry's host is compared: lower
+// case, no trailing dot, and no port when it is 443.
+func Canonical(hostport string) string {
+	h := strings.ToLower(hostport)
+	if host, port, err := net.SplitHostPort(h); err == nil {
+		host = strings.TrimSuffix(host, ".")
+		if port == "443" {
+			return host
+		}
+		return net.JoinHostPort(host, port)
+	}
+	return strings.TrimSuffix(strings.Trim(h, "[]"), ".")
+}

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// Stats are a registry's figures since the start.
+type Stats struct {
+	Registry          string `json:"registry"`
+	Requests          int64  `json:"requests"`
+	Hits              int64  `json:"hits"`   // blobs and manifests that were kept, or arriving
+	Misses            int64  `json:"misses"` // blobs and manifests that the upstream had to give
+	Errors            int64  `json:"errors"` // requests without an answer of the upstream
+	BytesFromStore    int64  `json:"bytes_from_store"`
+	BytesFromUpstream int64  `json:"bytes_from_upstream"`
+}
+
+type counters struct {
+	requests, hits, misses, errors, fromStore, fromUpstream atomic.Int64
+}
+
+type statsTable struct{ m sync.Map } // registry → *counters
+
+func (t *statsTable) of(registry string) *counters {
+	if c, ok := t.m.Load(registry); ok {
+		return c.(*counters)
+	}
+	c, _ := t.m.LoadOrStore(registry, &counters{})
+	return c.(*counters)
+}
+
+// Stats returns the figures of each registry that was asked for something.
+func (h *Handler) Stats() []Stats {
+	var all []Stats
+	h.stats.m.Range(func(k, v any) bool {
+		c := v.(*counters)
+		all = append(all, Stats{k.(string), c.requests.Load(), c.hits.Load(), c.misses.Load(), c.errors.Load(), c.fromStore.Load(), c.fromUpstream.Load()})
+		return true
+	})
+	slices.SortFunc(all, func(a, b Stats) int { return cmp.Compare(a.Registry, b.Registry) })
+	return all
+}
