@@ -1,0 +1,678 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package trust
+
+import (
+	"bytes"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) {
+	if addr := os.Getenv("WEIR_TEST_DIAL"); addr != "" {
+		os.Exit(dialAsRuntime(addr))
+	}
+	os.Exit(m.Run())
+}
+
+// dialAsRuntime is a Go program like a container runtime: chrooted, with the
+// system's roots of that tree.
+func dialAsRuntime(addr string) int {
+	conn, err := net.Dial("tcp", addr)
+	if err == nil {
+		err = syscall.Chroot(os.Getenv("WEIR_TEST_ROOT"))
+	}
+	if err == nil {
+		err = tls.Client(conn, &tls.Config{ServerName: os.Getenv("WEIR_TEST_NAME")}).Handshake()
+	}
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	return 0
+}
+
+var usual = UsualPlaces()
+
+// usersTree is what a host may look like: settings of a user everywhere.
+var usersTree = []string{
+	"etc/ssl/certs/ca-certificates.crt=bundle", "etc/ssl/certs/mine.pem=mine", "etc/ssl/certs/0a1b2c3d.0->mine.pem",
+	"etc/docker/daemon.json={}",
+	"etc/docker/certs.d/ghcr.io/ca.crt=users", "etc/docker/certs.d/ghcr.io/client.key=users",
+	"etc/containerd/config.toml=", "etc/containerd/certs.d/registry.test:5000/hosts.toml=server = 'x'",
+	"usr/bin/dockerd=elf",
+}
+
+func mustCover(t *testing.T, res Result, dir string, hosts ...string) {
+	t.Helper()
+	for _, h := range hosts {
+		if !res.CertsD[dir].Covers(h) {
+			t.Errorf("%s: %s is not covered: %v", dir, h, res.CertsD[dir][h])
+		}
+	}
+}
+
+func mustNotCover(t *testing.T, res Result, dir, host string, why error) {
+	t.Helper()
+	if err := res.CertsD[dir][host]; !errors.Is(err, why) || res.CertsD[dir].Covers(host) {
+		t.Errorf("%s: %s: error %v, want %v", dir, host, err, why)
+	}
+}
+
+func mustHold(t *testing.T, name string, want []byte) {
+	t.Helper()
+	fi, err := os.Lstat(name)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	if fi.Mode() != 0o644 {
+		t.Errorf("%s: mode %v", name, fi.Mode())
+	}
+	if b, err := os.ReadFile(name); err != nil || !bytes.Equal(b, want) {
+		t.Errorf("%s holds %q, %v", name, b, err)
+	}
+}
+
+func TestInstallUninstall(t *testing.T) {
+	hosts := []string{"registry-1.docker.io", "ghcr.io", "registry.test:5000", "europe-docker.pkg.dev"}
+	for _, noTmpfile := range []bool{false, true} {
+		t.Run(fmt.Sprintf("noTmpfile=%v", noTmpfile), func(t *testing.T) {
+			ca, dir := newCA(t), t.TempDir()
+			build(t, dir, usersTree...)
+			before := listing(t, dir)
+			r := openDirRoot(t, dir)
+			r.noTmpfile = noTmpfile
+			ledgerPath := filepath.Join(t.TempDir(), "ledger")
+			ledger, err := OpenLedger(ledgerPath)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ledger.Close()
+
+			res := ca.Install(r, usual, hosts)
+			if res.System != nil {
+				t.Errorf("System: %v", res.System)
+			}
+			all := append([]string{"docker.io", "198.18.0.2"}, hosts...)
+			mustCover(t, res, DockerCertsD, all...)
+			mustCover(t, res, ContainerdPairCertsD, all...)
+			mustCover(t, res, ContainerdCertsD, "docker.io", "198.18.0.2", "europe-docker.pkg.dev")
+			mustNotCover(t, res, ContainerdCertsD, "registry.test:5000", ErrHostsFile)
+			mustNotCover(t, res, ContainerdCertsD, "ghcr.io", ErrHides)
+			mustNotCover(t, res, ContainersCertsD, "ghcr.io", ErrHides)
+			if len(res.CertsD[DockerCertsD]) != len(all) {
+				t.Errorf("reports on %v, want %v", res.CertsD[DockerCertsD], all)
+			}
+			mustHold(t, filepath.Join(dir, "etc/ssl/certs/weir-ca.pem"), ca.PEM())
+			for _, h := range all {
+				mustHold(t, filepath.Join(dir, DockerCertsD, h, "weir-ca.crt"), ca.PEM())
+				mustHold(t, filepath.Join(dir, ContainerdPairCertsD, h, "weir-ca.crt"), ca.PEM())
+			}
+			for _, f := range append(res.Files, res.Dirs...) {
+				if _, err := os.Lstat(filepath.Join(dir, f)); err != nil {
+					t.Errorf("reported as made: %v", err)
+				}
+			}
+			installed := listing(t, dir)
+			if strings.Contains(installed, asidePrefix) {
+				t.Errorf("files aside are left:\n%s", installed)
+			}
+
+			if err := ledger.Record("/", res); err != nil {
+				t.Fatal(err)
+			}
+			again := ca.Install(r, usual, hosts)
+			if len(again.Files)+len(again.Dirs) != 0 {
+				t.Errorf("the second time it made %v and %v", again.Files, again.Dirs)
+			}
+			if got := listing(t, dir); got != installed {
+				t.Errorf("the second time it changed the tree:\n%s\nwas:\n%s", got, installed)
+			}
+
+			// What update-ca-certificates does meanwhile, and a crash.
+			build(t, dir, "etc/ssl/certs/11223344.0->weir-ca.pem", "etc/ssl/certs/.weir-ca-crashed=half",
+				"etc/docker/certs.d/.weir-ca-crashed=half", "etc/docker/certs.d/docker.io/.weir-ca-crashed=half")
+			ledger.Close()
+			if ledger, err = OpenLedger(ledgerPath); err != nil {
+				t.Fatal(err)
+			}
+			removed, err := Uninstall(r, usual, ledger.Made("/"))
+			if err != nil {
+				t.Errorf("Uninstall: %v", err)
+			}
+			if len(removed) != len(res.Files)+len(res.Dirs)+4 {
+				t.Errorf("removed %d of %d: %v", len(removed), len(res.Files)+len(res.Dirs)+4, removed)
+			}
+			if after := listing(t, dir); after != before {
+				t.Errorf("after uninstall:\n%s\nbefore install:\n%s", after, before)
+			}
+			if removed, err := Uninstall(r, usual, ledger.Made("/")); len(removed) != 0 || err != nil {
+				t.Errorf("the second time it removed %v, %v", removed, err)
+			}
+		})
+	}
+}
+
+// An image with nothing in it: all directories are made, and without a ledger
+// those that are weir's own beyond doubt go.
+func TestInstallIntoEmptyRoot(t *testing.T) {
+	ca, dir := newCA(t), t.TempDir()
+	r := openDirRoot(t, dir)
+	res := ca.Install(r, usual, []string{"ghcr.io", "192.0.2.7:5000"})
+	if res.System != nil {
+		t.Errorf("System: %v", res.System)
+	}
+	for _, d := range usual.CertsD {
+		mustCover(t, res, d, "ghcr.io", "192.0.2.7:5000", "198.18.0.2")
+	}
+	if err := exec.Command("test", "-d", filepath.Join(dir, "/etc/pki")).Run(); err == nil {
+		t.Error("a second system directory was made")
+	}
+	if _, err := Uninstall(r, usual, nil); err != nil {
+		t.Errorf("Uninstall: %v", err)
+	}
+	got := strings.Fields(listing(t, dir))
+	for _, f := range got {
+		if strings.Contains(f, "weir") || strings.Contains(f, "certs.d:") || strings.Contains(f, "ghcr") {
+			t.Errorf("left %s", f)
+		}
+	}
+}
+
+// Links that a hostile container has planted where weir writes.
+func TestInstallHostileLinks(t *testing.T) {
+	for _, target := range []string{"OUTSIDE", "../../../../../../../../../../OUTSIDE", "/proc/self/root/OUTSIDE", "/proc/1/cwd", "loop"} {
+		for _, link := range []string{"etc", "etc/ssl", "etc/ssl/certs", "etc/docker", "etc/docker/certs.d", "etc/docker/certs.d/ghcr.io",
+			"etc/ssl/certs/weir-ca.pem", "etc/docker/certs.d/ghcr.io/weir-ca.crt"} {
+			t.Run(link+"->"+target, func(t *testing.T) {
+				base := t.TempDir()
+				build(t, base, "outside/certs/", "outside/ghcr.io/", "root/")
+				out := filepath.Join(base, "outside")
+				build(t, base, "root/"+link+"->"+strings.Replace(target, "/OUTSIDE", out, 1))
+				before := listing(t, out)
+				ca, r := newCA(t), openDirRoot(t, filepath.Join(base, "root"))
+				within(t, "Install", func() { ca.Install(r, usual, []string{"ghcr.io"}) })
+				within(t, "Uninstall", func() { Uninstall(r, usual, nil) })
+				if after := listing(t, out); after != before {
+					t.Errorf("outside was changed:\n%s\nbefore:\n%s", after, before)
+				}
+			})
+		}
+	}
+	t.Run("links within work", func(t *testing.T) {
+		ca, dir := newCA(t), t.TempDir()
+		build(t, dir, "etc/pki/tls/certs/", "etc/ssl/certs->../pki/tls/certs", "etc/docker/certs.d->/srv/certs", "srv/certs/")
+		before := listing(t, dir)
+		r := openDirRoot(t, dir)
+		res := ca.Install(r, Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"ghcr.io"})
+		if res.System != nil {
+			t.Errorf("System: %v", res.System)
+		}
+		mustCover(t, res, DockerCertsD, "ghcr.io")
+		mustHold(t, filepath.Join(dir, "etc/pki/tls/certs/weir-ca.pem"), ca.PEM())
+		mustHold(t, filepath.Join(dir, "srv/certs/ghcr.io/weir-ca.crt"), ca.PEM())
+		if _, err := Uninstall(r, usual, nil); err != nil {
+			t.Error(err)
+		}
+		if after := listing(t, dir); after != before {
+			t.Errorf("after uninstall:\n%s\nbefore install:\n%s", after, before)
+		}
+	})
+}
+
+// Things that aren't weir's under the names of weir's files.
+func TestInstallLeavesForeign(t *testing.T) {
+	needRoot(t)
+	put := map[string]func(name string) error{
+		"text":   func(n string) error { return os.WriteFile(n, []byte("mine"), 0o644) },
+		"fifo":   func(n string) error { return unix.Mkfifo(n, 0o666) },
+		"device": func(n string) error { return unix.Mknod(n, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 5))) },
+		"dir":    func(n string) error { return os.Mkdir(n, 0o755) },
+		"link":   func(n string) error { return os.Symlink("/etc/passwd", n) },
+		"huge":   func(n string) error { os.WriteFile(n, nil, 0o644); return os.Truncate(n, 1<<40) },
+		"cert": func(n string) error {
+			out, err := exec.Command("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+				"-subj", "/CN=my weir node CA", "-keyout", os.DevNull, "-out", n).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		},
+	}
+	for name, f := range put {
+		t.Run(name, func(t *testing.T) {
+			ca, dir := newCA(t), t.TempDir()
+			build(t, dir, "etc/ssl/certs/", "etc/docker/certs.d/ghcr.io/")
+			for _, n := range []string{"etc/ssl/certs/weir-ca.pem", "etc/docker/certs.d/ghcr.io/weir-ca.crt"} {
+				if err := f(filepath.Join(dir, n)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := listing(t, dir)
+			r := openDirRoot(t, dir)
+			within(t, "Install", func() {
+				res := ca.Install(r, Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"ghcr.io"})
+				if !errors.Is(res.System, ErrForeign) {
+					t.Errorf("System: %v", res.System)
+				}
+				mustNotCover(t, res, DockerCertsD, "ghcr.io", ErrForeign)
+			})
+			within(t, "Uninstall", func() {
+				if _, err := Uninstall(r, usual, nil); err != nil {
+					t.Errorf("Uninstall: %v", err)
+				}
+			})
+			if after := listing(t, dir); after != before {
+				t.Errorf("changed:\n%s\nbefore:\n%s", after, before)
+			}
+		})
+	}
+}
+
+func TestInstallReplacesGenerations(t *testing.T) {
+	caDir, dir := t.TempDir(), t.TempDir()
+	first := openCA(t, caDir, testHosts, testProbes)
+	second := openCA(t, caDir, append([]string{"quay.io"}, testHosts...), testProbes)
+	r := openDirRoot(t, dir)
+	p := Places{System: usual.System, CertsD: []string{DockerCertsD}}
+	first.Install(r, p, []string{"ghcr.io", "docker.io"})
+	// What a power failure leaves.
+	if err := os.Truncate(filepath.Join(dir, "etc/ssl/certs/weir-ca.pem"), 0); err != nil {
+		t.Fatal(err)
+	}
+	before := listing(t, dir)
+	res := second.Install(r, p, []string{"ghcr.io", "docker.io"})
+	if res.System != nil {
+		t.Errorf("System: %v", res.System)
+	}
+	mustCover(t, res, DockerCertsD, "ghcr.io", "docker.io", "198.18.0.2")
+	for _, f := range []string{"etc/ssl/certs/weir-ca.pem", "etc/docker/certs.d/ghcr.io/weir-ca.crt",
+		"etc/docker/certs.d/docker.io/weir-ca.crt", "etc/docker/certs.d/198.18.0.2/weir-ca.crt"} {
+		mustHold(t, filepath.Join(dir, f), second.PEM())
+		if !slices.Contains(res.Files, "/"+f) {
+			t.Errorf("%s is not reported as replaced: %v", f, res.Files)
+		}
+	}
+	if a, b := strings.Count(listing(t, dir), "\n"), strings.Count(before, "\n"); a != b {
+		t.Errorf("there were %d names, there are %d", b, a)
+	}
+}
+
+func TestInstallHosts(t *testing.T) {
+	const c = "/certs"
+	tests := []struct {
+		name  string
+		tree  []string
+		certs string
+		host  string
+		want  error
+		holds string // a file that must be there
+		lacks string // a name that must not be made
+	}{
+		{name: "plain", certs: c, host: "ghcr.io", holds: "certs/ghcr.io/weir-ca.crt"},
+		{name: "upper case", certs: c, host: "GHCR.io", holds: "certs/ghcr.io/weir-ca.crt"},
+		{name: "port", certs: c, host: "registry.test:5000", holds: "certs/registry.test:5000/weir-ca.crt", lacks: "certs/registry.test_5000_"},
+		{name: "port, containerd's spelling", tree: []string{"certs/registry.test_5000_/ca.crt=x"}, certs: c, host: "registry.test:5000",
+			holds: "certs/registry.test_5000_/weir-ca.crt"},
+		{name: "port, containerd's spelling with hosts.toml", tree: []string{"certs/registry.test_5000_/hosts.toml=x"}, certs: c,
+			host: "registry.test:5000", want: ErrHostsFile, lacks: "certs/registry.test:5000"},
+		{name: "beside a user's", tree: []string{"certs/ghcr.io/ca.crt=x"}, certs: c, host: "ghcr.io", holds: "certs/ghcr.io/weir-ca.crt"},
+		{name: "hosts.toml", tree: []string{"certs/ghcr.io/hosts.toml=x"}, certs: c, host: "ghcr.io", want: ErrHostsFile, lacks: "certs/ghcr.io/weir-ca.crt"},
+		{name: "empty hosts.toml", tree: []string{"certs/ghcr.io/hosts.toml="}, certs: c, host: "ghcr.io", holds: "certs/ghcr.io/weir-ca.crt"},
+		{name: "_default", tree: []string{"certs/_default/hosts.toml=x"}, certs: c, host: "ghcr.io", want: ErrHides, lacks: "certs/ghcr.io"},
+		{name: "_default beside a user's", tree: []string{"certs/_default/hosts.toml=x", "certs/ghcr.io/ca.crt=x"}, certs: c, host: "ghcr.io",
+			holds: "certs/ghcr.io/weir-ca.crt"},
+		{name: "Docker's for podman", tree: []string{"etc/docker/certs.d/ghcr.io/ca.crt=x"}, certs: ContainersCertsD, host: "ghcr.io",
+			want: ErrHides, lacks: "etc/containers/certs.d/ghcr.io"},
+		{name: "Docker's for containerd", tree: []string{"etc/docker/certs.d/registry.test_5000_/ca.crt=x"}, certs: ContainerdCertsD,
+			host: "registry.test:5000", want: ErrHides, lacks: "etc/containerd/certs.d/registry.test:5000"},
+		{name: "Docker's _default for containerd", tree: []string{"etc/docker/certs.d/_default/hosts.toml=x"}, certs: ContainerdCertsD, host: "ghcr.io",
+			want: ErrHides, lacks: "etc/containerd/certs.d/ghcr.io"},
+		{name: "Docker's, made by weir", tree: []string{"etc/docker/certs.d/ghcr.io/weir-ca.crt="}, certs: ContainersCertsD, host: "ghcr.io",
+			holds: "etc/containers/certs.d/ghcr.io/weir-ca.crt"},
+		{name: "registry's directory is a file", tree: []string{"certs/ghcr.io=x"}, certs: c, host: "ghcr.io", want: unix.ENOTDIR},
+		{name: "certs.d is a file", tree: []string{"certs=x"}, certs: c, host: "ghcr.io", want: unix.ENOTDIR},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			ca, dir := newCA(t), t.TempDir()
+			build(t, dir, tt.tree...)
+			res := ca.Install(openDirRoot(t, dir), Places{System: []string{"/roots"}, CertsD: []string{tt.certs}}, []string{tt.host})
+			if tt.want == nil {
+				mustCover(t, res, tt.certs, tt.host)
+			} else {
+				mustNotCover(t, res, tt.certs, tt.host, tt.want)
+			}
+			if tt.holds != "" {
+				mustHold(t, filepath.Join(dir, tt.holds), ca.PEM())
+			}
+			if tt.lacks != "" {
+				if _, err := os.Lstat(filepath.Join(dir, tt.lacks)); err == nil {
+					t.Errorf("%s was made", tt.lacks)
+				}
+			}
+		})
+	}
+	t.Run("not hosts", func(t *testing.T) {
+		ca, dir := newCA(t), t.TempDir()
+		hosts := []string{"", ".", "..", "../..", "a/b", "_default", "example.com", "ghcr.io:0", "ghcr.io\x00"}
+		res := ca.Install(openDirRoot(t, dir), Places{System: []string{"/roots"}, CertsD: []string{c}}, hosts)
+		for _, h := range hosts {
+			if res.CertsD[c].Covers(h) {
+				t.Errorf("%q is covered", h)
+			}
+		}
+		if names, err := os.ReadDir(filepath.Join(dir, c)); err != nil || len(names) != 1 || names[0].Name() != "198.18.0.2" {
+			t.Errorf("certs.d has %v, %v", names, err)
+		}
+	})
+}
+
+// What weir made must not stay in the way of what a user makes later.
+func TestInstallWithdraws(t *testing.T) {
+	ca, dir := newCA(t), t.TempDir()
+	r := openDirRoot(t, dir)
+	hosts := []string{"ghcr.io", "docker.io"}
+	ca.Install(r, usual, hosts)
+	build(t, dir, "etc/docker/certs.d/docker.io/ca.crt=users", "etc/containerd/certs.d/_default/hosts.toml=users")
+	res := ca.Install(r, usual, hosts)
+	mustCover(t, res, DockerCertsD, "docker.io", "ghcr.io")
+	mustNotCover(t, res, ContainersCertsD, "docker.io", ErrHides)
+	mustCover(t, res, ContainersCertsD, "ghcr.io")
+	for _, h := range hosts {
+		mustNotCover(t, res, ContainerdCertsD, h, ErrHides)
+	}
+	names, err := r.ReadDir(ContainerdCertsD)
+	if err != nil || !slices.Equal(names, []string{"_default"}) {
+		t.Errorf("containerd's directory has %v, %v", names, err)
+	}
+	if ok, _ := r.Exists(ContainersCertsD + "/docker.io"); ok {
+		t.Error("podman's directory still hides Docker's")
+	}
+}
+
+func TestInstallReadOnly(t *testing.T) {
+	needRoot(t)
+	ca, dir := newCA(t), t.TempDir()
+	build(t, dir, "etc/ssl/certs/", "etc/pki/tls/certs/", "etc/docker/certs.d/")
+	ro := filepath.Join(dir, "etc/ssl/certs")
+	bind := func(p string) {
+		if err := unix.Mount(p, p, "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(p, unix.MNT_DETACH) })
+		if err := unix.Mount("", p, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bind(ro)
+	p := Places{System: usual.System, CertsD: []string{DockerCertsD}}
+	if res := ca.Install(openDirRoot(t, dir), p, []string{"ghcr.io"}); res.System != nil {
+		t.Errorf("the second directory was not taken: %v", res.System)
+	}
+	bind(dir)
+	before := listing(t, dir)
+	r := openDirRoot(t, dir)
+	res := ca.Install(r, Places{System: []string{"/etc/ssl/certs"}, CertsD: []string{DockerCertsD, ContainersCertsD}}, []string{"docker.io"})
+	for what, err := range map[string]error{"System": res.System, "docker": res.CertsD[DockerCertsD]["docker.io"], "containers": res.CertsD[ContainersCertsD]["docker.io"]} {
+		if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "mount a writable directory") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if _, err := Uninstall(r, usual, nil); !errors.Is(err, unix.EROFS) {
+		t.Errorf("Uninstall: %v", err)
+	}
+	if after := listing(t, dir); after != before {
+		t.Errorf("changed:\n%s\nbefore:\n%s", after, before)
+	}
+}
+
+// A registry's directory on a mount of its own can't share the file.
+func TestInstallAcrossMounts(t *testing.T) {
+	needRoot(t)
+	for _, noTmpfile := range []bool{false, true} {
+		ca, dir := newCA(t), t.TempDir()
+		build(t, dir, "etc/ssl/certs/", "etc/docker/certs.d/ghcr.io/")
+		for _, p := range []string{"etc/ssl/certs", "etc/docker/certs.d/ghcr.io"} {
+			p = filepath.Join(dir, p)
+			if err := unix.Mount("none", p, "tmpfs", 0, "size=1m"); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { unix.Unmount(p, unix.MNT_DETACH) })
+		}
+		r := openDirRoot(t, dir)
+		r.noTmpfile = noTmpfile
+		res := ca.Install(r, Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"docker.io", "ghcr.io"})
+		if res.System != nil {
+			t.Errorf("System: %v", res.System)
+		}
+		mustCover(t, res, DockerCertsD, "docker.io", "ghcr.io")
+		mustHold(t, filepath.Join(dir, "etc/ssl/certs/weir-ca.pem"), ca.PEM())
+		mustHold(t, filepath.Join(dir, "etc/docker/certs.d/ghcr.io/weir-ca.crt"), ca.PEM())
+		if l := listing(t, dir); strings.Contains(l, asidePrefix) {
+			t.Errorf("files aside are left:\n%s", l)
+		}
+	}
+}
+
+func TestInstallNoSpace(t *testing.T) {
+	needRoot(t)
+	ca, dir := newCA(t), t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=4k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	build(t, dir, "etc/docker/certs.d/", "etc/ssl/certs/", "filler="+strings.Repeat("x", 4096))
+	before := listing(t, dir)
+	res := ca.Install(openDirRoot(t, dir), Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"docker.io"})
+	if !errors.Is(res.System, unix.ENOSPC) {
+		t.Errorf("System: %v", res.System)
+	}
+	mustNotCover(t, res, DockerCertsD, "docker.io", unix.ENOSPC)
+	if after := listing(t, dir); after != before {
+		t.Errorf("left:\n%s\nbefore:\n%s", after, before)
+	}
+}
+
+// Two installations at once, of two generations, under the eyes of a reader:
+// it never sees a part of a certificate.
+func TestInstallConcurrently(t *testing.T) {
+	caDir := t.TempDir()
+	cas := []*CA{openCA(t, caDir, testHosts, testProbes), openCA(t, caDir, append([]string{"quay.io"}, testHosts...), testProbes)}
+	for _, noTmpfile := range []bool{false, true} {
+		t.Run(fmt.Sprintf("noTmpfile=%v", noTmpfile), func(t *testing.T) {
+			dir := t.TempDir()
+			r := openDirRoot(t, dir)
+			r.noTmpfile = noTmpfile
+			stop := make(chan struct{})
+			var readers sync.WaitGroup
+			var seen int
+			readers.Go(func() {
+				for {
+					for _, d := range []string{"etc/ssl/certs", "etc/docker/certs.d/ghcr.io", "etc/docker/certs.d/docker.io"} {
+						names, _ := os.ReadDir(filepath.Join(dir, d))
+						for _, n := range names {
+							if d != "etc/ssl/certs" && filepath.Ext(n.Name()) != ".crt" {
+								continue
+							}
+							b, err := os.ReadFile(filepath.Join(dir, d, n.Name()))
+							if err != nil {
+								continue // renamed since
+							}
+							seen++
+							if !bytes.Equal(b, cas[0].pem) && !bytes.Equal(b, cas[1].pem) {
+								t.Errorf("%s/%s: saw %q", d, n.Name(), b)
+								return
+							}
+						}
+					}
+					select {
+					case <-stop:
+						return
+					default:
+					}
+				}
+			})
+			p := Places{System: usual.System, CertsD: []string{DockerCertsD}}
+			for range 50 {
+				var wg sync.WaitGroup
+				for i := range 4 {
+					wg.Go(func() {
+						res := cas[i%2].Install(r, p, []string{"ghcr.io", "docker.io"})
+						if res.System != nil {
+							t.Errorf("System: %v", res.System)
+						}
+						mustCover(t, res, DockerCertsD, "ghcr.io", "docker.io", "198.18.0.2")
+					})
+				}
+				wg.Wait()
+				if l := listing(t, dir); strings.Contains(l, asidePrefix) {
+					t.Fatalf("files aside are left:\n%s", l)
+				}
+				if _, err := Uninstall(r, p, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			close(stop)
+			readers.Wait()
+			if seen == 0 {
+				t.Error("the reader saw no file at all")
+			}
+		})
+	}
+}
+
+// The proof of the pudding: Go programs and OpenSSL with the tree as their root.
+func TestInstalledIsTrusted(t *testing.T) {
+	needRoot(t)
+	ca, dir := newCA(t), t.TempDir()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer l.Close()
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(10 * time.Second))
+				s := tls.Server(c, &tls.Config{GetCertificate: func(h *tls.ClientHelloInfo) (*tls.Certificate, error) {
+					if h.ServerName == "" {
+						return ca.Leaf("198.18.0.1")
+					}
+					return ca.Leaf(h.ServerName)
+				}})
+				if s.Handshake() == nil {
+					io.Copy(io.Discard, s)
+				}
+			})
+		}
+	})
+	dial := func(name string, env ...string) error {
+		t.Helper()
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(self)
+		cmd.Env = append([]string{"WEIR_TEST_DIAL=" + l.Addr().String(), "WEIR_TEST_ROOT=" + dir, "WEIR_TEST_NAME=" + name}, env...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}
+	r := openDirRoot(t, dir)
+	if err := dial("ghcr.io"); err == nil || !strings.Contains(err.Error(), "unknown authority") {
+		t.Fatalf("before the installation: %v", err)
+	}
+	env := []string{"SSL_CERT_DIR=/opt/certs", "SSL_CERT_FILE=/opt/bundle.pem"}
+	for _, e := range [][]string{nil, env} {
+		if res := ca.Install(r, Places{System: SystemDirs(e)}, nil); res.System != nil {
+			t.Fatal(res.System)
+		}
+		for _, name := range []string{"ghcr.io", "auth.docker.io", "198.18.0.1"} {
+			if err := dial(name, e...); err != nil {
+				t.Errorf("%s with %v: %v", name, e, err)
+			}
+		}
+	}
+	if _, err := Uninstall(r, Places{System: append(SystemDirs(nil), SystemDirs(env)...)}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range [][]string{nil, env} {
+		if err := dial("ghcr.io", e...); err == nil {
+			t.Errorf("after the removal it is trusted, with %v", e)
+		}
+	}
+}
+
+func TestSystemDirs(t *testing.T) {
+	def := []string{"/etc/ssl/certs", "/etc/pki/tls/certs"}
+	tests := []struct {
+		environ []string
+		want    []string
+	}{
+		{nil, def},
+		{[]string{"PATH=/bin", "SSL_CERT_FILE=/x.pem"}, def},
+		{[]string{"SSL_CERT_DIR="}, def},
+		{[]string{"SSL_CERT_DIR=/a"}, []string{"/a"}},
+		{[]string{"SSL_CERT_DIR=/a:/b//c/../d"}, []string{"/a", "/b/d"}},
+		{[]string{"SSL_CERT_DIR=:/a:rel:"}, []string{"/a"}},
+		{[]string{"SSL_CERT_DIR=rel"}, nil},
+		{[]string{"SSL_CERT_DIR=/a", "SSL_CERT_DIR=/b"}, []string{"/a"}},
+		{[]string{"XSSL_CERT_DIR=/a", "SSL_CERT_DIR"}, def},
+	}
+	for _, tt := range tests {
+		if got := SystemDirs(tt.environ); !slices.Equal(got, tt.want) {
+			t.Errorf("SystemDirs(%q) = %q, want %q", tt.environ, got, tt.want)
+		}
+	}
+	if res := newCA(t).Install(openDirRoot(t, t.TempDir()), Places{}, nil); res.System == nil {
+		t.Error("nowhere to install is no error")
+	}
+}
+
+// Installing runs whenever a runtime starts, most often with nothing to do.
+func BenchmarkInstallAgain(b *testing.B) {
+	ca, dir := newCA(b), b.TempDir()
+	build(b, dir, "etc/docker/certs.d/ghcr.io/ca.crt=x")
+	r := openDirRoot(b, dir)
+	var hosts []string
+	for i := range 20 {
+		hosts = append(hosts, fmt.Sprintf("r%d.pkg.dev", i))
+	}
+	for _, p := range []struct {
+		name   string
+		places Places
+	}{{"system", Places{System: usual.System}}, {"docker", Places{System: usual.System, CertsD: []string{DockerCertsD}}}, {"all", usual}} {
+		ca.Install(r, p.places, hosts)
+		b.Run(p.name, func(b *testing.B) {
+			for b.Loop() {
+				if res := ca.Install(r, p.places, hosts); len(res.Files) > 0 || res.System != nil {
+					b.Fatalf("made %v, %v", res.Files, res.System)
+				}
+			}
+		})
+	}
+}
