@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agent is weir's node agent. It finds the container runtimes of the
+// node, opens a door for their connections in each network namespace that has
+// one, establishes which of them trust the node's CA, and has the proxy carry
+// what comes through the doors.
+//
+// The order of things is what keeps the promise that nothing breaks. At start
+// the kernel side is attached before /proc is searched, so that no runtime is
+// missed; a running runtime is only redirected to probe addresses until it has
+// proven to trust the CA. At the end the kernel side is detached first, so that
+// new connections go direct, and what runs is finished.
+package agent
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"weir/agent/trust"
+	"weir/bpf"
+	"weir/proxy"
+	"weir/proxy/registry"
+	"weir/proxy/store"
+)
+
+// Config of an agent. Empty fields mean what DefaultConfig has.
+type Config struct {
+	// DataDir keeps the CA, the store, and the list of what was installed.
+	DataDir string
+	// RunDir keeps what is true until the next boot.
+	RunDir string
+	// Cgroup is the cgroup2 directory whose processes are served. Empty means
+	// the root of the cgroup2 mount.
+	Cgroup string
+	// Ports are the destination ports that are redirected.
+	Ports []uint16
+	// Registries are further registries: HOST or HOST:PORT, or either with
+	// =FILE.pem for a CA that the registry's certificate is verified with.
+	Registries []string
+	// StoreSize bounds the blobs' bytes; 0 means a tenth of the file system.
+	StoreSize int64
+	// Admin is where status and metrics are served.
+	Admin string
+	// Version is shown in the status.
+	Version string
+	Log     *slog.Logger
+}
+
+// Defaults of the configuration.
+const (
+	DefaultDataDir = "/var/lib/weir"
+	DefaultRunDir  = "/run/weir"
+	DefaultAdmin   = "127.0.0.1:5050"
+)
+
+// DefaultPorts are the ports that registries listen on.
+var DefaultPorts = []uint16{443, 80, 5000}
+
+// drainTime is how long running transfers may take to end at a stop. systemd
+// waits 90 seconds and Kubernetes 30 before they kill.
+const drainTime = 25 * time.Second
+
+// Agent is a running agent.
+type Agent struct {
+	conf    Config
+	log     *slog.Logger
+	started time.Time
+
+	ctx    context.Context // what runs in the background ends with it
+	cancel context.CancelFunc
+
+	pidFile  *os.File
+	lasting  map[trust.RootID]string // root file systems that outlive runtimes
+	ca       *trust.CA
+	ledger   *trust.Ledger
+	hosts    *registry.Hosts
+	store    *store.Store
+	registry *registry.Handler
+	proxy    *proxy.Proxy
+	kernel   *bpf.Kernel
+	doors    *doors
+	runtimes *runtimes
+	admin    *http.Server
+	adminL   net.Listener
+}
+
+// Run runs an agent until ctx is done, and then drains and stops it. ready is
+// called when it serves. The error is one line that says what to do.
+func Run(ctx context.Context, conf Config, ready func(*Agent)) error {
+	a := &Agent{conf: conf, log: conf.Log, started: time.Now()}
+	if a.log == nil {
+		a.log = slog.Default()
+	}
+	a.ctx, a.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	defer a.cancel()
+	defer a.close()
+	if err := a.start(); err != nil {
+		return err
+	}
+	if ready != nil {
+		ready(a)
+	}
+	<-ctx.Done()
+	return a.drain()
+}
+
+func (a *Agent) start() (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("weir's agent must run as root: it attaches eBPF programs and enters network namespaces; use sudo, or a privileged container")
+	}
+	if a.conf.Cgroup == "" {
+		if a.conf.Cgroup, err = bpf.CgroupRoot(); err != nil {
+			return err
+		}
+	}
+	if err := a.lockRunDir(); err != nil {
+		return err
+	}
+	roots, err := a.registries()
+	if err != nil {
+		return err
+	}
+	if err := a.openData(); err != nil {
+		return err
+	}
+	if a.adminL, err = net.Listen("tcp", a.conf.Admin); err != nil {
+		if errors.Is(err, unix.EADDRINUSE) {
+			return fmt.Errorf("%s is in use; stop what listens there, or choose another address with --admin", a.conf.Admin)
+		}
+		return fmt.Errorf("listening on --admin %s: %w", a.conf.Admin, err)
+	}
+
+	a.registry = registry.New(registry.Options{Store: a.store, Log: a.log})
+	a.proxy = proxy.New(proxy.Options{Hosts: a.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
+	a.kernel, err = bpf.Load(bpf.Options{
+		Cgroup: a.conf.Cgroup,
+		Ports:  a.conf.Ports,
+		Probes: []netip.Addr{probeSystem, probeCertsD},
+		Names:  programs(),
+	})
+	if err != nil {
+		return fmt.Errorf("%w; `weir doctor` tells more", err)
+	}
+	a.doors = &doors{kernel: a.kernel, ups: proxy.Upstreams{Roots: roots}, serve: a.serve, log: a.log, open: make(map[uint64]*door)}
+	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
+	a.kernel.Beat()
+	go a.beat()
+	go a.follow()
+	if err := a.runtimes.seed(a.conf.Cgroup); err != nil {
+		return err
+	}
+	a.admin = &http.Server{Handler: a.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
+	go func() { _ = a.admin.Serve(a.adminL) }()
+	return nil
+}
+
+// lockRunDir makes this the only agent with its run directory.
+func (a *Agent) lockRunDir() error {
+	if err := os.MkdirAll(a.conf.RunDir, 0o755); err != nil {
+		return fmt.Errorf("making --run-dir: %w", err)
+	}
+	path := filepath.Join(a.conf.RunDir, pidFile)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return fmt.Errorf("opening the pid file in --run-dir: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		pid, _ := os.ReadFile(path)
+		f.Close()
+		return fmt.Errorf("another weir agent (process %s) is running with --run-dir %s; stop it first", strings.TrimSpace(string(pid)), a.conf.RunDir)
+	}
+	if err := errors.Join(f.Truncate(0), writeAt(f, fmt.Sprintln(os.Getpid()))); err != nil {
+		f.Close()
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	a.pidFile = f
+	return nil
+}
+
+const pidFile = "agent.pid"
+
+func writeAt(f *os.File, s string) error {
+	_, err := f.WriteAt([]byte(s), 0)
+	return err
+}
+
+// registries reads --registry, and returns what a registry is verified with.
+func (a *Agent) registries() (func(host string) *x509.CertPool, error) {
+	pools := make(map[string]*x509.CertPool)
+	var hosts []string
+	for _, r := range a.conf.Registries {
+		host, file, withCA := strings.Cut(r, "=")
+		host = registry.Canonical(host)
+		if host == "" {
+			return nil, fmt.Errorf("--registry %q names no host; write HOST, HOST:PORT or HOST=FILE.pem", r)
+		}
+		hosts = append(hosts, host)
+		if !withCA {
+			continue
+		}
+		pem, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("reading the CA of --registry %s: %w", host, err)
+		}
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%s, the CA of --registry %s, has no PEM certificate", file, host)
+		}
+		pools[host] = pool
+	}
+	a.hosts = registry.NewHosts(hosts...)
+	return func(host string) *x509.CertPool { return pools[host] }, nil
+}
+
+// openData opens what the agent keeps.
+func (a *Agent) openData() error {
+	if err := os.MkdirAll(a.conf.DataDir, 0o700); err != nil {
+		return fmt.Errorf("making --data-dir: %w", err)
+	}
+	var names []string
+	for _, k := range a.hosts.All() {
+		names = append(names, k.Host)
+	}
+	var err error
+	a.ca, err = trust.OpenCA(filepath.Join(a.conf.DataDir, "ca"), names, []netip.Addr{probeSystem, probeCertsD})
+	if err != nil {
+		return fmt.Errorf("opening the node's CA: %w", err)
+	}
+	if a.ledger, err = trust.OpenLedger(filepath.Join(a.conf.DataDir, ledgerFile)); err != nil {
+		return err
+	}
+	a.lasting = lastingRoots()
+
+	var fs unix.Statfs_t
+	if err := unix.Statfs(a.conf.DataDir, &fs); err != nil {
+		return fmt.Errorf("looking at the file system of --data-dir: %w", err)
+	}
+	size := int64(fs.Blocks) * fs.Bsize
+	if a.conf.StoreSize == 0 {
+		a.conf.StoreSize = size / 10
+	}
+	a.store, err = store.Open(filepath.Join(a.conf.DataDir, "store"), store.Options{MaxBytes: a.conf.StoreSize, MinFree: size / 20, Log: a.log})
+	if err != nil {
+		return fmt.Errorf("opening the store: %w", err)
+	}
+	return nil
+}
+
+const ledgerFile = "installed.jsonl"
+
+// lastingRoots are the root file systems that outlive their runtimes: this
+// process's own and that of the node's first process. Each is named by where it
+// can be opened.
+func lastingRoots() map[trust.RootID]string {
+	m := make(map[trust.RootID]string)
+	for _, name := range []string{"/proc/1/root", "/"} {
+		if r, err := trust.OpenRootDir(name); err == nil {
+			m[r.ID()] = name
+			r.Close()
+		}
+	}
+	return m
+}
+
+// certsDHosts are the registries that get a directory in a certs.d.
+func (a *Agent) certsDHosts() (hosts []string) {
+	for _, k := range a.hosts.All() {
+		hosts = append(hosts, k.Host)
+	}
+	return hosts
+}
+
+// beat tells the kernel side that the agent is alive. When it stops, connections
+// go direct.
+func (a *Agent) beat() {
+	t := time.NewTicker(100 * time.Millisecond)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			a.kernel.Beat()
+		case <-a.ctx.Done():
+			return
+		}
+	}
+}
+
+// follow takes in what the kernel side reports about processes.
+func (a *Agent) follow() {
+	for {
+		ev, err := a.kernel.Next()
+		if err != nil {
+			if a.ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
+				a.log.Error("no more news of processes; restart the agent", "err", err)
+			}
+			return
+		}
+		switch ev.Kind {
+		case bpf.Exec:
+			a.runtimes.started(ev)
+		case bpf.Exit:
+			a.runtimes.ended(ev.PID)
+		}
+	}
+}
+
+// serve carries a connection that came through a door.
+func (a *Agent) serve(d *door, c *net.TCPConn) {
+	origin, err := a.kernel.Origin(c)
+	if err != nil {
+		// Somebody has connected to the door's port by itself.
+		_ = c.SetLinger(0)
+		c.Close()
+		return
+	}
+	if addr := origin.Dst.Addr(); addr == probeSystem || addr == probeCertsD {
+		a.answerProbe(c, origin.PID, addr)
+		return
+	}
+	f := proxy.Flow{Dst: origin.Dst, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID)}
+	if rt := a.runtimes.find(origin.PID); rt != nil {
+		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
+		f.Trusts = func(known registry.Known, host string) bool { return a.runtimes.trusts(rt, known, host) }
+		f.Rejected = func(host string, err error) { a.runtimes.rejected(rt, host, err) }
+	}
+	a.proxy.Serve(a.ctx, c, f)
+}
+
+// drain stops the agent in the order that harms nobody.
+func (a *Agent) drain() error {
+	a.log.Info("stopping: new connections go direct", "finishing", a.proxy.Stats())
+	err := a.kernel.Detach()
+	a.doors.closeAll()
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	if a.proxy.Shutdown(ctx) != nil {
+		a.log.Warn("some transfers were cut; runtimes resume them directly", "after", drainTime)
+	}
+	a.doors.wait(ctx)
+	return err
+}
+
+// close gives everything up that was opened, whatever it was.
+func (a *Agent) close() {
+	if a.kernel != nil {
+		_ = a.kernel.Detach()
+	}
+	a.cancel()
+	if a.doors != nil {
+		a.doors.closeAll()
+	}
+	if a.kernel != nil {
+		_ = a.kernel.Close()
+	}
+	if a.runtimes != nil {
+		a.runtimes.wg.Wait()
+	}
+	if a.admin != nil {
+		a.admin.Close()
+	}
+	if a.adminL != nil {
+		a.adminL.Close()
+	}
+	if a.store != nil {
+		_ = a.store.Close()
+	}
+	if a.ledger != nil {
+		_ = a.ledger.Close()
+	}
+	if a.pidFile != nil {
+		os.Remove(a.pidFile.Name())
+		a.pidFile.Close()
+	}
+}

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/moby/moby/client"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"weir/agent/trust"
+)
+
+// kind is a container runtime, or a tool that pulls images by itself. Whatever
+// else pulls is added here, by one row.
+type kind struct {
+	name string
+	// programs are the executables' names.
+	programs []string
+	// oneShot programs end with their pull: there is nothing to restart.
+	oneShot bool
+	// ask makes a running one pull an image, to see whether it trusts the CA.
+	// Nil means that it can't be asked.
+	ask func(ctx context.Context, rt *runtimeProc, image string) error
+	// certsD are the directories with a registry's certificates that all of
+	// its pulls read each time, so that they count while it runs.
+	certsD []string
+	// sockets are where it listens, when its command line names no other.
+	sockets []string
+	// contentStore says that it keeps blobs that weir may read: containerd.
+	contentStore bool
+	// pullsThrough names the kind whose process pulls for this one and then
+	// reads no certsD: while a ctr runs, a containerd that trusts the CA by
+	// its certs.d alone is left in peace.
+	pullsThrough string
+}
+
+// kinds are all that weir knows. dockerd has no certsD: its classic pulls read
+// /etc/docker/certs.d each time, but the BuildKit inside the same process reads
+// it at start (20.10 to 24) or keeps what it has read for as long as the
+// repository is in use (25 and later), and a connection doesn't say which of
+// the two it comes from.
+var kinds = []*kind{
+	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker,
+		sockets: []string{"/run/docker.sock", "/var/run/docker.sock"}},
+	{name: "containerd", programs: []string{"containerd"}, ask: askCRI, contentStore: true,
+		certsD:  []string{trust.ContainerdCertsD, trust.ContainerdPairCertsD},
+		sockets: []string{"/run/containerd/containerd.sock", "/var/run/docker/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"}},
+	{name: "cri-o", programs: []string{"crio"}, ask: askCRI,
+		certsD:  []string{trust.ContainersCertsD},
+		sockets: []string{"/run/crio/crio.sock"}},
+	{name: "buildkitd", programs: []string{"buildkitd"}},
+	{name: "podman", programs: []string{"podman"}, oneShot: true},
+	{name: "buildah", programs: []string{"buildah"}, oneShot: true},
+	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true},
+	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, pullsThrough: "containerd"},
+	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd"},
+	{name: "crane", programs: []string{"crane", "gcrane", "krane"}, oneShot: true},
+	{name: "oras", programs: []string{"oras"}, oneShot: true},
+	{name: "regctl", programs: []string{"regctl", "regsync"}, oneShot: true},
+	{name: "kaniko", programs: []string{"executor"}, oneShot: true},
+	{name: "helm", programs: []string{"helm"}, oneShot: true},
+	{name: "cosign", programs: []string{"cosign"}, oneShot: true},
+	{name: "trivy", programs: []string{"trivy"}, oneShot: true},
+}
+
+// programs are all executables' names, for the kernel side.
+func programs() (names []string) {
+	for _, k := range kinds {
+		names = append(names, k.programs...)
+	}
+	return names
+}
+
+// kindOf returns the kind that an executable's name belongs to.
+func kindOf(names ...string) *kind {
+	for _, k := range kinds {
+		for _, n := range names {
+			if slices.Contains(k.programs, n) {
+				return k
+			}
+		}
+	}
+	return nil
+}
+
+// socketsOf returns where a runtime may be listening: what its command line
+// says, then the usual places.
+func socketsOf(rt *runtimeProc) []string {
+	var found []string
+	args := nulSeparated(rt.pid, "cmdline")
+	for i, arg := range args {
+		flag, value, joined := strings.Cut(arg, "=")
+		switch flag {
+		case "-a", "--address", "-H", "--host", "--listen", "-address":
+		default:
+			continue
+		}
+		if !joined && i+1 < len(args) {
+			value = args[i+1]
+		}
+		value = strings.TrimPrefix(value, "unix://")
+		if strings.HasPrefix(value, "/") {
+			found = append(found, value)
+		}
+	}
+	return append(found, rt.kind.sockets...)
+}
+
+// dialRuntime connects to a runtime's API, inside its root file system.
+func dialRuntime(ctx context.Context, rt *runtimeProc) (net.Conn, error) {
+	root, err := trust.OpenRoot(rt.pid)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	var last error
+	for _, path := range socketsOf(rt) {
+		c, err := root.DialUnix(ctx, path)
+		if err == nil {
+			return c, nil
+		}
+		last = err
+	}
+	return nil, fmt.Errorf("connecting to %s (process %d): %w", rt.kind.name, rt.pid, last)
+}
+
+// dialGRPC returns a connection to a runtime's gRPC API.
+func dialGRPC(rt *runtimeProc) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+rt.kind.name,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+}
+
+// askDocker makes dockerd pull an image, through the Docker Engine API.
+func askDocker(ctx context.Context, rt *runtimeProc, image string) error {
+	c, err := client.New(client.WithHost("unix:///run/docker.sock"),
+		client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	pull, err := c.ImagePull(ctx, image, client.ImagePullOptions{})
+	if err != nil {
+		return err
+	}
+	return pull.Wait(ctx)
+}
+
+// askCRI makes a runtime pull an image, through the Kubernetes CRI.
+func askCRI(ctx context.Context, rt *runtimeProc, image string) error {
+	c, err := dialGRPC(rt)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = cri.NewImageServiceClient(c).PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: image}})
+	return err
+}

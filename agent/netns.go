@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// netns is a network namespace, held by descriptor. Holding one keeps it
+// alive, so it is closed with the last runtime in it.
+type netns struct {
+	file *os.File
+	ino  uint64
+	own  bool // the agent's own
+}
+
+// openNetns opens the network namespace of a process.
+func openNetns(pid int) (*netns, error) {
+	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("opening the network namespace of process %d: %w", pid, err)
+	}
+	var st, self unix.Stat_t
+	if err := errors.Join(unix.Fstat(int(f.Fd()), &st), unix.Stat("/proc/self/ns/net", &self)); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &netns{f, st.Ino, st.Ino == self.Ino && st.Dev == self.Dev}, nil
+}
+
+// netnsOf returns the inode of a process's network namespace.
+func netnsOf(pid int) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/"+strconv.Itoa(pid)+"/ns/net", &st); err != nil {
+		return 0, err
+	}
+	return st.Ino, nil
+}
+
+func (n *netns) Close() error { return n.file.Close() }
+
+// do runs f on a thread that is in the namespace. Sockets that f makes belong
+// to the namespace for good; f must not start goroutines that make some.
+func (n *netns) do(f func() error) error {
+	if n.own {
+		return f()
+	}
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		home, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- err
+			return
+		}
+		defer home.Close()
+		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("entering a network namespace: %w", err)
+			return
+		}
+		err = f()
+		// A thread that can't come back stays locked, and so ends with this
+		// goroutine.
+		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
+	}()
+	return <-done
+}
+
+// loopbackUp says whether connections to 127.0.0.1 can work in the namespace:
+// a listener there can be had also when they can't.
+func (n *netns) loopbackUp() (up bool, err error) {
+	err = n.do(func() error {
+		lo, err := net.InterfaceByName("lo")
+		up = err == nil && lo.Flags&net.FlagUp != 0
+		return err
+	})
+	return up, err
+}
+
+// listen opens a listener on an address of the namespace.
+func (n *netns) listen(network, addr string) (l *net.TCPListener, err error) {
+	err = n.do(func() error {
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(false) // the kernel side marks plain TCP sockets
+		ln, err := lc.Listen(context.Background(), network, addr)
+		if err == nil {
+			l = ln.(*net.TCPListener)
+		}
+		return err
+	})
+	return l, err
+}
+
+// dial connects to addr from inside the namespace. Only the socket's creation
+// needs a thread there; waiting for the connection holds none.
+func (n *netns) dial(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
+	var fd int
+	err := n.do(func() (err error) {
+		family := unix.AF_INET
+		if addr.Addr().Is6() {
+			family = unix.AF_INET6
+		}
+		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s: %w", addr, err)
+	}
+	f := os.NewFile(uintptr(fd), "") // pollable, because it doesn't block
+	defer f.Close()
+	if err := connect(ctx, f, addr); err != nil {
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		return nil, fmt.Errorf("dialling %s: %w", addr, err)
+	}
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s: %w", addr, err)
+	}
+	return c.(*net.TCPConn), nil
+}
+
+func connect(ctx context.Context, f *os.File, addr netip.AddrPort) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().Unmap().As4()}
+	if addr.Addr().Is6() {
+		sa = &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
+	}
+	// A deadline in the past wakes the wait below.
+	stop := context.AfterFunc(ctx, func() { _ = f.SetWriteDeadline(past) })
+	defer stop()
+	started := false
+	var cerr error
+	err = raw.Write(func(fd uintptr) bool {
+		if !started {
+			started = true
+			cerr = unix.Connect(int(fd), sa)
+			return cerr != unix.EINPROGRESS
+		}
+		var soerr int
+		if soerr, cerr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); cerr != nil {
+			return true
+		}
+		switch syscall.Errno(soerr) {
+		case 0:
+			// Writable without an error may still be too early.
+			_, perr := unix.Getpeername(int(fd))
+			return perr == nil
+		case unix.EINPROGRESS, unix.EALREADY, unix.EINTR:
+			return false
+		}
+		cerr = syscall.Errno(soerr)
+		return true
+	})
+	return errors.Join(err, cerr)
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// past is a deadline that is over.
+var past = time.Unix(1, 0)
+
+// process is what /proc tells of a process.
+type process struct {
+	pid   int
+	start time.Duration // after boot; tells it from a later one with its pid
+	comm  string
+	exe   string // base name of the program's file
+}
+
+// clockTick is the unit of starttime in /proc/PID/stat: USER_HZ, which is 100
+// on every architecture that Go runs on.
+const clockTick = time.Second / 100
+
+// readProcess reads a process's identity. The error is fs.ErrNotExist when it
+// is gone.
+func readProcess(pid int) (process, error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		if errors.Is(err, unix.ESRCH) {
+			err = fs.ErrNotExist
+		}
+		return process{}, err
+	}
+	p, err := parseStat(b)
+	if err != nil {
+		return p, fmt.Errorf("process %d: %w", pid, err)
+	}
+	if exe, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe"); err == nil {
+		p.exe = strings.TrimSuffix(filepath.Base(exe), " (deleted)")
+	}
+	return p, nil
+}
+
+// parseStat reads /proc/PID/stat, proc_pid_stat(5). The name, which a process
+// chooses, is in parentheses and may contain some.
+func parseStat(b []byte) (p process, err error) {
+	open, end := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
+	if open < 1 || end < open {
+		return p, errors.New("not a line of /proc/PID/stat")
+	}
+	if p.pid, err = strconv.Atoi(strings.TrimSpace(string(b[:open]))); err != nil {
+		return p, fmt.Errorf("pid in /proc/PID/stat: %w", err)
+	}
+	p.comm = string(b[open+1 : end])
+	fields := strings.Fields(string(b[end+1:]))
+	const starttime = 22 - 3 // the first field after the name is the third
+	if len(fields) <= starttime {
+		return p, errors.New("no start time in /proc/PID/stat")
+	}
+	ticks, err := strconv.ParseUint(fields[starttime], 10, 63)
+	if err != nil || ticks > uint64(1<<62)/uint64(clockTick) {
+		return p, errors.New("start time in /proc/PID/stat out of range")
+	}
+	p.start = time.Duration(ticks) * clockTick
+	return p, nil
+}
+
+// sinceBoot is the clock that processes' start times are of.
+func sinceBoot() time.Duration {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
+	return time.Duration(ts.Nano())
+}
+
+// bootID tells one boot of the machine from another.
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+// nulSeparated reads /proc/PID/cmdline or environ, at most 128 KiB of it.
+func nulSeparated(pid int, file string) []string {
+	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/" + file)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	b := make([]byte, 128<<10)
+	n := 0
+	for n < len(b) {
+		k, err := f.Read(b[n:])
+		n += k
+		if err != nil {
+			break
+		}
+	}
+	return strings.FieldsFunc(string(b[:n]), func(r rune) bool { return r == 0 })
+}
+
+// processesIn lists the processes in a cgroup2 directory and below.
+func processesIn(cgroup string) (pids []int, err error) {
+	err = filepath.WalkDir(cgroup, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			if path == cgroup {
+				return err
+			}
+			return nil // a cgroup that has gone meanwhile
+		}
+		if !e.IsDir() {
+			return nil
+		}
+		b, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		if err != nil {
+			return nil // gone, or a threaded cgroup, whose processes its domain lists
+		}
+		for line := range strings.FieldsSeq(string(b)) {
+			if pid, err := strconv.Atoi(line); err == nil && pid > 0 {
+				pids = append(pids, pid)
+			}
+		}
+		return nil
+	})
+	return pids, err
+}
+
+// ownedByRoot says whether a process runs as root.
+func ownedByRoot(pid int) bool {
+	var st unix.Stat_t
+	return unix.Stat("/proc/"+strconv.Itoa(pid), &st) == nil && st.Uid == 0
+}

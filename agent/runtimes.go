@@ -1,0 +1,602 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"weir/agent/trust"
+	"weir/bpf"
+	"weir/proxy/registry"
+)
+
+// Probe addresses: what runtimes are asked to pull from, to see whether they
+// trust the CA. They are in the range for benchmarks (RFC 2544), which nobody
+// routes, and only the kernel side makes them lead somewhere: to the door.
+// Nothing is installed for the first one but the system's roots; the second has
+// a directory in each certs.d.
+var (
+	probeSystem = netip.MustParseAddr("198.18.116.1")
+	probeCertsD = netip.MustParseAddr("198.18.116.2")
+)
+
+// How a runtime's connections are treated.
+const (
+	ReachStarting    = "starting"    // just found; its trust is being established
+	ReachIntercepted = "intercepted" // registries it trusts us for are intercepted
+	ReachPassthrough = "passthrough" // nothing is touched
+)
+
+// Ways in which a runtime came to trust the CA.
+const (
+	trustByStart   = "started after the CA was installed"
+	trustBySystem  = "proven: its system roots have the CA"
+	trustByCertsD  = "proven: it reads the CA from certs.d at each pull"
+	trustRemebered = "proven before the agent's own restart"
+)
+
+// RuntimeStatus is a runtime as the status shows it.
+type RuntimeStatus struct {
+	Kind  string `json:"kind"`
+	PID   int    `json:"pid"`
+	Netns uint64 `json:"netns"` // the namespace's inode
+	Reach string `json:"reach"`
+	// Trust says how it came to trust the CA.
+	Trust string `json:"trust,omitempty"`
+	// Except are registries that are passed through although others are
+	// intercepted, with the reason.
+	Except map[string]string `json:"except,omitempty"`
+	// Reason says why it is passed through, and Step what changes that.
+	Reason string `json:"reason,omitempty"`
+	Step   string `json:"step,omitempty"`
+}
+
+// runtimeProc is a process that pulls images.
+type runtimeProc struct {
+	process
+	kind   *kind
+	netns  uint64
+	ctx    context.Context // ends with the process
+	cancel context.CancelFunc
+	// settled is closed when it is first known how to treat it.
+	settled chan struct{}
+	once    sync.Once
+
+	mu       sync.Mutex
+	reach    string
+	how      string
+	certsD   bool           // trusts by certs.d alone
+	coverage trust.Coverage // of certs.d, when it counts
+	reason   string
+	step     string
+	verdicts map[netip.Addr]chan error // of the probes under way
+}
+
+// runtimes follows the processes that pull images and establishes which of
+// them trust the CA.
+type runtimes struct {
+	a     *Agent
+	state *stateFile
+
+	mu     sync.Mutex
+	all    map[int]*runtimeProc
+	paused map[string]map[int]struct{} // kind → one-shot processes it pulls for
+	wg     sync.WaitGroup
+}
+
+func newRuntimes(a *Agent, state *stateFile) *runtimes {
+	return &runtimes{a: a, state: state, all: make(map[int]*runtimeProc), paused: make(map[string]map[int]struct{})}
+}
+
+// seed takes in what is running already. Those that start meanwhile are the
+// kernel side's to report.
+func (rs *runtimes) seed(cgroup string) error {
+	pids, err := processesIn(cgroup)
+	if err != nil {
+		return fmt.Errorf("listing the processes in %s: %w", cgroup, err)
+	}
+	for _, pid := range pids {
+		p, err := readProcess(pid)
+		if err != nil {
+			continue
+		}
+		k := kindOf(p.comm, p.exe)
+		if k == nil {
+			continue
+		}
+		if _, tracked := rs.a.kernel.Mode(pid); tracked {
+			continue // its exec was seen
+		}
+		if err := rs.a.kernel.SetMode(pid, bpf.ModeProbe); err != nil {
+			return fmt.Errorf("tracking process %d: %w", pid, err)
+		}
+		if now, err := readProcess(pid); err != nil || now.start != p.start {
+			_ = rs.a.kernel.Forget(pid)
+			continue
+		}
+		rs.add(p, k, true)
+	}
+	return nil
+}
+
+// started takes in a runtime whose exec the kernel side has just seen.
+func (rs *runtimes) started(ev bpf.Event) {
+	p, err := readProcess(ev.PID)
+	if err != nil {
+		return // gone already
+	}
+	if k := kindOf(ev.Name, p.comm, p.exe); k != nil {
+		rs.add(p, k, false)
+	}
+}
+
+func (rs *runtimes) add(p process, k *kind, seeded bool) {
+	rt := &runtimeProc{process: p, kind: k, reach: ReachStarting,
+		settled: make(chan struct{}), verdicts: make(map[netip.Addr]chan error)}
+	rt.netns, _ = netnsOf(p.pid)
+	rt.ctx, rt.cancel = context.WithCancel(rs.a.ctx)
+	rs.mu.Lock()
+	if old, ok := rs.all[p.pid]; ok {
+		old.cancel()
+	}
+	rs.all[p.pid] = rt
+	if k.pullsThrough != "" {
+		rs.pause(k.pullsThrough, p.pid)
+	}
+	rs.mu.Unlock()
+	rs.wg.Go(func() {
+		defer rt.settle()
+		rs.establish(rt, seeded)
+	})
+	if k.contentStore {
+		rs.wg.Go(func() { rs.shareContent(rt) })
+	}
+}
+
+// ended forgets a process.
+func (rs *runtimes) ended(pid int) {
+	rs.mu.Lock()
+	rt, ok := rs.all[pid]
+	delete(rs.all, pid)
+	if ok && rt.kind.pullsThrough != "" {
+		rs.resume(rt.kind.pullsThrough, pid)
+	}
+	rs.mu.Unlock()
+	if !ok {
+		return
+	}
+	rt.cancel()
+	rs.a.doors.leave(pid)
+	rs.state.forget(pid)
+}
+
+// find returns the runtime that a connection came from. Its exec may not have
+// been heard of yet.
+func (rs *runtimes) find(pid int) *runtimeProc {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	return rs.all[pid]
+}
+
+// pause leaves the runtimes of a kind in peace that trust the CA only by a
+// directory which the tool pid doesn't make them read. The caller holds rs.mu.
+func (rs *runtimes) pause(kind string, pid int) {
+	if rs.paused[kind] == nil {
+		rs.paused[kind] = make(map[int]struct{})
+	}
+	rs.paused[kind][pid] = struct{}{}
+	rs.remode(kind)
+}
+
+func (rs *runtimes) resume(kind string, pid int) {
+	delete(rs.paused[kind], pid)
+	rs.remode(kind)
+}
+
+// remode tells the kernel side again how to treat the runtimes of a kind. The
+// caller holds rs.mu.
+func (rs *runtimes) remode(kind string) {
+	for _, rt := range rs.all {
+		if rt.kind.name == kind {
+			rs.setMode(rt)
+		}
+	}
+}
+
+// setMode tells the kernel side how to treat a runtime. The caller holds rs.mu.
+func (rs *runtimes) setMode(rt *runtimeProc) {
+	rt.mu.Lock()
+	mode := bpf.ModeProbe
+	if rt.reach == ReachIntercepted && !(rt.certsD && len(rs.paused[rt.kind.name]) > 0) {
+		mode = bpf.ModeRedirect
+	}
+	rt.mu.Unlock()
+	if rt.ctx.Err() != nil {
+		return
+	}
+	if err := rs.a.kernel.SetMode(rt.pid, mode); err != nil {
+		rs.a.log.Error("telling the kernel side about a process", "pid", rt.pid, "err", err)
+	}
+}
+
+func (rt *runtimeProc) settle() { rt.once.Do(func() { close(rt.settled) }) }
+
+// intercept makes a runtime one whose connections are intercepted.
+func (rs *runtimes) intercept(rt *runtimeProc, how string, coverage trust.Coverage) {
+	rt.mu.Lock()
+	rt.reach, rt.how, rt.reason, rt.step = ReachIntercepted, how, "", ""
+	rt.certsD, rt.coverage = coverage != nil, coverage
+	rt.mu.Unlock()
+	rs.mu.Lock()
+	rs.setMode(rt)
+	rs.mu.Unlock()
+	if !rt.kind.oneShot {
+		rs.state.remember(rt)
+		rs.a.log.Info("a runtime's registries are intercepted", "runtime", rt.kind.name, "pid", rt.pid, "because", how)
+	}
+	rt.settle()
+}
+
+// passThrough leaves a runtime alone.
+func (rs *runtimes) passThrough(rt *runtimeProc, reason, step string) {
+	rt.mu.Lock()
+	rt.reach, rt.how, rt.reason, rt.step = ReachPassthrough, "", reason, step
+	rt.mu.Unlock()
+	rs.mu.Lock()
+	rs.setMode(rt)
+	rs.mu.Unlock()
+	rs.state.forget(rt.pid)
+	if rt.ctx.Err() == nil {
+		rs.a.log.Info("a runtime is passed through", "runtime", rt.kind.name, "pid", rt.pid, "because", reason, "step", step)
+	}
+	rt.settle()
+}
+
+// restartStep is what makes a runtime trust the CA when nothing else does.
+func (rt *runtimeProc) restartStep() string {
+	if rt.kind.oneShot {
+		return "nothing to do: its next start will be intercepted"
+	}
+	return "restart " + rt.kind.name + " (process " + fmt.Sprint(rt.pid) + ") when it suits you; it will then trust the CA from its start"
+}
+
+// establish opens a door for a runtime, puts the CA where it reads
+// certificates, and finds out whether it trusts it.
+func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
+	// The door first: as long as it isn't there a new process goes direct,
+	// and the kernel side notes that it may have read its roots.
+	_, err := rs.a.doors.enter(rt.pid)
+	if err == nil && rt.ctx.Err() != nil { // it ended meanwhile, maybe before it entered
+		rs.a.doors.leave(rt.pid)
+	}
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			rs.passThrough(rt, "no door could be opened for it: "+err.Error(), "see the agent's log")
+		}
+		return
+	}
+	root, err := trust.OpenRoot(rt.pid)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			rs.passThrough(rt, "its root file system can't be opened: "+err.Error(), "see the agent's log")
+		}
+		return
+	}
+	defer root.Close()
+
+	// A process chooses its environment: only root's may say where root writes.
+	var environ []string
+	if ownedByRoot(rt.pid) {
+		environ = nulSeparated(rt.pid, "environ")
+	}
+	places := trust.Places{System: trust.SystemDirs(environ)}
+	host := rs.a.lasting[root.ID()]
+	res := rs.a.ca.Install(root, places, nil)
+	rs.record(host, res)
+	system := res.System
+	if system == nil && host != "" {
+		rs.state.installed(host, len(res.Files) > 0)
+	}
+
+	if system == nil {
+		switch {
+		case seeded && rs.state.remembers(rt) == rememberedRefusal:
+			rs.passThrough(rt, "it refused weir's certificate before the agent's own restart", rt.restartStep())
+			return
+		case !seeded && !rs.a.kernel.Early(rt.pid):
+			// No connection of its has left unseen, so it can't have
+			// verified anything yet, and will find the CA when it does.
+			rs.intercept(rt, trustByStart, nil)
+			if !rs.a.kernel.Early(rt.pid) { // between the question and the answer
+				return
+			}
+		case seeded && host != "" && rs.state.installedBefore(host, rt.start):
+			rs.intercept(rt, trustByStart, nil)
+			return
+		case seeded && rs.state.remembers(rt) == rememberedSystem:
+			rs.intercept(rt, trustRemebered, nil)
+			return
+		}
+	}
+	rs.prove(rt, root, host, system)
+}
+
+// record notes what was installed in a root file system that outlives its
+// runtimes. What is in a container's goes with it.
+func (rs *runtimes) record(host string, res trust.Result) {
+	if host == "" {
+		return
+	}
+	if err := rs.a.ledger.Record(host, res); err != nil {
+		rs.a.log.Error("recording what was installed", "err", err)
+	}
+}
+
+// prove finds out whether a running runtime trusts the CA, by having it pull
+// from a probe address.
+func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system error) {
+	why := "it was running before the CA was installed, and has read its roots"
+	if rs.a.kernel.Early(rt.pid) {
+		why = "it connected somewhere before the CA was installed"
+	}
+	if system != nil {
+		why = "the CA can't be installed: " + system.Error()
+	}
+	if rt.kind.ask == nil {
+		rs.passThrough(rt, why+"; it can't be asked to prove otherwise", rt.restartStep())
+		return
+	}
+	rs.passThrough(rt, "it is being asked whether it trusts the CA", "wait a moment")
+	var perr error
+	if system == nil {
+		if perr = rs.probe(rt, probeSystem); perr == nil {
+			rs.intercept(rt, trustBySystem, nil)
+			return
+		}
+	}
+	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
+		if coverage, err := rs.proveCertsD(rt, root, host); err == nil {
+			rs.intercept(rt, trustByCertsD, coverage)
+			return
+		} else if perr == nil || !errors.Is(err, errDistrusts) {
+			perr = err
+		}
+	}
+	if rt.ctx.Err() != nil {
+		return
+	}
+	if errors.Is(perr, errDistrusts) || perr == nil {
+		rs.passThrough(rt, why, rt.restartStep())
+		return
+	}
+	rs.passThrough(rt, why+"; asked to prove otherwise: "+perr.Error(), rt.restartStep())
+}
+
+// proveCertsD tries the directories that the runtime reads at each pull, one
+// after the other, and leaves the CA only in the one that it does read.
+func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (trust.Coverage, error) {
+	var last error
+	for _, dir := range certsDOf(rt, root) {
+		place := trust.Places{CertsD: []string{dir}}
+		res := rs.a.ca.Install(root, place, rs.a.certsDHosts())
+		rs.record(host, res)
+		coverage := res.CertsD[dir]
+		if !coverage.Covers(probeCertsD.String()) {
+			last = fmt.Errorf("%s: %w", dir, coverage[probeCertsD.String()])
+			continue
+		}
+		err := rs.probe(rt, probeCertsD)
+		if err == nil {
+			return coverage, nil
+		}
+		last = err
+		if _, err := trust.Uninstall(root, place, rs.a.ledger.Made(host)); err != nil {
+			rs.a.log.Warn("taking the CA out again", "dir", dir, "err", err)
+		}
+	}
+	return nil, last
+}
+
+// configPathRE finds the directories that a containerd's configuration names.
+// Whether it really reads them is for the probe to say.
+var configPathRE = regexp.MustCompile(`(?m)^\s*config_path\s*=\s*["']([^"'\n]+)["']`)
+
+// certsDOf returns the certs.d directories that a runtime may read.
+func certsDOf(rt *runtimeProc, root *trust.Root) []string {
+	dirs := slices.Clone(rt.kind.certsD)
+	config := "/etc/containerd/config.toml"
+	args := nulSeparated(rt.pid, "cmdline")
+	for i, arg := range args {
+		if v, ok := strings.CutPrefix(arg, "--config="); ok {
+			config = v
+		} else if (arg == "-c" || arg == "--config") && i+1 < len(args) {
+			config = args[i+1]
+		}
+	}
+	b, err := root.ReadFile(config, 1<<20)
+	if err != nil {
+		return dirs
+	}
+	for _, m := range configPathRE.FindAllSubmatch(b, 8) {
+		if dir := string(m[1]); filepath.IsAbs(dir) && filepath.Clean(dir) == dir && !slices.Contains(dirs, dir) {
+			dirs = append([]string{dir}, dirs...)
+		}
+	}
+	return dirs
+}
+
+var (
+	errDistrusts = errors.New("it does not trust the CA")
+	errNoProbe   = errors.New("it did not come to the probe address")
+)
+
+// probe makes a runtime pull from a probe address. It returns nil when the
+// runtime trusted the certificate that it was shown there, [errDistrusts] when
+// it did not, and another error when it could not be found out.
+func (rs *runtimes) probe(rt *runtimeProc, addr netip.Addr) error {
+	verdict := make(chan error, 1)
+	rt.mu.Lock()
+	rt.verdicts[addr] = verdict
+	rt.mu.Unlock()
+	defer func() {
+		rt.mu.Lock()
+		delete(rt.verdicts, addr)
+		rt.mu.Unlock()
+	}()
+	image := addr.String() + "/weir/probe:" + strings.ToLower(rand.Text()[:12])
+	// A runtime that is just starting doesn't answer at once.
+	ctx, cancel := context.WithTimeout(rt.ctx, 30*time.Second)
+	defer cancel()
+	for delay := 50 * time.Millisecond; ; delay = min(2*delay, 2*time.Second) {
+		asked := make(chan error, 1)
+		go func() { asked <- rt.kind.ask(ctx, rt, image) }()
+		select {
+		case err := <-verdict:
+			return err
+		case err := <-asked:
+			select {
+			case err := <-verdict: // the answer's cause
+				return err
+			case <-time.After(200 * time.Millisecond):
+			}
+			select {
+			case err := <-verdict:
+				return err
+			case <-ctx.Done():
+				if err == nil {
+					err = errNoProbe
+				}
+				return fmt.Errorf("%w: %w", errNoProbe, err)
+			case <-time.After(delay):
+			}
+		case <-ctx.Done():
+			return errNoProbe
+		}
+	}
+}
+
+// probed takes in what became of a connection to a probe address.
+func (rs *runtimes) probed(pid int, addr netip.Addr, err error) {
+	rt := rs.find(pid)
+	if rt == nil {
+		return
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if ch, ok := rt.verdicts[addr]; ok {
+		select {
+		case ch <- err:
+		default:
+		}
+	}
+}
+
+// trusts says whether a runtime trusts the CA for a registry. It waits until
+// that is known, so that a client gets its certificate only after the CA is in
+// place.
+func (rs *runtimes) trusts(rt *runtimeProc, known registry.Known, host string) bool {
+	select {
+	case <-rt.settled:
+	case <-time.After(2 * time.Second):
+		return false
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if rt.reach != ReachIntercepted {
+		return false
+	}
+	if !rt.certsD {
+		return true
+	}
+	name := host
+	if known.Name != "" {
+		name = known.Name
+	}
+	return rt.coverage.Covers(name)
+}
+
+// rejected takes in that a runtime did not trust a certificate after all. It is
+// left alone from then on.
+func (rs *runtimes) rejected(rt *runtimeProc, host string, err error) {
+	rs.a.log.Error("a runtime refused weir's certificate; it is passed through from now on", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
+	rs.passThrough(rt, "it refused weir's certificate for "+host, rt.restartStep())
+	rs.state.refused(rt)
+}
+
+// shareContent lets the store read the blobs that a containerd has, in place.
+func (rs *runtimes) shareContent(rt *runtimeProc) {
+	for delay := 200 * time.Millisecond; rt.ctx.Err() == nil; delay = min(2*delay, 10*time.Second) {
+		dir, err := contentDir(rt)
+		if err == nil {
+			dir = filepath.Join("/proc", fmt.Sprint(rt.pid), "root", dir, "blobs")
+			rs.a.store.AddForeign(dir)
+			rs.a.log.Debug("reading a containerd's content store", "pid", rt.pid, "dir", dir)
+			<-rt.ctx.Done()
+			rs.a.store.RemoveForeign(dir)
+			return
+		}
+		select {
+		case <-rt.ctx.Done():
+		case <-time.After(delay):
+		}
+	}
+}
+
+// contentDir asks a containerd where its content store is.
+func contentDir(rt *runtimeProc) (string, error) {
+	conn, err := dialGRPC(rt)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(rt.ctx, 10*time.Second)
+	defer cancel()
+	c, err := containerd.NewWithConn(conn)
+	if err != nil {
+		return "", err
+	}
+	resp, err := c.IntrospectionService().Plugins(ctx, "type==io.containerd.content.v1,id==content")
+	if err != nil {
+		return "", fmt.Errorf("asking containerd (process %d) for its plugins: %w", rt.pid, err)
+	}
+	for _, p := range resp.Plugins {
+		if dir := p.Exports["root"]; strings.HasPrefix(dir, "/") && filepath.Clean(dir) == dir {
+			return dir, nil
+		}
+	}
+	return "", fmt.Errorf("containerd (process %d) doesn't say where its content is", rt.pid)
+}
+
+func (rs *runtimes) status() []RuntimeStatus {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	all := make([]RuntimeStatus, 0, len(rs.all))
+	for _, rt := range rs.all {
+		rt.mu.Lock()
+		s := RuntimeStatus{Kind: rt.kind.name, PID: rt.pid, Netns: rt.netns, Reach: rt.reach, Trust: rt.how, Reason: rt.reason, Step: rt.step}
+		for host, err := range rt.coverage {
+			if err != nil && rt.certsD {
+				if s.Except == nil {
+					s.Except = make(map[string]string)
+				}
+				s.Except[host] = err.Error()
+			}
+		}
+		rt.mu.Unlock()
+		all = append(all, s)
+	}
+	slices.SortFunc(all, func(a, b RuntimeStatus) int { return a.PID - b.PID })
+	return all
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"weir/agent/trust"
+)
+
+// Uninstall stops a running agent, takes the CA out of every root file system
+// that a runtime of this node may read it from, and removes what weir has kept.
+// It returns what it removed.
+func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("weir uninstall must run as root: it removes files that root has installed; use sudo")
+	}
+	if err := stopAgent(ctx, filepath.Join(conf.RunDir, pidFile)); err != nil {
+		return nil, err
+	}
+	var errs []error
+	ledger, err := openLedgerIfAny(filepath.Join(conf.DataDir, ledgerFile))
+	if err != nil {
+		errs = append(errs, err)
+	}
+	clean := func(open func() (*trust.Root, error), name string, made []trust.Made) {
+		r, err := open()
+		if errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("opening the root file system %s: %w", name, err))
+			return
+		}
+		defer r.Close()
+		gone, err := trust.Uninstall(r, trust.UsualPlaces(), made)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("in the root file system %s: %w", name, err))
+		}
+		for _, g := range gone {
+			removed = append(removed, filepath.Join(name, g))
+		}
+	}
+	seen := lastingRoots()
+	for _, name := range seen {
+		var made []trust.Made
+		if ledger != nil {
+			made = ledger.Made(name)
+		}
+		clean(func() (*trust.Root, error) { return trust.OpenRootDir(name) }, name, made)
+	}
+	// Containers: their processes lead to their root file systems.
+	procs, _ := os.ReadDir("/proc")
+	for _, p := range procs {
+		pid, err := strconv.Atoi(p.Name())
+		if err != nil {
+			continue
+		}
+		r, err := trust.OpenRoot(pid)
+		if err != nil {
+			continue
+		}
+		id := r.ID()
+		r.Close()
+		if _, done := seen[id]; done {
+			continue
+		}
+		name := "/proc/" + p.Name() + "/root"
+		seen[id] = name
+		clean(func() (*trust.Root, error) { return trust.OpenRoot(pid) }, name, nil)
+	}
+	if ledger != nil {
+		ledger.Close()
+	}
+	if len(errs) > 0 {
+		// The list of what was installed stays, for the next try.
+		return removed, errors.Join(errs...)
+	}
+	for _, dir := range []string{conf.DataDir, conf.RunDir} {
+		gone, err := removeOwn(dir)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		removed = append(removed, gone...)
+	}
+	return removed, errors.Join(errs...)
+}
+
+func openLedgerIfAny(path string) (*trust.Ledger, error) {
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return trust.OpenLedger(path)
+}
+
+// ownEntries are what weir makes in its directories. Anything else that
+// somebody put there stays.
+var ownEntries = []string{"ca", "store", ledgerFile, pidFile, "state.json", "state.json.new"}
+
+func removeOwn(dir string) (removed []string, err error) {
+	for _, e := range ownEntries {
+		path := filepath.Join(dir, e)
+		if _, serr := os.Lstat(path); serr != nil {
+			continue
+		}
+		if rerr := os.RemoveAll(path); rerr != nil {
+			err = errors.Join(err, fmt.Errorf("removing %s: %w", path, rerr))
+			continue
+		}
+		removed = append(removed, path)
+	}
+	if os.Remove(dir) == nil {
+		removed = append(removed, dir)
+	}
+	return removed, err
+}
+
+// stopAgent stops the agent that holds the pid file, and waits for its end.
+func stopAgent(ctx context.Context, path string) error {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
+		return nil // nobody has it: left over from one that was killed
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return fmt.Errorf("%s names no process; stop the running agent and try again", path)
+	}
+	p, err := os.FindProcess(pid)
+	if err == nil {
+		err = p.Signal(unix.SIGTERM)
+	}
+	if err != nil {
+		return fmt.Errorf("stopping the agent (process %d): %w", pid, err)
+	}
+	// The lock is given up at the very end.
+	done := make(chan error, 1)
+	go func() { done <- unix.Flock(int(f.Fd()), unix.LOCK_SH) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("the agent (process %d) does not end; kill it and try again: %w", pid, ctx.Err())
+	}
+}

@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command weir is a transparent cache for container images: `weir agent` runs
+// on a node, the other commands look after it.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+	"weir/agent"
+	"weir/proxy/store"
+)
+
+// version is set when a release is built.
+var version = ""
+
+// Exit codes.
+const (
+	exitFailed = 1 // it could not be done; the message says why
+	exitUsage  = 2 // the command line is wrong
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer stop()
+	// A second signal ends the process at once.
+	context.AfterFunc(ctx, stop)
+
+	root := newCommand()
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return
+	}
+	var silent silentError
+	if errors.As(err, &silent) {
+		os.Exit(exitFailed)
+	}
+	fmt.Fprintf(os.Stderr, "weir: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+	var usage usageError
+	if errors.As(err, &usage) || strings.HasPrefix(err.Error(), "unknown command") {
+		fmt.Fprintf(os.Stderr, "See `%s --help`.\n", cmd.CommandPath())
+		os.Exit(exitUsage)
+	}
+	os.Exit(exitFailed)
+}
+
+// usageError is a mistake in the command line.
+type usageError struct{ error }
+
+// silentError is a failure that was reported already.
+type silentError struct{ error }
+
+func newCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "weir",
+		Short:         "A transparent cache for container images",
+		Long:          "weir redirects the connections that container runtimes open to registries into a\nlocal cache, with eBPF. Nothing has to be configured in any runtime.",
+		Version:       buildVersion(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.CompletionOptions.HiddenDefaultCmd = true
+	root.AddCommand(agentCommand(), statusCommand(), doctorCommand(), uninstallCommand())
+	for _, c := range root.Commands() {
+		c.Args = func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError{fmt.Errorf("%q is too much: the command takes no arguments, only flags", args[0])}
+			}
+			return nil
+		}
+		c.PreRunE = func(c *cobra.Command, _ []string) error { return fromEnvironment(c.Flags()) }
+	}
+	return root
+}
+
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "devel"
+}
+
+// fromEnvironment gives flags that aren't on the command line the value of
+// their WEIR_ variable: --data-dir is WEIR_DATA_DIR. A flag that may be repeated
+// takes several values with commas between them.
+func fromEnvironment(flags *pflag.FlagSet) (err error) {
+	flags.VisitAll(func(f *pflag.Flag) {
+		name := "WEIR_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if value, ok := os.LookupEnv(name); ok && !f.Changed && err == nil {
+			if serr := flags.Set(f.Name, value); serr != nil {
+				err = usageError{fmt.Errorf("%s: %w", name, serr)}
+			}
+		}
+	})
+	return err
+}
+
+// Flags that several commands have.
+func dirFlags(f *pflag.FlagSet, c *agent.Config) {
+	f.StringVar(&c.DataDir, "data-dir", agent.DefaultDataDir, "where the CA and the store are kept")
+	f.StringVar(&c.RunDir, "run-dir", agent.DefaultRunDir, "where what is true until the next boot is kept")
+}
+
+func adminFlag(f *pflag.FlagSet, admin *string) {
+	f.StringVar(admin, "admin", agent.DefaultAdmin, "`address` of status, metrics and health")
+}
+
+func agentCommand() *cobra.Command {
+	var conf agent.Config
+	var ports []uint
+	var size, level, format string
+	c := &cobra.Command{
+		Use:   "agent",
+		Short: "Run the node agent",
+		Long:  "Run the node agent: redirect the connections of this node's container runtimes to\nregistries, cache what they pull, and let everything else through.\n\nEach flag can also be given in the environment: --data-dir as WEIR_DATA_DIR.",
+	}
+	f := c.Flags()
+	dirFlags(f, &conf)
+	adminFlag(f, &conf.Admin)
+	f.StringVar(&conf.Cgroup, "cgroup", "", "cgroup2 `directory` whose processes are served (default: the cgroup2 mount)")
+	for _, p := range agent.DefaultPorts {
+		ports = append(ports, uint(p))
+	}
+	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
+	f.StringSliceVar(&conf.Registries, "registry", nil, "a further registry, `HOST[:PORT][=CA.pem]`; may be repeated")
+	f.StringVar(&size, "store-size", "", "bound of the store, such as 50GiB (default: a tenth of the file system)")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&format, "log-format", "text", "text or json")
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		log, err := newLogger(os.Stderr, level, format)
+		if err != nil {
+			return usageError{err}
+		}
+		if size != "" {
+			if conf.StoreSize, err = store.ParseSize(size); err != nil {
+				return usageError{fmt.Errorf("--store-size: %w", err)}
+			}
+			if conf.StoreSize == 0 {
+				return usageError{errors.New("--store-size must be more than 0")}
+			}
+		}
+		for _, p := range ports {
+			if p == 0 || p > 65535 {
+				return usageError{fmt.Errorf("--ports: %d is not a TCP port", p)}
+			}
+			conf.Ports = append(conf.Ports, uint16(p))
+		}
+		conf.Version, conf.Log = buildVersion(), log
+		return agent.Run(cmd.Context(), conf, func(a *agent.Agent) { announce(log, a.Status()) })
+	}
+	return c
+}
+
+func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, fmt.Errorf("--log-level: %q is none of debug, info, warn, error", level)
+	}
+	o := &slog.HandlerOptions{Level: l}
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(w, o)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, o)), nil
+	}
+	return nil, fmt.Errorf("--log-format: %q is neither text nor json", format)
+}
+
+// announce says what the agent found and what it will do.
+func announce(log *slog.Logger, s agent.Status) {
+	log.Info("weir is ready", "version", s.Version, "cgroup", s.Cgroup, "data", s.DataDir,
+		"store_blobs", s.Store.Blobs, "store_bytes", s.Store.Bytes, "store_max_bytes", s.Store.MaxBytes)
+	if len(s.Runtimes) == 0 {
+		log.Info("no container runtime is running yet; each will be intercepted from its start")
+	}
+	for _, r := range s.Runtimes {
+		log.Info("found a runtime; it is passed through until it is known to trust weir's CA", "runtime", r.Kind, "pid", r.PID)
+	}
+}
+
+func statusCommand() *cobra.Command {
+	var admin string
+	var asJSON, watch bool
+	c := &cobra.Command{Use: "status", Short: "Show the runtimes, registries and store of the running agent"}
+	adminFlag(c.Flags(), &admin)
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.Flags().BoolVar(&watch, "watch", false, "show it again every second")
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		for {
+			raw, s, err := fetchStatus(cmd.Context(), admin)
+			if err != nil {
+				return err
+			}
+			out := cmd.OutOrStdout()
+			if watch && !asJSON {
+				fmt.Fprint(out, "\x1b[H\x1b[2J")
+			}
+			if asJSON {
+				_, err = out.Write(raw)
+			} else {
+				err = printStatus(out, s)
+			}
+			if err != nil || !watch {
+				return err
+			}
+			select {
+			case <-cmd.Context().Done():
+				return nil
+			case <-time.After(time.Second):
+			}
+		}
+	}
+	return c
+}
+
+func fetchStatus(ctx context.Context, admin string) ([]byte, agent.Status, error) {
+	var s agent.Status
+	if _, _, err := net.SplitHostPort(admin); err != nil {
+		return nil, s, usageError{fmt.Errorf("--admin: %w", err)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+admin+"/api/status", nil)
+	if err != nil {
+		return nil, s, usageError{fmt.Errorf("--admin: %w", err)}
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, s, fmt.Errorf("no agent answers at %s; start it with `weir agent`, or name its address with --admin", admin)
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	if err == nil {
+		err = json.Unmarshal(raw, &s)
+	}
+	if err != nil {
+		return nil, s, fmt.Errorf("what answers at %s is not weir's agent: %w", admin, err)
+	}
+	return raw, s, nil
+}
+
+func printStatus(w io.Writer, s agent.Status) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "weir %s, process %d, up %s\n\n", s.Version, s.PID, time.Since(s.Started).Round(time.Second))
+	fmt.Fprintln(t, "RUNTIME\tPID\tREACH\tWHY")
+	for _, r := range s.Runtimes {
+		why := r.Trust
+		if r.Reason != "" {
+			why = r.Reason
+		}
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\n", r.Kind, r.PID, r.Reach, why)
+		if r.Step != "" {
+			fmt.Fprintf(t, "\t\t\t→ %s\n", r.Step)
+		}
+		for host, reason := range r.Except {
+			fmt.Fprintf(t, "\t\t\tbut not %s: %s\n", host, reason)
+		}
+	}
+	if len(s.Runtimes) == 0 {
+		fmt.Fprintln(t, "none is running")
+	}
+	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHITS\tMISSES\tFROM STORE\tFROM UPSTREAM")
+	for _, r := range s.Registries {
+		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\n", r.Registry, r.Requests, r.Hits, r.Misses, bytesText(r.BytesFromStore), bytesText(r.BytesFromUpstream))
+	}
+	if len(s.Registries) == 0 {
+		fmt.Fprintln(t, "none was asked for anything yet")
+	}
+	if len(s.UnknownHosts) > 0 {
+		fmt.Fprintln(t, "\nPASSED THROUGH\tCONNECTIONS\tif it is a registry, add it with --registry")
+		for _, u := range s.UnknownHosts {
+			fmt.Fprintf(t, "%s\t%d\n", u.Host, u.Connections)
+		}
+	}
+	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, bytesText(s.Store.Bytes), bytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
+	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedOn, s.Connections.Failed)
+	fmt.Fprintf(t, "DOORS\t%d\n", len(s.Doors))
+	return t.Flush()
+}
+
+func bytesText(n int64) string {
+	const units = "KMGTPE"
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	v, i := float64(n)/1024, 0
+	for v >= 1024 && i < len(units)-1 {
+		v, i = v/1024, i+1
+	}
+	return fmt.Sprintf("%.1f %ciB", v, units[i])
+}
+
+func doctorCommand() *cobra.Command {
+	var conf agent.Config
+	var asJSON bool
+	c := &cobra.Command{Use: "doctor", Short: "Look for what would keep weir from working on this node"}
+	f := c.Flags()
+	dirFlags(f, &conf)
+	adminFlag(f, &conf.Admin)
+	f.StringVar(&conf.Cgroup, "cgroup", "", "cgroup2 `directory` whose processes are served (default: the cgroup2 mount)")
+	f.BoolVar(&asJSON, "json", false, "print JSON")
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		findings := agent.Doctor(cmd.Context(), conf)
+		out := cmd.OutOrStdout()
+		failed := 0
+		for _, f := range findings {
+			if f.Problem != "" && !f.Warning {
+				failed++
+			}
+		}
+		if asJSON {
+			if err := json.NewEncoder(out).Encode(findings); err != nil {
+				return err
+			}
+		} else {
+			for _, f := range findings {
+				switch {
+				case f.Problem == "":
+					fmt.Fprintf(out, "ok    %s\n", f.What)
+				case f.Warning:
+					fmt.Fprintf(out, "warn  %s: %s\n", f.What, f.Problem)
+				default:
+					fmt.Fprintf(out, "FAIL  %s: %s\n", f.What, f.Problem)
+				}
+				if f.Step != "" {
+					fmt.Fprintf(out, "      → %s\n", f.Step)
+				}
+			}
+			if failed == 0 {
+				fmt.Fprintln(out, "\nweir can work on this node.")
+			} else {
+				fmt.Fprintf(out, "\nweir can't work on this node until what is marked FAIL is mended (%d).\n", failed)
+			}
+		}
+		if failed > 0 {
+			return silentError{errors.New("the node is not ready")}
+		}
+		return nil
+	}
+	return c
+}
+
+func uninstallCommand() *cobra.Command {
+	var conf agent.Config
+	c := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Stop the agent and remove every trace of weir from this node",
+		Long:  "Stop the agent, take its CA out of every place where a runtime reads certificates,\nand remove the store and the CA's key.",
+	}
+	dirFlags(c.Flags(), &conf)
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
+		defer cancel()
+		removed, err := agent.Uninstall(ctx, conf)
+		for _, r := range removed {
+			fmt.Fprintln(cmd.OutOrStdout(), "removed", r)
+		}
+		if err == nil {
+			fmt.Fprintln(cmd.OutOrStdout(), "weir is gone from this node.")
+		}
+		return err
+	}
+	return c
+}

@@ -1,0 +1,499 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package bpf is weir's kernel side: programs that follow the container
+// runtimes of a cgroup2 subtree and send their connections to registries to a
+// listener of the agent, a door, in the runtime's own network namespace.
+//
+// A process is tracked from its exec on, when its program has one of the given
+// names. A tracked process's connection to one of the given ports is
+// redirected, and only then, when there is a door for it at that moment: the
+// programs look for the listener itself, which carries a mark that only its
+// owner can set, and at a heartbeat. Whatever is missing, the connection is
+// left alone and goes where it was meant to.
+//
+// The agent learns where an accepted connection wanted to go from its socket
+// ([Kernel.Origin]). Nothing has to be cleaned up: what is remembered of a
+// connection is stored with its sockets.
+//
+// All programs are attached by links that are not pinned, so the kernel takes
+// them off with the process's last breath, however it ends.
+package bpf
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+)
+
+// Mode is how a tracked process's connections are treated.
+type Mode uint32
+
+const (
+	// ModeProbe redirects connections to probe addresses only.
+	ModeProbe Mode = iota + 1
+	// ModeNew is what a process is in from its exec on. It redirects as
+	// ModeRedirect does, and notes a process that has connected to somewhere
+	// without being redirected; see [Kernel.Early].
+	ModeNew
+	// ModeRedirect redirects connections to the given ports.
+	ModeRedirect
+)
+
+var (
+	// ErrNoOrigin says that a connection was not redirected here.
+	ErrNoOrigin = errors.New("the connection was not redirected")
+	// ErrClosed says that the kernel side was closed.
+	ErrClosed = fmt.Errorf("the kernel side is closed: %w", os.ErrClosed)
+)
+
+// Options for Load.
+type Options struct {
+	// Cgroup is the cgroup2 directory whose processes, with those of the
+	// cgroups below, are concerned.
+	Cgroup string
+	// Ports are the TCP destination ports that are redirected, at most 16.
+	Ports []uint16
+	// Probes are IPv4 addresses, at most 4, that every tracked process is
+	// redirected from, at port 443.
+	Probes []netip.Addr
+	// Names are the executables' names that make a process tracked. The
+	// kernel compares the first 15 bytes.
+	Names []string
+	// MaxBeatAge is how old the last Beat may be. Zero means 500 ms.
+	MaxBeatAge time.Duration
+}
+
+// Kernel is the kernel side, loaded and attached. Its methods may be called
+// concurrently.
+type Kernel struct {
+	objs   kernelObjects
+	beat   *ebpf.Memory // shared with the programs
+	events *ringbuf.Reader
+
+	mu    sync.Mutex
+	links []link.Link
+}
+
+// Load loads the programs and attaches them. It needs a kernel of 5.15 or
+// later with BTF, and root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON or
+// CAP_SYS_ADMIN).
+func Load(o Options) (*Kernel, error) {
+	cgroup, err := openCgroup(o.Cgroup)
+	if err != nil {
+		return nil, err
+	}
+	defer cgroup.Close()
+	k, err := load(o)
+	if err != nil {
+		return nil, err
+	}
+	if err := k.setUp(o, cgroup); err != nil {
+		k.Close()
+		return nil, err
+	}
+	if err := k.attach(cgroup); err != nil {
+		k.Close()
+		return nil, err
+	}
+	return k, nil
+}
+
+// load loads the programs without attaching them.
+func load(o Options) (*Kernel, error) {
+	spec, err := loadKernel()
+	if err != nil {
+		return nil, fmt.Errorf("reading the eBPF programs: %w", err)
+	}
+	if o.MaxBeatAge == 0 {
+		o.MaxBeatAge = 500 * time.Millisecond
+	}
+	var ports [16]uint16
+	if len(o.Ports) > len(ports) {
+		return nil, fmt.Errorf("%d ports to redirect; at most %d can be", len(o.Ports), len(ports))
+	}
+	copy(ports[:], o.Ports)
+	var probes [4][4]byte // in network order
+	if len(o.Probes) > len(probes) {
+		return nil, fmt.Errorf("%d probe addresses; at most %d can be", len(o.Probes), len(probes))
+	}
+	for i, p := range o.Probes {
+		if !p.Is4() {
+			return nil, fmt.Errorf("the probe address %s is not an IPv4 address", p)
+		}
+		probes[i] = p.As4()
+	}
+	for name, value := range map[string]any{"max_age": uint64(o.MaxBeatAge), "ports": ports, "probes": probes} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, fmt.Errorf("setting %s of the eBPF programs: %w", name, err)
+		}
+	}
+	k := &Kernel{}
+	if err := spec.LoadAndAssign(&k.objs, nil); err != nil {
+		return nil, explain("loading the eBPF programs", err)
+	}
+	return k, nil
+}
+
+// explain puts the usual cause into an error: the library's own hint for EPERM,
+// the limit on locked memory, is mostly wrong.
+func explain(doing string, err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && os.Geteuid() != 0:
+		return fmt.Errorf("%s is not permitted (%w); run as root with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, in a container as privileged, and see that the kernel is not locked down", doing, unix.EPERM)
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return fmt.Errorf("%s: this kernel lacks something (%w); use Linux 5.15 or later with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_DEBUG_INFO_BTF", doing, err)
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+func (k *Kernel) setUp(o Options, cgroup *os.File) error {
+	var err error
+	if k.beat, err = k.objs.Heartbeat.Memory(); err != nil {
+		return fmt.Errorf("mapping the heartbeat: %w", err)
+	}
+	for _, n := range o.Names {
+		var key [16]byte
+		copy(key[:15], n)
+		if err := k.objs.Names.Put(key, uint8(1)); err != nil {
+			return fmt.Errorf("naming %q to the kernel side: %w", n, err)
+		}
+	}
+	if err := k.objs.Subtree.Put(uint32(0), uint32(cgroup.Fd())); err != nil {
+		return fmt.Errorf("naming the cgroup %s to the kernel side: %w", o.Cgroup, err)
+	}
+	if k.events, err = ringbuf.NewReader(k.objs.Events); err != nil {
+		return fmt.Errorf("reading the kernel side's events: %w", err)
+	}
+	return nil
+}
+
+func (k *Kernel) attach(cgroup *os.File) error {
+	// Processes first: who starts meanwhile is new, and what escapes is noted.
+	for name, p := range map[string]*ebpf.Program{"exec": k.objs.WeirExec, "exit": k.objs.WeirExit} {
+		l, err := link.AttachTracing(link.TracingOptions{Program: p})
+		if err != nil {
+			return explain("following processes' "+name, err)
+		}
+		k.links = append(k.links, l)
+	}
+	for _, a := range []struct {
+		to ebpf.AttachType
+		p  *ebpf.Program
+	}{
+		{ebpf.AttachCGroupSockOps, k.objs.WeirSockops},
+		{ebpf.AttachCgroupInet4GetPeername, k.objs.WeirGetpeername4},
+		{ebpf.AttachCgroupInet6GetPeername, k.objs.WeirGetpeername6},
+		{ebpf.AttachCGroupInet4Connect, k.objs.WeirConnect4},
+		{ebpf.AttachCGroupInet6Connect, k.objs.WeirConnect6},
+	} {
+		// A link and nothing else: link.AttachCgroup falls back to an
+		// attachment that would stay when this process is killed.
+		l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(cgroup.Fd()), Program: a.p, Attach: a.to})
+		if err != nil {
+			return explain(fmt.Sprintf("attaching %s to %s", a.to, cgroup.Name()), err)
+		}
+		k.links = append(k.links, l)
+	}
+	return nil
+}
+
+// Detach takes the programs off. New connections go direct from then on; of
+// those that were accepted, [Kernel.Origin] still tells where they wanted to
+// go.
+func (k *Kernel) Detach() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var errs []error
+	// In reverse: redirecting ends first.
+	for i := len(k.links) - 1; i >= 0; i-- {
+		errs = append(errs, k.links[i].Close())
+	}
+	k.links = nil
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("detaching the eBPF programs: %w", err)
+	}
+	return nil
+}
+
+// Close detaches and unloads everything.
+func (k *Kernel) Close() error {
+	err := k.Detach()
+	if k.events != nil {
+		err = errors.Join(err, k.events.Close())
+	}
+	return errors.Join(err, k.objs.Close())
+}
+
+// Beat tells the programs that the agent is alive. Without one in MaxBeatAge
+// they let all connections go direct.
+func (k *Kernel) Beat() {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) // the clock of bpf_ktime_get_ns
+	var b [8]byte
+	binary.NativeEndian.PutUint64(b[:], uint64(ts.Nano()))
+	_, _ = k.beat.WriteAt(b[:], 0) // it is mapped writable
+}
+
+// OpenDoor has tracked processes of a network namespace redirected to the
+// given listeners, which must be in that namespace, at 127.0.0.1 and ::1. The
+// second may be nil. A door that was open there is replaced. It returns the
+// namespace's cookie.
+func (k *Kernel) OpenDoor(l4, l6 *net.TCPListener) (cookie uint64, err error) {
+	d := kernelDoor{Port4: uint16(l4.Addr().(*net.TCPAddr).Port)}
+	err = withFD(l4, func(fd int) error {
+		cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+		return errors.Join(err, k.objs.Marks.Put(uint32(fd), uint8(1)))
+	})
+	if err == nil && l6 != nil {
+		d.Port6 = uint16(l6.Addr().(*net.TCPAddr).Port)
+		err = withFD(l6, func(fd int) error { return k.objs.Marks.Put(uint32(fd), uint8(1)) })
+	}
+	if err != nil {
+		return 0, fmt.Errorf("marking a door's listener: %w", err)
+	}
+	if err := k.objs.Doors.Put(cookie, d); err != nil {
+		return 0, fmt.Errorf("registering a door: %w", err)
+	}
+	return cookie, nil
+}
+
+// CloseDoor ends redirecting in a network namespace. It is called before the
+// listeners are closed.
+func (k *Kernel) CloseDoor(cookie uint64) error {
+	if err := k.objs.Doors.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("closing a door: %w", err)
+	}
+	return nil
+}
+
+// Origin is what is known of a redirected connection.
+type Origin struct {
+	Dst    netip.AddrPort // where the client wanted to go
+	PID    int            // of the client, in the initial PID namespace
+	Mode   Mode           // that the client was in
+	Netns  uint64         // cookie of the client's network namespace
+	Cgroup uint64         // id of the client's cgroup
+}
+
+// Origin tells where an accepted connection wanted to go. The error is
+// [ErrNoOrigin] for one that was not redirected.
+func (k *Kernel) Origin(c *net.TCPConn) (Origin, error) {
+	var o kernelOrigin
+	err := withFD(c, func(fd int) error { return k.objs.Accepted.Lookup(uint32(fd), &o) })
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return Origin{}, ErrNoOrigin
+	}
+	if err != nil {
+		return Origin{}, fmt.Errorf("looking up where a connection wanted to go: %w", err)
+	}
+	addr := *(*[16]byte)(unsafe.Pointer(&o.Ip6)) // in network order, as are the ports
+	port := *(*[2]byte)(unsafe.Pointer(&o.Port))
+	return Origin{
+		Dst:    netip.AddrPortFrom(netip.AddrFrom16(addr).Unmap(), uint16(port[0])<<8|uint16(port[1])),
+		PID:    int(o.Tgid),
+		Mode:   Mode(o.Mode),
+		Netns:  o.Netns,
+		Cgroup: o.Cgroup,
+	}, nil
+}
+
+func withFD(c syscall.Conn, f func(fd int) error) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var ferr error
+	return errors.Join(raw.Control(func(fd uintptr) { ferr = f(int(fd)) }), ferr)
+}
+
+// SetMode says how a process's connections are treated, and has it tracked if
+// it wasn't.
+func (k *Kernel) SetMode(pid int, m Mode) error {
+	if err := k.objs.Tracked.Put(uint32(pid), uint32(m)); err != nil {
+		return fmt.Errorf("tracking process %d: %w", pid, err)
+	}
+	return nil
+}
+
+// Mode returns how a process's connections are treated, false when it isn't
+// tracked.
+func (k *Kernel) Mode(pid int) (Mode, bool) {
+	var m uint32
+	err := k.objs.Tracked.Lookup(uint32(pid), &m)
+	return Mode(m), err == nil
+}
+
+// Forget ends the tracking of a process.
+func (k *Kernel) Forget(pid int) error {
+	for _, m := range []*ebpf.Map{k.objs.Tracked, k.objs.Early} {
+		if err := m.Delete(uint32(pid)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forgetting process %d: %w", pid, err)
+		}
+	}
+	return nil
+}
+
+// Early says whether a process connected to somewhere, other than to itself or
+// for DNS, without being redirected while it was in ModeNew. Only such a process
+// can have verified a certificate already.
+func (k *Kernel) Early(pid int) bool {
+	var v uint8
+	return k.objs.Early.Lookup(uint32(pid), &v) == nil
+}
+
+// EventKind is what happened to a process.
+type EventKind uint32
+
+const (
+	// Exec: a process has started one of the named programs.
+	Exec EventKind = iota + 1
+	// Exit: a tracked process has ended, or started another program.
+	Exit
+)
+
+// Event is news of a process.
+type Event struct {
+	Kind EventKind
+	PID  int    // in the initial PID namespace
+	Name string // of an Exec: which of the names it was
+	Comm string // the process's name at that moment
+}
+
+// Next waits for the next event. The error is [ErrClosed] once the kernel side
+// is closed. Only one goroutine may call it.
+func (k *Kernel) Next() (Event, error) {
+	r, err := k.events.Read()
+	if err != nil {
+		if errors.Is(err, ringbuf.ErrClosed) {
+			return Event{}, ErrClosed
+		}
+		return Event{}, fmt.Errorf("reading the kernel side's events: %w", err)
+	}
+	if len(r.RawSample) < int(unsafe.Sizeof(kernelEvent{})) {
+		return Event{}, fmt.Errorf("an event of %d bytes from the kernel side", len(r.RawSample))
+	}
+	e := (*kernelEvent)(unsafe.Pointer(&r.RawSample[0]))
+	return Event{Kind: EventKind(e.Kind), PID: int(e.Tgid), Name: text(e.Name), Comm: text(e.Comm)}, nil
+}
+
+func text(c [16]int8) string {
+	s, _, _ := strings.Cut(string((*[16]byte)(unsafe.Pointer(&c))[:]), "\x00")
+	return s
+}
+
+// Stats count what the programs decided about tracked processes' connections,
+// since they were loaded.
+type Stats struct {
+	Redirected uint64 `json:"redirected"`
+	NoDoor     uint64 `json:"no_door"`     // went direct: there was no door
+	StaleBeat  uint64 `json:"stale_beat"`  // went direct: no heartbeat
+	Unfit      uint64 `json:"unfit"`       // went direct: not plain TCP, or bound to a device
+	Early      uint64 `json:"early"`       // connections of new processes that went direct
+	NoOrigin   uint64 `json:"no_origin"`   // came to a door without having been redirected
+	EventsLost uint64 `json:"events_lost"` // because Next was not called often enough
+}
+
+// Stats returns the counts.
+func (k *Kernel) Stats() (s Stats, err error) {
+	for i, n := range []*uint64{&s.Redirected, &s.NoDoor, &s.StaleBeat, &s.Unfit, &s.Early, &s.NoOrigin, &s.EventsLost} {
+		var perCPU []uint64
+		if err := k.objs.Counters.Lookup(uint32(i), &perCPU); err != nil {
+			return s, fmt.Errorf("reading the kernel side's counts: %w", err)
+		}
+		for _, v := range perCPU {
+			*n += v
+		}
+	}
+	return s, nil
+}
+
+// CgroupRoot returns where cgroup2 is mounted: the mount of its root, where
+// there is one, since in a container there may also be one of a part.
+func CgroupRoot() (string, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	found := ""
+	for s := bufio.NewScanner(f); s.Scan(); {
+		// proc_pid_mountinfo(5): ID parent dev root mountpoint options... - type source
+		before, after, ok := strings.Cut(s.Text(), " - ")
+		fields := strings.Fields(before)
+		if !ok || !strings.HasPrefix(after, "cgroup2 ") || len(fields) < 5 {
+			continue
+		}
+		if found == "" || fields[3] == "/" {
+			found = fields[4]
+		}
+		if fields[3] == "/" {
+			break
+		}
+	}
+	if found == "" {
+		return "", errors.New("no cgroup2 file system is mounted; mount it with: mount -t cgroup2 none /sys/fs/cgroup/unified")
+	}
+	return found, nil
+}
+
+func openCgroup(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("the cgroup %s doesn't exist; name a cgroup2 directory with --cgroup", dir)
+		}
+		return nil, fmt.Errorf("opening the cgroup: %w", err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil || st.Type != unix.CGROUP2_SUPER_MAGIC {
+		f.Close()
+		return nil, fmt.Errorf("%s is not a cgroup2 directory; name one with --cgroup, below %s", dir, cgroupHint())
+	}
+	return f, nil
+}
+
+func cgroupHint() string {
+	if root, err := CgroupRoot(); err == nil {
+		return root
+	}
+	return "a cgroup2 mount (mount -t cgroup2 none /sys/fs/cgroup/unified)"
+}
+
+// Check tries out whether the kernel side can work on this machine, below a
+// cgroup2 directory, without any effect on it. Each error says what is missing
+// and what to do.
+func Check(cgroup string) (problems []error) {
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
+		problems = append(problems, errors.New("the kernel has no BTF type information (/sys/kernel/btf/vmlinux); use one with CONFIG_DEBUG_INFO_BTF"))
+	}
+	dir, err := openCgroup(cgroup)
+	if err != nil {
+		return append(problems, err)
+	}
+	defer dir.Close()
+	k, err := load(Options{})
+	if err != nil {
+		return append(problems, err)
+	}
+	defer k.Close()
+	// With no process tracked, attached programs do nothing.
+	if err := k.attach(dir); err != nil {
+		problems = append(problems, err)
+	}
+	return problems
+}

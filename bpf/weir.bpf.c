@@ -1,0 +1,572 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+//go:build ignore
+
+// The kernel side of weir: it follows container runtimes (exec, exit), sends
+// their connections to registries to the agent's listener in their own network
+// namespace (connect4/6), and tells the agent where they wanted to go
+// (sockops). Whatever goes wrong, the connection is left as it is.
+
+#include <linux/bpf.h>
+#include <linux/in.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define AF_INET 2
+#define AF_INET6 10
+#define SOCK_STREAM 1
+#define DNS 53
+#define HTTPS 443
+#define NAME_LEN 16 // TASK_COMM_LEN
+#define MAX_PORTS 16
+#define MAX_PROBES 4
+#define LOOPBACK4 bpf_htonl(0x7f000001)
+#define MAPPED bpf_htonl(0xffff) // third word of ::ffff:a.b.c.d
+
+// How a tracked process's connections are treated. Keep with Mode in Go.
+enum mode {
+	MODE_PROBE = 1, // only those to probe addresses are redirected
+	MODE_NEW,	// as MODE_REDIRECT, and what escapes is noted in early
+	MODE_REDIRECT,	// those to the given ports are redirected
+};
+
+// What the loader sets.
+const volatile __u64 max_age;		   // of the heartbeat, ns
+const volatile __u16 ports[MAX_PORTS];	   // redirected ones, host order; 0 ends the list
+const volatile __u32 probes[MAX_PROBES];   // IPv4, network order; 0 ends the list
+
+// Where a client wanted to go.
+struct origin {
+	__u32 ip6[4]; // network order; IPv4 as ::ffff:a.b.c.d
+	__u16 port;   // network order
+	__u16 via;    // port of the door it was sent to, network order
+	__u32 tgid;
+	__u32 mode;
+	__u32 pad;
+	__u64 netns;  // cookie
+	__u64 cgroup; // id
+};
+
+// A client's end of a connection.
+struct endpoint {
+	__u64 netns; // cookie
+	__u32 ip6[4];
+	__u32 port; // host order
+	__u32 pad;
+};
+
+// The agent's listeners in a network namespace; host order, 0 for none.
+struct door {
+	__u16 port4;
+	__u16 port6;
+};
+
+enum event_kind { EVENT_EXEC = 1, EVENT_EXIT };
+
+struct event {
+	__u32 kind;
+	__u32 tgid;
+	char name[NAME_LEN]; // which of names it was
+	char comm[NAME_LEN];
+};
+const struct event *unused_event __attribute__((unused)); // has bpf2go make the type
+
+// Keep with Stats in Go.
+enum counter { REDIRECTED, NO_DOOR, STALE_BEAT, UNFIT, EARLY, NO_ORIGIN, EVENTS_LOST, COUNTERS };
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} heartbeat SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32); // tgid
+	__type(value, __u32);
+} tracked SEC(".maps");
+
+// Processes that connected past us while they were new: they may have read
+// their root certificates before ours was there.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32); // tgid
+	__type(value, __u8);
+} early SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__type(key, char[NAME_LEN]);
+	__type(value, __u8);
+} names SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u64); // network namespace cookie
+	__type(value, struct door);
+} doors SEC(".maps");
+
+// On the agent's listeners: nobody else can put it there, so a process that
+// happens to listen on a door's port is not taken for one.
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u8);
+} marks SEC(".maps");
+
+// The origin is on the client's socket from connect() on, is handed over by
+// endpoint when the SYN leaves, and is on the agent's socket before accept()
+// can return it.
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origin);
+} dialled SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct endpoint);
+	__type(value, struct origin);
+} handover SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origin);
+} accepted SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_CGROUP_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} subtree SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 18);
+} events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+static __always_inline void count(__u32 which)
+{
+	__u64 *n = bpf_map_lookup_elem(&counters, &which);
+
+	if (n)
+		*n += 1;
+}
+
+// ---- connections ----
+
+static __always_inline int is_wanted_port(__u16 port)
+{
+#pragma unroll
+	for (int i = 0; i < MAX_PORTS; i++) {
+		if (!ports[i])
+			return 0;
+		if (ports[i] == port)
+			return 1;
+	}
+	return 0;
+}
+
+static __always_inline int is_probe(__u32 ip4)
+{
+#pragma unroll
+	for (int i = 0; i < MAX_PROBES; i++) {
+		if (!probes[i])
+			return 0;
+		if (probes[i] == ip4)
+			return 1;
+	}
+	return 0;
+}
+
+static __always_inline int is_alive(void)
+{
+	__u32 zero = 0;
+	__u64 *beat = bpf_map_lookup_elem(&heartbeat, &zero);
+
+	return beat && bpf_ktime_get_ns() - *beat <= max_age;
+}
+
+static __always_inline int is_marked(struct bpf_sock *sk)
+{
+	int ok = sk->state == BPF_TCP_LISTEN && bpf_sk_storage_get(&marks, sk, 0, 0);
+
+	bpf_sk_release(sk);
+	return ok;
+}
+
+// is_open says whether the agent is listening on 127.0.0.1 or ::1.
+static __always_inline int is_open(struct bpf_sock_addr *ctx, int v6, __u16 port)
+{
+	struct bpf_sock_tuple t = {};
+	struct bpf_sock *sk;
+
+	if (!port)
+		return 0;
+	if (v6) {
+		t.ipv6.saddr[3] = t.ipv6.daddr[3] = bpf_htonl(1);
+		t.ipv6.sport = bpf_htons(1); // any
+		t.ipv6.dport = bpf_htons(port);
+		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv6), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		t.ipv4.saddr = t.ipv4.daddr = LOOPBACK4;
+		t.ipv4.sport = bpf_htons(1);
+		t.ipv4.dport = bpf_htons(port);
+		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv4), BPF_F_CURRENT_NETNS, 0);
+	}
+	return sk ? is_marked(sk) : 0;
+}
+
+// divert decides whether a connection is redirected. If so it remembers the
+// origin and returns the door's port, in network order; else 0.
+static __always_inline __u16 divert(struct bpf_sock_addr *ctx, __u32 tgid, __u32 mode, int v6, __u32 a, __u32 b, __u32 c, __u32 d)
+{
+	__u16 dport = bpf_ntohs((__u16)ctx->user_port), port;
+	struct bpf_sock *sk = ctx->sk;
+	struct origin *o;
+	struct door *door;
+	__u64 netns;
+
+	// A socket may be used again after a failed connect() or AF_UNSPEC.
+	if (sk)
+		bpf_sk_storage_delete(&dialled, sk);
+	if (!(dport == HTTPS && !v6 && is_probe(d)) && (mode == MODE_PROBE || !is_wanted_port(dport)))
+		return 0;
+	if (!sk || ctx->protocol != IPPROTO_TCP || sk->bound_dev_if) { // loopback is another device
+		count(UNFIT);
+		return 0;
+	}
+	if (!is_alive()) {
+		count(STALE_BEAT);
+		return 0;
+	}
+	netns = bpf_get_netns_cookie(ctx);
+	door = bpf_map_lookup_elem(&doors, &netns);
+	if (!door) {
+		count(NO_DOOR);
+		return 0;
+	}
+	port = v6 ? door->port6 : door->port4;
+	if (!is_open(ctx, v6, port)) {
+		count(NO_DOOR);
+		return 0;
+	}
+	o = bpf_sk_storage_get(&dialled, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!o) {
+		count(UNFIT);
+		return 0;
+	}
+	o->ip6[0] = a;
+	o->ip6[1] = b;
+	o->ip6[2] = c;
+	o->ip6[3] = d;
+	o->port = ctx->user_port;
+	o->via = bpf_htons(port);
+	o->tgid = tgid;
+	o->mode = mode;
+	o->netns = netns;
+	o->cgroup = bpf_get_current_cgroup_id();
+	count(REDIRECTED);
+	return o->via;
+}
+
+static __always_inline void escaped(__u32 tgid, __u32 mode, __u32 user_port)
+{
+	__u8 one = 1;
+
+	if (mode != MODE_NEW || user_port == bpf_htons(DNS))
+		return;
+	bpf_map_update_elem(&early, &tgid, &one, BPF_ANY);
+	count(EARLY);
+}
+
+static __always_inline int is_loopback4(__u32 ip)
+{
+	return !ip || (ip & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+}
+
+SEC("cgroup/connect4")
+int weir_connect4(struct bpf_sock_addr *ctx)
+{
+	__u32 tgid, *mode, ip;
+	__u16 via;
+
+	if (ctx->type != SOCK_STREAM)
+		return 1;
+	tgid = bpf_get_current_pid_tgid() >> 32;
+	mode = bpf_map_lookup_elem(&tracked, &tgid);
+	if (!mode)
+		return 1;
+	ip = ctx->user_ip4;
+	if (is_loopback4(ip))
+		return 1;
+	via = divert(ctx, tgid, *mode, 0, 0, 0, MAPPED, ip);
+	if (via) {
+		ctx->user_ip4 = LOOPBACK4;
+		ctx->user_port = via;
+	} else {
+		escaped(tgid, *mode, ctx->user_port);
+	}
+	return 1;
+}
+
+SEC("cgroup/connect6")
+int weir_connect6(struct bpf_sock_addr *ctx)
+{
+	__u32 tgid, *mode, a, b, c, d;
+	int mapped;
+	__u16 via;
+
+	if (ctx->type != SOCK_STREAM)
+		return 1;
+	tgid = bpf_get_current_pid_tgid() >> 32;
+	mode = bpf_map_lookup_elem(&tracked, &tgid);
+	if (!mode)
+		return 1;
+	a = ctx->user_ip6[0];
+	b = ctx->user_ip6[1];
+	c = ctx->user_ip6[2];
+	d = ctx->user_ip6[3];
+	mapped = !a && !b && c == MAPPED;
+	if (mapped ? is_loopback4(d) : (!a && !b && !c && (!d || d == bpf_htonl(1))))
+		return 1;
+	// A mapped address stays one: the socket may be IPv6-only otherwise.
+	via = mapped ? divert(ctx, tgid, *mode, 0, a, b, c, d) : divert(ctx, tgid, *mode, 1, a, b, c, d);
+	if (!via) {
+		escaped(tgid, *mode, ctx->user_port);
+		return 1;
+	}
+	if (mapped) {
+		ctx->user_ip6[3] = LOOPBACK4;
+	} else {
+		ctx->user_ip6[0] = 0;
+		ctx->user_ip6[1] = 0;
+		ctx->user_ip6[2] = 0;
+		ctx->user_ip6[3] = bpf_htonl(1);
+	}
+	ctx->user_port = via;
+	return 1;
+}
+
+// clang would otherwise select among addresses of ctx's fields, which the
+// verifier refuses: both families are read first, and values selected.
+#define READ(x) (*(volatile __u32 *)&(x))
+
+static __always_inline void endpoint_of(struct endpoint *e, __u32 family, __u32 v4, __u32 a, __u32 b, __u32 c, __u32 d)
+{
+	int v6 = family == AF_INET6;
+
+	e->ip6[0] = v6 ? a : 0;
+	e->ip6[1] = v6 ? b : 0;
+	e->ip6[2] = v6 ? c : MAPPED;
+	e->ip6[3] = v6 ? d : v4;
+}
+
+static __noinline int leaving(struct bpf_sock_ops *s)
+{
+	__u32 v4 = READ(s->local_ip4), a = READ(s->local_ip6[0]), b = READ(s->local_ip6[1]), c = READ(s->local_ip6[2]), d = READ(s->local_ip6[3]);
+	struct bpf_sock *sk = s->sk;
+	struct endpoint e = {};
+	struct origin *o;
+
+	if (!sk)
+		return 1;
+	o = bpf_sk_storage_get(&dialled, sk, 0, 0);
+	if (!o)
+		return 1;
+	if (bpf_ntohl(s->remote_port) != bpf_ntohs(o->via)) {
+		bpf_sk_storage_delete(&dialled, sk);
+		return 1;
+	}
+	endpoint_of(&e, s->family, v4, a, b, c, d);
+	e.netns = bpf_get_netns_cookie(s);
+	e.port = s->local_port;
+	bpf_map_update_elem(&handover, &e, o, BPF_ANY);
+	return 1;
+}
+
+static __noinline int arrived(struct bpf_sock_ops *s)
+{
+	__u32 v4 = READ(s->remote_ip4), a = READ(s->remote_ip6[0]), b = READ(s->remote_ip6[1]), c = READ(s->remote_ip6[2]), d = READ(s->remote_ip6[3]);
+	struct bpf_sock *sk = s->sk;
+	struct endpoint e = {};
+	struct origin *o;
+	struct door *door;
+
+	if (!sk)
+		return 1;
+	e.netns = bpf_get_netns_cookie(s);
+	door = bpf_map_lookup_elem(&doors, &e.netns);
+	if (!door || (s->local_port != door->port4 && s->local_port != door->port6))
+		return 1;
+	endpoint_of(&e, s->family, v4, a, b, c, d);
+	e.port = bpf_ntohl(s->remote_port);
+	o = bpf_map_lookup_elem(&handover, &e);
+	if (!o || bpf_ntohs(o->via) != s->local_port) {
+		count(NO_ORIGIN);
+		return 1;
+	}
+	bpf_sk_storage_get(&accepted, sk, o, BPF_SK_STORAGE_GET_F_CREATE);
+	bpf_map_delete_elem(&handover, &e);
+	return 1;
+}
+
+SEC("sockops")
+int weir_sockops(struct bpf_sock_ops *s)
+{
+	switch (s->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB: // the source port is chosen, the SYN has not left
+		return leaving(s);
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB: // the listener is not woken yet
+		return arrived(s);
+	}
+	return 1;
+}
+
+static __always_inline struct origin *peer_of(struct bpf_sock_addr *ctx)
+{
+	struct origin *o = 0;
+
+	if (ctx->sk)
+		o = bpf_sk_storage_get(&dialled, ctx->sk, 0, 0);
+	// Not if the socket was connected elsewhere since.
+	return o && o->via == (__u16)ctx->user_port ? o : 0;
+}
+
+SEC("cgroup/getpeername4")
+int weir_getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct origin *o = peer_of(ctx);
+
+	if (o && ctx->user_ip4 == LOOPBACK4) {
+		ctx->user_ip4 = o->ip6[3];
+		ctx->user_port = o->port;
+	}
+	return 1;
+}
+
+SEC("cgroup/getpeername6")
+int weir_getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct origin *o = peer_of(ctx);
+
+	if (o && (ctx->user_ip6[3] == LOOPBACK4 || ctx->user_ip6[3] == bpf_htonl(1))) {
+		ctx->user_ip6[0] = o->ip6[0];
+		ctx->user_ip6[1] = o->ip6[1];
+		ctx->user_ip6[2] = o->ip6[2];
+		ctx->user_ip6[3] = o->ip6[3];
+		ctx->user_port = o->port;
+	}
+	return 1;
+}
+
+// ---- processes ----
+
+// What is read of the kernel's own structures, wherever they are in this kernel.
+#define CORE __attribute__((preserve_access_index))
+typedef struct {
+	int counter;
+} atomic_t;
+struct qstr {
+	const unsigned char *name;
+} CORE;
+struct dentry {
+	struct qstr d_name;
+} CORE;
+struct path {
+	struct dentry *dentry;
+} CORE;
+struct file {
+	struct path f_path;
+} CORE;
+struct linux_binprm {
+	struct file *file;
+} CORE;
+struct signal_struct {
+	atomic_t live;
+} CORE;
+struct task_struct {
+	int tgid;
+	struct signal_struct *signal;
+} CORE;
+
+static __always_inline void report(__u32 kind, __u32 tgid, const char *name)
+{
+	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+
+	if (!e) {
+		count(EVENTS_LOST);
+		return;
+	}
+	e->kind = kind;
+	e->tgid = tgid;
+	__builtin_memcpy(e->name, name, NAME_LEN);
+	bpf_get_current_comm(e->comm, sizeof(e->comm));
+	bpf_ringbuf_submit(e, 0);
+}
+
+static __always_inline void forget(__u32 tgid)
+{
+	char none[NAME_LEN] = {};
+
+	if (bpf_map_delete_elem(&tracked, &tgid))
+		return; // it wasn't there
+	bpf_map_delete_elem(&early, &tgid);
+	report(EVENT_EXIT, tgid, none);
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32, new = MODE_NEW;
+	char name[2 * NAME_LEN] = {};
+
+	// The name it was called by, e.g. of a link; then the file's, e.g. when
+	// it was called as /proc/self/exe.
+	bpf_get_current_comm(name, NAME_LEN);
+	if (!bpf_map_lookup_elem(&names, name)) {
+		__builtin_memset(name, 0, sizeof(name));
+		bpf_probe_read_kernel_str(name, sizeof(name), bprm->file->f_path.dentry->d_name.name);
+		if (name[NAME_LEN - 1] || !bpf_map_lookup_elem(&names, name)) {
+			forget(tgid);
+			return 0;
+		}
+	}
+	if (bpf_current_task_under_cgroup(&subtree, 0) != 1) {
+		forget(tgid);
+		return 0;
+	}
+	bpf_map_delete_elem(&early, &tgid);
+	bpf_map_update_elem(&tracked, &tgid, &new, BPF_ANY);
+	report(EVENT_EXEC, tgid, name);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(weir_exit, struct task_struct *task)
+{
+	if (!task->signal->live.counter) // the last thread
+		forget(task->tgid);
+	return 0;
+}
