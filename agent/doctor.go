@@ -55,7 +55,7 @@ func Doctor(ctx context.Context, conf Config) (findings []Finding) {
 	}
 
 	what := "the node's processes are visible"
-	if _, err := os.Stat("/proc/1/ns/net"); err != nil {
+	if _, err := os.Stat("/proc/1"); err != nil {
 		add(what, err.Error(), "mount /proc")
 	} else if inContainerPIDs() {
 		add(what, "weir sees only its own container's processes", "run the container with the host's PID namespace (docker run --pid=host, or hostPID: true)")

@@ -111,9 +111,9 @@ func (n *netns) listen(network, addr string) (l *net.TCPListener, err error) {
 func (n *netns) dial(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
 	var fd int
 	err := n.do(func() (err error) {
-		family := unix.AF_INET
-		if addr.Addr().Is6() {
-			family = unix.AF_INET6
+		family := unix.AF_INET6
+		if addr.Addr().Is4() {
+			family = unix.AF_INET
 		}
 		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 		return err
@@ -141,8 +141,10 @@ func connect(ctx context.Context, f *os.File, addr netip.AddrPort) error {
 	if err != nil {
 		return err
 	}
-	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().Unmap().As4()}
-	if addr.Addr().Is6() {
+	var sa unix.Sockaddr
+	if addr.Addr().Is4() {
+		sa = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+	} else {
 		sa = &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
 	}
 	// A deadline in the past wakes the wait below.

@@ -77,7 +77,7 @@ type stage struct {
 	egress *Egress
 	door   net.Listener
 	dst    netip.AddrPort
-	flow   func(*Flow)
+	flow   atomic.Pointer[func(*Flow)]
 	dials  atomic.Int64
 }
 
@@ -114,8 +114,8 @@ func newStage(t testing.TB, dst net.Listener) *stage {
 				return
 			}
 			f := Flow{Dst: s.dst, Egress: s.egress, Client: "test", Trusts: func(registry.Known, string) bool { return true }}
-			if s.flow != nil {
-				s.flow(&f)
+			if change := s.flow.Load(); change != nil {
+				(*change)(&f)
 			}
 			wg.Go(func() { s.proxy.Serve(context.Background(), c.(*net.TCPConn), f) })
 		}
@@ -130,6 +130,9 @@ func newStage(t testing.TB, dst net.Listener) *stage {
 	})
 	return s
 }
+
+// change changes what the agent knows of later connections.
+func (s *stage) change(f func(*Flow)) { s.flow.Store(&f) }
 
 func listen(t testing.TB) net.Listener {
 	t.Helper()
@@ -249,11 +252,11 @@ func TestDecide(t *testing.T) {
 			t.Errorf("%s: certificate of %q", name, got)
 		}
 	}
-	s.flow = func(f *Flow) { f.Trusts = func(registry.Known, string) bool { return false } }
+	s.change(func(f *Flow) { f.Trusts = func(registry.Known, string) bool { return false } })
 	if got := s.issuer("registry.test"); got != "world" {
 		t.Errorf("no trust: certificate of %q", got)
 	}
-	s.flow = func(f *Flow) { f.Trusts = nil }
+	s.change(func(f *Flow) { f.Trusts = nil })
 	if got := s.issuer("registry.test"); got != "world" {
 		t.Errorf("unknown process: certificate of %q", got)
 	}
@@ -290,7 +293,7 @@ func TestRejected(t *testing.T) {
 	s := newStage(t, l)
 	s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
 	rejected := make(chan string, 2)
-	s.flow = func(f *Flow) { f.Rejected = func(host string, err error) { rejected <- host } }
+	s.change(func(f *Flow) { f.Rejected = func(host string, err error) { rejected <- host } })
 	c := tls.Client(s.dial(), &tls.Config{ServerName: "registry.test", RootCAs: s.world.pool})
 	if err := c.Handshake(); err == nil {
 		t.Fatal("weir's certificate was trusted")

@@ -1,0 +1,68 @@
+# weir: `make help` lists what can be made.
+
+SHELL := /bin/bash
+GO ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+BUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
+
+# Debian packages: what running needs, what the tests drive, what generates and checks.
+RUN_PACKAGES = ca-certificates
+TEST_PACKAGES = docker.io containerd runc skopeo iproute2 iptables openssl gcc libc6-dev
+DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
+BENCH_PACKAGES = nginx-light wrk
+GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+.PHONY: help build run test bench lint generate check-generated fuzz demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build bin/weir, a static binary
+	$(BUILD) -o bin/weir ./agent/weir
+
+run: build ## install what is missing, and run the agent on this machine
+	@$(call need,$(RUN_PACKAGES))
+	-bin/weir doctor
+	$(SUDO) bin/weir agent
+
+test: ## run all tests (as root; installs what they need)
+	@$(call need,$(TEST_PACKAGES) $(DEV_PACKAGES))
+	$(MAKE) check-generated
+	test -z "$$(gofmt -l $$(git ls-files '*.go'))"
+	$(GO) vet ./...
+	$(SUDO) env PATH="$$PATH" $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./proxy/...
+	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 18m ./test/...
+
+bench: build ## measure: connect(), time to first byte, throughput, CPU, memory
+	@$(call need,$(TEST_PACKAGES) $(BENCH_PACKAGES))
+	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 2s ./bpf/... ./proxy/...
+	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/...
+
+fuzz: ## fuzz each parser of outside bytes for a minute
+	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
+		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $${FUZZTIME:-60s} $$p || exit 1; done; done
+
+lint: ## run the linters
+	$(GO) run $(GOLANGCI_LINT) run ./...
+
+generate: ## compile the eBPF programs anew
+	@$(call need,$(DEV_PACKAGES))
+	$(GO) generate ./bpf
+
+check-generated: generate # the committed programs are those of the source
+	@git diff --exit-code --stat -- bpf || { echo "the committed eBPF output is not what 'make generate' makes"; exit 1; }
+
+demo: build ## show the main job without internet: cold and warm pulls, and where the bytes came from
+	@$(call need,$(TEST_PACKAGES))
+	$(SUDO) env PATH="$$PATH" WEIR_DEMO=1 $(GO) test -count=1 -run '^TestDemo$$' -v ./test/e2e
+
+clean: ## remove what was built
+	rm -rf bin
+
+# need installs the Debian packages that are missing.
+define need
+missing=$$(for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+if [ -n "$$missing" ]; then echo "installing" $$missing; $(APT) update -qq && $(APT) install -y -qq --no-install-recommends $$missing >/dev/null; fi
+endef
