@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Internet is a network with registries and other hosts, each at an address of
+// its own, with a certificate of the internet's CA.
+type Internet struct {
+	t     testing.TB
+	space *space
+	ca    *x509.Certificate
+	key   *ecdsa.PrivateKey
+	nodes atomic.Int64
+
+	mu    sync.Mutex
+	hosts map[string][]netip.Addr
+}
+
+// NewInternet makes an internet with nothing in it.
+func NewInternet(t testing.TB) *Internet {
+	t.Helper()
+	in := &Internet{t: t, hosts: make(map[string][]netip.Addr)}
+	in.space = newSpace(t, "the internet", nil, nil, unix.CLONE_NEWNET|unix.CLONE_NEWNS, `
+mount --make-rprivate /
+mount -t tmpfs tmpfs /var/lib
+mkdir -p /var/lib/home
+ip link set lo up
+sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+`)
+	var err error
+	if in.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "the lab's internet CA"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, in.key.Public(), in.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.ca, _ = x509.ParseCertificate(der)
+	return in
+}
+
+func (in *Internet) caPEM() []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: in.ca.Raw})
+}
+
+// certificate issues a certificate for a host.
+func (in *Internet) certificate(host string) tls.Certificate {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: host}, DNSNames: []string{host},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, in.ca, key.Public(), in.key)
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// Host gives a name an IPv4 and an IPv6 address on the internet, and returns
+// them. Nodes that are made later resolve it.
+func (in *Internet) Host(name string) (v4, v6 netip.Addr) {
+	in.t.Helper()
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if a := in.hosts[name]; a != nil {
+		return a[0], a[1]
+	}
+	n := byte(len(in.hosts) + 10)
+	v4 = netip.AddrFrom4([4]byte{203, 0, 113, n})
+	v6 = netip.MustParseAddr(fmt.Sprintf("2001:db8:113::%d", n))
+	in.space.Run("ip", "addr", "add", v4.String()+"/32", "dev", "lo")
+	in.space.Run("ip", "addr", "add", v6.String()+"/128", "dev", "lo", "nodad")
+	in.hosts[name] = []netip.Addr{v4, v6}
+	return v4, v6
+}
+
+// OnlyIPv6 takes a name's IPv4 address away, for nodes that are made later.
+func (in *Internet) OnlyIPv6(name string) {
+	in.Host(name)
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.hosts[name][0] = netip.Addr{}
+}
+
+// hostsFile is /etc/hosts for a node.
+func (in *Internet) hostsFile() string {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	b := strings.Builder{}
+	b.WriteString("127.0.0.1 localhost\n::1 localhost\n")
+	for name, addrs := range in.hosts {
+		for _, a := range addrs {
+			if a.IsValid() {
+				fmt.Fprintln(&b, a, name)
+			}
+		}
+	}
+	return b.String()
+}
+
+// listen listens at a host's port, at both of its addresses.
+func (in *Internet) listen(name string, port int) (ls []net.Listener) {
+	in.t.Helper()
+	v4, v6 := in.Host(name)
+	for _, a := range []netip.Addr{v4, v6} {
+		l, err := in.space.Listen("tcp", netip.AddrPortFrom(a, uint16(port)).String())
+		if err != nil {
+			in.t.Fatalf("listening as %s:%d: %v", name, port, err)
+		}
+		in.t.Cleanup(func() { l.Close() })
+		ls = append(ls, l)
+	}
+	return ls
+}
+
+// HTTPS serves a handler as a host, at port 443. With h2, over HTTP/2 as well.
+func (in *Internet) HTTPS(name string, h2 bool, h http.Handler) {
+	in.t.Helper()
+	cert := in.certificate(name)
+	for _, l := range in.listen(name, 443) {
+		srv := &http.Server{Handler: h, TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}}, ErrorLog: log.New(io.Discard, "", 0)}
+		if !h2 {
+			srv.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
+		}
+		go func() { _ = srv.ServeTLS(l, "", "") }()
+		in.t.Cleanup(func() { srv.Close() })
+	}
+}
+
+// TCP serves connections as a host, at a port.
+func (in *Internet) TCP(name string, port int, serve func(net.Conn)) {
+	in.t.Helper()
+	for _, l := range in.listen(name, port) {
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() { defer c.Close(); serve(c) }()
+			}
+		}()
+	}
+}
+
+// client is an HTTP client on the internet.
+func (in *Internet) client() *http.Client {
+	return &http.Client{Transport: &http.Transport{DialContext: in.space.Dial, MaxIdleConnsPerHost: 16, DisableCompression: true}}
+}
+
+// Request is a line of the log of what a registry was asked.
+type Request struct {
+	Host, Method, Path string
+	Status             int
+	Bytes              int64  // of the answer's body
+	Auth               string // kind of credentials: "", Basic, Bearer
+	Range              string
+	UserAgent          string
+}
+
+func (r Request) String() string {
+	return fmt.Sprintf("%s %s%s → %d, %d bytes, auth %q, range %q, by %s", r.Method, r.Host, r.Path, r.Status, r.Bytes, r.Auth, r.Range, r.UserAgent)
+}
+
+// Kinds of requests, for [Log.Count].
+func blobGET(r Request) bool {
+	return r.Method == "GET" && strings.Contains(r.Path, "/blobs/sha") && r.Status != 401
+}
+func manifestGET(r Request) bool {
+	return r.Method == "GET" && strings.Contains(r.Path, "/manifests/") && r.Status != 401
+}
+
+// Log is what registries were asked, in the order in which it was answered.
+type Log struct {
+	mu       sync.Mutex
+	requests []Request
+	added    chan struct{}
+}
+
+func (l *Log) add(r Request) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.requests = append(l.requests, r)
+	if l.added != nil {
+		close(l.added)
+		l.added = nil
+	}
+}
+
+// Reset empties the log.
+func (l *Log) Reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.requests = nil
+}
+
+// All returns the requests that match, all when match is nil.
+func (l *Log) All(match func(Request) bool) (rs []Request) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, r := range l.requests {
+		if match == nil || match(r) {
+			rs = append(rs, r)
+		}
+	}
+	return rs
+}
+
+// BlobGETs counts the GETs of blobs that were not refused. A redirect and what
+// it leads to are two.
+func (l *Log) BlobGETs() int { return len(l.All(blobGET)) }
+
+// ManifestGETs counts the GETs of manifests that were not refused.
+func (l *Log) ManifestGETs() int { return len(l.All(manifestGET)) }
+
+// BlobBytes sums up the bytes of blobs that were sent.
+func (l *Log) BlobBytes() (n int64) {
+	for _, r := range l.All(blobGET) {
+		n += r.Bytes
+	}
+	return n
+}
+
+// String is for failures' messages.
+func (l *Log) String() string {
+	var b strings.Builder
+	for _, r := range l.All(nil) {
+		fmt.Fprintln(&b, " ", r)
+	}
+	return b.String()
+}
+
+// WaitFor waits until a request matches.
+func (l *Log) WaitFor(t testing.TB, match func(Request) bool) Request {
+	t.Helper()
+	timeout := time.After(patience)
+	for {
+		l.mu.Lock()
+		for _, r := range l.requests {
+			if match(r) {
+				l.mu.Unlock()
+				return r
+			}
+		}
+		if l.added == nil {
+			l.added = make(chan struct{})
+		}
+		added := l.added
+		l.mu.Unlock()
+		select {
+		case <-added:
+		case <-timeout:
+			t.Fatalf("no such request came; the log is\n%s", l)
+		}
+	}
+}
+
+// counted counts the bytes of an answer.
+type counted struct {
+	http.ResponseWriter
+	status int
+	n      int64
+}
+
+func (w *counted) WriteHeader(code int) {
+	if w.status == 0 {
+		w.status = code
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *counted) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	n, err := w.ResponseWriter.Write(b)
+	w.n += int64(n)
+	return n, err
+}
+
+func (w *counted) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// logging logs what a host is asked. path is taken before h may change it.
+func (l *Log) logging(host string, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := &counted{ResponseWriter: w}
+		auth, _, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		req := Request{Host: host, Method: r.Method, Path: r.URL.Path, Auth: auth, Range: r.Header.Get("Range"), UserAgent: r.UserAgent()}
+		defer func() {
+			req.Status, req.Bytes = c.status, c.n
+			l.add(req)
+		}()
+		h.ServeHTTP(c, r)
+	})
+}

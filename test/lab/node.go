@@ -1,0 +1,461 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	enc "encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/moby/moby/api/types/registry"
+	"github.com/moby/moby/client"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"weir/agent"
+)
+
+// Node is a machine in a box, or with [Node.Box] a container in it.
+type Node struct {
+	*space
+	in     *Internet
+	number int64
+	dir    string // the cgroup's
+	boxes  int
+}
+
+// ownFiles gives a mount namespace an /etc, /run and /var/lib of its own, with
+// the certificates of the lab's internet trusted as those of the world are.
+const ownFiles = `
+mount --make-rprivate /
+mkdir -p %[1]s
+cp -a /etc %[1]s/
+mount --bind %[1]s/etc /etc
+mount -t tmpfs tmpfs /run
+mount -t tmpfs -o size=8G tmpfs /var/lib
+mkdir -p /var/lib/home
+rm -rf /etc/docker /etc/containerd /etc/containers/certs.d /etc/cni
+cat %[2]s > /etc/hosts
+cat %[3]s >> /etc/ssl/certs/ca-certificates.crt
+echo 'nameserver 203.0.113.1' > /etc/resolv.conf
+ip link set lo up
+`
+
+// Node makes a node. It knows the hosts that the internet has by then.
+func (in *Internet) Node() *Node {
+	t := in.t
+	t.Helper()
+	cg := newCgroup(t, "node")
+	n := &Node{in: in, number: in.nodes.Add(1), dir: cg.Name()}
+	n.space = newSpace(t, fmt.Sprintf("node %d", n.number), nil, cg, unix.CLONE_NEWNET|unix.CLONE_NEWNS, n.files()+`
+sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+`)
+	k := n.number
+	in.space.Run("ip", "link", "add", fmt.Sprintf("node%d", k), "type", "veth", "peer", "name", "eth0", "netns", n.pid())
+	up := func(s *space, dev, v4, v6 string) {
+		s.Run("ip", "link", "set", dev, "up")
+		s.Run("ip", "addr", "add", v4, "dev", dev)
+		s.Run("ip", "addr", "add", v6, "dev", dev, "nodad")
+	}
+	up(in.space, fmt.Sprintf("node%d", k), fmt.Sprintf("10.77.%d.1/24", k), fmt.Sprintf("2001:db8:77:%d::1/64", k))
+	up(n.space, "eth0", fmt.Sprintf("10.77.%d.2/24", k), fmt.Sprintf("2001:db8:77:%d::2/64", k))
+	n.Run("ip", "route", "add", "default", "via", fmt.Sprintf("10.77.%d.1", k))
+	n.Run("ip", "-6", "route", "add", "default", "via", fmt.Sprintf("2001:db8:77:%d::1", k))
+	return n
+}
+
+// files writes what ownFiles needs and returns its script.
+func (n *Node) files() string {
+	t := n.in.t
+	dir := t.TempDir()
+	for name, b := range map[string][]byte{"hosts": []byte(n.in.hostsFile()), "ca.pem": n.in.caPEM()} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return fmt.Sprintf(ownFiles, filepath.Join(dir, "own"), filepath.Join(dir, "hosts"), filepath.Join(dir, "ca.pem"))
+}
+
+// Shape limits the rate at which the node gets bytes from the internet.
+func (n *Node) Shape(mbit int) {
+	n.t.Helper()
+	n.in.space.Run("tc", "qdisc", "replace", "dev", fmt.Sprintf("node%d", n.number), "root", "tbf",
+		"rate", fmt.Sprintf("%dmbit", mbit), "burst", "256kb", "latency", "200ms")
+}
+
+// Box makes a network and a mount namespace on the node, as a container with a
+// dockerd in it has.
+func (n *Node) Box() *Node {
+	t := n.t
+	t.Helper()
+	n.boxes++
+	b := &Node{in: n.in, number: n.number, dir: n.dir}
+	b.space = newSpace(t, fmt.Sprintf("box %d on %s", n.boxes, n.name), n.space, n.cgroup, unix.CLONE_NEWNET|unix.CLONE_NEWNS, b.files())
+	sub := int(n.number)*10 + n.boxes
+	dev := fmt.Sprintf("box%d", n.boxes)
+	n.Run("ip", "link", "add", dev, "type", "veth", "peer", "name", "eth0", "netns", b.pid())
+	n.Run("ip", "link", "set", dev, "up")
+	n.Run("ip", "addr", "add", fmt.Sprintf("10.78.%d.1/24", sub), "dev", dev)
+	b.Run("ip", "link", "set", "eth0", "up")
+	b.Run("ip", "addr", "add", fmt.Sprintf("10.78.%d.2/24", sub), "dev", "eth0")
+	b.Run("ip", "route", "add", "default", "via", fmt.Sprintf("10.78.%d.1", sub))
+	n.in.space.Run("ip", "route", "add", fmt.Sprintf("10.78.%d.0/24", sub), "via", fmt.Sprintf("10.77.%d.2", n.number))
+	return b
+}
+
+// File returns the content of a file in the box, or an error.
+func (n *Node) File(path string) ([]byte, error) { return os.ReadFile(n.root(path)) }
+
+// WriteFile writes a file in the box.
+func (n *Node) WriteFile(path, content string) {
+	n.t.Helper()
+	err := errors.Join(os.MkdirAll(filepath.Dir(n.root(path)), 0o755), os.WriteFile(n.root(path), []byte(content), 0o644))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// Listing is every file below a directory of the box, with its content's kind.
+func (n *Node) Listing(dir string) (names []string) {
+	n.t.Helper()
+	root := n.root(dir)
+	err := filepath.WalkDir(root, func(path string, e os.DirEntry, err error) error {
+		if err == nil {
+			names = append(names, fmt.Sprintf("%s %s", strings.TrimPrefix(path, root), e.Type()))
+		}
+		return nil
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return names
+}
+
+// Agent is weir's agent on a node.
+type Agent struct {
+	*Process
+	node *Node
+	http http.Client
+	args []string
+}
+
+// Agent starts the agent and waits until it is ready.
+func (n *Node) Agent(args ...string) *Agent {
+	n.t.Helper()
+	a := &Agent{node: n}
+	a.http.Transport = &http.Transport{DialContext: n.Dial}
+	n.t.Cleanup(a.http.CloseIdleConnections)
+	a.args = append([]string{Weir(n.t), "agent", "--cgroup", n.dir, "--log-level", "debug"}, args...)
+	a.Start()
+	return a
+}
+
+// Start starts the agent again.
+func (a *Agent) Start() {
+	a.node.t.Helper()
+	a.Process = a.node.start("weir", nil, a.args...)
+	a.until("getting ready", func(ctx context.Context) error {
+		_, err := a.Get(ctx, "/readyz")
+		return err
+	})
+}
+
+// Get gets a page of the admin address.
+func (a *Agent) Get(ctx context.Context, path string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+agent.DefaultAdmin+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := a.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", path, resp.Status)
+	}
+	return b, err
+}
+
+// Status is what `weir status --json` prints.
+func (a *Agent) Status() (s agent.Status) {
+	a.node.t.Helper()
+	out := a.node.Run(Weir(a.node.t), "status", "--json")
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		a.node.t.Fatalf("status: %v\n%s", err, out)
+	}
+	return s
+}
+
+// Runtime waits until the status of a process is no longer "starting" or being
+// proven, and returns it.
+func (a *Agent) Runtime(pid int) (rt agent.RuntimeStatus) {
+	a.node.t.Helper()
+	a.until(fmt.Sprintf("settling how process %d is treated", pid), func(context.Context) error {
+		s := a.Status()
+		i := slices.IndexFunc(s.Runtimes, func(r agent.RuntimeStatus) bool { return r.PID == pid })
+		if i < 0 {
+			return fmt.Errorf("process %d is not in the status: %+v", pid, s.Runtimes)
+		}
+		if rt = s.Runtimes[i]; rt.Reach == agent.ReachStarting || strings.Contains(rt.Reason, "being asked") {
+			return fmt.Errorf("it is %s (%s)", rt.Reach, rt.Reason)
+		}
+		return nil
+	})
+	return rt
+}
+
+// Docker is a dockerd.
+type Docker struct {
+	*Process
+	node *Node
+	API  *client.Client
+	args []string
+}
+
+// Docker starts Debian's dockerd, with an untouched configuration but for what
+// only concerns running containers.
+func (n *Node) Docker() *Docker {
+	n.t.Helper()
+	return n.dockerd(debian(n.t, "/usr/sbin/dockerd", "docker.io"), "--containerd=/run/containerd/containerd.sock")
+}
+
+// NewestDocker starts the newest dockerd, with its containerd image store.
+func (n *Node) NewestDocker() *Docker {
+	n.t.Helper()
+	return n.dockerd(n.link("dockerd"))
+}
+
+// link gives a built tool the name that it has when it is installed.
+func (n *Node) link(name string) string {
+	n.t.Helper()
+	path := filepath.Join(n.t.TempDir(), name)
+	if err := os.Link(Tool(n.t, name), path); err != nil {
+		if err := copyFile(Tool(n.t, name), path); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	return path
+}
+
+func copyFile(from, to string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o755)
+}
+
+func (n *Node) dockerd(path string, args ...string) *Docker {
+	n.t.Helper()
+	if _, err := os.Stat(n.root("/run/containerd/containerd.sock")); err != nil {
+		n.Containerd() // dockerd would start one, which ends with it only when all goes well
+	}
+	d := &Docker{node: n, args: append([]string{path, "--bridge=none", "--iptables=false", "--ip6tables=false"}, args...)}
+	d.args = slices.DeleteFunc(d.args, func(a string) bool { return strings.HasPrefix(a, "--containerd=") })
+	d.args = append(d.args, "--containerd=/run/containerd/containerd.sock")
+	c, err := client.New(client.WithHost("unix:///run/docker.sock"), client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", n.root("/run/docker.sock"))
+	}))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	d.API = c
+	n.t.Cleanup(func() { c.Close() })
+	d.Start()
+	return d
+}
+
+// Start starts dockerd again.
+func (d *Docker) Start() {
+	d.node.t.Helper()
+	d.Process = d.node.start("dockerd", nil, d.args...)
+	d.until("answering", func(ctx context.Context) error {
+		_, err := d.API.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true})
+		return err
+	})
+}
+
+// TryPull pulls an image, with a user's name and password if given.
+func (d *Docker) TryPull(ref string, login ...string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	defer cancel()
+	var o client.ImagePullOptions
+	if len(login) == 2 {
+		auth, err := json.Marshal(registry.AuthConfig{Username: login[0], Password: login[1]})
+		if err != nil {
+			return err
+		}
+		o.RegistryAuth = base64(auth)
+	}
+	resp, err := d.API.ImagePull(ctx, ref, o)
+	if err != nil {
+		return err
+	}
+	return resp.Wait(ctx)
+}
+
+// Pull pulls an image, which must succeed.
+func (d *Docker) Pull(ref string, login ...string) {
+	d.node.t.Helper()
+	if err := d.TryPull(ref, login...); err != nil {
+		d.node.t.Fatalf("docker pull %s: %v\n--- log of dockerd\n%s", ref, err, d.Log(3<<10))
+	}
+}
+
+// Remove removes an image.
+func (d *Docker) Remove(ref string) {
+	d.node.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if _, err := d.API.ImageRemove(ctx, ref, client.ImageRemoveOptions{Force: true, PruneChildren: true}); err != nil {
+		d.node.t.Fatalf("docker rmi %s: %v", ref, err)
+	}
+}
+
+// Same fails the test unless dockerd has the image as it was pushed: its id is
+// the digest of the configuration, which has those of the layers' contents.
+func (d *Docker) Same(ref string, p Pushed) {
+	d.node.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	img, err := d.API.ImageInspect(ctx, ref)
+	if err != nil {
+		d.node.t.Fatal(err)
+	}
+	var layers []string
+	for _, l := range p.DiffIDs {
+		layers = append(layers, l.String())
+	}
+	if id := img.ID; id != p.Config.String() && id != p.Digest.String() && id != p.Manifest.String() || !slices.Equal(img.RootFS.Layers, layers) {
+		d.node.t.Errorf("%s has the id %s and the layers %v; pushed were %s and %v", ref, id, img.RootFS.Layers, p.Config, layers)
+	}
+}
+
+// Containerd is a containerd with its CRI.
+type Containerd struct {
+	*Process
+	node   *Node
+	conn   *grpc.ClientConn
+	images cri.ImageServiceClient
+	args   []string
+}
+
+// Containerd starts Debian's containerd with no configuration.
+func (n *Node) Containerd() *Containerd {
+	n.t.Helper()
+	return n.containerd(debian(n.t, "/usr/bin/containerd", "containerd"))
+}
+
+// NewestContainerd starts the newest containerd with no configuration.
+func (n *Node) NewestContainerd() *Containerd {
+	n.t.Helper()
+	return n.containerd(n.link("containerd"))
+}
+
+func (n *Node) containerd(path string) *Containerd {
+	n.t.Helper()
+	const socket = "/run/containerd/containerd.sock"
+	c := &Containerd{node: n, args: []string{path}}
+	conn, err := grpc.NewClient("passthrough:///containerd", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", n.root(socket))
+		}))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { conn.Close() })
+	c.conn, c.images = conn, cri.NewImageServiceClient(conn)
+	c.Start()
+	return c
+}
+
+// Start starts containerd again.
+func (c *Containerd) Start() {
+	c.node.t.Helper()
+	c.Process = c.node.start("containerd", nil, c.args...)
+	c.until("answering", func(ctx context.Context) error {
+		_, err := c.images.ListImages(ctx, &cri.ListImagesRequest{})
+		return err
+	})
+}
+
+// TryPull pulls an image as the kubelet does, with a user's name and password
+// if given.
+func (c *Containerd) TryPull(ref string, login ...string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	defer cancel()
+	req := &cri.PullImageRequest{Image: &cri.ImageSpec{Image: familiar(ref)}}
+	if len(login) == 2 {
+		req.Auth = &cri.AuthConfig{Username: login[0], Password: login[1]}
+	}
+	_, err := c.images.PullImage(ctx, req)
+	return err
+}
+
+// Pull pulls an image, which must succeed.
+func (c *Containerd) Pull(ref string, login ...string) {
+	c.node.t.Helper()
+	if err := c.TryPull(ref, login...); err != nil {
+		c.node.t.Fatalf("pulling %s through CRI: %v\n--- log of containerd\n%s", ref, err, c.Log(3<<10))
+	}
+}
+
+// Remove removes an image, and waits until its content is gone.
+func (c *Containerd) Remove(ref string) {
+	c.node.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if _, err := c.images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: familiar(ref)}}); err != nil && !errdefs.IsNotFound(err) {
+		c.node.t.Fatalf("removing %s through CRI: %v", ref, err)
+	}
+	c.until("collecting garbage", func(context.Context) error {
+		blobs, _ := filepath.Glob(c.node.root("/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256/*"))
+		if len(blobs) > 0 {
+			return fmt.Errorf("%d blobs are still there", len(blobs))
+		}
+		return nil
+	})
+}
+
+// Same fails the test unless containerd has the image as it was pushed.
+func (c *Containerd) Same(ref string, p Pushed) {
+	c.node.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	st, err := c.images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: familiar(ref)}})
+	if err != nil || st.Image == nil {
+		c.node.t.Fatalf("%s is not there: %v", ref, err)
+	}
+	if st.Image.Id != p.Config.String() {
+		c.node.t.Errorf("%s is %s; pushed was %s", ref, st.Image.Id, p.Config)
+	}
+}
+
+// familiar is an image's full name.
+func familiar(ref string) string {
+	n, err := reference.ParseDockerRef(ref)
+	if err != nil {
+		return ref
+	}
+	return n.String()
+}
+
+// Addr is the node's own address on the internet.
+func (n *Node) Addr() netip.Addr { return netip.MustParseAddr(fmt.Sprintf("10.77.%d.2", n.number)) }
+
+func base64(b []byte) string { return enc.URLEncoding.EncodeToString(b) }

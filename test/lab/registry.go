@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Registry is a real registry, behind TLS and a token server.
+type Registry struct {
+	in      *Internet
+	Host    string
+	Log     *Log
+	backend *url.URL // the registry itself, on the internet's loopback
+	client  *http.Client
+	secret  []byte // of tokens and signed URLs
+	cdn     string // host that blobs are redirected to, if any
+
+	mu      sync.Mutex
+	users   map[string]string          // password by name
+	readers map[string]map[string]bool // users by private repository
+	fault   func(http.ResponseWriter, *http.Request) bool
+}
+
+// DockerHub makes what docker.io is: a registry, a token server, and a third
+// host that blobs are redirected to.
+func (in *Internet) DockerHub() *Registry {
+	in.t.Helper()
+	r := in.newRegistry("registry-1.docker.io")
+	r.cdn = "production.cloudflare.docker.com"
+	in.HTTPS("auth.docker.io", false, r.Log.logging("auth.docker.io", http.HandlerFunc(r.token)))
+	in.HTTPS(r.cdn, false, r.Log.logging(r.cdn, http.HandlerFunc(r.signed)))
+	r.serve("https://auth.docker.io/token", "registry.docker.io")
+	return r
+}
+
+// Registry makes a registry that has its token server on the same host.
+func (in *Internet) Registry(host string) *Registry {
+	in.t.Helper()
+	r := in.newRegistry(host)
+	r.serve("https://"+host+"/token", host)
+	return r
+}
+
+func (in *Internet) newRegistry(host string) *Registry {
+	in.t.Helper()
+	r := &Registry{in: in, Host: host, Log: &Log{}, client: in.client(), secret: []byte(host + "'s secret"), users: map[string]string{}, readers: map[string]map[string]bool{}}
+	l, err := in.space.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	l.Close()
+	dir := in.t.TempDir()
+	conf := filepath.Join(dir, "config.yml")
+	err = os.WriteFile(conf, fmt.Appendf(nil, `
+version: 0.1
+log: {level: error, accesslog: {disabled: true}}
+storage:
+  filesystem: {rootdirectory: %s}
+  delete: {enabled: true}
+http: {addr: %q, secret: lab}
+`, filepath.Join(dir, "data"), addr), 0o600)
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	p := in.space.start("registry-"+host, []string{"OTEL_TRACES_EXPORTER=none"}, Tool(in.t, "registry"), "serve", conf)
+	r.backend = &url.URL{Scheme: "http", Host: addr}
+	p.until("answering", func(ctx context.Context) error {
+		resp, err := r.do(ctx, "GET", "/v2/", "", nil)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	})
+	in.t.Cleanup(r.client.CloseIdleConnections)
+	return r
+}
+
+func (r *Registry) serve(realm, service string) {
+	r.in.t.Helper()
+	proxy := &httputil.ReverseProxy{
+		Transport: r.client.Transport,
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.SetURL(r.backend)
+			pr.Out.Host = pr.In.Host
+			pr.Out.Header.Set("X-Forwarded-Proto", "https")
+		},
+		ErrorLog: nil,
+	}
+	h := http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if req.URL.Path == "/token" {
+			r.token(w, req)
+			return
+		}
+		r.mu.Lock()
+		fault := r.fault
+		r.mu.Unlock()
+		if fault != nil && fault(w, req) {
+			return
+		}
+		repo := repository(req.URL.Path)
+		user, ok := r.verify(strings.TrimPrefix(req.Header.Get("Authorization"), "Bearer "), repo)
+		if !ok || repo != "" && !r.mayRead(repo, user) {
+			scope := ""
+			if repo != "" {
+				scope = fmt.Sprintf(`,scope="repository:%s:pull"`, repo)
+			}
+			w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+			w.Header().Set("Www-Authenticate", fmt.Sprintf(`Bearer realm="%s",service="%s"%s`, realm, service, scope))
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(http.StatusUnauthorized)
+			_, _ = w.Write([]byte(`{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}`))
+			return
+		}
+		if r.cdn != "" && strings.Contains(req.URL.Path, "/blobs/sha256:") && req.Method == http.MethodGet {
+			w.Header().Set("Location", "https://"+r.cdn+req.URL.Path+"?sig="+r.sign(req.URL.Path))
+			w.WriteHeader(http.StatusTemporaryRedirect)
+			return
+		}
+		req.Header.Del("Authorization")
+		proxy.ServeHTTP(w, req)
+	})
+	r.in.HTTPS(r.Host, false, r.Log.logging(r.Host, h))
+}
+
+// Fault has a function answer requests to the registry and to where it keeps
+// its blobs; it returns false for those it leaves alone. Nil ends that.
+func (r *Registry) Fault(f func(http.ResponseWriter, *http.Request) bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fault = f
+}
+
+// User makes a user known.
+func (r *Registry) User(name, password string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.users[name] = password
+}
+
+// Private makes a repository one that only the given users may read.
+func (r *Registry) Private(repo string, users ...string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.readers[repo] = map[string]bool{}
+	for _, u := range users {
+		r.readers[repo][u] = true
+	}
+}
+
+func (r *Registry) mayRead(repo, user string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	readers, private := r.readers[repo]
+	return !private || readers[user]
+}
+
+func repository(path string) string {
+	rest, ok := strings.CutPrefix(path, "/v2/")
+	if !ok {
+		return ""
+	}
+	for _, sep := range []string{"/manifests/", "/blobs/", "/tags/"} {
+		if i := strings.LastIndex(rest, sep); i > 0 {
+			return rest[:i]
+		}
+	}
+	return ""
+}
+
+func (r *Registry) sign(what string) string {
+	m := hmac.New(sha256.New, r.secret)
+	m.Write([]byte(what))
+	return hex.EncodeToString(m.Sum(nil))
+}
+
+// token is the token server: anonymous users get tokens too, for what is
+// public. A token is "user|scopes|nonce|signature".
+func (r *Registry) token(w http.ResponseWriter, req *http.Request) {
+	user, password, given := req.BasicAuth()
+	if err := req.ParseForm(); err == nil && req.PostForm.Get("username") != "" {
+		user, password, given = req.PostForm.Get("username"), req.PostForm.Get("password"), true
+	}
+	r.mu.Lock()
+	want, known := r.users[user]
+	r.mu.Unlock()
+	if given && (!known || want != password) {
+		w.WriteHeader(http.StatusUnauthorized)
+		_, _ = w.Write([]byte(`{"details":"incorrect username or password"}`))
+		return
+	}
+	var repos []string
+	for _, scope := range req.Form["scope"] {
+		for s := range strings.FieldsSeq(scope) {
+			if p := strings.Split(s, ":"); len(p) == 3 && p[0] == "repository" && r.mayRead(p[1], user) {
+				repos = append(repos, p[1])
+			}
+		}
+	}
+	claim := fmt.Sprintf("%s|%s|%x", user, strings.Join(repos, ","), rand.Uint64())
+	token := hex.EncodeToString([]byte(claim)) + "." + r.sign(claim)
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(map[string]any{"token": token, "access_token": token, "expires_in": 300})
+}
+
+func (r *Registry) verify(token, repo string) (user string, ok bool) {
+	enc, sig, found := strings.Cut(token, ".")
+	claim, err := hex.DecodeString(enc)
+	if !found || err != nil || !hmac.Equal([]byte(sig), []byte(r.sign(string(claim)))) {
+		return "", false
+	}
+	parts := strings.Split(string(claim), "|")
+	if repo == "" {
+		return parts[0], true
+	}
+	for _, granted := range strings.Split(parts[1], ",") {
+		if granted == repo {
+			return parts[0], true
+		}
+	}
+	return parts[0], false
+}
+
+// signed is the host that blobs are redirected to.
+func (r *Registry) signed(w http.ResponseWriter, req *http.Request) {
+	r.mu.Lock()
+	fault := r.fault
+	r.mu.Unlock()
+	if fault != nil && fault(w, req) {
+		return
+	}
+	if req.URL.Query().Get("sig") != r.sign(req.URL.Path) || req.Header.Get("Authorization") != "" {
+		w.WriteHeader(http.StatusForbidden)
+		return
+	}
+	resp, err := r.do(req.Context(), req.Method, req.URL.Path, req.Header.Get("Range"), nil)
+	if err != nil {
+		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	defer resp.Body.Close()
+	for _, h := range []string{"Content-Type", "Content-Length", "Content-Range", "Accept-Ranges", "Etag"} {
+		if v := resp.Header.Get(h); v != "" {
+			w.Header().Set(h, v)
+		}
+	}
+	w.WriteHeader(resp.StatusCode)
+	_, _ = io.Copy(w, resp.Body)
+}
+
+func (r *Registry) do(ctx context.Context, method, path, rng string, body []byte) (*http.Response, error) {
+	u := r.backend.JoinPath("/")
+	rel, err := url.Parse(path)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, method, u.ResolveReference(rel).String(), bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	if rng != "" {
+		req.Header.Set("Range", rng)
+	}
+	return r.client.Do(req)
+}
+
+// Image is what to push.
+type Image struct {
+	// Layers are the sizes of their content in bytes. It can't be compressed.
+	Layers []int
+	// Seed makes the layers different from those of other seeds.
+	Seed uint64
+	// OCI makes it OCI media types instead of Docker's.
+	OCI bool
+	// Index puts it into an index, beside one for another platform.
+	Index bool
+}
+
+// Pushed is an image as a registry has it.
+type Pushed struct {
+	Ref      string        // name without the registry
+	Digest   digest.Digest // of what the tag names
+	Manifest digest.Digest // of this machine's platform
+	Config   digest.Digest
+	Layers   []digest.Digest
+	DiffIDs  []digest.Digest
+	Bytes    int64 // of config and layers
+}
+
+// Push makes an image and puts it into the registry, as "name:tag".
+func (r *Registry) Push(ref string, im Image) Pushed {
+	t := r.in.t
+	t.Helper()
+	repo, tag, _ := strings.Cut(ref, ":")
+	types := map[string]string{
+		"config": "application/vnd.docker.container.image.v1+json", "layer": "application/vnd.docker.image.rootfs.diff.tar.gzip",
+		"manifest": "application/vnd.docker.distribution.manifest.v2+json", "index": "application/vnd.docker.distribution.manifest.list.v2+json",
+	}
+	if im.OCI {
+		types = map[string]string{
+			"config": "application/vnd.oci.image.config.v1+json", "layer": "application/vnd.oci.image.layer.v1.tar+gzip",
+			"manifest": "application/vnd.oci.image.manifest.v1+json", "index": "application/vnd.oci.image.index.v1+json",
+		}
+	}
+	p := Pushed{Ref: ref}
+	type descriptor struct {
+		MediaType string        `json:"mediaType"`
+		Digest    digest.Digest `json:"digest"`
+		Size      int64         `json:"size"`
+		Platform  any           `json:"platform,omitempty"`
+	}
+	put := func(kind string, b []byte) descriptor {
+		d := descriptor{MediaType: types[kind], Digest: digest.FromBytes(b), Size: int64(len(b))}
+		if kind == "config" || kind == "layer" {
+			r.upload(repo, d.Digest, b)
+			p.Bytes += d.Size
+		}
+		return d
+	}
+	var layers []descriptor
+	for i, size := range im.Layers {
+		layer, diff := makeLayer(im.Seed<<8+uint64(i), size)
+		d := put("layer", layer)
+		layers = append(layers, d)
+		p.Layers, p.DiffIDs = append(p.Layers, d.Digest), append(p.DiffIDs, diff)
+	}
+	config, _ := json.Marshal(map[string]any{
+		"architecture": "amd64", "os": "linux", "created": "2020-01-01T00:00:00Z", "config": map[string]any{"Cmd": []string{"/nothing"}},
+		"rootfs": map[string]any{"type": "layers", "diff_ids": p.DiffIDs}, "history": history(len(im.Layers)),
+	})
+	c := put("config", config)
+	p.Config = c.Digest
+	manifest, _ := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": types["manifest"], "config": c, "layers": layers})
+	p.Manifest = digest.FromBytes(manifest)
+	p.Digest = p.Manifest
+	if !im.Index {
+		r.putManifest(repo, tag, types["manifest"], manifest)
+		return p
+	}
+	r.putManifest(repo, p.Manifest.String(), types["manifest"], manifest)
+	mine := put("manifest", manifest)
+	mine.Platform = map[string]string{"architecture": "amd64", "os": "linux"}
+	other, _ := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": types["manifest"], "config": c, "layers": layers[:1]})
+	r.putManifest(repo, digest.FromBytes(other).String(), types["manifest"], other)
+	theirs := put("manifest", other)
+	theirs.Platform = map[string]string{"architecture": "s390x", "os": "linux"}
+	index, _ := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": types["index"], "manifests": []descriptor{theirs, mine}})
+	r.putManifest(repo, tag, types["index"], index)
+	p.Digest = digest.FromBytes(index)
+	return p
+}
+
+func history(n int) (h []map[string]string) {
+	for range n {
+		h = append(h, map[string]string{"created": "2020-01-01T00:00:00Z", "created_by": "lab"})
+	}
+	return h
+}
+
+// makeLayer makes a layer with a file of random content.
+func makeLayer(seed uint64, size int) (layer []byte, diffID digest.Digest) {
+	content := make([]byte, size)
+	_, _ = rand.NewChaCha8(sha256.Sum256(fmt.Append(nil, seed))).Read(content)
+	var plain, packed bytes.Buffer
+	tw := tar.NewWriter(&plain)
+	_ = tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("file-%d", seed), Mode: 0o644, Size: int64(size)})
+	_, _ = tw.Write(content)
+	tw.Close()
+	gz, _ := gzip.NewWriterLevel(&packed, gzip.NoCompression)
+	_, _ = gz.Write(plain.Bytes())
+	gz.Close()
+	return packed.Bytes(), digest.FromBytes(plain.Bytes())
+}
+
+func (r *Registry) upload(repo string, d digest.Digest, b []byte) {
+	t := r.in.t
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	resp, err := r.do(ctx, "POST", "/v2/"+repo+"/blobs/uploads/", "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	loc, err := resp.Location()
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := loc.Query()
+	q.Set("digest", d.String())
+	loc.RawQuery = q.Encode()
+	if resp, err = r.do(ctx, "PUT", loc.RequestURI(), "", b); err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		t.Fatalf("uploading %s to %s/%s: %s", d, r.Host, repo, resp.Status)
+	}
+}
+
+func (r *Registry) putManifest(repo, ref, mediaType string, b []byte) {
+	t := r.in.t
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, "PUT", r.backend.JoinPath("/v2/", repo, "manifests", ref).String(), bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", mediaType)
+	resp, err := r.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		msg, _ := io.ReadAll(resp.Body)
+		t.Fatalf("putting the manifest %s into %s/%s: %s %s", ref, r.Host, repo, resp.Status, msg)
+	}
+}
