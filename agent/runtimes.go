@@ -402,7 +402,8 @@ func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) 
 			return coverage, nil
 		}
 		last = err
-		if _, err := trust.Uninstall(root, place, rs.a.ledger.Made(host)); err != nil {
+		made := slices.DeleteFunc(rs.a.ledger.Made(host), func(m trust.Made) bool { return m.Path != dir && !strings.HasPrefix(m.Path, dir+"/") })
+		if _, err := trust.Uninstall(root, place, made); err != nil {
 			rs.a.log.Warn("taking the CA out again", "dir", dir, "err", err)
 		}
 	}

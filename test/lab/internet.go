@@ -48,6 +48,7 @@ mount --make-rprivate /
 mount -t tmpfs tmpfs /var/lib
 mkdir -p /var/lib/home
 ip link set lo up
+ip addr add 203.0.113.1/32 dev lo # where nodes ask for names that they don't know: refused at once
 sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 `)
 	var err error

@@ -50,7 +50,7 @@ mkdir -p /var/lib/home
 rm -rf /etc/docker /etc/containerd /etc/containers/certs.d /etc/cni
 cat %[2]s > /etc/hosts
 cat %[3]s >> /etc/ssl/certs/ca-certificates.crt
-echo 'nameserver 203.0.113.1' > /etc/resolv.conf
+printf 'nameserver 203.0.113.1\noptions timeout:1 attempts:1\n' > /etc/resolv.conf
 ip link set lo up
 `
 
@@ -415,8 +415,8 @@ func (c *Containerd) Pull(ref string, login ...string) {
 	}
 }
 
-// Remove removes an image, and waits until its content is gone.
-func (c *Containerd) Remove(ref string) {
+// Remove removes an image, and waits until its layers are gone.
+func (c *Containerd) Remove(ref string, p Pushed) {
 	c.node.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -424,9 +424,10 @@ func (c *Containerd) Remove(ref string) {
 		c.node.t.Fatalf("removing %s through CRI: %v", ref, err)
 	}
 	c.until("collecting garbage", func(context.Context) error {
-		blobs, _ := filepath.Glob(c.node.root("/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256/*"))
-		if len(blobs) > 0 {
-			return fmt.Errorf("%d blobs are still there", len(blobs))
+		for _, l := range p.Layers {
+			if _, err := c.node.File("/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256/" + l.Encoded()); err == nil {
+				return fmt.Errorf("the layer %s is still there", l)
+			}
 		}
 		return nil
 	})

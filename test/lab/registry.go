@@ -47,6 +47,7 @@ func (in *Internet) DockerHub() *Registry {
 	in.t.Helper()
 	r := in.newRegistry("registry-1.docker.io")
 	r.cdn = "production.cloudflare.docker.com"
+	in.Host("docker.io") // dockerd looks it up, and connects there for nothing
 	in.HTTPS("auth.docker.io", false, r.Log.logging("auth.docker.io", http.HandlerFunc(r.token)))
 	in.HTTPS(r.cdn, false, r.Log.logging(r.cdn, http.HandlerFunc(r.signed)))
 	r.serve("https://auth.docker.io/token", "registry.docker.io")
