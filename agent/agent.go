@@ -289,10 +289,14 @@ func (a *Agent) certsDHosts() (hosts []string) {
 func (a *Agent) beat() {
 	t := time.NewTicker(100 * time.Millisecond)
 	defer t.Stop()
+	tidy := time.NewTicker(30 * time.Second)
+	defer tidy.Stop()
 	for {
 		select {
 		case <-t.C:
 			a.kernel.Beat()
+		case <-tidy.C:
+			a.runtimes.reconcile()
 		case <-a.ctx.Done():
 			return
 		}

@@ -70,6 +70,8 @@ type runtimeProc struct {
 	netns  uint64
 	ctx    context.Context // ends with the process
 	cancel context.CancelFunc
+	// unheard says that its exec is yet to be reported. Guarded by runtimes.mu.
+	unheard bool
 	// settled is closed when it is first known how to treat it.
 	settled chan struct{}
 	once    sync.Once
@@ -126,7 +128,9 @@ func (rs *runtimes) seed(cgroup string) error {
 			_ = rs.a.kernel.Forget(pid)
 			continue
 		}
+		rs.mu.Lock()
 		rs.add(p, k, true)
+		rs.mu.Unlock()
 	}
 	return nil
 }
@@ -138,16 +142,22 @@ func (rs *runtimes) started(ev bpf.Event) {
 		return // gone already
 	}
 	if k := kindOf(ev.Name, p.comm, p.exe); k != nil {
+		rs.mu.Lock()
+		defer rs.mu.Unlock()
+		if rt := rs.all[ev.PID]; rt != nil && rt.unheard && rt.start == p.start {
+			rt.unheard = false // its connection was faster than this news
+			return
+		}
 		rs.add(p, k, false)
 	}
 }
 
-func (rs *runtimes) add(p process, k *kind, seeded bool) {
+// add takes in a process. The caller holds rs.mu.
+func (rs *runtimes) add(p process, k *kind, seeded bool) *runtimeProc {
 	rt := &runtimeProc{process: p, kind: k, reach: ReachStarting,
 		settled: make(chan struct{}), verdicts: make(map[netip.Addr]chan error)}
 	rt.netns, _ = netnsOf(p.pid)
 	rt.ctx, rt.cancel = context.WithCancel(rs.a.ctx)
-	rs.mu.Lock()
 	if old, ok := rs.all[p.pid]; ok {
 		old.cancel()
 	}
@@ -155,7 +165,6 @@ func (rs *runtimes) add(p process, k *kind, seeded bool) {
 	if k.pullsThrough != "" {
 		rs.pause(k.pullsThrough, p.pid)
 	}
-	rs.mu.Unlock()
 	rs.wg.Go(func() {
 		defer rt.settle()
 		rs.establish(rt, seeded)
@@ -163,6 +172,7 @@ func (rs *runtimes) add(p process, k *kind, seeded bool) {
 	if k.contentStore {
 		rs.wg.Go(func() { rs.shareContent(rt) })
 	}
+	return rt
 }
 
 // ended forgets a process.
@@ -182,12 +192,41 @@ func (rs *runtimes) ended(pid int) {
 	rs.state.forget(pid)
 }
 
-// find returns the runtime that a connection came from. Its exec may not have
-// been heard of yet.
+// reconcile forgets processes whose end was not heard of, because the kernel
+// side's news got lost or came before that of their start.
+func (rs *runtimes) reconcile() {
+	var gone []int
+	rs.mu.Lock()
+	for pid := range rs.all {
+		if _, tracked := rs.a.kernel.Mode(pid); !tracked {
+			gone = append(gone, pid)
+		}
+	}
+	rs.mu.Unlock()
+	for _, pid := range gone {
+		rs.ended(pid)
+	}
+}
+
+// find returns the runtime that a connection came from, nil if there is none.
+// The connection may be here before the news of its exec.
 func (rs *runtimes) find(pid int) *runtimeProc {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
-	return rs.all[pid]
+	if rt := rs.all[pid]; rt != nil {
+		return rt
+	}
+	p, err := readProcess(pid)
+	if err != nil {
+		return nil
+	}
+	k := kindOf(p.comm, p.exe)
+	if mode, tracked := rs.a.kernel.Mode(pid); k == nil || !tracked || mode != bpf.ModeNew {
+		return nil
+	}
+	rt := rs.add(p, k, false)
+	rt.unheard = true
+	return rt
 }
 
 // pause leaves the runtimes of a kind in peace that trust the CA only by a

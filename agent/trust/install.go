@@ -20,6 +20,9 @@ const (
 	certsDFile = "weir-ca.crt" // dockerd and containerd read *.crt alone
 )
 
+// hubName is what runtimes call Docker Hub in a certs.d.
+const hubName = "docker.io"
+
 // Why a registry is not covered in a certs.d. All are about settings of a user
 // that weir leaves alone.
 var (
@@ -86,7 +89,7 @@ func (ca *CA) Install(r *Root, p Places, hosts []string) Result {
 
 	wanted := slices.Clone(hosts)
 	if slices.Contains(wanted, "registry-1.docker.io") || slices.Contains(wanted, "index.docker.io") {
-		wanted = append(wanted, "docker.io")
+		wanted = append(wanted, hubName)
 	}
 	if len(ca.probes) > 1 {
 		wanted = append(wanted, ca.probes[1].Unmap().String())
@@ -233,7 +236,8 @@ func (c *certsD) cover(host string) error {
 	if err != nil {
 		return err
 	}
-	if !c.ca.permits(e) {
+	// Docker Hub's directory has a name that no server of its has.
+	if host != hubName && !c.ca.permits(e) {
 		return fmt.Errorf("%s: the CA is not made for this host", host)
 	}
 	// Where there is no HOST_PORT_ containerd takes HOST:PORT, so it is never

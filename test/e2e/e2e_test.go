@@ -5,8 +5,18 @@
 package e2e
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"weir/test/lab"
 )
 
@@ -260,4 +270,403 @@ func TestDockerInBox(t *testing.T) {
 	if n := w.hub.Log.BlobGETs(); n > 0 {
 		t.Errorf("%d blobs were fetched:\n%s", n, w.hub.Log)
 	}
+}
+
+// A private repository is kept for those who may read it, and for nobody else.
+func TestPrivate(t *testing.T) {
+	w := newWorld(t)
+	w.hub.User("alice", "wonderland")
+	w.hub.User("mallory", "guess")
+	w.hub.Private("acme/secret", "alice")
+	secret := w.hub.Push("acme/secret:1", lab.Image{Layers: []int{700_000}, Seed: 3})
+	node := w.Node()
+	agent := node.Agent()
+	docker, containerd := node.Docker(), node.Box().Containerd()
+
+	docker.Pull("acme/secret:1", "alice", "wonderland")
+	docker.Remove("acme/secret:1")
+	w.forget()
+	docker.Pull("acme/secret:1", "alice", "wonderland")
+	w.nothingFetched(t)
+	docker.Same("acme/secret:1", secret)
+	docker.Remove("acme/secret:1")
+
+	for who, pull := range map[string]func() error{
+		"docker as nobody":           func() error { return docker.TryPull("acme/secret:1") },
+		"docker as another":          func() error { return docker.TryPull("acme/secret:1", "mallory", "guess") },
+		"docker by digest":           func() error { return docker.TryPull("acme/secret@" + secret.Digest.String()) },
+		"containerd as nobody":       func() error { return containerd.TryPull("acme/secret:1") },
+		"containerd as another":      func() error { return containerd.TryPull("acme/secret:1", "mallory", "guess") },
+		"containerd by digest":       func() error { return containerd.TryPull("acme/secret@" + secret.Digest.String()) },
+		"docker with wrong password": func() error { return docker.TryPull("acme/secret:1", "alice", "rabbit") },
+	} {
+		if err := pull(); err == nil {
+			t.Errorf("%s got the private image", who)
+		}
+	}
+	// A kept blob, asked for by its digest: the registry's own refusal.
+	crane := clientNamed(t, "crane")
+	for _, path := range []string{"blobs/" + secret.Layers[0].String(), "manifests/" + secret.Digest.String()} {
+		kind, ref, _ := strings.Cut(path, "/")
+		out := node.Run(crane, "client", "raw", "registry-1.docker.io", "acme/secret", kind, ref)
+		if !strings.Contains(out, "401 Unauthorized") || !strings.Contains(out, "authentication required") || !strings.Contains(out, "Bearer realm=") || !strings.Contains(out, "weir") {
+			t.Errorf("%s: %s", path, out)
+		}
+	}
+	containerd.Pull("acme/secret:1", "alice", "wonderland")
+
+	for _, secret := range []string{"wonderland", "rabbit", "Bearer ey", "Basic "} {
+		if strings.Contains(agent.Log(1<<20), secret) {
+			t.Errorf("the log has %q", secret)
+		}
+	}
+}
+
+// The agent is killed at the worst moments, and no pull fails.
+func TestKill(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	docker := node.Docker()
+	pulls := 0
+	pull := func(ref string, p lab.Pushed) {
+		t.Helper()
+		docker.Pull(ref)
+		docker.Same(ref, p)
+		docker.Remove(ref)
+		pulls++
+	}
+	for i := range 4 {
+		ref := fmt.Sprintf("acme/big:%d", i)
+		big := w.hub.Push(ref, lab.Image{Layers: []int{4 << 20}, Seed: uint64(10 + i)})
+		half, killed := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		// The layer stops in the middle until the agent is dead.
+		w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
+			if !strings.Contains(r.URL.Path, big.Layers[0].String()) || r.Host != "production.cloudflare.docker.com" {
+				return false
+			}
+			mine := false
+			once.Do(func() { mine = true })
+			if !mine {
+				return false
+			}
+			rw.Header().Set("Content-Length", "4200000")
+			_, _ = rw.Write(make([]byte, 1<<20))
+			_ = http.NewResponseController(rw).Flush()
+			close(half)
+			<-killed
+			panic(http.ErrAbortHandler)
+		})
+		go func() { <-half; agent.Kill(); close(killed) }()
+		pull(ref, big)
+		w.hub.Fault(nil)
+		for range 5 { // nobody is there
+			pull(flyway, w.flyway)
+		}
+		agent.Start()
+		for range 6 {
+			pull(flyway, w.flyway)
+		}
+		pull(ref, big)
+	}
+	if pulls < 50 {
+		t.Errorf("only %d pulls", pulls)
+	}
+	if rt := agent.Runtime(docker.PID()); rt.Reach != "intercepted" {
+		t.Errorf("after the agent's restart dockerd is %+v", rt)
+	}
+	w.forget()
+	pull(flyway, w.flyway)
+	w.nothingFetched(t)
+}
+
+// An agent that hangs is bypassed.
+func TestHang(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	docker := node.Docker()
+	docker.Pull(flyway)
+	docker.Remove(flyway)
+	agent.Signal(syscall.SIGSTOP)
+	defer agent.Signal(syscall.SIGCONT)
+	crane := clientNamed(t, "crane")
+	// Until its heartbeat is too old, connections still go to it.
+	err := lab.Eventually(nil, func(context.Context) error {
+		out, err := node.Output("timeout", "1", crane, "client", "get", "https://registry-1.docker.io/v2/", "HTTP/1.1")
+		if err == nil && strings.Contains(out, "weir") {
+			err = errors.New("a stopped process answers")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.forget()
+	docker.Pull(flyway)
+	fetched(t, w.hub)
+	docker.Remove(flyway)
+	agent.Signal(syscall.SIGCONT)
+	if err := lab.Eventually(nil, func(context.Context) error {
+		w.forget()
+		docker.Pull(flyway)
+		docker.Remove(flyway)
+		if w.hub.Log.BlobGETs() > 0 {
+			return errors.New("still not back in use")
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+// SIGTERM detaches first, and what runs is finished.
+func TestDrain(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	docker := node.Docker()
+	big := w.hub.Push("acme/big:1", lab.Image{Layers: []int{4 << 20}, Seed: 20})
+	half, stopping := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
+		if r.Host == "production.cloudflare.docker.com" && strings.Contains(r.URL.Path, big.Layers[0].String()) {
+			once.Do(func() { close(half); <-stopping })
+		}
+		return false
+	})
+	pulled := make(chan error, 1)
+	go func() { pulled <- docker.TryPull("acme/big:1") }()
+	<-half
+	agent.Signal(syscall.SIGTERM)
+	// It goes on serving, but no connection is redirected any more.
+	if err := lab.Eventually(nil, func(context.Context) error {
+		out, err := node.Output(clientNamed(t, "crane"), "client", "get", "https://registry-1.docker.io/v2/", "HTTP/1.1")
+		if err == nil && strings.Contains(out, "weir") {
+			err = errors.New("still redirected")
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+	w.forget()
+	close(stopping)
+	if err := <-pulled; err != nil {
+		t.Error("the pull that ran:", err)
+	}
+	if n := w.hub.Log.BlobGETs(); n > 1 {
+		t.Errorf("the running transfer was cut:\n%s", w.hub.Log)
+	}
+	agent.Stop()
+	docker.Same("acme/big:1", big)
+}
+
+// What isn't a registry's comes through unchanged, for a process that is
+// followed and for one that is not; the latter is never redirected.
+func TestOtherTraffic(t *testing.T) {
+	w := newWorld(t)
+	otherHosts(w.Internet)
+	w.OnlyIPv6("ghcr.io")
+	v4, _ := w.Host("first.example")
+	node := w.Node()
+	agent := node.Agent()
+	for _, tt := range []struct {
+		name    string
+		tracked bool
+	}{{"crane", true}, {"someprogram", false}} {
+		bin := clientNamed(t, tt.name)
+		before := agent.Status().Kernel.Redirected
+		expect := func(want string, args ...string) {
+			t.Helper()
+			if out := node.Run(append([]string{bin, "client"}, args...)...); !strings.Contains(out, want) {
+				t.Errorf("%s %q: %q, want %q", tt.name, args, out, want)
+			}
+		}
+		internet := `certificate of "the lab's internet CA"`
+		expect("hello from other.example, "+internet, "get", "https://other.example/", "HTTP/1.1")
+		expect("hello from other.example, "+internet, "get", "https://other.example/", "HTTP/2.0")
+		expect("hello from plain.example", "get", "http://plain.example/", "HTTP/1.1")
+		expect("", "websocket", "other.example")
+		expect("", "server-first", "first.example:5000")
+		expect(v4.String()+":5000", "peer", v4.String()+":5000")
+		who := "the lab's internet CA"
+		if tt.tracked {
+			who = "weir node CA"
+		}
+		expect(who, "pull", "registry-1.docker.io", "flyway/flyway", "10.11.0")
+		expect(who, "pull", "ghcr.io", "renovatebot/renovate", "latest") // over IPv6
+		redirected := agent.Status().Kernel.Redirected - before
+		if tt.tracked && redirected < 8 || !tt.tracked && redirected != 0 {
+			t.Errorf("%s: %d connections were redirected", tt.name, redirected)
+		}
+	}
+}
+
+// Nonsense at the door harms nobody.
+func TestHostile(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	docker := node.Docker()
+	docker.Pull(flyway)
+	docker.Remove(flyway)
+	before := residentMemory(t, agent.PID())
+	crane := clientNamed(t, "crane")
+	for range 5 {
+		if out, err := node.Output(crane, "client", "hostile", "registry-1.docker.io"); err != nil {
+			t.Error(out, err)
+		}
+		docker.Pull(flyway)
+		docker.Remove(flyway)
+	}
+	if after := residentMemory(t, agent.PID()); after > before+64<<20 {
+		t.Errorf("%d MiB resident, %d before", after>>20, before>>20)
+	}
+	if err := lab.Eventually(nil, func(context.Context) error {
+		if n := descriptors(t, agent.PID()); n > 100 {
+			return fmt.Errorf("%d descriptors are open", n)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+func residentMemory(t *testing.T, pid int) int64 {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var size, resident int64
+	fmt.Sscan(string(b), &size, &resident)
+	return resident * int64(os.Getpagesize())
+}
+
+func descriptors(t *testing.T, pid int) int {
+	t.Helper()
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(fds)
+}
+
+// A damaged file in the store is noticed, dropped and fetched again.
+func TestDamagedStore(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	docker := node.Docker()
+	docker.Pull(renovate)
+	docker.Remove(renovate)
+	path := "/var/lib/weir/store/blobs/sha256/" + w.renovate.Layers[0].Encoded()
+	b, err := node.File(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[len(b)/2] ^= 1
+	node.WriteFile(path, string(b))
+	w.forget()
+	docker.Pull(renovate)
+	docker.Same(renovate, w.renovate)
+	if n := w.ghcr.Log.BlobGETs(); n != 1 {
+		t.Errorf("%d blobs were fetched, want the damaged one:\n%s", n, w.ghcr.Log)
+	}
+	if s := agent.Status(); s.Store.Corrupt != 1 {
+		t.Errorf("%+v", s.Store)
+	}
+	docker.Remove(renovate)
+	w.forget()
+	docker.Pull(renovate)
+	w.nothingFetched(t)
+}
+
+// A full disk means serving without keeping.
+func TestFullDisk(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.Run("mkdir", "-p", "/var/lib/weir")
+	node.Run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/var/lib/weir")
+	agent := node.Agent("--store-size", "1GiB")
+	docker := node.Docker()
+	for range 2 {
+		docker.Pull(flyway)
+		docker.Pull(renovate)
+		docker.Same(flyway, w.flyway)
+		docker.Same(renovate, w.renovate)
+		docker.Remove(flyway)
+		docker.Remove(renovate)
+	}
+	if s := agent.Status(); s.Store.NotKept == 0 || s.Store.Bytes > 1<<20 {
+		t.Errorf("%+v", s.Store)
+	}
+}
+
+// After uninstall, nothing is left: no file, no program, no process.
+func TestUninstall(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.WriteFile("/etc/containerd/config.toml", `version = 2
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
+`)
+	containerd := node.Containerd()
+	containerd.Pull(renovate)
+	box := node.Box()
+	docker := box.Docker()
+	files := func() string {
+		return strings.Join(slices.Concat(node.Listing("/etc"), node.Listing("/run"), box.Listing("/etc")), "\n")
+	}
+	before, programs := files(), weirPrograms(t)
+
+	agent := node.Agent()
+	if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
+		t.Errorf("containerd is %+v", rt)
+	}
+	agent.Runtime(docker.PID())
+	docker.Pull(flyway)
+	if files() == before || weirPrograms(t) == programs {
+		t.Fatal("the agent has left no trace while it runs: the test is blind")
+	}
+	if _, err := node.Output(lab.Weir(t), "agent", "--cgroup", "/sys/fs/cgroup/unified"); err == nil {
+		t.Error("a second agent runs")
+	}
+	out := node.Run(lab.Weir(t), "uninstall")
+	if !strings.Contains(out, "weir is gone") {
+		t.Error(out)
+	}
+	if after := files(); after != before {
+		t.Errorf("the files are not as before:\n%s\n--- instead of\n%s", after, before)
+	}
+	if got := weirPrograms(t); got != programs {
+		t.Errorf("%d programs are left, %d before", got, programs)
+	}
+	if _, err := node.File("/var/lib/weir"); !errors.Is(err, os.ErrNotExist) {
+		t.Error("/var/lib/weir is still there")
+	}
+	if err := syscall.Kill(agent.PID(), 0); err == nil {
+		t.Error("the agent is still there")
+	}
+	docker.Remove(flyway)
+	docker.Pull(flyway)
+	containerd.Pull(flyway)
+	node.Run(lab.Weir(t), "uninstall") // again: nothing to do
+}
+
+// weirPrograms counts the eBPF programs of weir in the kernel.
+func weirPrograms(t *testing.T) (n int) {
+	t.Helper()
+	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
+		p, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue
+		}
+		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, "weir_") {
+			n++
+		}
+		p.Close()
+	}
+	return n
 }
