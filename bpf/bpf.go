@@ -294,7 +294,13 @@ type Origin struct {
 // [ErrNoOrigin] for one that was not redirected.
 func (k *Kernel) Origin(c *net.TCPConn) (Origin, error) {
 	var o kernelOrigin
-	err := withFD(c, func(fd int) error { return k.objs.Accepted.Lookup(uint32(fd), &o) })
+	err := withFD(c, func(fd int) error {
+		err := k.objs.Accepted.Lookup(uint32(fd), &o)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			err = k.handedOver(c, fd, &o)
+		}
+		return err
+	})
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return Origin{}, ErrNoOrigin
 	}
@@ -310,6 +316,20 @@ func (k *Kernel) Origin(c *net.TCPConn) (Origin, error) {
 		Netns:  o.Netns,
 		Cgroup: o.Cgroup,
 	}, nil
+}
+
+// handedOver takes the origin from where the client's side has put it. The
+// programs see only the sockets of their cgroups: when the door's is not among
+// them, because this process is elsewhere, nobody has moved it.
+func (k *Kernel) handedOver(c *net.TCPConn, fd int, o *kernelOrigin) error {
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return err
+	}
+	remote := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	addr := remote.Addr().As16()
+	key := kernelEndpoint{Netns: cookie, Ip6: *(*[4]uint32)(unsafe.Pointer(&addr)), Port: uint32(remote.Port())}
+	return k.objs.Handover.LookupAndDelete(&key, o)
 }
 
 func withFD(c syscall.Conn, f func(fd int) error) error {
