@@ -184,7 +184,7 @@ type stage struct {
 	cgroup string
 	cgFD   *os.File
 	home   *os.File // the cgroup of whoever is outside
-	pid    int // holds the network namespace
+	pid    int      // holds the network namespace
 	k      *Kernel
 	door   [2]*net.TCPListener
 	cookie uint64

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -669,4 +670,67 @@ func weirPrograms(t *testing.T) (n int) {
 		p.Close()
 	}
 	return n
+}
+
+// The newest dockerd, with its containerd image store, and the newest
+// containerd.
+func TestNewest(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	containerd := node.NewestContainerd()
+	docker := node.NewestDocker()
+	docker.Pull(flyway)
+	docker.Same(flyway, w.flyway)
+	containerd.Pull(renovate)
+	containerd.Same(renovate, w.renovate)
+	containerd.Remove(renovate, w.renovate)
+	docker.Remove(flyway)
+	w.forget()
+	docker.Pull(flyway)
+	containerd.Pull(renovate)
+	w.nothingFetched(t)
+	docker.Same(flyway, w.flyway)
+	for _, pid := range []int{docker.PID(), containerd.PID()} {
+		if rt := agent.Runtime(pid); rt.Reach != "intercepted" {
+			t.Errorf("%+v", rt)
+		}
+	}
+}
+
+// The newest containerd, running before, whose default pull path reads a
+// directory with a colon in its name. While a ctr runs, whose pulls read none,
+// it is left in peace.
+func TestNewestContainerdBefore(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	containerd := node.NewestContainerd()
+	containerd.Pull(renovate)
+	containerd.Remove(renovate, w.renovate)
+	agent := node.Agent()
+	rt := agent.Runtime(containerd.PID())
+	if rt.Reach != "intercepted" {
+		t.Fatalf("%+v", rt)
+	}
+	for range 2 {
+		containerd.Pull(flyway)
+		containerd.Remove(flyway, w.flyway)
+	}
+	w.forget()
+	containerd.Pull(flyway)
+	w.nothingFetched(t)
+	containerd.Remove(flyway, w.flyway)
+
+	ctr := lab.Tool(t, "ctr")
+	bin := filepath.Join(t.TempDir(), "ctr")
+	if err := os.Symlink(ctr, bin); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		node.Run(bin, "-n", "test", "images", "pull", renovate)
+		node.Run(bin, "-n", "test", "images", "rm", "--sync", renovate)
+	}
+	w.forget()
+	containerd.Pull(flyway)
+	w.nothingFetched(t)
 }

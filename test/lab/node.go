@@ -231,13 +231,24 @@ type Docker struct {
 // only concerns running containers.
 func (n *Node) Docker() *Docker {
 	n.t.Helper()
-	return n.dockerd(debian(n.t, "/usr/sbin/dockerd", "docker.io"), "--containerd=/run/containerd/containerd.sock")
+	if !n.has("/run/containerd/containerd.sock") {
+		n.Containerd() // dockerd would start one, which ends with it only when all goes well
+	}
+	return n.dockerd(debian(n.t, "/usr/sbin/dockerd", "docker.io"))
 }
 
 // NewestDocker starts the newest dockerd, with its containerd image store.
 func (n *Node) NewestDocker() *Docker {
 	n.t.Helper()
+	if !n.has("/run/containerd/containerd.sock") {
+		n.NewestContainerd()
+	}
 	return n.dockerd(n.link("dockerd"))
+}
+
+func (n *Node) has(path string) bool {
+	_, err := os.Stat(n.root(path))
+	return err == nil
 }
 
 // link gives a built tool the name that it has when it is installed.
@@ -260,14 +271,9 @@ func copyFile(from, to string) error {
 	return os.WriteFile(to, b, 0o755)
 }
 
-func (n *Node) dockerd(path string, args ...string) *Docker {
+func (n *Node) dockerd(path string) *Docker {
 	n.t.Helper()
-	if _, err := os.Stat(n.root("/run/containerd/containerd.sock")); err != nil {
-		n.Containerd() // dockerd would start one, which ends with it only when all goes well
-	}
-	d := &Docker{node: n, args: append([]string{path, "--bridge=none", "--iptables=false", "--ip6tables=false"}, args...)}
-	d.args = slices.DeleteFunc(d.args, func(a string) bool { return strings.HasPrefix(a, "--containerd=") })
-	d.args = append(d.args, "--containerd=/run/containerd/containerd.sock")
+	d := &Docker{node: n, args: []string{path, "--bridge=none", "--iptables=false", "--ip6tables=false", "--containerd=/run/containerd/containerd.sock"}}
 	c, err := client.New(client.WithHost("unix:///run/docker.sock"), client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", n.root("/run/docker.sock"))
 	}))
