@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 }
 
 // clientNamed installs the client under a name and returns its path.
-func clientNamed(t *testing.T, name string) string {
+func clientNamed(t testing.TB, name string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
 	b, err := os.ReadFile(os.Args[0])
@@ -103,6 +103,8 @@ func client(what string, args []string) error {
 		return hostile(args[0] + ":443")
 	case "pull": // registry, repository, tag
 		return pull(args[0], args[1], args[2])
+	case "fetch": // registry, repository, digest
+		return fetch(args[0], args[1], args[2])
 	case "raw": // registry, repository, "blobs" or "manifests", reference; without credentials
 		c := http.Client{Timeout: 20 * time.Second}
 		resp, err := c.Get("https://" + args[0] + "/v2/" + args[1] + "/" + args[2] + "/" + args[3])

@@ -534,7 +534,7 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-func residentMemory(t *testing.T, pid int) int64 {
+func residentMemory(t testing.TB, pid int) int64 {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
 	if err != nil {

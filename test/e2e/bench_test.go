@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"weir/test/lab"
+)
+
+const bigBlob = 512 << 20
+
+// fetchResult is what the client's "fetch" prints.
+type fetchResult struct {
+	Bytes     int64
+	FirstByte time.Duration
+	Whole     time.Duration
+}
+
+// fetch gets a blob as an anonymous client does, and measures the request that
+// gives it.
+func fetch(host, repo, digest string) error {
+	c := http.Client{}
+	blob := "https://" + host + "/v2/" + repo + "/blobs/" + digest
+	resp, err := c.Get("https://" + host + "/token?scope=repository:" + repo + ":pull")
+	if err != nil {
+		return err
+	}
+	var token struct{ Token string }
+	err = json.NewDecoder(resp.Body).Decode(&token)
+	resp.Body.Close()
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequest(http.MethodGet, blob, nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Authorization", "Bearer "+token.Token)
+	start := time.Now()
+	if resp, err = c.Do(req); err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", blob, resp.Status)
+	}
+	var first [1]byte
+	if _, err := io.ReadFull(resp.Body, first[:]); err != nil {
+		return err
+	}
+	r := fetchResult{FirstByte: time.Since(start)}
+	n, err := io.Copy(io.Discard, resp.Body)
+	if err != nil {
+		return err
+	}
+	r.Bytes, r.Whole = n+1, time.Since(start)
+	return json.NewEncoder(os.Stdout).Encode(r)
+}
+
+// cpuTime is what a process has used, user and system.
+func cpuTime(b *testing.B, pid int) time.Duration {
+	b.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	var utime, stime int64
+	fmt.Sscan(fields[11], &utime)
+	fmt.Sscan(fields[12], &stime)
+	return time.Duration(utime+stime) * 10 * time.Millisecond
+}
+
+// BenchmarkBlob gets a blob of 512 MiB over TLS: directly, passed through, for
+// the first time (of several runs the first only), and from the store. The registry, the client and the agent
+// share this machine's processors.
+func BenchmarkBlob(b *testing.B) {
+	in := lab.NewInternet(b)
+	known, unknown := in.Registry("ghcr.io"), in.Registry("registry.example")
+	image := lab.Image{Layers: []int{bigBlob}, Seed: 1}
+	digest := known.Push("bench/blob:1", image).Layers[0].String()
+	unknown.Push("bench/blob:1", image)
+	node := in.Node()
+	agent := node.Agent("--store-size", "2GiB", "--log-level", "info")
+	idle := residentMemory(b, agent.PID())
+	run := func(b *testing.B, program, host string) {
+		var first, whole time.Duration
+		bin := clientNamed(b, program)
+		cpu := cpuTime(b, agent.PID())
+		b.SetBytes(bigBlob)
+		n, peak := 0, int64(0)
+		for b.Loop() {
+			out := node.Run(bin, "client", "fetch", host, "bench/blob", digest)
+			var r fetchResult
+			if err := json.Unmarshal([]byte(out), &r); err != nil || r.Bytes < bigBlob {
+				b.Fatal(out, err)
+			}
+			first, whole = first+r.FirstByte, whole+r.Whole
+			peak = max(peak, residentMemory(b, agent.PID()))
+			n++
+		}
+		gib := float64(n) * bigBlob / (1 << 30)
+		b.ReportMetric(first.Seconds()*1000/float64(n), "ms-first-byte")
+		b.ReportMetric(float64(n)*bigBlob/(1<<20)/whole.Seconds(), "MiB/s-body")
+		b.ReportMetric((cpuTime(b, agent.PID())-cpu).Seconds()/gib, "agent-CPU-s/GiB")
+		b.ReportMetric(float64(peak)/(1<<20), "agent-RSS-MiB")
+		b.ReportMetric(float64(idle)/(1<<20), "agent-RSS-MiB-idle")
+	}
+	b.Run("direct", func(b *testing.B) { run(b, "someprogram", "ghcr.io") })
+	b.Run("passthrough", func(b *testing.B) { run(b, "crane", "registry.example") })
+	b.Run("cold", func(b *testing.B) {
+		agent.Stop() // it starts with an empty store, so this is for one run
+		node.Run("rm", "-rf", "/var/lib/weir/store")
+		agent.Start()
+		run(b, "crane", "ghcr.io")
+	})
+	b.Run("store", func(b *testing.B) { run(b, "crane", "ghcr.io") })
+}
