@@ -157,7 +157,7 @@ func connect(ctx context.Context, f *os.File, addr netip.AddrPort) error {
 		if !started {
 			started = true
 			cerr = unix.Connect(int(fd), sa)
-			return cerr != unix.EINPROGRESS
+			return !errors.Is(cerr, unix.EINPROGRESS)
 		}
 		var soerr int
 		if soerr, cerr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); cerr != nil {

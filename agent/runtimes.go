@@ -258,7 +258,7 @@ func (rs *runtimes) remode(kind string) {
 func (rs *runtimes) setMode(rt *runtimeProc) {
 	rt.mu.Lock()
 	mode := bpf.ModeProbe
-	if rt.reach == ReachIntercepted && !(rt.certsD && len(rs.paused[rt.kind.name]) > 0) {
+	if rt.reach == ReachIntercepted && (!rt.certsD || len(rs.paused[rt.kind.name]) == 0) {
 		mode = bpf.ModeRedirect
 	}
 	rt.mu.Unlock()

@@ -120,7 +120,7 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 	c, err := e.handshake(ctx, hostport)
 	if err != nil {
 		var ne net.Error
-		if ctx.Err() == nil && !(errors.As(err, &ne) && ne.Timeout()) {
+		if timedOut := errors.As(err, &ne) && ne.Timeout(); ctx.Err() == nil && !timedOut {
 			e.verdicts.Add(hostport, refusal{err, time.Now()})
 		}
 		return err

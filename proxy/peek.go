@@ -5,6 +5,7 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -74,7 +75,7 @@ func peekTLS(rec *recorder) (h hello) {
 			h.http1 = len(chi.SupportedProtos) == 0 || slices.Contains(chi.SupportedProtos, "http/1.1")
 			return nil, stop
 		},
-	}).Handshake()
+	}).HandshakeContext(context.Background())
 	return h
 }
 

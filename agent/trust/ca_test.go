@@ -340,7 +340,7 @@ func TestLeafRenewed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if life := first.Leaf.NotAfter.Sub(time.Now()); life != 24*time.Hour {
+		if life := time.Until(first.Leaf.NotAfter); life != 24*time.Hour {
 			t.Errorf("a new leaf lives for %v", life)
 		}
 		time.Sleep(15 * time.Hour)

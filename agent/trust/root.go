@@ -95,7 +95,7 @@ func (r *Root) ID() RootID { return r.id }
 // Exists reports whether name exists, following symbolic links. It is an error
 // if that can't be told.
 func (r *Root) Exists(name string) (bool, error) {
-	fd, err := r.open(name, unix.O_PATH, 0)
+	fd, err := r.open(name, unix.O_PATH)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return false, nil
 	}
@@ -109,7 +109,7 @@ func (r *Root) Exists(name string) (bool, error) {
 // ReadFile returns the content of the regular file name, following symbolic
 // links. It fails with [ErrTooLarge] if that is more than limit bytes.
 func (r *Root) ReadFile(name string, limit int) ([]byte, error) {
-	fd, err := r.open(name, unix.O_PATH, 0)
+	fd, err := r.open(name, unix.O_PATH)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
@@ -210,7 +210,7 @@ func (r *Root) RemoveDirIfEmpty(name string) (bool, error) {
 // The socket is reached wherever it is mounted, whatever the length of its
 // path and the network namespace of its server.
 func (r *Root) DialUnix(ctx context.Context, name string) (net.Conn, error) {
-	fd, err := r.open(name, unix.O_PATH, 0)
+	fd, err := r.open(name, unix.O_PATH)
 	if err != nil {
 		return nil, &fs.PathError{Op: "dial", Path: name, Err: err}
 	}
@@ -232,7 +232,7 @@ func (r *Root) DialUnix(ctx context.Context, name string) (net.Conn, error) {
 }
 
 // open resolves name below the root. flags get O_CLOEXEC.
-func (r *Root) open(name string, flags int, mode uint32) (int, error) {
+func (r *Root) open(name string, flags int) (int, error) {
 	if strings.IndexByte(name, 0) >= 0 {
 		return -1, unix.EINVAL
 	}
@@ -246,7 +246,6 @@ func (r *Root) open(name string, flags int, mode uint32) (int, error) {
 	cerr := rc.Control(func(root uintptr) {
 		fd, err = openRetry(int(root), name, &unix.OpenHow{
 			Flags:   uint64(flags) | unix.O_CLOEXEC,
-			Mode:    uint64(mode),
 			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 		})
 	})
@@ -265,7 +264,7 @@ type dir struct {
 func (d *dir) close() { unix.Close(d.fd) }
 
 func (r *Root) openDir(name string) (*dir, error) {
-	fd, err := r.open(name, unix.O_PATH|unix.O_DIRECTORY, 0)
+	fd, err := r.open(name, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open directory", Path: name, Err: err}
 	}
@@ -327,7 +326,7 @@ func (d *dir) checkWritable() error {
 	if err := retryEINTR(func() error { return unix.Fstatfs(d.fd, &st) }); err != nil {
 		return err
 	}
-	switch int64(st.Type) {
+	switch st.Type {
 	case unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC,
 		unix.BPF_FS_MAGIC, unix.DEBUGFS_MAGIC, unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC, 0x62656570 /* configfs */ :
 		return errors.New("on a file system of the kernel")

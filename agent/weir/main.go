@@ -36,7 +36,10 @@ const (
 	exitUsage  = 2 // the command line is wrong
 )
 
-func main() {
+func main() { os.Exit(run()) }
+
+// run runs the command and returns the exit code.
+func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	// A second signal ends the process at once.
@@ -45,19 +48,19 @@ func main() {
 	root := newCommand()
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
-		return
+		return 0
 	}
 	var silent silentError
 	if errors.As(err, &silent) {
-		os.Exit(exitFailed)
+		return exitFailed
 	}
 	fmt.Fprintf(os.Stderr, "weir: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
 	var usage usageError
 	if errors.As(err, &usage) || strings.HasPrefix(err.Error(), "unknown command") {
 		fmt.Fprintf(os.Stderr, "See `%s --help`.\n", cmd.CommandPath())
-		os.Exit(exitUsage)
+		return exitUsage
 	}
-	os.Exit(exitFailed)
+	return exitFailed
 }
 
 // usageError is a mistake in the command line.

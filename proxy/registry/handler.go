@@ -425,7 +425,7 @@ func (c *content) Read(p []byte) (n int, err error) {
 			}
 		}
 		c.off += int64(n)
-		if n > 0 || err == nil || err == io.EOF {
+		if n > 0 || err == nil || errors.Is(err, io.EOF) {
 			if _, kept := c.from.(*store.BlobReader); kept {
 				c.x.stats.fromStore.Add(int64(n))
 			}

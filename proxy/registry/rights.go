@@ -75,7 +75,7 @@ func (r *rights) credentialsOf(req *http.Request) credentials {
 // allows says whether a digest may be given to the asker without asking the
 // upstream again.
 func (r *rights) allows(a asker, d digest.Digest) bool {
-	_, granted := r.granted.Get(grant{a.registry, a.repo, a.who})
+	_, granted := r.granted.Get(grant(a))
 	_, is := r.members.Get(member{a.registry, a.repo, d})
 	return granted && is
 }
@@ -84,7 +84,7 @@ func (r *rights) allows(a asker, d digest.Digest) bool {
 func (r *rights) learn(a asker, t target, resp *http.Response) {
 	switch code := resp.StatusCode; {
 	case code >= 200 && code < 300 || t.kind == blob && redirects(code):
-		r.granted.Add(grant{a.registry, a.repo, a.who}, struct{}{})
+		r.granted.Add(grant(a), struct{}{})
 		d := t.digest
 		if d == "" {
 			var err error
@@ -94,7 +94,7 @@ func (r *rights) learn(a asker, t target, resp *http.Response) {
 		}
 		r.members.Add(member{a.registry, a.repo, d}, struct{}{})
 	case code == http.StatusUnauthorized, code == http.StatusForbidden:
-		r.granted.Remove(grant{a.registry, a.repo, a.who})
+		r.granted.Remove(grant(a))
 	case code == http.StatusNotFound && t.digest != "":
 		r.members.Remove(member{a.registry, a.repo, t.digest})
 	}

@@ -58,7 +58,7 @@ func (s *Store) open(d digest.Digest, path string, size int64) (*Blob, error) {
 		return nil, fmt.Errorf("%s has %d bytes instead of %d: %w", d, st.Size, size, ErrCorrupt)
 	}
 	return &Blob{store: s, digest: d, file: f, size: st.Size,
-		id: fileID{uint64(st.Dev), st.Ino, st.Size, st.Mtim, st.Ctim}}, nil
+		id: fileID{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}}, nil
 }
 
 // Size is the blob's length in bytes.

@@ -4,6 +4,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -88,7 +89,7 @@ func (s *Stream) reopen(n int, cause error) {
 	}
 	s.body.Close()
 	if s.failures++; s.more == nil || s.failures > attempts {
-		if cause == io.EOF {
+		if errors.Is(cause, io.EOF) {
 			cause = io.ErrUnexpectedEOF
 		}
 		s.err = fmt.Errorf("%s broke off after %d bytes: %w", s.digest, s.read, cause)
