@@ -50,6 +50,12 @@ type Config struct {
 	Registries []string
 	// StoreSize bounds the blobs' bytes; 0 means a tenth of the file system.
 	StoreSize int64
+	// RightsTTL is how long a registry's word that a client may read a
+	// repository is good.
+	RightsTTL time.Duration
+	// StaleIfError is for how long a registry's last answer is good while it
+	// gives no other; 0 means never.
+	StaleIfError time.Duration
 	// Admin is where status and metrics are served.
 	Admin string
 	// Version is shown in the status.
@@ -141,7 +147,8 @@ func (a *Agent) start() (err error) {
 		return fmt.Errorf("listening on --admin %s: %w", a.conf.Admin, err)
 	}
 
-	a.registry = registry.New(registry.Options{Store: a.store, Log: a.log})
+	a.registry = registry.New(registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
+		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log})
 	a.proxy = proxy.New(proxy.Options{Hosts: a.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
 	a.kernel, err = bpf.Load(bpf.Options{
 		Cgroup: a.conf.Cgroup,
@@ -260,7 +267,11 @@ func (a *Agent) openData() error {
 	return nil
 }
 
-const ledgerFile = "installed.jsonl"
+// Files in the data directory.
+const (
+	ledgerFile = "installed.jsonl"
+	tagsFile   = "tags.json"
+)
 
 // lastingRoots are the root file systems that outlive their runtimes: this
 // process's own and that of the node's first process. Each is named by where it
@@ -378,6 +389,9 @@ func (a *Agent) close() {
 	}
 	if a.adminL != nil {
 		a.adminL.Close()
+	}
+	if a.registry != nil {
+		a.registry.Close()
 	}
 	if a.store != nil {
 		_ = a.store.Close()

@@ -81,6 +81,8 @@ var (
 	descRequests     = desc("registry_requests_total", "Requests to intercepted registries.", "registry")
 	descLookups      = desc("registry_lookups_total", "Blobs and manifests asked for by digest or known tag, by whether the store had them.", "registry", "result")
 	descErrors       = desc("registry_upstream_errors_total", "Requests that the upstream gave no answer to.", "registry")
+	descStale        = desc("registry_stale_answers_total", "Answers given from before the upstream failed (stale-if-error).", "registry")
+	descPushed       = desc("registry_pushed_total", "Pushed blobs and manifests that were kept.", "registry")
 	descBytes        = desc("registry_bytes_total", "Bytes of answers by where they came from.", "registry", "source")
 	descStoreBytes   = desc("store_bytes", "Bytes of kept blobs and of running transfers.")
 	descStoreMax     = desc("store_max_bytes", "The bound of weir_store_bytes.")
@@ -120,6 +122,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		count(descLookups, float64(r.Hits), r.Registry, "hit")
 		count(descLookups, float64(r.Misses), r.Registry, "miss")
 		count(descErrors, float64(r.Errors), r.Registry)
+		count(descStale, float64(r.Stale), r.Registry)
+		count(descPushed, float64(r.Pushed), r.Registry)
 		count(descBytes, float64(r.BytesFromStore), r.Registry, "store")
 		count(descBytes, float64(r.BytesFromUpstream), r.Registry, "upstream")
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 	"weir/agent"
+	"weir/proxy/registry"
 	"weir/proxy/store"
 )
 
@@ -147,6 +148,8 @@ func agentCommand() *cobra.Command {
 	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
 	f.StringSliceVar(&conf.Registries, "registry", nil, "a further registry, `HOST[:PORT][=CA.pem]`; may be repeated")
 	f.StringVar(&size, "store-size", "", "bound of the store, such as 50GiB (default: a tenth of the file system)")
+	f.DurationVar(&conf.RightsTTL, "rights-ttl", registry.DefaultRightsTTL, "how long a registry's word that a client may read a repository is good")
+	f.DurationVar(&conf.StaleIfError, "stale-if-error", registry.DefaultStaleIfError, "for how long a registry's last answer is good while it gives no other; 0 is never")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -161,6 +164,9 @@ func agentCommand() *cobra.Command {
 			if conf.StoreSize == 0 {
 				return usageError{errors.New("--store-size must be more than 0")}
 			}
+		}
+		if conf.RightsTTL <= 0 || conf.StaleIfError < 0 {
+			return usageError{errors.New("--rights-ttl must be more than 0, and --stale-if-error not less")}
 		}
 		for _, p := range ports {
 			if p == 0 || p > 65535 {

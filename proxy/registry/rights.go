@@ -10,51 +10,67 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
-	"github.com/hashicorp/golang-lru/v2/expirable"
 	"github.com/opencontainers/go-digest"
 )
 
 // rights remembers what an upstream has granted. Nothing that is kept is
-// served without two of its answers: that these credentials may read the
-// repository (a right), and that the digest is in the repository (a member).
+// served without two of its answers: that these credentials
+// may read the repository, which is a right, and that the digest is in the
+// repository, which is a member.
 //
 // A member is never learned from a manifest that names it: anybody may push a
 // manifest naming a digest that is somebody else's secret, and registries
 // don't all check.
 type rights struct {
-	key     [32]byte // of the credentials' hash, so that it is of no use elsewhere
-	granted *expirable.LRU[grant, struct{}]
-	members *expirable.LRU[member, struct{}]
-	tags    *lru.Cache[tag, digest.Digest] // what a tag was; only a hint
+	key   [32]byte // of the credentials' hash, so that it is of no use elsewhere
+	ttl   time.Duration
+	stale time.Duration
+	now   func() time.Time
+
+	granted *lru.Cache[asker, time.Time]
+	// public are repositories that the upstream gives to everybody, to those
+	// without a name too. The time is when it last said so, or, with isn't,
+	// when it last said the opposite.
+	public  *lru.Cache[repository, publicity]
+	members *lru.Cache[member, time.Time]
 }
 
 type credentials [32]byte // a keyed hash
 
-type grant struct {
-	registry, repo string
-	who            credentials
+// asker is who asks, and where.
+type asker struct {
+	repository
+	who credentials
 }
+
+// repository is a repository of a registry, by the registry's identity.
+type repository struct{ registry, name string }
 
 type member struct {
-	registry, repo string
-	digest         digest.Digest
+	repository
+	digest digest.Digest
 }
 
-// tag also has what the client accepts: a tag has several answers.
-type tag struct {
-	registry, repo, tag, accept string
+type publicity struct {
+	is   bool
+	when time.Time
 }
 
-// memberTTL bounds how long a digest is taken to be in a repository after the
-// upstream said so.
-const memberTTL = time.Hour
+const (
+	// memberTTL bounds how long a digest is taken to be in a repository after
+	// the upstream said so. Content doesn't change its place; who may read
+	// the place does, and has a bound of its own.
+	memberTTL = 24 * time.Hour
+	// publicTTL is how long it is taken for granted that a repository is, or
+	// isn't, public, before the upstream is asked again.
+	publicTTL = time.Hour
+)
 
-func newRights(ttl time.Duration) *rights {
-	r := &rights{
-		granted: expirable.NewLRU[grant, struct{}](1<<15, nil, ttl),
-		members: expirable.NewLRU[member, struct{}](1<<17, nil, memberTTL),
-	}
-	r.tags, _ = lru.New[tag, digest.Digest](1 << 14)
+func newRights(ttl, stale time.Duration) *rights {
+	r := &rights{ttl: ttl, stale: stale, now: time.Now}
+	r.granted, _ = lru.New[asker, time.Time](1 << 15)
+	r.public, _ = lru.New[repository, publicity](1 << 13)
+	r.members, _ = lru.New[member, time.Time](1 << 15)
 	_, _ = rand.Read(r.key[:])
 	return r
 }
@@ -72,19 +88,58 @@ func (r *rights) credentialsOf(req *http.Request) credentials {
 	return credentials(mac.Sum(nil))
 }
 
+// within says whether something that the upstream said is younger than age.
+func (r *rights) within(when time.Time, age time.Duration) bool {
+	d := r.now().Sub(when)
+	return d >= 0 && d < age // a clock that was set back proves nothing
+}
+
 // allows says whether a digest may be given to the asker without asking the
 // upstream again.
 func (r *rights) allows(a asker, d digest.Digest) bool {
-	_, granted := r.granted.Get(grant(a))
-	_, is := r.members.Get(member{a.registry, a.repo, d})
-	return granted && is
+	return r.isMember(a.repository, d, memberTTL) && r.isGranted(a)
 }
 
-// learn takes in an upstream's answer to a request about a target.
-func (r *rights) learn(a asker, t target, resp *http.Response) {
+// allowsStale says the same for when the upstream gives no answer: what it has
+// given to everybody may then be given for longer.
+func (r *rights) allowsStale(a asker, d digest.Digest) bool {
+	p, ok := r.public.Get(a.repository)
+	public := ok && p.is && r.within(p.when, r.stale)
+	return r.isMember(a.repository, d, max(memberTTL, r.stale)) && (public || r.isGranted(a))
+}
+
+func (r *rights) isGranted(a asker) bool {
+	when, ok := r.granted.Get(a)
+	return ok && r.within(when, r.ttl)
+}
+
+func (r *rights) isMember(repo repository, d digest.Digest, age time.Duration) bool {
+	when, ok := r.members.Get(member{repo, d})
+	return ok && r.within(when, age)
+}
+
+// publicityUnknown says whether it is time to ask whether a repository is
+// public.
+func (r *rights) publicityUnknown(repo repository) bool {
+	p, ok := r.public.Peek(repo)
+	return !ok || !r.within(p.when, publicTTL)
+}
+
+func (r *rights) setPublic(repo repository, is bool) {
+	r.public.Add(repo, publicity{is, r.now()})
+}
+
+// contains takes in that a digest is in a repository.
+func (r *rights) contains(repo repository, d digest.Digest) {
+	r.members.Add(member{repo, d}, r.now())
+}
+
+// learn takes in an upstream's answer to a request to read a target. byWord is
+// whether the upstream's word is enough that it has a digest.
+func (r *rights) learn(a asker, t target, resp *http.Response, byWord bool) {
 	switch code := resp.StatusCode; {
 	case code >= 200 && code < 300 || t.kind == blob && redirects(code):
-		r.granted.Add(grant(a), struct{}{})
+		r.granted.Add(a, r.now())
 		d := t.digest
 		if d == "" {
 			var err error
@@ -92,22 +147,28 @@ func (r *rights) learn(a asker, t target, resp *http.Response) {
 				return
 			}
 		}
-		r.members.Add(member{a.registry, a.repo, d}, struct{}{})
-	case code == http.StatusUnauthorized, code == http.StatusForbidden:
-		r.granted.Remove(grant(a))
-	case code == http.StatusNotFound && t.digest != "":
-		r.members.Remove(member{a.registry, a.repo, t.digest})
+		if byWord {
+			r.contains(a.repository, d)
+		}
+	case code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound:
+		r.granted.Remove(a)
+		if code != http.StatusNotFound && resp.Request != nil && resp.Request.Header.Get("Authorization") != "" {
+			// What somebody with a name may not read is hardly everybody's.
+			r.public.Remove(a.repository)
+		}
+		if code == http.StatusNotFound && t.digest != "" {
+			r.members.Remove(member{a.repository, t.digest})
+		}
 	}
 }
 
+// forget takes in that something was deleted from a repository.
 func (r *rights) forget(a asker, d digest.Digest) {
-	r.members.Remove(member{a.registry, a.repo, d})
-}
-
-// asker is who asks, and where.
-type asker struct {
-	registry, repo string
-	who            credentials
+	r.granted.Remove(a)
+	r.public.Remove(a.repository)
+	if d != "" {
+		r.members.Remove(member{a.repository, d})
+	}
 }
 
 func redirects(code int) bool {

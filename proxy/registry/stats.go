@@ -16,19 +16,32 @@ type Stats struct {
 	Hits              int64  `json:"hits"`   // blobs and manifests that were kept, or arriving
 	Misses            int64  `json:"misses"` // blobs and manifests that the upstream had to give
 	Errors            int64  `json:"errors"` // requests without an answer of the upstream
+	Stale             int64  `json:"stale"`  // answers from before the upstream failed
+	Pushed            int64  `json:"pushed"` // blobs and manifests kept from pushes
 	BytesFromStore    int64  `json:"bytes_from_store"`
 	BytesFromUpstream int64  `json:"bytes_from_upstream"`
 }
 
 type counters struct {
-	requests, hits, misses, errors, fromStore, fromUpstream atomic.Int64
+	requests, hits, misses, errors, stale, pushed, fromStore, fromUpstream atomic.Int64
 }
 
-type statsTable struct{ m sync.Map } // registry → *counters
+// maxStats bounds the registries that are counted each for itself: clients can
+// make up as many names as they like.
+const maxStats = 500
+
+type statsTable struct {
+	m sync.Map // registry → *counters
+	n atomic.Int64
+}
 
 func (t *statsTable) of(registry string) *counters {
 	if c, ok := t.m.Load(registry); ok {
 		return c.(*counters)
+	}
+	if t.n.Add(1) > maxStats {
+		t.n.Add(-1)
+		registry = "other"
 	}
 	c, _ := t.m.LoadOrStore(registry, &counters{})
 	return c.(*counters)
@@ -39,7 +52,7 @@ func (h *Handler) Stats() []Stats {
 	var all []Stats
 	h.stats.m.Range(func(k, v any) bool {
 		c := v.(*counters)
-		all = append(all, Stats{k.(string), c.requests.Load(), c.hits.Load(), c.misses.Load(), c.errors.Load(), c.fromStore.Load(), c.fromUpstream.Load()})
+		all = append(all, Stats{k.(string), c.requests.Load(), c.hits.Load(), c.misses.Load(), c.errors.Load(), c.stale.Load(), c.pushed.Load(), c.fromStore.Load(), c.fromUpstream.Load()})
 		return true
 	})
 	slices.SortFunc(all, func(a, b Stats) int { return cmp.Compare(a.Registry, b.Registry) })

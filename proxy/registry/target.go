@@ -16,6 +16,8 @@ const (
 	other    kind = iota // nothing that is kept: it is forwarded
 	blob                 // /v2/NAME/blobs/DIGEST
 	manifest             // /v2/NAME/manifests/REFERENCE
+	base                 // /v2/, where clients ask whether they must log in
+	uploads              // /v2/NAME/blobs/uploads/, where pushes of blobs begin
 )
 
 // target is what a path of the distribution API asks for.
@@ -39,6 +41,12 @@ func parsePath(path string) target {
 	if !ok || len(rest) > 1024 {
 		return target{}
 	}
+	if rest == "" {
+		return target{kind: base}
+	}
+	if repo, ok := strings.CutSuffix(strings.TrimSuffix(rest, "/"), "/blobs/uploads"); ok && isName(repo) {
+		return target{kind: uploads, repo: repo}
+	}
 	// A repository's name may itself contain "blobs" or "manifests": the last
 	// one in the path counts.
 	i, k := strings.LastIndex(rest, "/manifests/"), manifest
@@ -51,7 +59,7 @@ func parsePath(path string) target {
 	}
 	t := target{kind: k, repo: rest[:i]}
 	ref := rest[i+sep:]
-	if len(t.repo) > 255 || !nameRE.MatchString(t.repo) {
+	if !isName(t.repo) {
 		return target{}
 	}
 	if d, err := digest.Parse(ref); err == nil {
@@ -64,3 +72,5 @@ func parsePath(path string) target {
 	}
 	return target{}
 }
+
+func isName(repo string) bool { return len(repo) <= 255 && nameRE.MatchString(repo) }

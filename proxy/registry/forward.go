@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httputil"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
+)
+
+// forward sends the client's request to the upstream and its answer back,
+// unchanged, and learns from it.
+func (x *exchange) forward() {
+	p := httputil.ReverseProxy{
+		Transport:     x.up.Transport,
+		FlushInterval: -1,
+		BufferPool:    &x.h.bufs,
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			base := x.up.base()
+			pr.Out.URL.Scheme, pr.Out.URL.Host, pr.Out.Host = base.Scheme, base.Host, pr.In.Host
+			pr.Out.URL.RawQuery = pr.In.URL.RawQuery // ReverseProxy drops what it can't parse
+			if _, ok := pr.In.Header["Accept-Encoding"]; !ok {
+				pr.Out.Header.Del("Accept-Encoding")
+			}
+		},
+		ModifyResponse: x.passing,
+		ErrorHandler:   x.unreachable,
+		ErrorLog:       slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
+	}
+	p.ServeHTTP(x.w, x.r)
+}
+
+// passing sees each forwarded answer.
+func (x *exchange) passing(resp *http.Response) error {
+	x.h.outages.note(x.up.id(), false)
+	switch {
+	case x.push != nil:
+		x.push.answered(x, resp)
+	case x.r.Method == http.MethodDelete && resp.StatusCode/100 == 2 && x.target.repo != "":
+		x.h.rights.forget(x.asker, x.target.digest)
+		x.h.tags.forget(x.asker.repository, cmp.Or(x.target.tag, x.target.digest.String()))
+	case x.target.kind == blob && x.reading():
+		x.learn(resp)
+	case x.target.kind == manifest && x.reading():
+		x.learn(resp)
+		x.wonder(resp)
+		if x.target.tag != "" {
+			x.learnTag(resp)
+		}
+		if x.r.Method == http.MethodGet && resp.StatusCode == http.StatusOK {
+			if err := x.keepManifest(resp); err != nil {
+				return err
+			}
+		}
+	}
+	resp.Body = x.counted(resp.Body)
+	return nil
+}
+
+func (x *exchange) reading() bool {
+	return x.r.Method == http.MethodGet || x.r.Method == http.MethodHead
+}
+
+// keepManifest keeps a manifest that passes by. The error is for one that
+// isn't what was asked for, or what the upstream says that it is.
+func (x *exchange) keepManifest(resp *http.Response) error {
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest+1))
+	rest := resp.Body
+	resp.Body = readCloser{io.MultiReader(bytes.NewReader(raw), rest), rest}
+	if err != nil || len(raw) > maxManifest {
+		return nil // the client will see the same
+	}
+	body, ok := decoded(resp.Header.Get("Content-Encoding"), raw)
+	if !ok {
+		return nil
+	}
+	d := x.target.digest
+	if d == "" {
+		if d, err = digest.Parse(resp.Header.Get("Docker-Content-Digest")); err != nil {
+			d = digest.FromBytes(body)
+		}
+	}
+	switch err := x.h.store.Put(d, body); {
+	case errors.Is(err, store.ErrCorrupt):
+		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
+	case err != nil:
+		x.h.log.Info("a manifest is not kept", "registry", x.up.id(), "repository", x.target.repo, "digest", d, "err", err)
+	}
+	x.h.rights.contains(x.asker.repository, d)
+	if x.target.tag != "" && mediaTypeOf(body) != "" {
+		x.h.tags.set(x.tagKey(), d, x.h.rights.now())
+	}
+	return nil
+}
+
+// decoded undoes a content encoding that is known.
+func decoded(encoding string, raw []byte) ([]byte, bool) {
+	switch encoding {
+	case "":
+		return raw, true
+	case "gzip":
+		zr, err := gzip.NewReader(bytes.NewReader(raw))
+		if err != nil {
+			return nil, false
+		}
+		body, err := io.ReadAll(io.LimitReader(zr, maxManifest+1))
+		return body, err == nil && len(body) <= maxManifest
+	}
+	return nil, false
+}
+
+type readCloser struct {
+	io.Reader
+	io.Closer
+}
+
+// base answers GET and HEAD of /v2/. Clients ask there whether they must log in,
+// and give up when nobody answers; what everybody was given can then still be
+// had without.
+func (x *exchange) base() {
+	if !x.h.Remembers(x.up.id()) {
+		x.forward()
+		return
+	}
+	resp, err := x.send(x.r.Method, true)
+	if !failed(resp, err) {
+		x.relay(resp)
+		return
+	}
+	if err == nil {
+		resp.Body.Close()
+	}
+	x.h.log.Warn("the upstream gives no answer; clients get what everybody was given before", "registry", x.up.id(), "err", because(resp, err))
+	x.stats.stale.Add(1)
+	h := x.w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", "2")
+	h.Set("Docker-Distribution-Api-Version", "registry/2.0")
+	h.Set("Cache-Status", "weir; hit; detail=stale-if-error")
+	_, _ = io.WriteString(x.w, "{}")
+}
+
+// unreachable answers for an upstream that gave no answer, in the form of the
+// distribution specification's errors.
+func (x *exchange) unreachable(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() != nil {
+		panic(http.ErrAbortHandler) // the client has gone
+	}
+	err = scrub(err)
+	x.stats.errors.Add(1)
+	x.h.log.Warn("no answer from the upstream", "registry", x.up.id(), "method", r.Method, "path", r.URL.Path, "err", err)
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusBadGateway)
+	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []map[string]string{{
+		"code": "UNAVAILABLE", "message": "no answer from " + x.up.Host + ": " + err.Error(),
+	}}})
+}
+
+func copyHeader(dst, src http.Header) {
+	for k, v := range src {
+		dst[k] = v
+	}
+	for _, h := range []string{"Connection", "Keep-Alive", "Content-Length", "Trailer", "Transfer-Encoding", "Upgrade"} {
+		dst.Del(h)
+	}
+}
+
+// rangeStart is where a Range header's only range begins.
+func rangeStart(header string) (int64, bool) {
+	spec, ok := strings.CutPrefix(header, "bytes=")
+	if !ok {
+		return 0, header != ""
+	}
+	from, _, ok := strings.Cut(spec, "-")
+	n, err := strconv.ParseInt(from, 10, 64)
+	if !ok || err != nil || n < 0 {
+		return 1 << 62, true // a suffix, or something else that needs the whole
+	}
+	return n, true
+}
+
+func stripPort(host string) string {
+	if i := strings.LastIndexByte(host, ':'); i > 0 && !strings.HasSuffix(host, "]") {
+		return host[:i]
+	}
+	return host
+}
+
+// bufferPool lends the buffers for forwarding.
+type bufferPool struct{ pool sync.Pool }
+
+func (p *bufferPool) Get() []byte {
+	if b, ok := p.pool.Get().(*[]byte); ok {
+		return *b
+	}
+	return make([]byte, 32<<10)
+}
+
+func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }

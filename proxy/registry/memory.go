@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"mime"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+)
+
+// tags remembers what tags were, for when the upstream can't say, and to know
+// whether asking it with a HEAD is worth while.
+type tags struct {
+	lru     *lru.Cache[tag, tagged]
+	changed atomic.Bool
+}
+
+// tag has what the client accepts too: a tag may have several answers. An
+// empty one is what was pushed.
+type tag struct {
+	repository
+	tag, accept string
+}
+
+type tagged struct {
+	digest digest.Digest
+	when   time.Time // when the upstream said so
+}
+
+func newTags() *tags {
+	t := &tags{}
+	t.lru, _ = lru.New[tag, tagged](1 << 14)
+	return t
+}
+
+// get returns what a tag last was to a client that accepts the same, or what
+// was pushed since.
+func (t *tags) get(key tag) (tagged, bool) {
+	v, ok := t.lru.Get(key)
+	key.accept = ""
+	if pushed, is := t.lru.Get(key); is && (!ok || pushed.when.After(v.when)) {
+		return pushed, true
+	}
+	return v, ok
+}
+
+func (t *tags) set(key tag, d digest.Digest, when time.Time) {
+	t.lru.Add(key, tagged{d, when})
+	t.changed.Store(true)
+}
+
+// forget forgets the tags of a repository that are the reference: a tag, or a
+// digest.
+func (t *tags) forget(repo repository, ref string) {
+	for _, k := range t.lru.Keys() {
+		if k.repository != repo {
+			continue
+		}
+		if v, ok := t.lru.Peek(k); ok && (k.tag == ref || v.digest.String() == ref) {
+			t.lru.Remove(k)
+			t.changed.Store(true)
+		}
+	}
+}
+
+// acceptKey is the media types that a client accepts, in a form to compare.
+func acceptKey(r *http.Request) string {
+	var types []string
+	for _, v := range r.Header.Values("Accept") {
+		for part := range strings.SplitSeq(v, ",") {
+			if mt, _, err := mime.ParseMediaType(part); err == nil {
+				types = append(types, mt)
+			}
+		}
+	}
+	if len(types) == 0 {
+		return "*/*"
+	}
+	slices.Sort(types)
+	return strings.Join(slices.Compact(types), ",")
+}
+
+// memory is what of a handler's knowledge outlives it: without it an agent
+// that starts while a registry is down could not serve what it has.
+type memory struct {
+	Tags    []rememberedTag             `json:"tags"`
+	Public  []rememberedRepo            `json:"public"`
+	Members map[string]rememberedInRepo `json:"members"` // by registry
+}
+
+type rememberedTag struct {
+	Registry, Repository, Tag, Accept string
+	Digest                            digest.Digest
+	When                              time.Time
+}
+
+type rememberedRepo struct {
+	Registry, Repository string
+	When                 time.Time
+}
+
+type rememberedInRepo map[string]map[digest.Digest]time.Time // by repository
+
+// maxMemory bounds the file that is read.
+const maxMemory = 64 << 20
+
+// remember writes the memory to a file, as a whole or not at all.
+func (h *Handler) remember() error {
+	if h.file == "" || !h.tags.changed.Swap(false) {
+		return nil
+	}
+	m := memory{Members: make(map[string]rememberedInRepo)}
+	for _, k := range h.tags.lru.Keys() {
+		if v, ok := h.tags.lru.Peek(k); ok {
+			m.Tags = append(m.Tags, rememberedTag{k.registry, k.name, k.tag, k.accept, v.digest, v.when})
+		}
+	}
+	for _, k := range h.rights.public.Keys() {
+		if v, ok := h.rights.public.Peek(k); ok && v.is {
+			m.Public = append(m.Public, rememberedRepo{k.registry, k.name, v.when})
+		}
+	}
+	for _, k := range h.rights.members.Keys() {
+		if v, ok := h.rights.members.Peek(k); ok {
+			in := m.Members[k.registry]
+			if in == nil {
+				in = make(rememberedInRepo)
+				m.Members[k.registry] = in
+			}
+			if in[k.name] == nil {
+				in[k.name] = make(map[digest.Digest]time.Time)
+			}
+			in[k.name][k.digest] = v
+		}
+	}
+	b, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(h.file), filepath.Base(h.file)+".*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), h.file)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+// recall reads what an earlier handler remembered. What can't be read is
+// forgotten: it is only worth something in bad times.
+func (h *Handler) recall() error {
+	left, _ := filepath.Glob(h.file + ".*") // by a process that was killed
+	for _, name := range left {
+		os.Remove(name)
+	}
+	info, err := os.Stat(h.file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil && info.Size() > maxMemory {
+		err = fmt.Errorf("it has %d bytes", info.Size())
+	}
+	if err != nil {
+		return err
+	}
+	b, err := os.ReadFile(h.file)
+	if err != nil {
+		return err
+	}
+	var m memory
+	if err := json.Unmarshal(b, &m); err != nil {
+		return err
+	}
+	// The least recently used come first, as they were written.
+	for _, t := range m.Tags {
+		if t.Digest.Validate() == nil {
+			h.tags.lru.Add(tag{repository{t.Registry, t.Repository}, t.Tag, t.Accept}, tagged{t.Digest, t.When})
+		}
+	}
+	for _, p := range m.Public {
+		h.rights.public.Add(repository{p.Registry, p.Repository}, publicity{true, p.When})
+	}
+	for registry, repos := range m.Members {
+		for repo, digests := range repos {
+			for d, when := range digests {
+				if d.Validate() == nil {
+					h.rights.members.Add(member{repository{registry, repo}, d}, when)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// Remembers says whether there may be something to serve of a registry even
+// while it can't be reached.
+func (h *Handler) Remembers(id string) bool {
+	for _, k := range h.tags.lru.Keys() {
+		if v, ok := h.tags.lru.Peek(k); ok && k.registry == id && h.rights.within(v.when, h.rights.stale) {
+			return true
+		}
+	}
+	return false
+}

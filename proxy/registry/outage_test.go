@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
+)
+
+// The ways in which content is asked for.
+type ask struct{ method, path, rng string }
+
+func waysTo(repo, tag string, m digest.Digest, layer digest.Digest) []ask {
+	byTag, byDigest, blob := "/v2/"+repo+"/manifests/"+tag, "/v2/"+repo+"/manifests/"+m.String(), "/v2/"+repo+"/blobs/"+layer.String()
+	return []ask{
+		{"HEAD", byTag, ""}, {"GET", byTag, ""}, {"HEAD", byDigest, ""}, {"GET", byDigest, ""},
+		{"HEAD", blob, ""}, {"GET", blob, ""}, {"GET", blob, "bytes=100-199"}, {"GET", blob, "bytes=-50"},
+	}
+}
+
+// Two users, two private repositories and a public one that share their
+// layers: each gets what the upstream gives them, and nothing else, however it
+// is asked for; what is withdrawn is refused within the configured time.
+func TestRightsTable(t *testing.T) {
+	u := newUpstream(t)
+	shared := bytesOf(4, 5000)
+	repos := map[string][]string{
+		"alice/a":   {"Bearer alice"},
+		"bob/b":     {"Bearer bob"},
+		"library/p": {"Bearer alice", "Bearer bob", "Bearer anonymous"},
+	}
+	ways := map[string][]ask{}
+	own := map[string]digest.Digest{}
+	for repo, readers := range repos {
+		u.allow(repo, readers...)
+		layer := u.put(repo, shared)
+		own[repo] = u.put(repo, bytesOf(byteOf(repo), 4000))
+		m, _ := u.putManifest(repo, "1", docker2, layer, own[repo])
+		ways[repo] = append(waysTo(repo, "1", m, layer), waysTo(repo, "1", m, own[repo])...)
+	}
+	s := newSide(t, u, store.Options{})
+	who := []string{"Bearer alice", "Bearer bob", "Bearer anonymous", "", "Basic YWxpY2U6"}
+	check := func(phase string) {
+		t.Helper()
+		for repo := range repos {
+			for _, auth := range who {
+				for _, w := range ways[repo] {
+					a := s.do(w.method, w.path, auth, "Range", w.rng)
+					if a.err != nil {
+						t.Fatal(a.err)
+					}
+					may := u.readers[repo][auth]
+					if got := a.StatusCode == 200 || a.StatusCode == 206; got != may {
+						t.Errorf("%s: %s %s %s as %q: %s", phase, w.method, w.path, w.rng, auth, a.Status)
+					}
+					if !may && (a.StatusCode != 401 || a.Header.Get("Www-Authenticate") == "") {
+						t.Errorf("%s: %s %s as %q: %s %v", phase, w.method, w.path, auth, a.Status, a.Header)
+					}
+				}
+				// What is only in one repository isn't in another.
+				for other := range repos {
+					if a := s.do("GET", "/v2/"+repo+"/blobs/"+own[other].String(), auth); other != repo && a.StatusCode == 200 {
+						t.Errorf("%s: %q got a blob of %s through %s", phase, auth, other, repo)
+					}
+				}
+			}
+		}
+	}
+	check("cold")
+	check("warm")
+	s.settle()
+	s.restart()
+	check("restarted")
+	// What is withdrawn is refused once the grant's time is over.
+	u.allow("alice/a")
+	u.allow("library/p", "Bearer bob")
+	s.later.Add(int64(DefaultRightsTTL))
+	check("withdrawn")
+	// And at once where somebody has heard of it.
+	u.allow("bob/b")
+	s.do("HEAD", "/v2/bob/b/manifests/none", "Bearer bob")
+	check("heard")
+	if s.store.Stats().Blobs < 7 {
+		t.Errorf("%+v: the test was about what is kept", s.store.Stats())
+	}
+}
+
+func byteOf(s string) uint64 { return uint64(s[0]) }
+
+// What a DELETE that passes takes away is gone at once.
+func TestDelete(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "")
+	layer := u.put("a", bytesOf(1, 1000))
+	s := newSide(t, u, store.Options{})
+	path := "/v2/a/blobs/" + layer.String()
+	s.want(s.do("GET", path, ""), 200, nil, "GET "+path)
+	s.want(s.do("GET", path, ""), 200, nil)
+	s.want(s.do("DELETE", path, ""), 202, nil, "DELETE "+path)
+	delete(u.blobs["a"], layer)
+	s.want(s.do("GET", path, ""), 404, nil, "HEAD "+path, "GET "+path)
+}
+
+// faults are the ways in which an upstream gives no answer.
+var faults = map[string]func(http.ResponseWriter, *http.Request) bool{
+	"429": func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Retry-After", "60")
+		w.Header().Set("Ratelimit-Remaining", "0;w=21600")
+		w.WriteHeader(http.StatusTooManyRequests)
+		return true
+	},
+	"500": func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(500); return true },
+	"503": func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(503); return true },
+	"cut": func(w http.ResponseWriter, r *http.Request) bool { panic(http.ErrAbortHandler) },
+	"hangs": func(w http.ResponseWriter, r *http.Request) bool {
+		select {
+		case <-r.Context().Done():
+		case <-time.After(20 * time.Second):
+		}
+		return true
+	},
+	"garbage": func(w http.ResponseWriter, r *http.Request) bool {
+		c, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			_, _ = io.WriteString(c, "\x00\x01 what?\r\n\r\n")
+			c.Close()
+		}
+		return true
+	},
+}
+
+// A public image that is kept is to be had while the upstream is not, for as
+// long as is configured, and after a restart too. A private one only as long
+// as the right is remembered; what isn't kept is the upstream's failure.
+func TestStaleIfError(t *testing.T) {
+	for name, fault := range faults {
+		t.Run(name, func(t *testing.T) {
+			u := newUpstream(t)
+			u.allow("library/p", "Bearer anonymous", "Bearer 1")
+			u.allow("team/private", "Bearer 1")
+			type image struct {
+				repo         string
+				m, layer     digest.Digest
+				body, config []byte
+			}
+			images := map[string]image{}
+			s := newSide(t, u, store.Options{})
+			pull := func(repo, auth string) (codes []int) {
+				im := images[repo]
+				for _, w := range waysTo(repo, "1", im.m, im.layer) {
+					a := s.do(w.method, w.path, auth, "Range", w.rng)
+					if a.err != nil {
+						t.Fatal(a.err)
+					}
+					codes = append(codes, a.StatusCode)
+					if a.StatusCode == 200 && w.method == "GET" {
+						want := im.body
+						if strings.Contains(w.path, "/blobs/") {
+							want = im.config
+						}
+						if !bytes.Equal(a.body, want) {
+							t.Errorf("%s: wrong bytes", w.path)
+						}
+					}
+				}
+				return codes
+			}
+			ok := []int{200, 200, 200, 200, 200, 200, 206, 206}
+			for _, repo := range []string{"library/p", "team/private", "library/cold"} {
+				im := image{repo: repo, config: bytesOf(byteOf(repo), 3000)}
+				im.layer = u.put(repo, im.config)
+				im.m, im.body = u.putManifest(repo, "1", docker2, im.layer)
+				images[repo] = im
+			}
+			for _, repo := range []string{"library/p", "team/private"} {
+				if got := pull(repo, "Bearer 1"); fmt.Sprint(got) != fmt.Sprint(ok) {
+					t.Fatalf("%s: %v", repo, got)
+				}
+			}
+			s.settle()
+			u.mu.Lock()
+			u.fault = fault
+			u.mu.Unlock()
+
+			for range 2 {
+				for _, auth := range []string{"Bearer another", "", "Bearer 1"} {
+					if got := pull("library/p", auth); fmt.Sprint(got) != fmt.Sprint(ok) {
+						t.Errorf("as %q: %v", auth, got)
+					}
+				}
+				a := s.do("GET", "/v2/library/p/manifests/1", "")
+				if a.Header.Get("Age") == "" || !strings.Contains(a.Header.Get("Cache-Status"), "stale-if-error") {
+					t.Error(a.Header)
+				}
+				if a := s.do("GET", "/v2/", ""); a.StatusCode != 200 || string(a.body) != "{}" {
+					t.Errorf("%s %q", a.Status, a.body)
+				}
+				if got := s.h.Stats(); got[0].Stale == 0 {
+					t.Errorf("%+v", got)
+				}
+				s.restart()
+			}
+			if name == "hangs" {
+				return // without an answer of ours a client waits as long as it likes
+			}
+			for _, a := range []answer{
+				s.do("GET", "/v2/team/private/manifests/1", ""),
+				s.do("GET", "/v2/team/private/blobs/"+images["team/private"].layer.String(), "Bearer 2"),
+				s.do("GET", "/v2/library/cold/manifests/1", ""),
+				s.do("GET", "/v2/library/cold/blobs/"+images["library/cold"].layer.String(), ""),
+			} {
+				if a.err != nil {
+					t.Fatal(a.err)
+				}
+				if want := map[string]int{"429": 429, "500": 500, "503": 503, "cut": 502, "garbage": 502}[name]; a.StatusCode != want {
+					t.Errorf("%s: %s, want %d", a.Request.URL, a.Status, want)
+				}
+				if name == "429" && (a.Header.Get("Retry-After") != "60" || a.Header.Get("Ratelimit-Remaining") == "") {
+					t.Error(a.Header)
+				}
+			}
+			// Not forever.
+			s.later.Add(int64(time.Hour))
+			if a := s.do("GET", "/v2/library/p/manifests/1", ""); a.StatusCode == 200 {
+				t.Error("an answer of an hour ago was served")
+			}
+			// And back to the rule when it is up again.
+			u.mu.Lock()
+			u.fault = nil
+			u.mu.Unlock()
+			if a := s.do("GET", "/v2/library/p/manifests/1", "Bearer another"); a.StatusCode != 401 {
+				t.Error(a.Status)
+			}
+		})
+	}
+}
+
+// A registry without TLS: whoever answers at an address gets to say what is in
+// his repositories, but not to have what he only names.
+func TestPlain(t *testing.T) {
+	content := bytesOf(1, 50_000)
+	u := newUpstream(t)
+	u.allow("a", "")
+	layer := u.put("a", content)
+	m, body := u.putManifest("a", "1", docker2, layer)
+	s := newSide(t, u, store.Options{})
+	s.want(s.do("GET", "/v2/a/blobs/"+layer.String(), ""), 200, content, "GET /v2/a/blobs/"+layer.String())
+	s.want(s.do("GET", "/v2/a/manifests/"+m.String(), ""), 200, body, "GET /v2/a/manifests/"+m.String())
+
+	ask := func(addr, method, path string, header ...string) *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest(method, "http://registry.lan:5000"+path, nil)
+		for i := 0; i < len(header); i += 2 {
+			r.Header.Set(header[i], header[i+1])
+		}
+		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, Transport: http.DefaultTransport})
+		return w
+	}
+	// A liar has whatever is asked for, and sends something else.
+	var lies int
+	liar := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		lies++
+		w.Header().Set("Docker-Content-Digest", r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:])
+		if strings.HasSuffix(r.URL.Path, "/1") {
+			w.Header().Set("Docker-Content-Digest", m.String())
+			w.Header().Set("Content-Type", docker2)
+		}
+		_, _ = io.WriteString(w, "lies")
+	}))
+	defer liar.Close()
+	for _, path := range []string{"/v2/a/manifests/" + m.String(), "/v2/a/manifests/1", "/v2/a/blobs/" + layer.String()} {
+		for _, method := range []string{"HEAD", "GET", "GET"} {
+			func() {
+				defer func() { _ = recover() }() // a broken connection
+				if w := ask(strings.TrimPrefix(liar.URL, "http://"), method, path); bytes.Equal(w.Body.Bytes(), content) || bytes.Equal(w.Body.Bytes(), body) {
+					t.Errorf("%s %s: the liar's client got what it must not have", method, path)
+				}
+			}()
+		}
+	}
+	if lies < 6 {
+		t.Errorf("the liar was asked %d times", lies)
+	}
+	// An honest one sends it once, and is asked no more.
+	var gets int
+	honest := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Host != "registry.lan:5000" {
+			t.Errorf("Host is %q", r.Host)
+		}
+		if r.Method == "GET" {
+			gets++
+		}
+		u.ServeHTTP(w, r)
+	}))
+	defer honest.Close()
+	addr := strings.TrimPrefix(honest.URL, "http://")
+	for range 3 {
+		if w := ask(addr, "GET", "/v2/a/blobs/"+layer.String()); !bytes.Equal(w.Body.Bytes(), content) {
+			t.Errorf("%d, %d bytes", w.Code, w.Body.Len())
+		}
+		if w := ask(addr, "GET", "/v2/a/manifests/1"); !bytes.Equal(w.Body.Bytes(), body) {
+			t.Errorf("%d, %q", w.Code, w.Body)
+		}
+		if w := ask(addr, "GET", "/v2/a/blobs/"+layer.String(), "Range", "bytes=10-19"); !bytes.Equal(w.Body.Bytes(), content[10:20]) {
+			t.Errorf("%d, %d bytes", w.Code, w.Body.Len())
+		}
+	}
+	if gets != 2 {
+		t.Errorf("the registry had to send %d things, want a blob and a manifest", gets)
+	}
+	// What it says doesn't hold for another address of the same name.
+	s.h.outages.note("x", true)
+	if w := ask("127.0.0.1:1", "GET", "/v2/a/manifests/1"); w.Code != http.StatusBadGateway {
+		t.Errorf("%d %s", w.Code, w.Body)
+	}
+	if w := ask("127.0.0.1:1", "GET", "/v2/a/blobs/"+layer.String()); w.Code != http.StatusBadGateway {
+		t.Errorf("%d", w.Code)
+	}
+}
+
+// FuzzChallenge asks for a token wherever a registry sends.
+func FuzzChallenge(f *testing.F) {
+	f.Add(`Bearer realm="https://auth.test/token",service="registry",scope="repository:a:pull"`, `{"token":"x","expires_in":300}`)
+	f.Add(`Bearer realm="http://169.254.169.254/"`, ``)
+	f.Add(`Basic realm="x", Bearer realm=`, `{"access_token":"x","expires_in":-1}`)
+	f.Fuzz(func(t *testing.T, challenge, answer string) {
+		resp := &http.Response{StatusCode: 401, Header: http.Header{"Www-Authenticate": {challenge}}}
+		got, err := anonymousToken(t.Context(), resp, transportFunc(func(r *http.Request) (*http.Response, error) {
+			if r.URL.Scheme != "https" || r.Header.Get("Authorization") != "" {
+				t.Errorf("asks %s, with credentials %q", r.URL, r.Header.Get("Authorization"))
+			}
+			return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(answer)), Request: r}, nil
+		}))
+		if err == nil && (got.value == "" || got.expires.After(time.Now().Add(time.Hour))) {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
+type transportFunc func(*http.Request) (*http.Response, error)
+
+func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

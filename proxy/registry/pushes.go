@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
+)
+
+// What is pushed passes through, and a copy of it goes to the store: what was
+// built here is most likely to be wanted here. The upstream alone decides what
+// a push comes to, so that nothing is kept before it has accepted it.
+
+// session is the push of a blob: OCI distribution specification, "Pushing
+// blobs". Its requests come one after the other.
+type session struct {
+	repo  string
+	timer *time.Timer // gives it up
+
+	mu     sync.Mutex
+	upload *store.Upload // nil when there is no copy, or none worth having
+}
+
+func (s *session) drop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.upload != nil {
+		s.upload.Close()
+		s.upload = nil
+	}
+}
+
+// sessions are the pushes under way, by registry and the path of their
+// location.
+type sessions struct {
+	mu  sync.Mutex
+	all map[string]*session
+}
+
+const (
+	maxSessions = 256
+	// sessionTTL is how long a push may rest between two requests.
+	sessionTTL = 30 * time.Minute
+)
+
+func newSessions() *sessions { return &sessions{all: make(map[string]*session)} }
+
+// take takes the session out: it is expected at another place next, or over.
+func (ss *sessions) take(key string) *session {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	s := ss.all[key]
+	delete(ss.all, key)
+	if s != nil {
+		s.timer.Stop()
+	}
+	return s
+}
+
+// expect waits for the session's next request, or gives it up when there are
+// too many already.
+func (ss *sessions) expect(key string, s *session) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	if old := ss.all[key]; len(ss.all) >= maxSessions || old != nil {
+		s.drop()
+		return
+	}
+	ss.all[key] = s
+	s.timer = time.AfterFunc(sessionTTL, func() {
+		ss.mu.Lock()
+		if ss.all[key] == s {
+			delete(ss.all, key)
+		}
+		ss.mu.Unlock()
+		s.drop()
+	})
+}
+
+// close gives all of them up.
+func (ss *sessions) close() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	for key, s := range ss.all {
+		s.timer.Stop()
+		s.drop()
+		delete(ss.all, key)
+	}
+}
+
+// push is what a request's body is part of.
+type push struct {
+	session  *session
+	goesOn   bool          // the session is expected to have another request
+	digest   digest.Digest // of the blob, when the request ends it
+	mount    digest.Digest // of the blob that is asked to be mounted
+	manifest *bytes.Buffer
+}
+
+// write answers requests that aren't for reading.
+func (x *exchange) write() {
+	q := x.r.URL.Query()
+	switch {
+	case x.target.kind == manifest && x.r.Method == http.MethodPut:
+		p := &push{manifest: &bytes.Buffer{}}
+		x.push = p
+		x.r.Body = readCloser{io.TeeReader(x.r.Body, limited{p.manifest}), x.r.Body}
+	case x.target.kind == uploads && x.r.Method == http.MethodPost:
+		x.push = &push{session: &session{repo: x.target.repo}}
+		if d, err := digest.Parse(q.Get("digest")); err == nil { // all in one request
+			x.push.digest = d
+			x.tee()
+		} else if d, err := digest.Parse(q.Get("mount")); err == nil {
+			x.push.mount = d
+		}
+	default:
+		s := x.h.sessions.take(x.up.id() + " " + x.r.URL.EscapedPath())
+		if s == nil {
+			break
+		}
+		x.push = &push{session: s}
+		switch x.r.Method {
+		case http.MethodPut:
+			if d, err := digest.Parse(q.Get("digest")); err == nil {
+				x.push.digest = d
+			}
+			x.tee()
+		case http.MethodPatch:
+			x.tee()
+		}
+	}
+	x.forward()
+	if x.push != nil && x.push.session != nil && !x.push.goesOn {
+		x.push.session.drop() // whatever it came to, it is over
+	}
+}
+
+// limited keeps what is small enough for a manifest.
+type limited struct{ b *bytes.Buffer }
+
+func (l limited) Write(p []byte) (int, error) {
+	if l.b.Len() <= maxManifest {
+		l.b.Write(p[:min(len(p), maxManifest+1-l.b.Len())])
+	}
+	return len(p), nil
+}
+
+// tee copies the request's body to the session's upload as it is sent on.
+func (x *exchange) tee() {
+	s := x.push.session
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if x.r.Body == nil || x.r.Body == http.NoBody {
+		return
+	}
+	if s.upload == nil {
+		s.upload = x.h.store.NewUpload()
+	}
+	x.r.Body = &teeBody{x.r.Body, s}
+}
+
+type teeBody struct {
+	io.ReadCloser
+	s *session
+}
+
+func (b *teeBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if n > 0 {
+		b.s.mu.Lock()
+		if b.s.upload != nil {
+			_, _ = b.s.upload.Write(p[:n])
+		}
+		b.s.mu.Unlock()
+	}
+	return n, err
+}
+
+// answered takes in what the upstream says to a part of a push.
+func (p *push) answered(x *exchange, resp *http.Response) {
+	switch code := resp.StatusCode; {
+	case p.manifest != nil:
+		if code == http.StatusCreated && p.manifest.Len() <= maxManifest {
+			x.pushedManifest(p.manifest.Bytes(), resp)
+		}
+	case code == http.StatusCreated && p.digest != "":
+		p.pushedBlob(x)
+	case code == http.StatusCreated && p.mount != "":
+		if x.up.Plain == "" {
+			x.h.rights.contains(x.asker.repository, p.mount)
+		}
+	case code == http.StatusAccepted && x.r.Method != http.MethodDelete:
+		if p.digest != "" { // it didn't take it all in one request
+			p.session.drop()
+		}
+		p.next(x, resp)
+	}
+}
+
+// next expects the next request where the upstream says.
+func (p *push) next(x *exchange, resp *http.Response) {
+	here, err := x.up.base().Parse(x.r.URL.EscapedPath())
+	if err != nil {
+		return
+	}
+	location, err := here.Parse(resp.Header.Get("Location"))
+	if err != nil || !sameHost(location, x.up) {
+		return
+	}
+	p.goesOn = true
+	x.h.sessions.expect(x.up.id()+" "+location.EscapedPath(), p.session)
+}
+
+func sameHost(u *url.URL, up Upstream) bool {
+	return strings.EqualFold(u.Host, up.base().Host) || Canonical(u.Host) == up.Host
+}
+
+// pushedBlob keeps a blob that the upstream has accepted.
+func (p *push) pushedBlob(x *exchange) {
+	repo := repository{x.up.id(), p.session.repo}
+	p.session.mu.Lock()
+	defer p.session.mu.Unlock()
+	if p.session.upload == nil {
+		return
+	}
+	err := p.session.upload.Commit(p.digest)
+	p.session.upload = nil
+	if err != nil {
+		x.h.log.Info("a pushed blob is not kept", "registry", x.up.id(), "repository", repo.name, "digest", p.digest, "err", err)
+		return
+	}
+	x.stats.pushed.Add(1)
+	x.h.rights.contains(repo, p.digest)
+}
+
+// pushedManifest keeps a manifest that the upstream has accepted.
+func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
+	d := x.target.digest
+	if d == "" {
+		var err error
+		if d, err = digest.Parse(resp.Header.Get("Docker-Content-Digest")); err != nil {
+			d = digest.FromBytes(body)
+		}
+	}
+	repo := x.asker.repository
+	if x.target.tag != "" {
+		x.h.tags.forget(repo, x.target.tag)
+	}
+	if err := x.h.store.Put(d, body); err != nil {
+		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.id(), "repository", repo.name, "digest", d, "err", err)
+		return
+	}
+	x.stats.pushed.Add(1)
+	x.h.rights.contains(repo, d)
+	if x.target.tag != "" && mediaTypeOf(body) != "" {
+		x.h.tags.set(tag{repo, x.target.tag, ""}, d, x.h.rights.now())
+	}
+}
