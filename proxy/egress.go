@@ -15,6 +15,8 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2/expirable"
+	"golang.org/x/sys/unix"
+	"weir/proxy/registry"
 )
 
 // Dialer opens a TCP connection to an IP address and port.
@@ -35,20 +37,46 @@ const (
 	// refusedTTL is how long a host that could not be verified is passed
 	// through without looking again.
 	refusedTTL = time.Minute
+	// downTTL is how long a host that is down is taken to be down.
+	downTTL = 30 * time.Second
+	// hurry bounds the look at a host that there is something to serve of
+	// without it. Clients wait 10 seconds for a TLS handshake.
+	hurry = 3 * time.Second
+	// maxSettings bounds the ways out that differ in what verifies a registry.
+	maxSettings = 64
 )
+
+// Settings are what a client's runtime has for one registry beside the system's
+// roots. The zero value is nothing.
+type Settings struct {
+	// Roots verify the registry. Nil means the usual ones.
+	Roots *x509.CertPool
+	// Certificates are what the client can show to the registry.
+	Certificates []tls.Certificate
+	// Key tells different settings apart.
+	Key string
+}
 
 // Egress is the way out for the clients of one network namespace: connections
 // are made in their namespace, so that they have their routes, policies and
 // source address, and those to a registry are kept open for the next request.
 type Egress struct {
 	dial      Dialer
-	roots     func(host string) *x509.CertPool
+	ups       Upstreams
+	settings  Settings
 	transport *http.Transport
-	verdicts  *lru.LRU[string, error] // host → why it can't be intercepted, or nil
+	verdicts  *lru.LRU[string, verdict] // by HOST:PORT
 
 	mu    sync.Mutex
 	addrs map[string]netip.AddrPort // HOST:PORT → where a client has last dialled it
-	ready map[string][]net.Conn     // verified connections nobody has used yet
+	ready map[string][]net.Conn     // connections nobody has used yet; nil once it is closed
+	with  map[string]*Egress        // the same way out with other settings, by their key
+}
+
+// verdict is why a host can't be intercepted, or nil.
+type verdict struct {
+	err   error
+	until time.Time
 }
 
 // Upstreams is what is common to all ways out.
@@ -56,6 +84,9 @@ type Upstreams struct {
 	// Roots returns what a registry's certificate is verified with; nil, as
 	// function or result, means the system's roots.
 	Roots func(host string) *x509.CertPool
+	// Remembers says whether there may be something to serve of a registry
+	// that can't be reached. Nil means never.
+	Remembers func(host string) bool
 }
 
 // NewEgress returns a way out that dials with dial. Close it when its
@@ -63,10 +94,11 @@ type Upstreams struct {
 func (u Upstreams) NewEgress(dial Dialer) *Egress {
 	e := &Egress{
 		dial:     dial,
-		roots:    u.Roots,
-		verdicts: lru.NewLRU[string, error](1024, nil, verifiedTTL),
+		ups:      u,
+		verdicts: lru.NewLRU[string, verdict](1024, nil, verifiedTTL),
 		addrs:    make(map[string]netip.AddrPort),
 		ready:    make(map[string][]net.Conn),
+		with:     make(map[string]*Egress),
 	}
 	e.transport = &http.Transport{
 		DialContext:    e.dialHost,
@@ -84,6 +116,65 @@ func (u Upstreams) NewEgress(dial Dialer) *Egress {
 	return e
 }
 
+// NewOwnEgress returns the way out for requests that come to this process by
+// themselves: from its own namespace, and through the proxy that HTTPS_PROXY and
+// NO_PROXY in its environment name.
+func (u Upstreams) NewOwnEgress() *Egress {
+	e := u.NewEgress(func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", addr.String())
+		if err != nil {
+			return nil, err
+		}
+		return c.(*net.TCPConn), nil
+	})
+	e.transport.Proxy = http.ProxyFromEnvironment
+	// For registries behind the proxy. crypto/tls can't choose the roots by
+	// the host, so they are verified here, as it would.
+	e.transport.TLSClientConfig = &tls.Config{
+		MinVersion:         tls.VersionTLS12,
+		InsecureSkipVerify: true,
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			o := x509.VerifyOptions{DNSName: cs.ServerName, Intermediates: x509.NewCertPool()}
+			if u.Roots != nil {
+				o.Roots = u.Roots(registry.Canonical(cs.ServerName))
+			}
+			for _, c := range cs.PeerCertificates[1:] {
+				o.Intermediates.AddCert(c)
+			}
+			_, err := cs.PeerCertificates[0].Verify(o)
+			return err
+		},
+	}
+	return e
+}
+
+// under returns the same way out with a client's settings.
+func (e *Egress) under(s Settings) *Egress {
+	if s.Key == "" {
+		return e
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if child, ok := e.with[s.Key]; ok {
+		return child
+	}
+	child := e.ups.NewEgress(e.dial)
+	child.settings = s
+	if e.ready == nil { // closed
+		child.Close()
+		return child
+	}
+	if len(e.with) >= maxSettings { // they were changed many times
+		for key, old := range e.with {
+			old.Close()
+			delete(e.with, key)
+		}
+	}
+	e.with[s.Key] = child
+	return child
+}
+
 // Close closes idle connections. Those in use live on until they are done.
 func (e *Egress) Close() {
 	e.transport.CloseIdleConnections()
@@ -95,6 +186,9 @@ func (e *Egress) Close() {
 		}
 	}
 	e.ready = nil
+	for _, child := range e.with {
+		child.Close()
+	}
 }
 
 // errClientCert says that a registry asks its clients for certificates, which
@@ -112,25 +206,69 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 	}
 	e.addrs[hostport] = addr
 	e.mu.Unlock()
-	if err, ok := e.verdicts.Get(hostport); ok {
-		if err == nil || time.Since(errTime(err)) < refusedTTL {
-			return err
-		}
+	if v, ok := e.verdicts.Get(hostport); ok && time.Now().Before(v.until) {
+		return v.err
 	}
-	c, err := e.handshake(ctx, hostport)
-	if err != nil {
-		var ne net.Error
-		if timedOut := errors.As(err, &ne) && ne.Timeout(); ctx.Err() == nil && !timedOut {
-			e.verdicts.Add(hostport, refusal{err, time.Now()})
-		}
+	hctx := ctx
+	remembered := e.ups.Remembers != nil && e.ups.Remembers(host)
+	if remembered {
+		var cancel context.CancelFunc
+		hctx, cancel = context.WithTimeout(ctx, hurry)
+		defer cancel()
+	}
+	c, err := e.handshake(hctx, hostport)
+	var ne net.Error
+	timedOut := errors.As(err, &ne) && ne.Timeout()
+	switch {
+	case err == nil:
+		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(verifiedTTL)})
+		e.keep(hostport, c)
+		return nil
+	case ctx.Err() != nil:
 		return err
+	case remembered && !badCertificate(err):
+		// It was verified before, and is down now. Requests try it again.
+		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(downTTL)})
+		return nil
+	case !timedOut:
+		e.verdicts.Add(hostport, verdict{err, time.Now().Add(refusedTTL)})
 	}
-	e.verdicts.Add(hostport, nil)
+	return err
+}
+
+// badCertificate says whether a host could be spoken to, and isn't who it says
+// or wants to know who we are. A client may know better.
+func badCertificate(err error) bool {
+	var verification *tls.CertificateVerificationError
+	return errors.As(err, &verification) || errors.Is(err, errClientCert)
+}
+
+// reach connects to an address, and keeps the connection for the first request
+// there.
+func (e *Egress) reach(ctx context.Context, addr netip.AddrPort) error {
+	e.mu.Lock()
+	waiting := len(e.ready[plain(addr)])
+	e.mu.Unlock()
+	if waiting > 0 {
+		return nil
+	}
+	c, err := e.dialOr(ctx, addr, "")
+	if err == nil {
+		e.keep(plain(addr), c)
+	}
+	return err
+}
+
+// plain is the key of ready connections to an address without TLS.
+func plain(addr netip.AddrPort) string { return "plain " + addr.String() }
+
+// keep keeps a connection for whoever dials next.
+func (e *Egress) keep(hostport string, c net.Conn) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.ready == nil || len(e.ready[hostport]) >= 4 {
 		c.Close()
-		return nil
+		return
 	}
 	e.ready[hostport] = append(e.ready[hostport], c)
 	// It is idle like any other until then.
@@ -139,20 +277,6 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 			c.Close()
 		}
 	})
-	return nil
-}
-
-type refusal struct {
-	error
-	at time.Time
-}
-
-func (r refusal) Unwrap() error { return r.error }
-
-func errTime(err error) time.Time {
-	var r refusal
-	errors.As(err, &r)
-	return r.at
 }
 
 // take takes a ready connection to a host: the given one, or any.
@@ -160,12 +284,38 @@ func (e *Egress) take(hostport string, which net.Conn) net.Conn {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for i, c := range e.ready[hostport] {
+		if which == nil && !alive(c) {
+			continue // closed when its time is over
+		}
 		if which == nil || c == which {
 			e.ready[hostport] = append(e.ready[hostport][:i:i], e.ready[hostport][i+1:]...)
 			return c
 		}
 	}
 	return nil
+}
+
+// alive says whether the other side hasn't closed a connection. A request that
+// is sent on one that it has fails, which net/http repairs only for connections
+// that were used before.
+func alive(c net.Conn) bool {
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	t, ok := c.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return false
+	}
+	established := false
+	err = raw.Control(func(fd uintptr) {
+		info, ierr := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		established = ierr == nil && info.State == unix.BPF_TCP_ESTABLISHED
+	})
+	return err == nil && established
 }
 
 func (e *Egress) dialTLS(ctx context.Context, _, hostport string) (net.Conn, error) {
@@ -189,13 +339,19 @@ func (e *Egress) handshake(ctx context.Context, hostport string) (*tls.Conn, err
 		ServerName: host,
 		MinVersion: tls.VersionTLS12,
 		NextProtos: []string{"http/1.1"},
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		GetClientCertificate: func(cri *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			for _, c := range e.settings.Certificates {
+				if cri.SupportsCertificate(&c) == nil {
+					return &c, nil
+				}
+			}
 			asked = true
 			return &tls.Certificate{}, nil
 		},
+		RootCAs: e.settings.Roots,
 	}
-	if e.roots != nil {
-		conf.RootCAs = e.roots(stripDefaultPort(hostport))
+	if conf.RootCAs == nil && e.ups.Roots != nil {
+		conf.RootCAs = e.ups.Roots(stripDefaultPort(hostport))
 	}
 	c := tls.Client(raw, conf)
 	hctx, cancel := context.WithTimeout(ctx, dialTimeout)
@@ -214,6 +370,12 @@ func (e *Egress) handshake(ctx context.Context, hostport string) (*tls.Conn, err
 // dialHost connects to a host: where a client has dialled it, else to what its
 // name resolves to.
 func (e *Egress) dialHost(ctx context.Context, _, hostport string) (net.Conn, error) {
+	if addr, err := netip.ParseAddrPort(hostport); err == nil && e.transport.Proxy == nil {
+		if c := e.take(plain(addr), nil); c != nil {
+			return c, nil
+		}
+		return e.dialOr(ctx, addr, "")
+	}
 	e.mu.Lock()
 	addr, dialled := e.addrs[hostport]
 	e.mu.Unlock()

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"weir/proxy/registry"
@@ -32,6 +33,9 @@ type hello struct {
 	// host is the TLS server name or the HTTP Host, in canonical form and
 	// without a port; empty when the client named none.
 	host string
+	// registry is the Host header, in canonical form, of a request to the
+	// distribution API without TLS; empty for all else.
+	registry string
 	// http1 says that the client can speak HTTP/1.1 over this TLS connection.
 	http1 bool
 	// bytes are what was read to find this out.
@@ -90,7 +94,12 @@ func peekHTTP(rec *recorder) hello {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	return hello{protocol: plainHTTP, host: registry.Canonical(host)}
+	h := hello{protocol: plainHTTP, host: registry.Canonical(host)}
+	if h.host != "" && req.ProtoAtLeast(1, 1) && req.Header.Get("Upgrade") == "" &&
+		(req.URL.Path == "/v2" || strings.HasPrefix(req.URL.Path, "/v2/")) && !req.URL.IsAbs() {
+		h.registry = registry.Canonical(req.Host)
+	}
+	return h
 }
 
 // recorder is a connection whose reads are remembered and whose writes go

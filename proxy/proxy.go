@@ -41,6 +41,10 @@ type Flow struct {
 	// Trusts says whether the client's runtime trusts weir's CA for a
 	// registry, and sees to it that it can. Nil means never.
 	Trusts func(host registry.Known, name string) bool
+	// Settings returns what the client's runtime verifies a registry with, and
+	// shows to it, beside the usual. The error says why that can't be had.
+	// Nil means nothing.
+	Settings func(host registry.Known, name string) (Settings, error)
 	// Rejected is told when the client did not trust weir's certificate all
 	// the same. It may be nil.
 	Rejected func(host string, err error)
@@ -71,7 +75,7 @@ type Proxy struct {
 
 	mu      sync.Mutex
 	splices map[*splice]struct{}
-	unknown map[string]Unknown
+	unknown unknowns
 	active  sync.WaitGroup
 }
 
@@ -82,14 +86,6 @@ type Stats struct {
 	Failed      int64 `json:"failed"`      // connections whose destination could not be reached
 }
 
-// Unknown is a host that clients connect to and that isn't known to be a
-// registry.
-type Unknown struct {
-	Host        string    `json:"host"`
-	Connections int64     `json:"connections"`
-	LastSeen    time.Time `json:"last_seen"`
-}
-
 const (
 	// peekTimeout is how long a client that has begun to speak may take to
 	// say what it wants.
@@ -97,13 +93,11 @@ const (
 	// silence is how long a client may say nothing before the destination is
 	// dialled, for protocols in which the server speaks first.
 	silence = 100 * time.Millisecond
-	// maxUnknown bounds the table of unknown hosts.
-	maxUnknown = 256
 )
 
 // New returns a proxy. Close it.
 func New(o Options) *Proxy {
-	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), unknown: make(map[string]Unknown)}
+	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), unknown: newUnknowns()}
 	if p.log == nil {
 		p.log = slog.Default()
 	}
@@ -113,7 +107,10 @@ func New(o Options) *Proxy {
 		ReadHeaderTimeout: 30 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, upstreamKey{}, c.(*tls.Conn).NetConn().(*intercepted).up)
+			if t, ok := c.(*tls.Conn); ok {
+				c = t.NetConn()
+			}
+			return context.WithValue(ctx, upstreamKey{}, c.(*intercepted).up)
 		},
 		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
@@ -138,18 +135,6 @@ func (p *Proxy) Stats() Stats {
 	return Stats{p.intercepted.Load(), p.passed.Load(), p.failed.Load()}
 }
 
-// Unknowns returns the hosts that were passed through because they aren't
-// known to be registries.
-func (p *Proxy) Unknowns() []Unknown {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	all := make([]Unknown, 0, len(p.unknown))
-	for _, u := range p.unknown {
-		all = append(all, u)
-	}
-	return all
-}
-
 // Serve carries one connection. It returns when the connection was passed
 // through to its end, or handed over to be answered; it always takes care of
 // conn.
@@ -163,17 +148,25 @@ func (p *Proxy) Serve(ctx context.Context, conn *net.TCPConn, f Flow) {
 		abort(conn)
 		return
 	}
-	if len(o.greeting) > 0 || o.protocol != tlsHello {
+	if len(o.greeting) > 0 {
 		p.pass(ctx, conn, f, o)
 		return
 	}
-	host, why := p.decide(ctx, f, o.hello)
+	if o.registry != "" {
+		p.interceptPlain(ctx, conn, f, o)
+		return
+	}
+	if o.protocol != tlsHello {
+		p.pass(ctx, conn, f, o)
+		return
+	}
+	up, why := p.decide(ctx, f, o.hello)
 	if why != "" {
 		p.log.Debug("passed through", "client", f.Client, "host", o.host, "dst", f.Dst, "why", why)
 		p.pass(ctx, conn, f, o)
 		return
 	}
-	p.intercept(ctx, conn, f, o, host)
+	p.intercept(ctx, conn, f, o, up)
 }
 
 // opening is how a connection begins.
@@ -239,31 +232,44 @@ func whoIsFirst(ctx context.Context, client, server *net.TCPConn, first []byte) 
 	return n, buf[:k], err
 }
 
-// decide returns the registry's host when the connection is to be
-// intercepted, and otherwise why not.
-func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (host, why string) {
+// decide returns the registry when the connection is to be intercepted, and
+// otherwise why not.
+func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstream, why string) {
 	name := h.host
 	if name == "" { // clients name no IP addresses, RFC 6066 section 3
 		name = f.Dst.Addr().String()
 	}
-	host = registry.Canonical(net.JoinHostPort(name, portOf(f.Dst)))
+	host := registry.Canonical(net.JoinHostPort(name, portOf(f.Dst)))
 	known, ok := p.opts.Hosts.Find(host)
 	switch {
 	case !ok:
-		p.see(host)
-		return "", "not a known registry"
+		p.see(ctx, host, f)
+		return up, "not a known registry"
 	case !h.http1:
-		return "", "the client doesn't speak HTTP/1.1"
+		return up, "the client doesn't speak HTTP/1.1"
 	case !p.opts.Leaves.Permits(name):
-		return "", "the CA may not speak for this host"
+		return up, "the CA may not speak for this host"
 	case f.Trusts == nil || !f.Trusts(known, host):
-		return "", "the runtime isn't known to trust the CA"
+		return up, "the runtime isn't known to trust the CA"
 	}
-	if err := f.Egress.verify(ctx, host, f.Dst); err != nil {
+	var s Settings
+	if f.Settings != nil {
+		var err error
+		if s, err = f.Settings(known, host); err != nil {
+			p.log.Warn("a runtime's settings for a registry can't be used; passed through", "client", f.Client, "registry", host, "err", err)
+			return up, "the runtime's settings for the registry can't be used"
+		}
+	}
+	egress := f.Egress.under(s)
+	if err := egress.verify(ctx, host, f.Dst); err != nil {
 		p.log.Info("a registry can't be verified; passed through", "registry", host, "dst", f.Dst, "err", err)
-		return "", "the registry can't be verified"
+		return up, "the registry can't be verified"
 	}
-	return host, ""
+	up = registry.Upstream{Host: host, Transport: egress.transport}
+	if len(s.Certificates) > 0 {
+		up.As = s.Key
+	}
+	return up, ""
 }
 
 func portOf(a netip.AddrPort) string {
@@ -271,17 +277,26 @@ func portOf(a netip.AddrPort) string {
 	return port
 }
 
-func (p *Proxy) see(host string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	u, ok := p.unknown[host]
-	if !ok && len(p.unknown) >= maxUnknown {
+// interceptPlain answers requests to a registry without TLS, whoever it is: the
+// client trusts anybody there. It has to be there, though.
+func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) {
+	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), Transport: f.Egress.transport}
+	if o.server != nil {
+		f.Egress.keep(plain(f.Dst), o.server)
+	} else if err := f.Egress.reach(ctx, f.Dst); err != nil && !p.opts.Registry.Remembers(up.ID()) {
+		p.failed.Add(1)
+		p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
+		abort(conn)
 		return
 	}
-	p.unknown[host] = Unknown{host, u.Connections + 1, time.Now()}
+	p.intercepted.Add(1)
+	if c := (&intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up}); !p.ready.hand(c) {
+		c.Close()
+	}
 }
 
-func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, host string) {
+func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, up registry.Upstream) {
+	host := up.Host
 	name := o.host
 	if name == "" {
 		name = f.Dst.Addr().String()
@@ -296,10 +311,7 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 		o.server.Close()
 	}
 	p.intercepted.Add(1)
-	c := tls.Server(&intercepted{
-		replayConn{conn, bytes.NewReader(o.bytes)},
-		registry.Upstream{Host: host, Transport: f.Egress.transport},
-	}, &tls.Config{
+	c := tls.Server(&intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up}, &tls.Config{
 		Certificates: []tls.Certificate{*leaf},
 		NextProtos:   []string{"http/1.1"},
 		MinVersion:   tls.VersionTLS12,

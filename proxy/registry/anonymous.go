@@ -31,6 +31,19 @@ func newTokens() *tokens {
 	return t
 }
 
+// anonymous sends requests to a registry in the name of nobody.
+type anonymous struct {
+	h  *Handler
+	up Upstream
+}
+
+func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Host != a.up.base().Host || req.Method != http.MethodGet && req.Method != http.MethodHead {
+		return a.up.Transport.RoundTrip(req)
+	}
+	return a.h.anonymously(req, repository{a.up.ID(), parsePath(req.URL.EscapedPath()).repo}, a.up.Transport)
+}
+
 // tokenTimeout bounds the way to a token.
 const tokenTimeout = 30 * time.Second
 
@@ -38,6 +51,7 @@ const tokenTimeout = 30 * time.Second
 // registry wants a token it gets the one that everybody gets (distribution,
 // "Token Authentication Specification").
 func (h *Handler) anonymously(req *http.Request, repo repository, rt http.RoundTripper) (*http.Response, error) {
+	req = req.Clone(req.Context()) // a RoundTripper leaves it as it is
 	req.Header.Del("Authorization")
 	req.Header.Del("Cookie")
 	if t, ok := h.tokens.lru.Get(repo); ok && time.Now().Before(t.expires) {
@@ -54,9 +68,8 @@ func (h *Handler) anonymously(req *http.Request, repo repository, rt http.RoundT
 	}
 	resp.Body.Close()
 	h.tokens.lru.Add(repo, t)
-	again := req.Clone(req.Context())
-	again.Header.Set("Authorization", "Bearer "+t.value)
-	return rt.RoundTrip(again)
+	req.Header.Set("Authorization", "Bearer "+t.value)
+	return rt.RoundTrip(req)
 }
 
 func anonymousToken(ctx context.Context, refusal *http.Response, rt http.RoundTripper) (token, error) {
@@ -107,7 +120,7 @@ func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
 // come with a new token each time, so that their own right can't be known.
 func (x *exchange) wonder(resp *http.Response) {
 	repo := x.asker.repository
-	if resp.StatusCode/100 != 2 || !x.h.rights.publicityUnknown(repo) {
+	if resp.StatusCode/100 != 2 || x.up.As != "" || !x.h.rights.publicityUnknown(repo) {
 		return
 	}
 	if x.r.Header.Get("Authorization") == "" && x.r.Header.Get("Cookie") == "" {

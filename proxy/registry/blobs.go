@@ -175,7 +175,7 @@ func (x *exchange) lead(t *store.Transfer) {
 }
 
 func (x *exchange) notKept(err error) {
-	x.h.log.Info("a blob is served without being kept", "registry", x.up.id(), "repository", x.target.repo, "digest", x.target.digest, "err", err)
+	x.h.log.Info("a blob is served without being kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", err)
 }
 
 // refused answers for a blob that the upstream did not give.
@@ -191,7 +191,7 @@ func (x *exchange) refused(resp *http.Response, err error) {
 		x.unreachable(x.w, x.r, err)
 		return
 	case x.r.Context().Err() == nil:
-		x.h.log.Warn("a blob can't be fetched; left to the client", "registry", x.up.id(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
+		x.h.log.Warn("a blob can't be fetched; left to the client", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
 	}
 	// Where the registry redirected to refuses: to the client it may not, or
 	// the client can tell why.
@@ -255,7 +255,7 @@ func (x *exchange) arriving(r *store.TransferReader, status string) {
 func (x *exchange) hit() string {
 	if x.stale {
 		x.stats.stale.Add(1)
-		x.h.log.Warn("the upstream gives no answer; served what it gave before", "registry", x.up.id(), "repository", x.target.repo, "digest", x.target.digest)
+		x.h.log.Warn("the upstream gives no answer; served what it gave before", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest)
 		return "hit; detail=stale-if-error"
 	}
 	return "hit"
@@ -277,7 +277,7 @@ func (x *exchange) serve(c *content, status string) {
 	x.headers(status)
 	http.ServeContent(x.w, x.r, "", time.Time{}, c)
 	if c.err != nil && x.r.Context().Err() == nil {
-		x.h.log.Warn("a blob broke off", "registry", x.up.id(), "repository", x.target.repo, "digest", x.target.digest, "at", c.off, "err", scrub(c.err))
+		x.h.log.Warn("a blob broke off", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "at", c.off, "err", scrub(c.err))
 	}
 }
 
@@ -286,7 +286,7 @@ func (x *exchange) serve(c *content, status string) {
 func (x *exchange) stream(r io.Reader, status string) {
 	x.headers(status)
 	if _, err := io.Copy(x.w, r); err != nil {
-		x.h.log.Warn("a blob broke off", "registry", x.up.id(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
+		x.h.log.Warn("a blob broke off", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
 		panic(http.ErrAbortHandler)
 	}
 }

@@ -45,7 +45,7 @@ func (x *exchange) forward() {
 
 // passing sees each forwarded answer.
 func (x *exchange) passing(resp *http.Response) error {
-	x.h.outages.note(x.up.id(), false)
+	x.h.outages.note(x.up.ID(), false)
 	switch {
 	case x.push != nil:
 		x.push.answered(x, resp)
@@ -97,7 +97,7 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	case errors.Is(err, store.ErrCorrupt):
 		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
 	case err != nil:
-		x.h.log.Info("a manifest is not kept", "registry", x.up.id(), "repository", x.target.repo, "digest", d, "err", err)
+		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
 	}
 	x.h.rights.contains(x.asker.repository, d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
@@ -131,7 +131,7 @@ type readCloser struct {
 // and give up when nobody answers; what everybody was given can then still be
 // had without.
 func (x *exchange) base() {
-	if !x.h.Remembers(x.up.id()) {
+	if !x.h.Remembers(x.up.ID()) {
 		x.forward()
 		return
 	}
@@ -143,7 +143,7 @@ func (x *exchange) base() {
 	if err == nil {
 		resp.Body.Close()
 	}
-	x.h.log.Warn("the upstream gives no answer; clients get what everybody was given before", "registry", x.up.id(), "err", because(resp, err))
+	x.h.log.Warn("the upstream gives no answer; clients get what everybody was given before", "registry", x.up.ID(), "err", because(resp, err))
 	x.stats.stale.Add(1)
 	h := x.w.Header()
 	h.Set("Content-Type", "application/json")
@@ -161,7 +161,7 @@ func (x *exchange) unreachable(w http.ResponseWriter, r *http.Request, err error
 	}
 	err = scrub(err)
 	x.stats.errors.Add(1)
-	x.h.log.Warn("no answer from the upstream", "registry", x.up.id(), "method", r.Method, "path", r.URL.Path, "err", err)
+	x.h.log.Warn("no answer from the upstream", "registry", x.up.ID(), "method", r.Method, "path", r.URL.Path, "err", err)
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusBadGateway)
 	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []map[string]string{{

@@ -24,6 +24,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"sync"
 	"time"
@@ -42,14 +43,17 @@ type Upstream struct {
 	// is part of the registry's identity, and such a registry's word that it
 	// has a blob is not taken: it has to send it once.
 	Plain string
+	// As tells clients apart that the registry knows by something that isn't
+	// in their requests, such as a TLS certificate. Empty means nothing.
+	As string
 	// Transport sends requests there, and to where the registry redirects,
 	// as the client would. It verifies TLS.
 	Transport http.RoundTripper
 }
 
-// id is the registry's identity: what it says of its repositories holds for
+// ID is the registry's identity: what it says of its repositories holds for
 // those of no other.
-func (u Upstream) id() string {
+func (u Upstream) ID() string {
 	if u.Plain != "" {
 		return "http://" + u.Host + "@" + u.Plain
 	}
@@ -61,7 +65,11 @@ func (u Upstream) base() *url.URL {
 	if u.Plain != "" {
 		return &url.URL{Scheme: "http", Host: u.Plain}
 	}
-	return &url.URL{Scheme: "https", Host: u.Host}
+	host := u.Host
+	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() {
+		host = "[" + host + "]"
+	}
+	return &url.URL{Scheme: "https", Host: host}
 }
 
 // Options of a handler. Store is required.
@@ -166,15 +174,26 @@ type exchange struct {
 	stale  bool  // the answer is what the upstream said before it fell silent
 }
 
+// ServeAnonymous answers like [Handler.Serve]. When the client has no
+// credentials and the registry wants to see some, it is asked again with the
+// token that everybody gets: for clients that can't ask for one, because they
+// speak to weir and not to the registry.
+func (h *Handler) ServeAnonymous(w http.ResponseWriter, r *http.Request, up Upstream) {
+	if r.Header.Get("Authorization") == "" {
+		up.Transport = &anonymous{h, up}
+	}
+	h.Serve(w, r, up)
+}
+
 // Serve answers a request that a client sent to an upstream.
 func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
-	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.id())}
+	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.ID())}
 	x.stats.requests.Add(1)
 	// A host that isn't the one of the connection is the upstream's business.
 	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) {
 		x.target = target{}
 	}
-	x.asker = asker{repository{up.id(), x.target.repo}, h.rights.credentialsOf(r)}
+	x.asker = asker{repository{up.ID(), x.target.repo}, h.rights.credentialsOf(r, up.As)}
 	switch {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		x.write()
@@ -261,14 +280,14 @@ func (x *exchange) send(method string, hurried bool) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(x.r.Context())
 	var timer *time.Timer
 	if hurried {
-		timer = time.AfterFunc(x.h.outages.patience(x.up.id()), cancel)
+		timer = time.AfterFunc(x.h.outages.patience(x.up.ID()), cancel)
 	}
 	resp, err := x.up.Transport.RoundTrip(x.request(ctx, method, nil))
 	if timer != nil {
 		timer.Stop()
 	}
 	if x.r.Context().Err() == nil {
-		x.h.outages.note(x.up.id(), err != nil)
+		x.h.outages.note(x.up.ID(), err != nil)
 	}
 	if err != nil {
 		cancel()

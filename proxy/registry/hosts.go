@@ -4,7 +4,9 @@ package registry
 
 import (
 	"net"
+	"slices"
 	"strings"
+	"sync/atomic"
 )
 
 // Known is a registry that weir knows to be one.
@@ -45,28 +47,48 @@ var WellKnown = []Known{
 	{Host: "docker.redpanda.com"},
 }
 
-// Hosts tells registries from other hosts.
+// Hosts tells registries from other hosts. Its methods may be called
+// concurrently.
 type Hosts struct {
-	known []Known
+	known atomic.Pointer[[]Known]
 }
 
 // NewHosts knows the well-known registries and the given ones, each HOST or
 // HOST:PORT.
 func NewHosts(more ...string) *Hosts {
-	h := &Hosts{known: WellKnown}
-	for _, m := range more {
-		h.known = append(h.known[:len(h.known):len(h.known)], Known{Host: Canonical(m)})
-	}
+	h := &Hosts{}
+	h.Set(more...)
 	return h
 }
 
+// Set makes the given registries the ones that are known beside the well-known.
+func (h *Hosts) Set(more ...string) {
+	known := slices.Clone(WellKnown)
+	for _, m := range more {
+		known = append(known, Known{Host: Canonical(m)})
+	}
+	h.known.Store(&known)
+}
+
 // All returns every known registry.
-func (h *Hosts) All() []Known { return h.known }
+func (h *Hosts) All() []Known { return *h.known.Load() }
+
+// Named returns the host of the registry that image references call name.
+func (h *Hosts) Named(name string) (host string, ok bool) {
+	for _, k := range h.All() {
+		if k.Name == name {
+			return k.Host, true
+		}
+	}
+	host = Canonical(name)
+	_, ok = h.Find(host)
+	return host, ok
+}
 
 // Find returns the known registry that a host (in its canonical form) is or
 // belongs to.
 func (h *Hosts) Find(host string) (Known, bool) {
-	for _, k := range h.known {
+	for _, k := range h.All() {
 		if host == k.Host || k.Subtree && strings.HasSuffix(host, "."+k.Host) {
 			return k, true
 		}

@@ -66,7 +66,7 @@ func (x *exchange) tag() {
 	resp, err := x.head(stale)
 	switch {
 	case failed(resp, err) && stale:
-		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.id(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.digest, "since", was.when, "err", because(resp, err))
+		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.digest, "since", was.when, "err", because(resp, err))
 		x.stats.stale.Add(1)
 		x.target.digest = was.digest
 		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.now().Sub(was.when).Seconds()), 10))

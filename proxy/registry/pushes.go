@@ -122,7 +122,7 @@ func (x *exchange) write() {
 			x.push.mount = d
 		}
 	default:
-		s := x.h.sessions.take(x.up.id() + " " + x.r.URL.EscapedPath())
+		s := x.h.sessions.take(x.up.ID() + " " + x.r.URL.EscapedPath())
 		if s == nil {
 			break
 		}
@@ -216,7 +216,7 @@ func (p *push) next(x *exchange, resp *http.Response) {
 		return
 	}
 	p.goesOn = true
-	x.h.sessions.expect(x.up.id()+" "+location.EscapedPath(), p.session)
+	x.h.sessions.expect(x.up.ID()+" "+location.EscapedPath(), p.session)
 }
 
 func sameHost(u *url.URL, up Upstream) bool {
@@ -225,7 +225,7 @@ func sameHost(u *url.URL, up Upstream) bool {
 
 // pushedBlob keeps a blob that the upstream has accepted.
 func (p *push) pushedBlob(x *exchange) {
-	repo := repository{x.up.id(), p.session.repo}
+	repo := repository{x.up.ID(), p.session.repo}
 	p.session.mu.Lock()
 	defer p.session.mu.Unlock()
 	if p.session.upload == nil {
@@ -234,7 +234,7 @@ func (p *push) pushedBlob(x *exchange) {
 	err := p.session.upload.Commit(p.digest)
 	p.session.upload = nil
 	if err != nil {
-		x.h.log.Info("a pushed blob is not kept", "registry", x.up.id(), "repository", repo.name, "digest", p.digest, "err", err)
+		x.h.log.Info("a pushed blob is not kept", "registry", x.up.ID(), "repository", repo.name, "digest", p.digest, "err", err)
 		return
 	}
 	x.stats.pushed.Add(1)
@@ -255,7 +255,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 		x.h.tags.forget(repo, x.target.tag)
 	}
 	if err := x.h.store.Put(d, body); err != nil {
-		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.id(), "repository", repo.name, "digest", d, "err", err)
+		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.ID(), "repository", repo.name, "digest", d, "err", err)
 		return
 	}
 	x.stats.pushed.Add(1)

@@ -75,9 +75,11 @@ func newRights(ttl, stale time.Duration) *rights {
 	return r
 }
 
-// credentialsOf hashes what a request authenticates itself with.
-func (r *rights) credentialsOf(req *http.Request) credentials {
+// credentialsOf hashes what a client authenticates itself with.
+func (r *rights) credentialsOf(req *http.Request, as string) credentials {
 	mac := hmac.New(sha256.New, r.key[:])
+	mac.Write([]byte(as))
+	mac.Write([]byte{0})
 	for _, header := range []string{"Authorization", "Cookie"} {
 		for _, v := range req.Header.Values(header) {
 			mac.Write([]byte(v))

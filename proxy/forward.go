@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"time"
+
+	"github.com/elazarl/goproxy"
+	lru "github.com/hashicorp/golang-lru/v2/expirable"
+	"weir/proxy/registry"
+)
+
+// distrust is for how long a client that did not trust our certificate is
+// tunnelled.
+const distrust = 10 * time.Minute
+
+// Forward returns an HTTP forward proxy, for clients that name weir in
+// HTTPS_PROXY and trust its CA: it answers for known registries, and tunnels
+// everything else. What is answered is for the host of the CONNECT request,
+// whatever is asked inside. ctx ends the tunnels to registries.
+func (p *Proxy) Forward(ctx context.Context, e *Egress) http.Handler {
+	distrusts := lru.NewLRU[string, struct{}](1024, nil, distrust)
+	g := goproxy.NewProxyHttpServer()
+	g.Logger = slog.NewLogLogger(p.log.Handler(), slog.LevelDebug)
+	// Its own transport doesn't verify, and its own CA is known to all.
+	g.Tr = e.transport
+	g.CertStore = nil
+	g.KeepAcceptEncoding = true
+	g.ConnectDialWithReq = func(r *http.Request, network, addr string) (net.Conn, error) {
+		via, err := http.ProxyFromEnvironment(&http.Request{URL: &url.URL{Scheme: "https", Host: addr}})
+		if err != nil {
+			return nil, err
+		}
+		if via != nil {
+			return g.NewConnectDialToProxy(via.String())(network, addr)
+		}
+		return e.dialHost(r.Context(), network, addr)
+	}
+	g.OnRequest().HandleConnectFunc(func(authority string, c *goproxy.ProxyCtx) (*goproxy.ConnectAction, string) {
+		tunnel := &goproxy.ConnectAction{Action: goproxy.ConnectAccept}
+		name, _, err := net.SplitHostPort(authority)
+		host := registry.Canonical(authority)
+		client, _, _ := net.SplitHostPort(c.Req.RemoteAddr)
+		key := client + " " + host
+		if _, known := p.opts.Hosts.Find(host); err != nil || !known || !p.opts.Leaves.Permits(name) || distrusts.Contains(key) {
+			return tunnel, authority
+		}
+		if err := e.verifyNamed(c.Req.Context(), host); err != nil {
+			p.log.Info("a registry can't be verified; tunnelled", "registry", host, "err", err)
+			return tunnel, authority
+		}
+		return &goproxy.ConnectAction{Action: goproxy.ConnectHijack, Hijack: func(_ *http.Request, conn net.Conn, _ *goproxy.ProxyCtx) {
+			tcp, ok := conn.(*net.TCPConn)
+			if _, err := io.WriteString(conn, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil || !ok {
+				conn.Close()
+				return
+			}
+			f := Flow{Egress: e, Client: client, Rejected: func(string, error) {
+				p.log.Warn("a client of the forward proxy does not trust weir's CA; tunnelled from now on", "client", client, "registry", host)
+				distrusts.Add(key, struct{}{})
+			}}
+			p.active.Go(func() {
+				o := opening{hello: hello{protocol: tlsHello, host: registry.Canonical(name)}}
+				p.intercept(ctx, tcp, f, o, registry.Upstream{Host: host, Transport: e.transport})
+			})
+		}}, authority
+	})
+	return g
+}
+
+// verifyNamed finds out whether a host can be spoken to in a client's place, the
+// way that requests go.
+func (e *Egress) verifyNamed(ctx context.Context, host string) error {
+	hostport := withPort(host)
+	if v, ok := e.verdicts.Get(hostport); ok && time.Now().Before(v.until) {
+		return v.err
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+hostport+"/v2/", nil)
+	if err != nil {
+		return err
+	}
+	req.Host = host
+	req.Header.Set("User-Agent", "weir")
+	resp, err := e.transport.RoundTrip(req)
+	switch {
+	case err == nil:
+		resp.Body.Close()
+		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(verifiedTTL)})
+		return nil
+	case !badCertificate(err) && e.ups.Remembers != nil && e.ups.Remembers(host):
+		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(downTTL)})
+		return nil
+	}
+	e.verdicts.Add(hostport, verdict{err, time.Now().Add(refusedTTL)})
+	return err
+}
