@@ -14,7 +14,6 @@ package agent
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -48,6 +47,14 @@ type Config struct {
 	// Registries are further registries: HOST or HOST:PORT, or either with
 	// =FILE.pem for a CA that the registry's certificate is verified with.
 	Registries []string
+	// RegistryFile has more of them, one a line. It is read again when it
+	// changes.
+	RegistryFile string
+	// MirrorListen is where a mirror endpoint listens, and ProxyListen a
+	// forward proxy; empty means nowhere, and no host means on loopback.
+	MirrorListen, ProxyListen string
+	// MirrorDefault is the registry of requests to the mirror that name none.
+	MirrorDefault string
 	// StoreSize bounds the blobs' bytes; 0 means a tenth of the file system.
 	StoreSize int64
 	// RightsTTL is how long a registry's word that a client may read a
@@ -68,6 +75,7 @@ const (
 	DefaultDataDir = "/var/lib/weir"
 	DefaultRunDir  = "/run/weir"
 	DefaultAdmin   = "127.0.0.1:5050"
+	DefaultMirror  = "docker.io"
 )
 
 // DefaultPorts are the ports that registries listen on.
@@ -90,7 +98,7 @@ type Agent struct {
 	lasting  map[trust.RootID]string // root file systems that outlive runtimes
 	ca       *trust.CA
 	ledger   *trust.Ledger
-	hosts    *registry.Hosts
+	regs     registries
 	store    *store.Store
 	registry *registry.Handler
 	proxy    *proxy.Proxy
@@ -99,6 +107,7 @@ type Agent struct {
 	runtimes *runtimes
 	admin    *http.Server
 	adminL   net.Listener
+	explicit []*listener // the mirror and the forward proxy
 }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
@@ -133,8 +142,7 @@ func (a *Agent) start() (err error) {
 	if err := a.lockRunDir(); err != nil {
 		return err
 	}
-	roots, err := a.registries()
-	if err != nil {
+	if err := a.regs.load(a.conf.Registries, a.conf.RegistryFile); err != nil {
 		return err
 	}
 	if err := a.openData(); err != nil {
@@ -149,7 +157,10 @@ func (a *Agent) start() (err error) {
 
 	a.registry = registry.New(registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
 		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log})
-	a.proxy = proxy.New(proxy.Options{Hosts: a.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
+	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
+	if err := a.listenExplicit(); err != nil {
+		return err
+	}
 	a.kernel, err = bpf.Load(bpf.Options{
 		Cgroup: a.conf.Cgroup,
 		Ports:  a.conf.Ports,
@@ -159,13 +170,17 @@ func (a *Agent) start() (err error) {
 	if err != nil {
 		return fmt.Errorf("%w; `weir doctor` tells more", err)
 	}
-	a.doors = &doors{kernel: a.kernel, ups: proxy.Upstreams{Roots: roots}, serve: a.serve, log: a.log, open: make(map[uint64]*door)}
+	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
+	a.doors = &doors{kernel: a.kernel, ups: ups, serve: a.serve, log: a.log, open: make(map[uint64]*door)}
 	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
 	a.kernel.Beat()
 	go a.beat()
 	go a.follow()
 	if err := a.runtimes.seed(a.conf.Cgroup); err != nil {
 		return err
+	}
+	for _, l := range a.explicit {
+		go func() { _ = l.server.Serve(l.l) }()
 	}
 	a.admin = &http.Server{Handler: a.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = a.admin.Serve(a.adminL) }()
@@ -202,44 +217,13 @@ func writeAt(f *os.File, s string) error {
 	return err
 }
 
-// registries reads --registry, and returns what a registry is verified with.
-func (a *Agent) registries() (func(host string) *x509.CertPool, error) {
-	pools := make(map[string]*x509.CertPool)
-	var hosts []string
-	for _, r := range a.conf.Registries {
-		host, file, withCA := strings.Cut(r, "=")
-		host = registry.Canonical(host)
-		if host == "" {
-			return nil, fmt.Errorf("--registry %q names no host; write HOST, HOST:PORT or HOST=FILE.pem", r)
-		}
-		hosts = append(hosts, host)
-		if !withCA {
-			continue
-		}
-		pem, err := os.ReadFile(file)
-		if err != nil {
-			return nil, fmt.Errorf("reading the CA of --registry %s: %w", host, err)
-		}
-		pool, err := x509.SystemCertPool()
-		if err != nil {
-			pool = x509.NewCertPool()
-		}
-		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("%s, the CA of --registry %s, has no PEM certificate", file, host)
-		}
-		pools[host] = pool
-	}
-	a.hosts = registry.NewHosts(hosts...)
-	return func(host string) *x509.CertPool { return pools[host] }, nil
-}
-
 // openData opens what the agent keeps.
 func (a *Agent) openData() error {
 	if err := os.MkdirAll(a.conf.DataDir, 0o700); err != nil {
 		return fmt.Errorf("making --data-dir: %w", err)
 	}
 	var names []string
-	for _, k := range a.hosts.All() {
+	for _, k := range a.regs.hosts.All() {
 		names = append(names, k.Host)
 	}
 	var err error
@@ -289,7 +273,7 @@ func lastingRoots() map[trust.RootID]string {
 
 // certsDHosts are the registries that get a directory in a certs.d.
 func (a *Agent) certsDHosts() (hosts []string) {
-	for _, k := range a.hosts.All() {
+	for _, k := range a.regs.hosts.All() {
 		hosts = append(hosts, k.Host)
 	}
 	return hosts
@@ -302,12 +286,16 @@ func (a *Agent) beat() {
 	defer t.Stop()
 	tidy := time.NewTicker(30 * time.Second)
 	defer tidy.Stop()
+	registries := time.NewTicker(registryFileInterval)
+	defer registries.Stop()
 	for {
 		select {
 		case <-t.C:
 			a.kernel.Beat()
 		case <-tidy.C:
 			a.runtimes.reconcile()
+		case <-registries.C:
+			a.regs.reload(a.ca.Permits, a.log)
 		case <-a.ctx.Done():
 			return
 		}
@@ -350,6 +338,7 @@ func (a *Agent) serve(d *door, c *net.TCPConn) {
 	if rt := a.runtimes.find(origin.PID); rt != nil {
 		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
 		f.Trusts = func(known registry.Known, host string) bool { return a.runtimes.trusts(rt, known, host) }
+		f.Settings = func(known registry.Known, host string) (proxy.Settings, error) { return settings(rt, known, host) }
 		f.Rejected = func(host string, err error) { a.runtimes.rejected(rt, host, err) }
 	}
 	a.proxy.Serve(a.ctx, c, f)
@@ -362,6 +351,9 @@ func (a *Agent) drain() error {
 	a.doors.closeAll()
 	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
+	for _, l := range a.explicit {
+		_ = l.server.Shutdown(ctx)
+	}
 	if a.proxy.Shutdown(ctx) != nil {
 		a.log.Warn("some transfers were cut; runtimes resume them directly", "after", drainTime)
 	}
@@ -389,6 +381,9 @@ func (a *Agent) close() {
 	}
 	if a.adminL != nil {
 		a.adminL.Close()
+	}
+	for _, l := range a.explicit {
+		l.close()
 	}
 	if a.registry != nil {
 		a.registry.Close()

@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"weir/agent/trust"
+	"weir/proxy/registry"
 )
 
 func needRoot(t *testing.T) {
@@ -297,24 +298,55 @@ func TestRegistries(t *testing.T) {
 	if err := os.WriteFile(pem, ca.PEM(), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	a := &Agent{conf: Config{Registries: []string{"Plain.test", "own.test:5000=" + pem}}}
-	roots, err := a.registries()
-	if err != nil {
+	file := filepath.Join(dir, "registries")
+	write := func(content string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("# ours\nlisted.a.test # for now\n\n")
+	var rs registries
+	if err := rs.load([]string{"Plain.test", "own.test:5000=" + pem}, file); err != nil {
 		t.Fatal(err)
 	}
-	if roots("plain.test") != nil || roots("own.test:5000") == nil || roots("own.test") != nil {
+	if rs.roots("plain.test") != nil || rs.roots("own.test:5000") == nil || rs.roots("own.test") != nil {
 		t.Error("the wrong registry has a CA of its own")
 	}
-	if _, ok := a.hosts.Find("own.test:5000"); !ok {
-		t.Error("a configured registry is not known")
+	known := func(want string) {
+		t.Helper()
+		var got []string
+		for _, k := range rs.hosts.All()[len(registry.WellKnown):] {
+			got = append(got, k.Host)
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("known are %q, want %q", got, want)
+		}
 	}
+	known("plain.test own.test:5000 listed.a.test")
+	// A changed file counts at once, as far as the CA may speak.
+	write("new.a.test\nelse.test\n")
+	rs.reload(func(host string) bool {
+		return ca.Permits(host) || host == "plain.test" || host == "own.test" || slices.ContainsFunc(registry.WellKnown, func(k registry.Known) bool { return k.Host == host })
+	}, slog.Default())
+	known("plain.test own.test:5000 new.a.test else.test")
+	if got := rs.waiting(); len(got) != 1 || got[0] != "else.test" {
+		t.Errorf("%q wait for a restart", got)
+	}
+	// One that makes no sense doesn't.
+	write("a/b\n")
+	rs.reload(ca.Permits, slog.Default())
+	os.Remove(file)
+	rs.reload(ca.Permits, slog.Default())
+	known("plain.test own.test:5000 new.a.test else.test")
+
 	empty := filepath.Join(dir, "empty.pem")
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, bad := range []string{"", "=" + pem, "x.test=" + filepath.Join(dir, "none"), "x.test=" + empty} {
-		a := &Agent{conf: Config{Registries: []string{bad}}}
-		if _, err := a.registries(); err == nil || strings.Contains(err.Error(), "\n") || !utf8.ValidString(err.Error()) {
+		var rs registries
+		if err := rs.load([]string{bad}, ""); err == nil || strings.Contains(err.Error(), "\n") || !utf8.ValidString(err.Error()) {
 			t.Errorf("--registry %q: %v", bad, err)
 		}
 	}

@@ -30,6 +30,9 @@ type kind struct {
 	// certsD are the directories with a registry's certificates that all of
 	// its pulls read each time, so that they count while it runs.
 	certsD []string
+	// settings are the directories with what a user has given it for a
+	// registry: more CAs, and certificates to show there.
+	settings []string
 	// sockets are where it listens, when its command line names no other.
 	sockets []string
 	// contentStore says that it keeps blobs that weir may read: containerd.
@@ -47,17 +50,19 @@ type kind struct {
 // the two it comes from.
 var kinds = []*kind{
 	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker,
-		sockets: []string{"/run/docker.sock", "/var/run/docker.sock"}},
+		settings: []string{trust.DockerCertsD},
+		sockets:  []string{"/run/docker.sock", "/var/run/docker.sock"}},
 	{name: "containerd", programs: []string{"containerd"}, ask: askCRI, contentStore: true,
 		certsD:  []string{trust.ContainerdCertsD, trust.ContainerdPairCertsD},
 		sockets: []string{"/run/containerd/containerd.sock", "/var/run/docker/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"}},
 	{name: "cri-o", programs: []string{"crio"}, ask: askCRI,
-		certsD:  []string{trust.ContainersCertsD},
-		sockets: []string{"/run/crio/crio.sock"}},
+		certsD:   []string{trust.ContainersCertsD},
+		settings: containersSettings,
+		sockets:  []string{"/run/crio/crio.sock"}},
 	{name: "buildkitd", programs: []string{"buildkitd"}},
-	{name: "podman", programs: []string{"podman"}, oneShot: true},
-	{name: "buildah", programs: []string{"buildah"}, oneShot: true},
-	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true},
+	{name: "podman", programs: []string{"podman"}, oneShot: true, settings: containersSettings},
+	{name: "buildah", programs: []string{"buildah"}, oneShot: true, settings: containersSettings},
+	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true, settings: containersSettings},
 	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, pullsThrough: "containerd"},
 	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd"},
 	{name: "crane", programs: []string{"crane", "gcrane", "krane"}, oneShot: true},
@@ -68,6 +73,9 @@ var kinds = []*kind{
 	{name: "cosign", programs: []string{"cosign"}, oneShot: true},
 	{name: "trivy", programs: []string{"trivy"}, oneShot: true},
 }
+
+// containersSettings is what containers/image reads: containers-certs.d(5).
+var containersSettings = []string{trust.ContainersCertsD, trust.DockerCertsD}
 
 // programs are all executables' names, for the kernel side.
 func programs() (names []string) {

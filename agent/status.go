@@ -27,6 +27,9 @@ type Status struct {
 	Runtimes   []RuntimeStatus  `json:"runtimes"`
 	Doors      []DoorStatus     `json:"doors"`
 	Registries []registry.Stats `json:"registries"`
+	// Waiting are registries that are passed through until the agent is
+	// restarted.
+	Waiting []string `json:"waiting,omitempty"`
 	// UnknownHosts were passed through because they aren't known to be
 	// registries; --registry makes one known.
 	UnknownHosts []proxy.Unknown `json:"unknown_hosts"`
@@ -44,7 +47,7 @@ func (a *Agent) Status() Status {
 	return Status{
 		Version: a.conf.Version, PID: os.Getpid(), Started: a.started, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir,
 		Runtimes: a.runtimes.status(), Doors: a.doors.status(),
-		Registries: a.registry.Stats(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
+		Registries: a.registry.Stats(), Waiting: a.regs.waiting(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
 		Store: a.store.Stats(), Kernel: kernel,
 	}
 }

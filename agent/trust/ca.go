@@ -417,8 +417,8 @@ func parseCert(b []byte) (*x509.Certificate, error) {
 	return x509.ParseCertificate(block.Bytes)
 }
 
-// isNodeCA reports whether b is the certificate of a weir node, this or another.
-func isNodeCA(b []byte) bool {
+// IsNodeCA reports whether b is the certificate of a weir node, this or another.
+func IsNodeCA(b []byte) bool {
 	cert, err := parseCert(b)
 	return err == nil && cert.IsCA && strings.HasPrefix(cert.Subject.CommonName, commonName+" ")
 }

@@ -256,8 +256,8 @@ func TestRootProfile(t *testing.T) {
 	if n := c.SerialNumber.BitLen(); n < 64 || n > 127 {
 		t.Errorf("serial number has %d bits", n)
 	}
-	if !isNodeCA(encodeCert(c)) {
-		t.Error("isNodeCA doesn't know it")
+	if !IsNodeCA(encodeCert(c)) {
+		t.Error("IsNodeCA doesn't know it")
 	}
 }
 
@@ -607,7 +607,7 @@ func FuzzIsNodeCA(f *testing.F) {
 	f.Add(append(append([]byte{}, pemCA...), pemCA...))
 	f.Add([]byte("# a comment\n" + string(pemCA)))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if !isNodeCA(b) {
+		if !IsNodeCA(b) {
 			return
 		}
 		block, _ := pem.Decode(b)

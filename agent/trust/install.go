@@ -422,7 +422,7 @@ func (in *installer) look(d *dir, name string) (there, current bool, err error) 
 // isOurs reports whether b, found under one of weir's names, is weir's: a CA
 // certificate of this or an earlier generation, or what a power failure has
 // left of one.
-func isOurs(b []byte) bool { return len(b) == 0 || isNodeCA(b) }
+func isOurs(b []byte) bool { return len(b) == 0 || IsNodeCA(b) }
 
 // explain adds to an error what can be done about it.
 func explain(what string, err error) error {

@@ -147,6 +147,10 @@ func agentCommand() *cobra.Command {
 	}
 	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
 	f.StringSliceVar(&conf.Registries, "registry", nil, "a further registry, `HOST[:PORT][=CA.pem]`; may be repeated")
+	f.StringVar(&conf.RegistryFile, "registry-file", "", "`file` with further registries, one a line; read again when it changes")
+	f.StringVar(&conf.MirrorListen, "mirror-listen", "", "`address` of a mirror endpoint for dockerd's registry-mirrors or containerd's hosts.toml (default: none; without a host: loopback)")
+	f.StringVar(&conf.MirrorDefault, "mirror-default", agent.DefaultMirror, "the `registry` of requests to the mirror that name none")
+	f.StringVar(&conf.ProxyListen, "proxy-listen", "", "`address` of a forward proxy for HTTPS_PROXY, for clients that trust weir's CA (default: none; without a host: loopback)")
 	f.StringVar(&size, "store-size", "", "bound of the store, such as 50GiB (default: a tenth of the file system)")
 	f.DurationVar(&conf.RightsTTL, "rights-ttl", registry.DefaultRightsTTL, "how long a registry's word that a client may read a repository is good")
 	f.DurationVar(&conf.StaleIfError, "stale-if-error", registry.DefaultStaleIfError, "for how long a registry's last answer is good while it gives no other; 0 is never")
@@ -295,10 +299,20 @@ func printStatus(w io.Writer, s agent.Status) error {
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
 	}
+	for _, host := range s.Waiting {
+		fmt.Fprintf(t, "%s\tpassed through until the agent is restarted: its CA was made without it\n", host)
+	}
 	if len(s.UnknownHosts) > 0 {
-		fmt.Fprintln(t, "\nPASSED THROUGH\tCONNECTIONS\tif it is a registry, add it with --registry")
+		fmt.Fprintln(t, "\nPASSED THROUGH\tCONNECTIONS\tWHAT IT IS")
 		for _, u := range s.UnknownHosts {
-			fmt.Fprintf(t, "%s\t%d\n", u.Host, u.Connections)
+			what := ""
+			switch {
+			case u.Registry:
+				what = "a registry: `weir agent --registry " + u.Host + "` has it cached"
+			case u.Problem != "":
+				what = u.Problem
+			}
+			fmt.Fprintf(t, "%s\t%d\t%s\n", u.Host, u.Connections, what)
 		}
 	}
 	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, bytesText(s.Store.Bytes), bytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)

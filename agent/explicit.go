@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"weir/proxy"
+)
+
+// listener serves those who name weir in their configuration.
+type listener struct {
+	l      net.Listener
+	server *http.Server
+	egress *proxy.Egress
+}
+
+func (l *listener) close() {
+	l.l.Close()
+	l.server.Close()
+	l.egress.Close()
+}
+
+// listenExplicit opens the mirror and the forward proxy, if they are wanted.
+func (a *Agent) listenExplicit() error {
+	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
+	if a.conf.MirrorListen != "" {
+		if _, ok := a.regs.hosts.Named(a.conf.MirrorDefault); !ok {
+			return errNoDefault
+		}
+		e := ups.NewOwnEgress()
+		if err := a.listen("--mirror-listen", a.conf.MirrorListen, e, a.proxy.Mirror(e, a.conf.MirrorDefault)); err != nil {
+			return err
+		}
+	}
+	if a.conf.ProxyListen != "" {
+		e := ups.NewOwnEgress()
+		return a.listen("--proxy-listen", a.conf.ProxyListen, e, a.proxy.Forward(a.ctx, e))
+	}
+	return nil
+}
+
+// listen opens a listener, on loopback unless the address says where.
+func (a *Agent) listen(flag, addr string, e *proxy.Egress, h http.Handler) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w; write HOST:PORT", flag, addr, err)
+	}
+	if host == "" {
+		host = "127.0.0.1"
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+	if errors.Is(err, unix.EADDRINUSE) {
+		return fmt.Errorf("%s is in use; stop what listens there, or choose another address with %s", addr, flag)
+	}
+	if err != nil {
+		return fmt.Errorf("listening on %s %s: %w", flag, addr, err)
+	}
+	a.explicit = append(a.explicit, &listener{l, &http.Server{Handler: h, ReadHeaderTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute}, e})
+	return nil
+}
