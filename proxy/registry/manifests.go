@@ -41,19 +41,21 @@ func (x *exchange) serveManifest(body []byte, mediaType, status string) {
 }
 
 func (x *exchange) tagKey() tag {
-	return tag{x.asker.repository, x.target.tag, acceptKey(x.r)}
+	return tag{x.asker.repository, x.target.tag}
 }
 
 // tag answers GET and HEAD of a manifest by tag. What the tag is, is the
 // upstream's to say each time. When the answer will probably be kept, a HEAD
 // asks for that: registries don't count it as a pull.
 func (x *exchange) tag() {
-	key := x.tagKey()
-	was, known := x.h.tags.get(key)
+	var was tagged
 	var body []byte
 	var mediaType string
-	if known {
-		body, mediaType, known = x.keptManifest(was.digest)
+	known := false
+	for _, was = range x.h.tags.get(x.tagKey()) {
+		if body, mediaType, known = x.keptManifest(was.digest); known {
+			break
+		}
 	}
 	if !known || conditional(x.r) {
 		if x.r.Method == http.MethodGet {

@@ -7,12 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"mime"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -23,15 +21,14 @@ import (
 // tags remembers what tags were, for when the upstream can't say, and to know
 // whether asking it with a HEAD is worth while.
 type tags struct {
-	lru     *lru.Cache[tag, tagged]
+	mu      sync.Mutex
+	lru     *lru.Cache[tag, []tagged] // most recently said first
 	changed atomic.Bool
 }
 
-// tag has what the client accepts too: a tag may have several answers. An
-// empty one is what was pushed.
 type tag struct {
 	repository
-	tag, accept string
+	tag string
 }
 
 type tagged struct {
@@ -39,57 +36,55 @@ type tagged struct {
 	when   time.Time // when the upstream said so
 }
 
+// maxTagged is how many digests of a tag are remembered: it may be another one
+// for clients that accept other media types.
+const maxTagged = 4
+
 func newTags() *tags {
 	t := &tags{}
-	t.lru, _ = lru.New[tag, tagged](1 << 14)
+	t.lru, _ = lru.New[tag, []tagged](1 << 14)
 	return t
 }
 
-// get returns what a tag last was to a client that accepts the same, or what
-// was pushed since.
-func (t *tags) get(key tag) (tagged, bool) {
-	v, ok := t.lru.Get(key)
-	key.accept = ""
-	if pushed, is := t.lru.Get(key); is && (!ok || pushed.when.After(v.when)) {
-		return pushed, true
-	}
-	return v, ok
+// get returns what a tag was, what was said last first.
+func (t *tags) get(key tag) []tagged {
+	all, _ := t.lru.Get(key)
+	return all
 }
 
 func (t *tags) set(key tag, d digest.Digest, when time.Time) {
-	t.lru.Add(key, tagged{d, when})
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	old, _ := t.lru.Get(key)
+	all := []tagged{{d, when}}
+	for _, o := range old {
+		if o.digest != d && len(all) < maxTagged {
+			all = append(all, o)
+		}
+	}
+	t.lru.Add(key, all)
 	t.changed.Store(true)
 }
 
 // forget forgets the tags of a repository that are the reference: a tag, or a
 // digest.
 func (t *tags) forget(repo repository, ref string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.changed.Store(true)
 	for _, k := range t.lru.Keys() {
 		if k.repository != repo {
 			continue
 		}
-		if v, ok := t.lru.Peek(k); ok && (k.tag == ref || v.digest.String() == ref) {
+		if k.tag == ref {
 			t.lru.Remove(k)
-			t.changed.Store(true)
+			continue
+		}
+		all, _ := t.lru.Peek(k)
+		if left := slices.DeleteFunc(slices.Clone(all), func(v tagged) bool { return v.digest.String() == ref }); len(left) < len(all) {
+			t.lru.Add(k, left)
 		}
 	}
-}
-
-// acceptKey is the media types that a client accepts, in a form to compare.
-func acceptKey(r *http.Request) string {
-	var types []string
-	for _, v := range r.Header.Values("Accept") {
-		for part := range strings.SplitSeq(v, ",") {
-			if mt, _, err := mime.ParseMediaType(part); err == nil {
-				types = append(types, mt)
-			}
-		}
-	}
-	if len(types) == 0 {
-		return "*/*"
-	}
-	slices.Sort(types)
-	return strings.Join(slices.Compact(types), ",")
 }
 
 // memory is what of a handler's knowledge outlives it: without it an agent
@@ -101,9 +96,9 @@ type memory struct {
 }
 
 type rememberedTag struct {
-	Registry, Repository, Tag, Accept string
-	Digest                            digest.Digest
-	When                              time.Time
+	Registry, Repository, Tag string
+	Digest                    digest.Digest
+	When                      time.Time
 }
 
 type rememberedRepo struct {
@@ -123,8 +118,9 @@ func (h *Handler) remember() error {
 	}
 	m := memory{Members: make(map[string]rememberedInRepo)}
 	for _, k := range h.tags.lru.Keys() {
-		if v, ok := h.tags.lru.Peek(k); ok {
-			m.Tags = append(m.Tags, rememberedTag{k.registry, k.name, k.tag, k.accept, v.digest, v.when})
+		all, _ := h.tags.lru.Peek(k)
+		for _, v := range slices.Backward(all) {
+			m.Tags = append(m.Tags, rememberedTag{k.registry, k.name, k.tag, v.digest, v.when})
 		}
 	}
 	for _, k := range h.rights.public.Keys() {
@@ -191,7 +187,7 @@ func (h *Handler) recall() error {
 	// The least recently used come first, as they were written.
 	for _, t := range m.Tags {
 		if t.Digest.Validate() == nil {
-			h.tags.lru.Add(tag{repository{t.Registry, t.Repository}, t.Tag, t.Accept}, tagged{t.Digest, t.When})
+			h.tags.set(tag{repository{t.Registry, t.Repository}, t.Tag}, t.Digest, t.When)
 		}
 	}
 	for _, p := range m.Public {
@@ -213,7 +209,10 @@ func (h *Handler) recall() error {
 // while it can't be reached.
 func (h *Handler) Remembers(id string) bool {
 	for _, k := range h.tags.lru.Keys() {
-		if v, ok := h.tags.lru.Peek(k); ok && k.registry == id && h.rights.within(v.when, h.rights.stale) {
+		if k.registry != id {
+			continue
+		}
+		if all, _ := h.tags.lru.Peek(k); len(all) > 0 && h.rights.within(all[0].when, h.rights.stale) {
 			return true
 		}
 	}

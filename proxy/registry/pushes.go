@@ -261,6 +261,6 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 	x.stats.pushed.Add(1)
 	x.h.rights.contains(repo, d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
-		x.h.tags.set(tag{repo, x.target.tag, ""}, d, x.h.rights.now())
+		x.h.tags.set(x.tagKey(), d, x.h.rights.now())
 	}
 }

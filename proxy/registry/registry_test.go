@@ -337,7 +337,11 @@ func TestRights(t *testing.T) {
 	// A refusal takes the right away at once.
 	u.allow("team/private")
 	s.want(s.do("GET", "/v2/team/private/manifests/none", "Bearer alice"), 401, nil, "GET /v2/team/private/manifests/none")
-	s.want(s.do("GET", path("team/private", d), "Bearer alice"), 401, nil, "HEAD "+path("team/private", d), "GET "+path("team/private", d))
+	s.want(s.do("GET", path("team/private", d), "Bearer alice"), 401, nil, "GET "+path("team/private", d))
+	// And gives it back when the upstream does.
+	u.allow("team/private", "Bearer alice")
+	s.want(s.do("GET", path("team/private", d), "Bearer alice"), 200, shared, "GET "+path("team/private", d))
+	s.want(s.do("GET", path("team/private", d), "Bearer alice"), 200, shared)
 }
 
 func TestManifests(t *testing.T) {

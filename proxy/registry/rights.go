@@ -28,6 +28,9 @@ type rights struct {
 	now   func() time.Time
 
 	granted *lru.Cache[asker, time.Time]
+	// refused are those whom the upstream has just refused: clients begin
+	// without a token, and to ask for them once more is for nothing.
+	refused *lru.Cache[asker, time.Time]
 	// public are repositories that the upstream gives to everybody, to those
 	// without a name too. The time is when it last said so, or, with isn't,
 	// when it last said the opposite.
@@ -69,6 +72,7 @@ const (
 func newRights(ttl, stale time.Duration) *rights {
 	r := &rights{ttl: ttl, stale: stale, now: time.Now}
 	r.granted, _ = lru.New[asker, time.Time](1 << 15)
+	r.refused, _ = lru.New[asker, time.Time](1 << 13)
 	r.public, _ = lru.New[repository, publicity](1 << 13)
 	r.members, _ = lru.New[member, time.Time](1 << 15)
 	_, _ = rand.Read(r.key[:])
@@ -100,6 +104,13 @@ func (r *rights) within(when time.Time, age time.Duration) bool {
 // upstream again.
 func (r *rights) allows(a asker, d digest.Digest) bool {
 	return r.isMember(a.repository, d, memberTTL) && r.isGranted(a)
+}
+
+// isRefused says whether the upstream would hardly allow the asker anything. Its
+// own answer to him is then the only one to give.
+func (r *rights) isRefused(a asker) bool {
+	when, ok := r.refused.Get(a)
+	return ok && r.within(when, r.ttl)
 }
 
 // allowsStale says the same for when the upstream gives no answer: what it has
@@ -142,6 +153,7 @@ func (r *rights) learn(a asker, t target, resp *http.Response, byWord bool) {
 	switch code := resp.StatusCode; {
 	case code >= 200 && code < 300 || t.kind == blob && redirects(code):
 		r.granted.Add(a, r.now())
+		r.refused.Remove(a)
 		d := t.digest
 		if d == "" {
 			var err error
@@ -154,6 +166,9 @@ func (r *rights) learn(a asker, t target, resp *http.Response, byWord bool) {
 		}
 	case code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound:
 		r.granted.Remove(a)
+		if code != http.StatusNotFound {
+			r.refused.Add(a, r.now())
+		}
 		if code != http.StatusNotFound && resp.Request != nil && resp.Request.Header.Get("Authorization") != "" {
 			// What somebody with a name may not read is hardly everybody's.
 			r.public.Remove(a.repository)

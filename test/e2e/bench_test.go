@@ -3,9 +3,11 @@
 package e2e
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"strings"
@@ -24,18 +26,68 @@ type fetchResult struct {
 	Whole     time.Duration
 }
 
+// anonymousToken returns the Authorization of everybody.
+func anonymousToken(host, repo string) (string, error) {
+	resp, err := http.Get("https://" + host + "/token?scope=repository:" + repo + ":pull,push")
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	var token struct{ Token string }
+	err = json.NewDecoder(resp.Body).Decode(&token)
+	return "Bearer " + token.Token, err
+}
+
+// push pushes a blob of random bytes in one chunk of unknown length, as docker
+// does, and prints its digest.
+func push(host, repo string, size int64) error {
+	token, err := anonymousToken(host, repo)
+	if err != nil {
+		return err
+	}
+	send := func(method, url string, body io.Reader, want int) (string, error) {
+		req, err := http.NewRequest(method, url, body)
+		if err != nil {
+			return "", err
+		}
+		req.Header.Set("Authorization", token)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return "", err
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			return "", fmt.Errorf("%s %s: %s", method, url, resp.Status)
+		}
+		next, err := resp.Location()
+		if err != nil {
+			return "", err
+		}
+		return next.String(), nil
+	}
+	at, err := send(http.MethodPost, "https://"+host+"/v2/"+repo+"/blobs/uploads/", nil, http.StatusAccepted)
+	if err != nil {
+		return err
+	}
+	hash := sha256.New()
+	bytes := io.TeeReader(io.LimitReader(rand.NewChaCha8([32]byte{1}), size), hash)
+	if at, err = send(http.MethodPatch, at, struct{ io.Reader }{bytes}, http.StatusAccepted); err != nil {
+		return err
+	}
+	digest := fmt.Sprintf("sha256:%x", hash.Sum(nil))
+	if _, err := send(http.MethodPut, at+"&digest="+digest, nil, http.StatusCreated); err != nil {
+		return err
+	}
+	fmt.Println(digest)
+	return nil
+}
+
 // fetch gets a blob as an anonymous client does, and measures the request that
 // gives it.
 func fetch(host, repo, digest string) error {
 	c := http.Client{}
 	blob := "https://" + host + "/v2/" + repo + "/blobs/" + digest
-	resp, err := c.Get("https://" + host + "/token?scope=repository:" + repo + ":pull")
-	if err != nil {
-		return err
-	}
-	var token struct{ Token string }
-	err = json.NewDecoder(resp.Body).Decode(&token)
-	resp.Body.Close()
+	token, err := anonymousToken(host, repo)
 	if err != nil {
 		return err
 	}
@@ -43,9 +95,10 @@ func fetch(host, repo, digest string) error {
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Authorization", "Bearer "+token.Token)
+	req.Header.Set("Authorization", token)
 	start := time.Now()
-	if resp, err = c.Do(req); err != nil {
+	resp, err := c.Do(req)
+	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
@@ -80,7 +133,7 @@ func cpuTime(b *testing.B, pid int) time.Duration {
 }
 
 // peakMemory is the most that a process has had resident.
-func peakMemory(b *testing.B, pid int) (n int64) {
+func peakMemory(b testing.TB, pid int) (n int64) {
 	b.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

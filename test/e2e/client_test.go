@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -105,6 +106,12 @@ func client(what string, args []string) error {
 		return pull(args[0], args[1], args[2])
 	case "fetch": // registry, repository, digest
 		return fetch(args[0], args[1], args[2])
+	case "push": // registry, repository, bytes
+		size, err := strconv.ParseInt(args[2], 10, 64)
+		if err != nil {
+			return err
+		}
+		return push(args[0], args[1], size)
 	case "raw": // registry, repository, "blobs" or "manifests", reference; without credentials
 		c := http.Client{Timeout: 20 * time.Second}
 		resp, err := c.Get("https://" + args[0] + "/v2/" + args[1] + "/" + args[2] + "/" + args[3])

@@ -35,14 +35,16 @@ type Internet struct {
 	key   *ecdsa.PrivateKey
 	nodes atomic.Int64
 
-	mu    sync.Mutex
-	hosts map[string][]netip.Addr
+	mu     sync.Mutex
+	hosts  map[string][]netip.Addr
+	broken map[string]func(net.Conn) // hosts that are broken, and how
+	conns  map[string]map[net.Conn]struct{}
 }
 
 // NewInternet makes an internet with nothing in it.
 func NewInternet(t testing.TB) *Internet {
 	t.Helper()
-	in := &Internet{t: t, hosts: make(map[string][]netip.Addr)}
+	in := &Internet{t: t, hosts: make(map[string][]netip.Addr), broken: make(map[string]func(net.Conn)), conns: make(map[string]map[net.Conn]struct{})}
 	in.space = newSpace(t, "the internet", nil, nil, unix.CLONE_NEWNET|unix.CLONE_NEWNS, `
 mount --make-rprivate /
 mount -t tmpfs tmpfs /var/lib
@@ -142,9 +144,83 @@ func (in *Internet) listen(name string, port int) (ls []net.Listener) {
 			in.t.Fatalf("listening as %s:%d: %v", name, port, err)
 		}
 		in.t.Cleanup(func() { l.Close() })
-		ls = append(ls, l)
+		ls = append(ls, &host{l, in, name})
 	}
 	return ls
+}
+
+// Break cuts the connections to a host, and has new ones be dealt with by a
+// function, until it is mended by nil.
+func (in *Internet) Break(name string, how func(net.Conn)) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.broken[name] = how
+	for c := range in.conns[name] {
+		reset(c)
+	}
+}
+
+// The ways in which a host can be broken.
+var (
+	// Down is a host at which nothing listens any more.
+	Down = func(c net.Conn) { reset(c) }
+	// Silent is one that takes connections and says nothing.
+	Silent = func(c net.Conn) { _, _ = io.Copy(io.Discard, c) }
+	// NotTLS is one that speaks something else.
+	NotTLS = func(c net.Conn) { fmt.Fprint(c, "220 welcome\r\n"); c.Close() }
+)
+
+func reset(c net.Conn) {
+	if h, ok := c.(*hostConn); ok {
+		c = h.Conn
+	}
+	_ = c.(*net.TCPConn).SetLinger(0)
+	c.Close()
+}
+
+// host is a host's listener.
+type host struct {
+	net.Listener
+	in   *Internet
+	name string
+}
+
+type hostConn struct {
+	net.Conn
+	gone func()
+}
+
+func (c *hostConn) Close() error {
+	c.gone()
+	return c.Conn.Close()
+}
+
+func (h *host) Accept() (net.Conn, error) {
+	for {
+		c, err := h.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		h.in.mu.Lock()
+		broken := h.in.broken[h.name]
+		hc := &hostConn{Conn: c}
+		hc.gone = func() {
+			h.in.mu.Lock()
+			delete(h.in.conns[h.name], hc)
+			h.in.mu.Unlock()
+		}
+		if broken == nil {
+			if h.in.conns[h.name] == nil {
+				h.in.conns[h.name] = make(map[net.Conn]struct{})
+			}
+			h.in.conns[h.name][hc] = struct{}{}
+		}
+		h.in.mu.Unlock()
+		if broken == nil {
+			return hc, nil
+		}
+		go broken(c)
+	}
 }
 
 // HTTPS serves a handler as a host, at port 443. With h2, over HTTP/2 as well.

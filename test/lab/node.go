@@ -116,6 +116,17 @@ func (n *Node) Box() *Node {
 	return b
 }
 
+// EmptyCgroup is a cgroup of the node in which no process is: an agent for it
+// redirects nothing.
+func (n *Node) EmptyCgroup() string {
+	n.t.Helper()
+	dir := filepath.Join(n.dir, "empty")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		n.t.Fatal(err)
+	}
+	return dir
+}
+
 // File returns the content of a file in the box, or an error.
 func (n *Node) File(path string) ([]byte, error) { return os.ReadFile(n.root(path)) }
 
@@ -228,13 +239,13 @@ type Docker struct {
 }
 
 // Docker starts Debian's dockerd, with an untouched configuration but for what
-// only concerns running containers.
-func (n *Node) Docker() *Docker {
+// only concerns running containers, and with the given flags.
+func (n *Node) Docker(flags ...string) *Docker {
 	n.t.Helper()
 	if !n.has("/run/containerd/containerd.sock") {
 		n.Containerd() // dockerd would start one, which ends with it only when all goes well
 	}
-	return n.dockerd(debian(n.t, "/usr/sbin/dockerd", "docker.io"))
+	return n.dockerd(debian(n.t, "/usr/sbin/dockerd", "docker.io"), flags...)
 }
 
 // NewestDocker starts the newest dockerd, with its containerd image store.
@@ -271,9 +282,10 @@ func copyFile(from, to string) error {
 	return os.WriteFile(to, b, 0o755)
 }
 
-func (n *Node) dockerd(path string) *Docker {
+func (n *Node) dockerd(path string, flags ...string) *Docker {
 	n.t.Helper()
 	d := &Docker{node: n, args: []string{path, "--bridge=none", "--iptables=false", "--ip6tables=false", "--containerd=/run/containerd/containerd.sock"}}
+	d.args = append(d.args, flags...)
 	c, err := client.New(client.WithHost("unix:///run/docker.sock"), client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", n.root("/run/docker.sock"))
 	}))
@@ -331,6 +343,34 @@ func (d *Docker) Remove(ref string) {
 	if _, err := d.API.ImageRemove(ctx, ref, client.ImageRemoveOptions{Force: true, PruneChildren: true}); err != nil {
 		d.node.t.Fatalf("docker rmi %s: %v", ref, err)
 	}
+}
+
+// Push gives an image, which dockerd has under another name, a name, and pushes
+// it to that name's registry.
+func (d *Docker) Push(from, ref string) {
+	d.node.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	defer cancel()
+	if _, err := d.API.ImageTag(ctx, client.ImageTagOptions{Source: from, Target: ref}); err != nil {
+		d.node.t.Fatalf("docker tag %s %s: %v", from, ref, err)
+	}
+	resp, err := d.API.ImagePush(ctx, ref, client.ImagePushOptions{RegistryAuth: base64([]byte("{}"))})
+	if err == nil {
+		err = resp.Wait(ctx)
+	}
+	if err != nil {
+		d.node.t.Fatalf("docker push %s: %v\n--- log of dockerd\n%s", ref, err, d.Log(3<<10))
+	}
+}
+
+// Build builds a Dockerfile with BuildKit, with flags of `docker build`, and
+// returns what that prints.
+func (d *Docker) Build(dockerfile string, flags ...string) string {
+	d.node.t.Helper()
+	const dir = "/var/lib/home/build"
+	d.node.WriteFile(dir+"/Dockerfile", dockerfile)
+	args := []string{"env", "DOCKER_BUILDKIT=1", "DOCKER_HOST=unix:///run/docker.sock", debian(d.node.t, "/usr/bin/docker", "docker.io"), "build", "--progress=plain"}
+	return d.node.Run(append(append(args, flags...), dir)...)
 }
 
 // Same fails the test unless dockerd has the image as it was pushed: its id is

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"testing"
+
+	"weir/test/lab"
+)
+
+// everybodys waits until weir has found out that a registry gives its images to
+// everybody, which it asks in the background.
+func everybodys(t *testing.T, r *lab.Registry, repo string) {
+	t.Helper()
+	r.Log.WaitFor(t, func(q lab.Request) bool {
+		return q.UserAgent == "weir" && q.Method == "HEAD" && q.Status == 200 && strings.Contains(q.Path, "/"+repo+"/manifests/")
+	})
+}
+
+// answer has every request answered by a status.
+func answer(status int) func(http.ResponseWriter, *http.Request) bool {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		if status == http.StatusTooManyRequests {
+			w.Header().Set("Retry-After", "60")
+		}
+		w.WriteHeader(status)
+		return true
+	}
+}
+
+// A registry that gives no answer, in each way: what is kept can be pulled as
+// ever, what isn't fails as it would without weir, and everything is well once
+// the registry is back.
+func TestRegistryFails(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	docker, containerd := node.Docker(), node.Containerd()
+	docker.Pull(flyway)
+	docker.Remove(flyway)
+	everybodys(t, w.hub, "flyway/flyway")
+	requests := func(f func(http.ResponseWriter, *http.Request) bool) func(bool) {
+		return func(broken bool) {
+			if !broken {
+				f = nil
+			}
+			w.hub.Fault(f)
+		}
+	}
+	connections := func(how func(net.Conn)) func(bool) {
+		return func(broken bool) {
+			if !broken {
+				how = nil
+			}
+			for _, host := range []string{"registry-1.docker.io", "auth.docker.io", "production.cloudflare.docker.com"} {
+				w.Break(host, how)
+			}
+		}
+	}
+	for i, tt := range []struct {
+		name string
+		set  func(broken bool)
+	}{
+		{"429", requests(answer(429))},
+		{"500", requests(answer(500))},
+		{"503", requests(answer(503))},
+		{"no answer", requests(func(_ http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); return true })},
+		{"down", connections(lab.Down)},
+		{"silent", connections(lab.Silent)},
+		{"not TLS", connections(lab.NotTLS)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ref := fmt.Sprintf("acme/cold:%d", i)
+			cold := w.hub.Push(ref, lab.Image{Layers: []int{200_000}, Seed: uint64(100 + i)})
+			tt.set(true)
+			docker.Pull(flyway)
+			docker.Same(flyway, w.flyway)
+			docker.Remove(flyway)
+			containerd.Pull(flyway)
+			containerd.Same(flyway, w.flyway)
+			containerd.Remove(flyway, w.flyway)
+			if tt.name != "no answer" && tt.name != "silent" { // they would wait for long, as without weir
+				if err := docker.TryPull(ref); err == nil {
+					t.Error("an image was pulled that nobody gave")
+				} else {
+					t.Log(err)
+				}
+			}
+			tt.set(false)
+			docker.Pull(ref)
+			docker.Same(ref, cold)
+		})
+	}
+	s := agent.Status()
+	for _, r := range s.Registries {
+		if r.Registry == "registry-1.docker.io" && r.Stale == 0 {
+			t.Errorf("%+v", r)
+		}
+	}
+	metrics, err := agent.Get(t.Context(), "/metrics")
+	if err != nil || !strings.Contains(string(metrics), `weir_registry_stale_answers_total{registry="registry-1.docker.io"}`) {
+		t.Error(err)
+	}
+	if !strings.Contains(agent.Log(1<<20), "taken for what it was") {
+		t.Error("the log doesn't tell")
+	}
+}
+
+// Blobs that come wrong: cut off, they are resumed; with other bytes or of
+// another length, they never get to anybody as a whole, and aren't kept.
+func TestBlobsComeWrong(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.Agent()
+	docker, containerd := node.Docker(), node.Containerd()
+	blobFault := func(layer string, f func(http.ResponseWriter, int)) {
+		n := 0
+		w.ghcr.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
+			if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, layer) {
+				return false
+			}
+			n++
+			served := true
+			func() {
+				defer func() {
+					if p := recover(); p != nil && p != errNotMine {
+						panic(p)
+					} else if p != nil {
+						served = false
+					}
+				}()
+				f(rw, n)
+			}()
+			return served
+		})
+	}
+	const size = 3 << 20
+	for i, tt := range []struct {
+		name  string
+		fault func(rw http.ResponseWriter, n int)
+		heals bool // by itself
+	}{
+		{"cut once", func(rw http.ResponseWriter, n int) {
+			if n > 1 {
+				panic(errNotMine)
+			}
+			rw.Header().Set("Content-Length", strconv.Itoa(size+1000))
+			panic(http.ErrAbortHandler)
+		}, true},
+		{"503 once", func(rw http.ResponseWriter, n int) {
+			if n > 1 {
+				panic(errNotMine)
+			}
+			rw.WriteHeader(503)
+		}, false}, // runtimes don't ask again
+		{"other bytes", func(rw http.ResponseWriter, n int) { _, _ = rw.Write(make([]byte, size)) }, false},
+		{"too short", func(rw http.ResponseWriter, n int) { _, _ = rw.Write([]byte("short")) }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ref := fmt.Sprintf("ghcr.io/acme/wrong:%d", i)
+			im := w.ghcr.Push(strings.TrimPrefix(ref, "ghcr.io/"), lab.Image{Layers: []int{size}, Seed: uint64(200 + i)})
+			layer := im.Layers[0].Encoded()
+			blobFault(layer, tt.fault)
+			pulls := []func(string, ...string) error{containerd.TryPull}
+			if tt.heals { // else dockerd tries it five times, for a minute
+				pulls = append(pulls, docker.TryPull)
+			}
+			for _, pull := range pulls {
+				err := pull(ref)
+				if tt.heals && err != nil {
+					t.Error(err)
+				}
+				if !tt.heals && err == nil && tt.name != "503 once" {
+					t.Error("it was pulled")
+				}
+			}
+			if _, err := node.File("/var/lib/weir/store/blobs/sha256/" + layer); (err == nil) != tt.heals && tt.name != "503 once" {
+				t.Errorf("kept: %v", err == nil)
+			}
+			w.ghcr.Fault(nil)
+			docker.Pull(ref)
+			docker.Same(ref, im)
+			containerd.Pull(ref)
+			containerd.Same(ref, im)
+		})
+	}
+	if left, _ := node.Output("ls", "/var/lib/weir/store/ingest"); strings.TrimSpace(left) != "" {
+		t.Errorf("left in the store: %s", left)
+	}
+}
+
+var errNotMine = fmt.Errorf("leave it to the registry")
+
+// Docker Hub's limit: 200 pulls of what is kept, with every GET of a manifest
+// answered by 429.
+func TestRateLimited(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.Agent()
+	docker := node.Docker()
+	docker.Pull(flyway)
+	limited := 0
+	w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/manifests/") {
+			limited++
+			return answer(429)(rw, r)
+		}
+		return false
+	})
+	w.forget()
+	for range 200 {
+		docker.Remove(flyway)
+		docker.Pull(flyway)
+	}
+	docker.Same(flyway, w.flyway)
+	if limited > 0 {
+		t.Errorf("the registry was asked for %d manifests", limited)
+	}
+	w.nothingFetched(t)
+}
+
+// What a pull of what is kept costs the registry: for each runtime the requests
+// are those that its rules make necessary. Every client comes with a token of
+// its own, which only the registry can judge, and a tag is only the registry's
+// to say: one HEAD does both.
+func TestWarmPullCosts(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.Agent()
+	docker, containerd := node.Docker(), node.Containerd()
+	docker.Pull(flyway)
+	docker.Remove(flyway)
+	everybodys(t, w.hub, "flyway/flyway")
+	cost := func() (requests []string) {
+		for _, r := range w.hub.Log.All(nil) {
+			path, _, _ := strings.Cut(r.Path, "sha256:")
+			requests = append(requests, fmt.Sprintf("%s %s%s %d", r.Method, r.Host, path, r.Status))
+		}
+		return requests
+	}
+	const (
+		ping  = "GET registry-1.docker.io/v2/ 401"
+		token = "GET auth.docker.io/token 200"
+		tag   = "HEAD registry-1.docker.io/v2/flyway/flyway/manifests/10.11.0 "
+		blob  = " registry-1.docker.io/v2/flyway/flyway/blobs/ "
+	)
+	w.forget()
+	docker.Pull(flyway)
+	if got, want := cost(), []string{ping, token, tag + "200"}; fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("docker pull costs\n%q, want\n%q", got, want)
+	}
+	// containerd asks for a second token for the blobs, and begins without
+	// both times.
+	w.forget()
+	containerd.Pull(flyway)
+	if got, want := cost(), []string{tag + "401", token, tag + "200", "GET" + blob + "401", token, "HEAD" + blob + "200"}; fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("a pull through CRI costs\n%q, want\n%q", got, want)
+	}
+}
+
+// What docker has pushed is served to who pulls it next, and a push of a
+// gigabyte needs no memory.
+func TestPushThenPull(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent("--store-size", "4GiB")
+	docker, containerd := node.Docker(), node.Containerd()
+	docker.Pull(flyway)
+	for _, ref := range []string{"ghcr.io/acme/pushed:1", "acme/pushed:1"} {
+		docker.Push(flyway, ref)
+		w.forget()
+		containerd.Pull(ref)
+		for _, r := range []*lab.Registry{w.hub, w.ghcr} {
+			if n := r.Log.BlobGETs(); n > 0 {
+				t.Errorf("%s was asked for %d blobs:\n%s", r.Host, n, r.Log)
+			}
+		}
+	}
+	if s := agent.Status(); s.Registries[0].Pushed == 0 {
+		t.Errorf("%+v", s.Registries)
+	}
+
+	crane := clientNamed(t, "crane")
+	idle := residentMemory(t, agent.PID())
+	out := node.Run(crane, "client", "push", "ghcr.io", "acme/huge", strconv.Itoa(1<<30))
+	if got := peakMemory(t, agent.PID()); got > idle+64<<20 {
+		t.Errorf("%d MiB at its peak, %d MiB idle", got>>20, idle>>20)
+	} else {
+		t.Logf("a push of 1 GiB: %d MiB resident at its peak, %d MiB idle", got>>20, idle>>20)
+	}
+	digest := strings.TrimSpace(out)
+	w.forget()
+	if out := node.Run(crane, "client", "fetch", "ghcr.io", "acme/huge", digest); !strings.Contains(out, strconv.Itoa(1<<30)) {
+		t.Error(out)
+	}
+	if n := w.ghcr.Log.BlobGETs(); n > 0 {
+		t.Errorf("the blob that was pushed was fetched:\n%s", w.ghcr.Log)
+	}
+}
+
+// A build by dockerd takes its base from the store, and its cache too.
+func TestBuild(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.Agent()
+	docker := node.Docker()
+	const dockerfile = "FROM ghcr.io/renovatebot/renovate:latest\nCOPY Dockerfile /a\nENV A=b\n"
+	docker.Build(dockerfile, "--build-arg", "BUILDKIT_INLINE_CACHE=1", "-t", "built:1")
+	docker.Push("built:1", "ghcr.io/acme/built:1")
+	// The next job starts with an empty disk.
+	next := node.Box().Docker()
+	w.forget()
+	out := next.Build(dockerfile, "--cache-from", "ghcr.io/acme/built:1", "-t", "built:1")
+	if n := w.ghcr.Log.BlobGETs(); n > 0 {
+		t.Errorf("%d blobs were fetched:\n%s\n%s", n, w.ghcr.Log, out)
+	}
+	if !strings.Contains(out, "CACHED") {
+		t.Errorf("the cache was not used:\n%s", out)
+	}
+}
+
+// dockerd and containerd, told to use weir as a mirror, where it redirects
+// nothing.
+func TestMirror(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	const hosts = "server = \"https://%s\"\n[host.\"http://127.0.0.1:5051\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+	node.WriteFile("/etc/containerd/certs.d/docker.io/hosts.toml", fmt.Sprintf(hosts, "registry-1.docker.io"))
+	node.WriteFile("/etc/containerd/certs.d/ghcr.io/hosts.toml", fmt.Sprintf(hosts, "ghcr.io"))
+	node.WriteFile("/etc/containerd/config.toml", "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \"/etc/containerd/certs.d\"\n")
+	agent := node.Agent("--mirror-listen", ":5051", "--cgroup", node.EmptyCgroup())
+	containerd := node.Containerd()
+	docker := node.Docker("--registry-mirror=http://127.0.0.1:5051")
+	for range 2 {
+		docker.Pull(flyway)
+		docker.Same(flyway, w.flyway)
+		docker.Remove(flyway)
+		containerd.Pull(renovate)
+		containerd.Same(renovate, w.renovate)
+		containerd.Remove(renovate, w.renovate)
+	}
+	w.forget()
+	docker.Pull(flyway)
+	containerd.Pull(renovate)
+	containerd.Pull(flyway)
+	w.nothingFetched(t)
+	s := agent.Status()
+	if s.Connections.Intercepted != 0 {
+		t.Errorf("%+v", s.Connections)
+	}
+	for _, r := range s.Registries {
+		if r.Hits == 0 {
+			t.Errorf("%+v", r)
+		}
+	}
+}
