@@ -224,7 +224,7 @@ func (x *exchange) permitted() bool {
 		return true
 	}
 	stale := x.h.rights.allowsStale(x.asker, x.target.digest)
-	if !stale && x.h.rights.isRefused(x.asker) {
+	if x.h.rights.isRefused(x.asker) {
 		return false
 	}
 	resp, err := x.head(stale)

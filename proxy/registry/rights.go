@@ -64,6 +64,9 @@ const (
 	// the upstream said so. Content doesn't change its place; who may read
 	// the place does, and has a bound of its own.
 	memberTTL = 24 * time.Hour
+	// refusedTTL is for how long it isn't worth while to ask again for whom the
+	// upstream has refused: the time of one pull.
+	refusedTTL = 10 * time.Second
 	// publicTTL is how long it is taken for granted that a repository is, or
 	// isn't, public, before the upstream is asked again.
 	publicTTL = time.Hour
@@ -110,7 +113,7 @@ func (r *rights) allows(a asker, d digest.Digest) bool {
 // own answer to him is then the only one to give.
 func (r *rights) isRefused(a asker) bool {
 	when, ok := r.refused.Get(a)
-	return ok && r.within(when, r.ttl)
+	return ok && r.within(when, refusedTTL)
 }
 
 // allowsStale says the same for when the upstream gives no answer: what it has
