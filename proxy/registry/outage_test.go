@@ -126,7 +126,7 @@ var faults = map[string]func(http.ResponseWriter, *http.Request) bool{
 		case <-r.Context().Done():
 		case <-time.After(20 * time.Second):
 		}
-		return true
+		panic(http.ErrAbortHandler)
 	},
 	"garbage": func(w http.ResponseWriter, r *http.Request) bool {
 		c, _, err := http.NewResponseController(w).Hijack()

@@ -69,7 +69,7 @@ func TestRegistryFails(t *testing.T) {
 		{"429", requests(answer(429))},
 		{"500", requests(answer(500))},
 		{"503", requests(answer(503))},
-		{"no answer", requests(func(_ http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); return true })},
+		{"no answer", requests(func(_ http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); panic(http.ErrAbortHandler) })},
 		{"down", connections(lab.Down)},
 		{"silent", connections(lab.Silent)},
 		{"not TLS", connections(lab.NotTLS)},

@@ -265,9 +265,16 @@ func (n *Node) has(path string) bool {
 // link gives a built tool the name that it has when it is installed.
 func (n *Node) link(name string) string {
 	n.t.Helper()
+	return n.As(Tool(n.t, name), name)
+}
+
+// As gives a program another name, by which weir knows it or doesn't, and
+// returns its path.
+func (n *Node) As(program, name string) string {
+	n.t.Helper()
 	path := filepath.Join(n.t.TempDir(), name)
-	if err := os.Link(Tool(n.t, name), path); err != nil {
-		if err := copyFile(Tool(n.t, name), path); err != nil {
+	if os.Link(program, path) != nil {
+		if err := copyFile(program, path); err != nil {
 			n.t.Fatal(err)
 		}
 	}

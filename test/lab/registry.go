@@ -62,7 +62,40 @@ func (in *Internet) Registry(host string) *Registry {
 	return r
 }
 
+// CraneRegistry makes a registry of another implementation: crane's, which
+// keeps everything in memory.
+func (in *Internet) CraneRegistry(host string) *Registry {
+	in.t.Helper()
+	r := in.newBackend(host, func(addr string) []string {
+		return []string{Tool(in.t, "crane"), "registry", "serve", "--address", addr}
+	})
+	r.serve("https://"+host+"/token", host)
+	return r
+}
+
+// newRegistry makes a registry of the distribution project.
 func (in *Internet) newRegistry(host string) *Registry {
+	in.t.Helper()
+	return in.newBackend(host, func(addr string) []string {
+		dir := in.t.TempDir()
+		conf := filepath.Join(dir, "config.yml")
+		err := os.WriteFile(conf, fmt.Appendf(nil, `
+version: 0.1
+log: {level: error, accesslog: {disabled: true}}
+storage:
+  filesystem: {rootdirectory: %s}
+  delete: {enabled: true}
+http: {addr: %q, secret: lab}
+`, filepath.Join(dir, "data"), addr), 0o600)
+		if err != nil {
+			in.t.Fatal(err)
+		}
+		return []string{Tool(in.t, "registry"), "serve", conf}
+	})
+}
+
+// newBackend starts a registry whose command listens at an address.
+func (in *Internet) newBackend(host string, command func(addr string) []string) *Registry {
 	in.t.Helper()
 	r := &Registry{in: in, Host: host, Log: &Log{}, client: in.client(), secret: []byte(host + "'s secret"), users: map[string]string{}, readers: map[string]map[string]bool{}}
 	l, err := in.space.Listen("tcp", "127.0.0.1:0")
@@ -71,20 +104,7 @@ func (in *Internet) newRegistry(host string) *Registry {
 	}
 	addr := l.Addr().String()
 	l.Close()
-	dir := in.t.TempDir()
-	conf := filepath.Join(dir, "config.yml")
-	err = os.WriteFile(conf, fmt.Appendf(nil, `
-version: 0.1
-log: {level: error, accesslog: {disabled: true}}
-storage:
-  filesystem: {rootdirectory: %s}
-  delete: {enabled: true}
-http: {addr: %q, secret: lab}
-`, filepath.Join(dir, "data"), addr), 0o600)
-	if err != nil {
-		in.t.Fatal(err)
-	}
-	p := in.space.start("registry-"+host, []string{"OTEL_TRACES_EXPORTER=none"}, Tool(in.t, "registry"), "serve", conf)
+	p := in.space.start("registry-"+host, []string{"OTEL_TRACES_EXPORTER=none"}, command(addr)...)
 	r.backend = &url.URL{Scheme: "http", Host: addr}
 	p.until("answering", func(ctx context.Context) error {
 		resp, err := r.do(ctx, "GET", "/v2/", "", nil)
