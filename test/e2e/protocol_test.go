@@ -3,6 +3,8 @@
 package e2e
 
 import (
+	"context"
+	"encoding/base64"
 	"fmt"
 	"net"
 	"net/http"
@@ -356,6 +358,139 @@ func TestMirror(t *testing.T) {
 	for _, r := range s.Registries {
 		if r.Hits == 0 {
 			t.Errorf("%+v", r)
+		}
+	}
+}
+
+// A registry without TLS is cached too, with nothing configured in weir.
+func TestPlainRegistry(t *testing.T) {
+	w := newWorld(t)
+	plain := w.PlainRegistry("registry.lan", 5000)
+	im := plain.Push("team/app:1", lab.Image{Layers: []int{800_000, 1000}, Seed: 7})
+	node := w.Node()
+	agent := node.Agent()
+	docker := node.Docker("--insecure-registry=registry.lan:5000")
+	const ref = "registry.lan:5000/team/app:1"
+	docker.Pull(ref)
+	docker.Same(ref, im)
+	docker.Remove(ref)
+	plain.Log.Reset()
+	docker.Pull(ref)
+	docker.Same(ref, im)
+	if b, m := plain.Log.BlobGETs(), plain.Log.ManifestGETs(); b+m > 0 {
+		t.Errorf("%d blobs and %d manifests were fetched:\n%s", b, m, plain.Log)
+	}
+	docker.Push(ref, "registry.lan:5000/team/app:2")
+	if s := agent.Status(); len(s.Registries) != 1 || !strings.HasPrefix(s.Registries[0].Registry, "http://registry.lan:5000@") {
+		t.Errorf("%+v", s.Registries)
+	}
+}
+
+// A company's registry, with a CA that only dockerd's certs.d knows and
+// certificates for its clients: dockerd's are what weir uses, and only for
+// those who have them.
+func TestOwnCA(t *testing.T) {
+	w := newWorld(t)
+	corp, ca, cert, key := w.OwnCA("registry.corp")
+	im := corp.Push("team/app:1", lab.Image{Layers: []int{800_000}, Seed: 8})
+	node := w.Node()
+	for name, content := range map[string][]byte{"ca.crt": ca, "client.cert": cert, "client.key": key} {
+		node.WriteFile("/etc/docker/certs.d/registry.corp/"+name, string(content))
+	}
+	agent := node.Agent("--registry", "registry.corp")
+	docker, containerd := node.Docker(), node.Containerd()
+	const ref = "registry.corp/team/app:1"
+	docker.Pull(ref)
+	docker.Same(ref, im)
+	docker.Remove(ref)
+	corp.Log.Reset()
+	docker.Pull(ref)
+	docker.Same(ref, im)
+	if b, m := corp.Log.BlobGETs(), corp.Log.ManifestGETs(); b+m > 0 {
+		t.Errorf("%d blobs and %d manifests were fetched:\n%s", b, m, corp.Log)
+	}
+	if err := containerd.TryPull(ref); err == nil {
+		t.Error("containerd, which has no certificate to show, got the image")
+	}
+	if s := agent.Status(); len(s.Registries) != 1 {
+		t.Errorf("%+v", s.Registries)
+	}
+}
+
+// A registry that weir doesn't know is passed through and shown, and cached once
+// it is in the file of registries, if the CA may speak for it.
+func TestUnknownRegistry(t *testing.T) {
+	w := newWorld(t)
+	r := w.Registry("registry.corp.example")
+	im := r.Push("team/app:1", lab.Image{Layers: []int{100_000}, Seed: 9})
+	node := w.Node()
+	node.WriteFile("/etc/weir-registries", "corp.example # and those below, if need be\n")
+	agent := node.Agent("--registry-file", "/etc/weir-registries")
+	docker := node.Docker()
+	const ref = "registry.corp.example/team/app:1"
+	docker.Pull(ref)
+	docker.Same(ref, im)
+	docker.Remove(ref)
+	if err := lab.Eventually(nil, func(context.Context) error {
+		for _, u := range agent.Status().UnknownHosts {
+			if u.Host == "registry.corp.example" && u.Registry {
+				return nil
+			}
+		}
+		return fmt.Errorf("not recognised: %+v", agent.Status().UnknownHosts)
+	}); err != nil {
+		t.Error(err)
+	}
+	if out := node.Run(lab.Weir(t), "status"); !strings.Contains(out, "--registry registry.corp.example") {
+		t.Error(out)
+	}
+	node.WriteFile("/etc/weir-registries", "corp.example\nregistry.corp.example\n")
+	if err := lab.Eventually(nil, func(context.Context) error {
+		docker.Pull(ref)
+		docker.Remove(ref)
+		if s := agent.Status(); len(s.Registries) == 0 {
+			return fmt.Errorf("still passed through: %+v", s)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	r.Log.Reset()
+	docker.Pull(ref)
+	if n := r.Log.BlobGETs(); n > 0 {
+		t.Errorf("%d blobs were fetched:\n%s", n, r.Log)
+	}
+}
+
+// skopeo with weir as its HTTPS_PROXY, where weir redirects nothing.
+func TestForwardProxy(t *testing.T) {
+	w := newWorld(t)
+	w.hub.User("alice", "wonderland")
+	node := w.Node()
+	agent := node.Agent("--proxy-listen", ":5052", "--cgroup", node.EmptyCgroup())
+	node.Run("cp", "/var/lib/weir/ca/ca.crt", "/etc/ssl/certs/weir.pem") // what its user would do
+	copyTo := func(dir string) {
+		t.Helper()
+		node.Run("env", "HTTPS_PROXY=http://127.0.0.1:5052", "skopeo", "copy", "--all", "--src-creds=alice:wonderland", "docker://docker.io/"+flyway, "dir:/var/lib/home/"+dir)
+	}
+	copyTo("a")
+	fetched(t, w.hub)
+	w.forget()
+	copyTo("b")
+	w.nothingFetched(t)
+	node.Run("diff", "-r", "/var/lib/home/a", "/var/lib/home/b")
+	if s := agent.Status(); s.Connections.Intercepted == 0 {
+		t.Errorf("%+v", s.Connections)
+	}
+	everything := agent.Log(1 << 20)
+	metrics, err := agent.Get(t.Context(), "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	everything += string(metrics)
+	for _, secret := range append(w.hub.Secrets(), "wonderland", base64.StdEncoding.EncodeToString([]byte("alice:wonderland"))) {
+		if strings.Contains(everything, secret) {
+			t.Errorf("log or metrics have %q", secret)
 		}
 	}
 }

@@ -53,12 +53,20 @@ ip link set lo up
 ip addr add 203.0.113.1/32 dev lo # where nodes ask for names that they don't know: refused at once
 sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 `)
+	in.makeCA("the lab's internet CA")
+	return in
+}
+
+// makeCA makes a CA of that name.
+func (in *Internet) makeCA(name string) {
+	t := in.t
+	t.Helper()
 	var err error
 	if in.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		t.Fatal(err)
 	}
 	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "the lab's internet CA"},
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
@@ -67,7 +75,6 @@ sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 		t.Fatal(err)
 	}
 	in.ca, _ = x509.ParseCertificate(der)
-	return in
 }
 
 func (in *Internet) caPEM() []byte {
@@ -83,7 +90,7 @@ func (in *Internet) certificate(host string) tls.Certificate {
 	tmpl := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: host}, DNSNames: []string{host},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, in.ca, key.Public(), in.key)
 	if err != nil {

@@ -9,16 +9,21 @@ import (
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -39,6 +44,7 @@ type Registry struct {
 	users   map[string]string          // password by name
 	readers map[string]map[string]bool // users by private repository
 	fault   func(http.ResponseWriter, *http.Request) bool
+	tokens  []string // that were given out
 }
 
 // DockerHub makes what docker.io is: a registry, a token server, and a third
@@ -117,6 +123,57 @@ func (in *Internet) newBackend(host string, command func(addr string) []string) 
 	return r
 }
 
+// PlainRegistry makes a registry that speaks HTTP without TLS, and asks for no
+// token, at a port.
+func (in *Internet) PlainRegistry(host string, port int) *Registry {
+	in.t.Helper()
+	r := in.newRegistry(host)
+	proxy := &httputil.ReverseProxy{Transport: r.client.Transport, Rewrite: func(pr *httputil.ProxyRequest) {
+		pr.SetURL(r.backend)
+		pr.Out.Host = pr.In.Host
+	}}
+	for _, l := range in.listen(host, port) {
+		srv := &http.Server{Handler: r.Log.logging(host, proxy)}
+		go func() { _ = srv.Serve(l) }()
+		in.t.Cleanup(func() { srv.Close() })
+	}
+	return r
+}
+
+// OwnCA makes a registry whose certificate is of a CA that nobody knows, and
+// that wants to see a certificate of the same CA. It returns that CA, and such
+// a certificate with its key, as PEM.
+func (in *Internet) OwnCA(host string) (r *Registry, ca, cert, key []byte) {
+	in.t.Helper()
+	own := &Internet{t: in.t}
+	own.makeCA("a company's CA")
+	r = in.newRegistry(host)
+	proxy := &httputil.ReverseProxy{Transport: r.client.Transport, Rewrite: func(pr *httputil.ProxyRequest) {
+		pr.SetURL(r.backend)
+		pr.Out.Host = pr.In.Host
+		pr.Out.Header.Set("X-Forwarded-Proto", "https")
+	}}
+	pool := x509.NewCertPool()
+	pool.AddCert(own.ca)
+	leaf := own.certificate(host)
+	for _, l := range in.listen(host, 443) {
+		srv := &http.Server{
+			Handler:      r.Log.logging(host, proxy),
+			TLSConfig:    &tls.Config{Certificates: []tls.Certificate{leaf}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool},
+			TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},
+			ErrorLog:     log.New(io.Discard, "", 0),
+		}
+		go func() { _ = srv.ServeTLS(l, "", "") }()
+		in.t.Cleanup(func() { srv.Close() })
+	}
+	client := own.certificate("client")
+	der, err := x509.MarshalPKCS8PrivateKey(client.PrivateKey)
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	return r, own.caPEM(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: client.Certificate[0]}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+}
+
 func (r *Registry) serve(realm, service string) {
 	r.in.t.Helper()
 	proxy := &httputil.ReverseProxy{
@@ -170,6 +227,13 @@ func (r *Registry) Fault(f func(http.ResponseWriter, *http.Request) bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.fault = f
+}
+
+// Secrets are the tokens that were given out: nobody should write them down.
+func (r *Registry) Secrets() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.tokens)
 }
 
 // User makes a user known.
@@ -240,6 +304,9 @@ func (r *Registry) token(w http.ResponseWriter, req *http.Request) {
 	}
 	claim := fmt.Sprintf("%s|%s|%x", user, strings.Join(repos, ","), rand.Uint64())
 	token := hex.EncodeToString([]byte(claim)) + "." + r.sign(claim)
+	r.mu.Lock()
+	r.tokens = append(r.tokens, token)
+	r.mu.Unlock()
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(map[string]any{"token": token, "access_token": token, "expires_in": 300})
 }
