@@ -227,7 +227,7 @@ func (x *exchange) permitted() bool {
 	if x.h.rights.isRefused(x.asker) {
 		return false
 	}
-	resp, err := x.head(stale)
+	resp, err := x.head(stale) //nolint:bodyclose // send has closed that of a HEAD
 	if failed(resp, err) {
 		x.stale = stale
 		return stale

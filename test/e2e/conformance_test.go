@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"encoding/xml"
-	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -92,7 +91,7 @@ func TestConformance(t *testing.T) {
 			if !hits {
 				t.Errorf("nothing came from the store: %+v", s.Registries)
 			}
-			t.Log(fmt.Sprintf("%d tests, %d passed by the registry itself, the same through weir", len(want), passed))
+			t.Logf("%d tests, %d passed by the registry itself, the same through weir", len(want), passed)
 		})
 	}
 }

@@ -399,6 +399,37 @@ func (d *Docker) Same(ref string, p Pushed) {
 	}
 }
 
+// BuildKit is a buildkitd by itself.
+type BuildKit struct {
+	*Process
+	node *Node
+}
+
+// BuildKit starts the newest buildkitd with no configuration.
+func (n *Node) BuildKit() *BuildKit {
+	n.t.Helper()
+	b := &BuildKit{node: n}
+	b.Process = n.start("buildkitd", nil, n.link("buildkitd"), "--containerd-worker=false", "--root=/var/lib/buildkit")
+	b.until("answering", func(context.Context) error {
+		out, err := n.Output(Tool(n.t, "buildctl"), "debug", "workers")
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
+	return b
+}
+
+// Build builds a Dockerfile, with flags of `buildctl build`, and returns what
+// that prints.
+func (b *BuildKit) Build(dockerfile string, flags ...string) string {
+	b.node.t.Helper()
+	const dir = "/var/lib/home/build"
+	b.node.WriteFile(dir+"/Dockerfile", dockerfile)
+	args := []string{Tool(b.node.t, "buildctl"), "build", "--progress=plain", "--frontend=dockerfile.v0", "--local=context=" + dir, "--local=dockerfile=" + dir}
+	return b.node.Run(append(args, flags...)...)
+}
+
 // Containerd is a containerd with its CRI.
 type Containerd struct {
 	*Process

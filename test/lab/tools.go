@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -25,6 +26,32 @@ var tools = map[string]string{
 	"containerd-shim-runc-v2": "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v2.4.2",
 }
 
+// buildkit can't be installed from outside, because its go.mod excludes
+// modules: its programs are built in a module that requires it.
+const buildkit = "github.com/moby/buildkit"
+
+func init() {
+	for _, name := range []string{"buildkitd", "buildctl"} {
+		tools[name] = buildkit + "/cmd/" + name + "@v0.34.2"
+	}
+}
+
+// install makes the command that builds a program into out.
+func install(t testing.TB, name, dir, out string) *exec.Cmd {
+	program, version, _ := strings.Cut(tools[name], "@")
+	env := append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
+	cmd := exec.Command("go", "install", tools[name])
+	if strings.HasPrefix(program, buildkit) {
+		dir = t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "go.mod"), fmt.Appendf(nil, "module scratch\n\ngo 1.26\n\nrequire %s %s\n", buildkit, version), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		cmd = exec.Command("go", "build", "-o", out+"/", program)
+	}
+	cmd.Dir, cmd.Env = dir, env // of no module, or of the scratch one
+	return cmd
+}
+
 // Tool returns the path of a program, building it if need be.
 func Tool(t testing.TB, name string) string {
 	t.Helper()
@@ -34,9 +61,7 @@ func Tool(t testing.TB, name string) string {
 			return path
 		}
 		out := filepath.Join(dir, "new")
-		cmd := exec.Command("go", "install", tools[name])
-		cmd.Dir = dir // of no module
-		cmd.Env = append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
+		cmd := install(t, name, dir, out)
 		if b, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("building %s: %v\n%s", tools[name], err, b)
 		}
