@@ -57,6 +57,9 @@ func (u Upstream) ID() string {
 	if u.Plain != "" {
 		return "http://" + u.Host + "@" + u.Plain
 	}
+	if u.Host == dockerHubIndex {
+		return DockerHub
+	}
 	return u.Host
 }
 

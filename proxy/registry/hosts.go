@@ -23,11 +23,16 @@ type Known struct {
 // DockerHub is the host that Docker Hub's images are pulled from.
 const DockerHub = "registry-1.docker.io"
 
+// dockerHubIndex is Docker Hub too, to crane, kaniko and all else that is built
+// on go-containerregistry.
+const dockerHubIndex = "index.docker.io"
+
 // WellKnown are the public registries that most images come from. Only hosts
 // that serve nothing but registries are here, because weir's CA may speak for
 // all of them.
 var WellKnown = []Known{
 	{Host: DockerHub, Name: "docker.io"},
+	{Host: dockerHubIndex},
 	{Host: "ghcr.io"},
 	{Host: "quay.io"},
 	{Host: "registry.k8s.io"},

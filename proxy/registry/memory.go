@@ -208,6 +208,7 @@ func (h *Handler) recall() error {
 // Remembers says whether there may be something to serve of a registry even
 // while it can't be reached.
 func (h *Handler) Remembers(id string) bool {
+	id = Upstream{Host: id}.ID()
 	for _, k := range h.tags.lru.Keys() {
 		if k.registry != id {
 			continue

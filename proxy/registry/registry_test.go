@@ -608,6 +608,9 @@ func TestHosts(t *testing.T) {
 			t.Errorf("%s: %v", host, got)
 		}
 	}
+	if (Upstream{Host: "index.docker.io"}).ID() != DockerHub || (Upstream{Host: "ghcr.io"}).ID() != "ghcr.io" {
+		t.Error("Docker Hub has two identities, or others have its")
+	}
 	for in, want := range map[string]string{"GHCR.io": "ghcr.io", "ghcr.io.": "ghcr.io", "a:443": "a", "a:5000": "a:5000", "[::1]:443": "::1", "[::1]": "::1", "": ""} {
 		if got := Canonical(in); got != want {
 			t.Errorf("Canonical(%q) = %q, want %q", in, got, want)

@@ -476,6 +476,67 @@ func TestUnknownRegistry(t *testing.T) {
 	}
 }
 
+// The tools that pull by themselves: each run is a new process, and each finds
+// what another has left.
+func TestTools(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	crane := node.As(lab.Tool(t, "crane"), "crane")
+	runs := 0
+	run := func(args ...string) {
+		t.Helper()
+		runs++
+		node.Run(args...)
+	}
+	run("skopeo", "copy", "--all", "docker://docker.io/"+flyway, "dir:/var/lib/home/flyway")
+	run(crane, "pull", "--format=oci", "ghcr.io/renovatebot/renovate:latest", "/var/lib/home/renovate")
+	w.forget()
+	run(crane, "pull", "--format=oci", flyway, "/var/lib/home/flyway2")
+	run("skopeo", "copy", "docker://ghcr.io/renovatebot/renovate:latest", "dir:/var/lib/home/renovate2")
+	run("skopeo", "copy", "docker://docker.io/flyway/flyway@"+w.flyway.Digest.String(), "dir:/var/lib/home/flyway3")
+	w.nothingFetched(t)
+	// And what they push.
+	run(crane, "push", "/var/lib/home/renovate", "ghcr.io/acme/copied:1")
+	run("skopeo", "copy", "--all", "dir:/var/lib/home/flyway", "docker://docker.io/acme/copied:1")
+	w.forget()
+	run("skopeo", "copy", "docker://ghcr.io/acme/copied:1", "dir:/var/lib/home/copied")
+	run(crane, "pull", "acme/copied:1", "/var/lib/home/copied.tar")
+	w.nothingFetched(t)
+	if s := agent.Status(); s.Connections.Intercepted < int64(runs) {
+		t.Errorf("%d runs, %+v", runs, s.Connections)
+	}
+}
+
+// A node whose only way out is a proxy: the mirror goes through it.
+func TestHTTPSProxy(t *testing.T) {
+	w := newWorld(t)
+	tunnels := w.Proxy("proxy.corp", 3128)
+	proxy, _ := w.Host("proxy.corp")
+	node := w.Node()
+	agent := node.Agent("--mirror-listen", ":5051", "--cgroup", node.EmptyCgroup())
+	agent.Stop()
+	agent.Env = []string{"HTTPS_PROXY=http://" + proxy.String() + ":3128"}
+	agent.Start()
+	for _, r := range []string{"registry-1.docker.io", "auth.docker.io", "production.cloudflare.docker.com"} {
+		v4, v6 := w.Host(r)
+		node.Run("ip", "route", "add", "unreachable", v4.String())
+		node.Run("ip", "-6", "route", "add", "unreachable", v6.String())
+	}
+	docker := node.Docker("--registry-mirror=http://127.0.0.1:5051")
+	for range 2 {
+		docker.Pull(flyway)
+		docker.Same(flyway, w.flyway)
+		docker.Remove(flyway)
+	}
+	if tunnels.Load() == 0 {
+		t.Error("nothing went through the proxy")
+	}
+	w.forget()
+	docker.Pull(flyway)
+	w.nothingFetched(t)
+}
+
 // skopeo with weir as its HTTPS_PROXY, where weir redirects nothing.
 func TestForwardProxy(t *testing.T) {
 	w := newWorld(t)

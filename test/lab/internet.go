@@ -3,6 +3,8 @@
 package lab
 
 import (
+	"bufio"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -39,6 +41,49 @@ type Internet struct {
 	hosts  map[string][]netip.Addr
 	broken map[string]func(net.Conn) // hosts that are broken, and how
 	conns  map[string]map[net.Conn]struct{}
+	all    []*Registry
+}
+
+// secrets are the passwords and tokens of all registries.
+func (in *Internet) secrets() (all []string) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for _, r := range in.all {
+		all = append(all, r.Secrets()...)
+	}
+	return all
+}
+
+// Proxy makes a host a forward proxy, which tunnels to other hosts, and counts
+// how often.
+func (in *Internet) Proxy(name string, port int) *atomic.Int64 {
+	in.t.Helper()
+	var n atomic.Int64
+	in.TCP(name, port, func(c net.Conn) {
+		br := bufio.NewReader(c)
+		r, err := http.ReadRequest(br)
+		if err != nil || r.Method != http.MethodConnect {
+			return
+		}
+		host, port, _ := net.SplitHostPort(r.Host)
+		in.mu.Lock()
+		addrs := in.hosts[host]
+		in.mu.Unlock()
+		if len(addrs) == 0 {
+			fmt.Fprint(c, "HTTP/1.1 502 Bad Gateway\r\n\r\n")
+			return
+		}
+		up, err := in.space.Dial(context.Background(), "tcp", net.JoinHostPort(addrs[0].String(), port))
+		if err != nil {
+			return
+		}
+		defer up.Close()
+		n.Add(1)
+		fmt.Fprint(c, "HTTP/1.1 200 OK\r\n\r\n")
+		go func() { _, _ = io.Copy(up, br); up.Close() }()
+		_, _ = io.Copy(c, up)
+	})
+	return &n
 }
 
 // NewInternet makes an internet with nothing in it.

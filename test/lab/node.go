@@ -161,6 +161,8 @@ type Agent struct {
 	node *Node
 	http http.Client
 	args []string
+	// Env is its environment, "KEY=value" each, when it starts again.
+	Env []string
 }
 
 // Agent starts the agent and waits until it is ready.
@@ -177,7 +179,17 @@ func (n *Node) Agent(args ...string) *Agent {
 // Start starts the agent again.
 func (a *Agent) Start() {
 	a.node.t.Helper()
-	a.Process = a.node.start("weir", nil, a.args...)
+	a.Process = a.node.start("weir", a.Env, a.args...)
+	p := a.Process
+	a.node.t.Cleanup(func() {
+		// Whatever a test is about: no log has a secret in it.
+		log := p.Log(64 << 20)
+		for _, secret := range a.node.in.secrets() {
+			if strings.Contains(log, secret) {
+				a.node.t.Errorf("weir's log has %q, a token or a password", secret)
+			}
+		}
+	})
 	a.until("getting ready", func(ctx context.Context) error {
 		_, err := a.Get(ctx, "/readyz")
 		return err

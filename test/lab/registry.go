@@ -56,7 +56,7 @@ func (in *Internet) DockerHub() *Registry {
 	in.Host("docker.io") // dockerd looks it up, and connects there for nothing
 	in.HTTPS("auth.docker.io", false, r.Log.logging("auth.docker.io", http.HandlerFunc(r.token)))
 	in.HTTPS(r.cdn, false, r.Log.logging(r.cdn, http.HandlerFunc(r.signed)))
-	r.serve("https://auth.docker.io/token", "registry.docker.io")
+	r.serve("https://auth.docker.io/token", "registry.docker.io", "index.docker.io")
 	return r
 }
 
@@ -111,6 +111,9 @@ func (in *Internet) newBackend(host string, command func(addr string) []string) 
 	addr := l.Addr().String()
 	l.Close()
 	p := in.space.start("registry-"+host, []string{"OTEL_TRACES_EXPORTER=none"}, command(addr)...)
+	in.mu.Lock()
+	in.all = append(in.all, r)
+	in.mu.Unlock()
 	r.backend = &url.URL{Scheme: "http", Host: addr}
 	p.until("answering", func(ctx context.Context) error {
 		resp, err := r.do(ctx, "GET", "/v2/", "", nil)
@@ -174,7 +177,8 @@ func (in *Internet) OwnCA(host string) (r *Registry, ca, cert, key []byte) {
 	return r, own.caPEM(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: client.Certificate[0]}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-func (r *Registry) serve(realm, service string) {
+// serve puts the registry behind TLS and a token server, also under other names.
+func (r *Registry) serve(realm, service string, also ...string) {
 	r.in.t.Helper()
 	proxy := &httputil.ReverseProxy{
 		Transport: r.client.Transport,
@@ -218,7 +222,9 @@ func (r *Registry) serve(realm, service string) {
 		req.Header.Del("Authorization")
 		proxy.ServeHTTP(w, req)
 	})
-	r.in.HTTPS(r.Host, false, r.Log.logging(r.Host, h))
+	for _, host := range append([]string{r.Host}, also...) {
+		r.in.HTTPS(host, false, r.Log.logging(host, h))
+	}
 }
 
 // Fault has a function answer requests to the registry and to where it keeps
@@ -229,11 +235,16 @@ func (r *Registry) Fault(f func(http.ResponseWriter, *http.Request) bool) {
 	r.fault = f
 }
 
-// Secrets are the tokens that were given out: nobody should write them down.
+// Secrets are the users' passwords and the tokens that were given out: nobody
+// should write them down.
 func (r *Registry) Secrets() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.Clone(r.tokens)
+	all := slices.Clone(r.tokens)
+	for name, password := range r.users {
+		all = append(all, password, base64([]byte(name+":"+password)))
+	}
+	return all
 }
 
 // User makes a user known.
