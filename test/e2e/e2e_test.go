@@ -638,7 +638,7 @@ func TestUninstall(t *testing.T) {
 	}
 	agent.Runtime(docker.PID())
 	docker.Pull(flyway)
-	if files() == before || weirPrograms(t) == programs {
+	if files() == before || weirPrograms(t) <= programs {
 		t.Fatal("the agent has left no trace while it runs: the test is blind")
 	}
 	if _, err := node.Output(lab.Weir(t), "agent", "--cgroup", "/sys/fs/cgroup/unified"); err == nil {
@@ -651,7 +651,7 @@ func TestUninstall(t *testing.T) {
 	if after := files(); after != before {
 		t.Errorf("the files are not as before:\n%s\n--- instead of\n%s", after, before)
 	}
-	if got := weirPrograms(t); got != programs {
+	if got := weirPrograms(t); got > programs {
 		t.Errorf("%d programs are left, %d before", got, programs)
 	}
 	if _, err := node.File("/var/lib/weir"); !errors.Is(err, os.ErrNotExist) {
