@@ -503,6 +503,14 @@ func TestTools(t *testing.T) {
 	run("skopeo", "copy", "docker://ghcr.io/acme/copied:1", "dir:/var/lib/home/copied")
 	run(crane, "pull", "acme/copied:1", "/var/lib/home/copied.tar")
 	w.nothingFetched(t)
+	// An artifact that isn't an image.
+	oras := node.As(lab.Tool(t, "oras"), "oras")
+	node.WriteFile("/var/lib/home/artifact.txt", strings.Repeat("an artifact\n", 10_000))
+	run("sh", "-c", "cd /var/lib/home && "+oras+" push ghcr.io/acme/artifact:1 artifact.txt:text/plain")
+	w.forget()
+	run(oras, "pull", "--output=/var/lib/home/pulled", "ghcr.io/acme/artifact:1")
+	w.nothingFetched(t)
+	node.Run("cmp", "/var/lib/home/artifact.txt", "/var/lib/home/pulled/artifact.txt")
 	if s := agent.Status(); s.Connections.Intercepted < int64(runs) {
 		t.Errorf("%d runs, %+v", runs, s.Connections)
 	}

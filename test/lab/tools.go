@@ -20,6 +20,7 @@ var tools = map[string]string{
 	"registry":                "github.com/distribution/distribution/v3/cmd/registry@v3.1.2",
 	"crane":                   "github.com/google/go-containerregistry/cmd/crane@v0.22.1",
 	"conformance":             "github.com/opencontainers/distribution-spec/conformance@v0.0.0-20260831232431-97274622c111",
+	"oras":                    "oras.land/oras/cmd/oras@v1.3.6",
 	"dockerd":                 "github.com/moby/moby/v2/cmd/dockerd@v2.0.0-beta.24",
 	"containerd":              "github.com/containerd/containerd/v2/cmd/containerd@v2.4.2",
 	"ctr":                     "github.com/containerd/containerd/v2/cmd/ctr@v2.4.2",
