@@ -158,7 +158,8 @@ func (a *Agent) start() (err error) {
 	a.registry = registry.New(registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
 		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log})
 	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
-	if err := a.listenExplicit(); err != nil {
+	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
+	if err := a.listenExplicit(ups); err != nil {
 		return err
 	}
 	a.kernel, err = bpf.Load(bpf.Options{
@@ -170,7 +171,6 @@ func (a *Agent) start() (err error) {
 	if err != nil {
 		return fmt.Errorf("%w; `weir doctor` tells more", err)
 	}
-	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
 	a.doors = &doors{kernel: a.kernel, ups: ups, serve: a.serve, log: a.log, open: make(map[uint64]*door)}
 	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
 	a.kernel.Beat()

@@ -27,11 +27,10 @@ func (l *listener) close() {
 }
 
 // listenExplicit opens the mirror and the forward proxy, if they are wanted.
-func (a *Agent) listenExplicit() error {
-	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
+func (a *Agent) listenExplicit(ups proxy.Upstreams) error {
 	if a.conf.MirrorListen != "" {
 		if _, ok := a.regs.hosts.Named(a.conf.MirrorDefault); !ok {
-			return errNoDefault
+			return fmt.Errorf("--mirror-default %q is not a known registry; name one, such as %s", a.conf.MirrorDefault, DefaultMirror)
 		}
 		e := ups.NewOwnEgress()
 		if err := a.listen("--mirror-listen", a.conf.MirrorListen, e, a.proxy.Mirror(e, a.conf.MirrorDefault)); err != nil {

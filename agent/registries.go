@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -159,5 +158,3 @@ func (rs *registries) waiting() []string {
 	defer rs.mu.Unlock()
 	return slices.Clone(rs.missing)
 }
-
-var errNoDefault = errors.New("--mirror-default must name a known registry, such as docker.io")

@@ -210,7 +210,7 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 		return v.err
 	}
 	hctx := ctx
-	remembered := e.ups.Remembers != nil && e.ups.Remembers(host)
+	remembered := e.remembers(host)
 	if remembered {
 		var cancel context.CancelFunc
 		hctx, cancel = context.WithTimeout(ctx, hurry)
@@ -234,6 +234,10 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 		e.verdicts.Add(hostport, verdict{err, time.Now().Add(refusedTTL)})
 	}
 	return err
+}
+
+func (e *Egress) remembers(host string) bool {
+	return e.ups.Remembers != nil && e.ups.Remembers(host)
 }
 
 // badCertificate says whether a host could be spoken to, and isn't who it says

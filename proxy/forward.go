@@ -83,19 +83,12 @@ func (e *Egress) verifyNamed(ctx context.Context, host string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+hostport+"/v2/", nil)
-	if err != nil {
-		return err
-	}
-	req.Host = host
-	req.Header.Set("User-Agent", "weir")
-	resp, err := e.transport.RoundTrip(req)
+	_, err := e.base(ctx, host)
 	switch {
 	case err == nil:
-		resp.Body.Close()
 		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(verifiedTTL)})
 		return nil
-	case !badCertificate(err) && e.ups.Remembers != nil && e.ups.Remembers(host):
+	case !badCertificate(err) && e.remembers(host):
 		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(downTTL)})
 		return nil
 	}

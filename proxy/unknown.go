@@ -113,26 +113,41 @@ func speaksDistribution(ctx context.Context, host string, f Flow) (bool, error) 
 		}
 		return false, errors.New("no connection")
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+withPort(host)+"/v2/", nil)
-	if err != nil {
-		return false, err
-	}
-	req.Host = host
-	req.Header.Set("User-Agent", "weir")
-	resp, err := f.Egress.transport.RoundTrip(req)
+	answer, err := f.Egress.base(ctx, host)
 	if err != nil {
 		return false, errors.New("no answer")
 	}
-	resp.Body.Close()
-	if strings.HasPrefix(resp.Header.Get("Docker-Distribution-Api-Version"), "registry/2.") {
+	if strings.HasPrefix(answer.Get("Docker-Distribution-Api-Version"), "registry/2.") {
 		return true, nil
 	}
-	if resp.StatusCode == http.StatusUnauthorized {
-		for _, c := range auth.ParseAuthHeader(resp.Header) {
+	if answer.status == http.StatusUnauthorized {
+		for _, c := range auth.ParseAuthHeader(answer.Header) {
 			if c.Scheme == auth.BearerAuth && c.Parameters["service"] != "" {
 				return true, nil
 			}
 		}
 	}
 	return false, nil
+}
+
+// head is an answer without its body.
+type head struct {
+	http.Header
+	status int
+}
+
+// base asks a host for /v2/ in weir's own name, the way that requests go.
+func (e *Egress) base(ctx context.Context, host string) (head, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+withPort(host)+"/v2/", nil)
+	if err != nil {
+		return head{}, err
+	}
+	req.Host = host
+	req.Header.Set("User-Agent", "weir")
+	resp, err := e.transport.RoundTrip(req)
+	if err != nil {
+		return head{}, err
+	}
+	resp.Body.Close()
+	return head{resp.Header, resp.StatusCode}, nil
 }

@@ -226,10 +226,10 @@ func (x *exchange) permitted() bool {
 	if x.h.rights.allows(x.asker, x.target.digest) {
 		return true
 	}
-	stale := x.h.rights.allowsStale(x.asker, x.target.digest)
 	if x.h.rights.isRefused(x.asker) {
 		return false
 	}
+	stale := x.h.rights.allowsStale(x.asker, x.target.digest)
 	resp, err := x.head(stale) //nolint:bodyclose // send has closed that of a HEAD
 	if failed(resp, err) {
 		x.stale = stale
