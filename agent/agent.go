@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 	"weir/agent/trust"
 	"weir/bpf"
+	"weir/p2p"
 	"weir/proxy"
 	"weir/proxy/registry"
 	"weir/proxy/store"
@@ -63,6 +64,15 @@ type Config struct {
 	// StaleIfError is for how long a registry's last answer is good while it
 	// gives no other; 0 means never.
 	StaleIfError time.Duration
+	// PeerListen is where peers connect to, HOST:PORT, and Peers are where they
+	// are found. Without a SwarmKey, the name of a file, there is no peer
+	// traffic at all.
+	PeerListen string
+	Peers      []string
+	SwarmKey   string
+	// PeerUpload bounds the bytes per second that are sent to peers; 0 means
+	// no bound.
+	PeerUpload int64
 	// Admin is where status and metrics are served.
 	Admin string
 	// Version is shown in the status.
@@ -76,6 +86,7 @@ const (
 	DefaultRunDir  = "/run/weir"
 	DefaultAdmin   = "127.0.0.1:5050"
 	DefaultMirror  = "docker.io"
+	DefaultPeers   = ":" + p2p.DefaultPort
 )
 
 // DefaultPorts are the ports that registries listen on.
@@ -108,6 +119,7 @@ type Agent struct {
 	admin    *http.Server
 	adminL   net.Listener
 	explicit []*listener // the mirror and the forward proxy
+	peers    *peers      // nil without a swarm key
 }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
@@ -155,8 +167,13 @@ func (a *Agent) start() (err error) {
 		return fmt.Errorf("listening on --admin %s: %w", a.conf.Admin, err)
 	}
 
-	a.registry = registry.New(registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
-		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log})
+	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
+		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log}
+	if err := a.joinPeers(&options); err != nil {
+		return err
+	}
+	a.registry = registry.New(options)
+	a.peers.serve(a.registry)
 	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
 	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
 	if err := a.listenExplicit(ups); err != nil {
@@ -244,7 +261,7 @@ func (a *Agent) openData() error {
 	if a.conf.StoreSize == 0 {
 		a.conf.StoreSize = size / 10
 	}
-	a.store, err = store.Open(filepath.Join(a.conf.DataDir, "store"), store.Options{MaxBytes: a.conf.StoreSize, MinFree: size / 20, Log: a.log})
+	a.store, err = store.Open(filepath.Join(a.conf.DataDir, "store"), store.Options{MaxBytes: a.conf.StoreSize, MinFree: size / 20, Log: a.log, Changed: a.storeChanged})
 	if err != nil {
 		return fmt.Errorf("opening the store: %w", err)
 	}
@@ -253,8 +270,9 @@ func (a *Agent) openData() error {
 
 // Files in the data directory.
 const (
-	ledgerFile = "installed.jsonl"
-	tagsFile   = "tags.json"
+	ledgerFile   = "installed.jsonl"
+	tagsFile     = "tags.json"
+	identityFile = "peer.key"
 )
 
 // lastingRoots are the root file systems that outlive their runtimes: this
@@ -388,6 +406,7 @@ func (a *Agent) close() {
 	if a.registry != nil {
 		a.registry.Close()
 	}
+	a.peers.close()
 	if a.store != nil {
 		_ = a.store.Close()
 	}

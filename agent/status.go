@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"weir/bpf"
+	"weir/p2p"
 	"weir/proxy"
 	"weir/proxy/registry"
 	"weir/proxy/store"
@@ -35,7 +36,9 @@ type Status struct {
 	UnknownHosts []proxy.Unknown `json:"unknown_hosts"`
 	Connections  proxy.Stats     `json:"connections"`
 	Store        store.Stats     `json:"store"`
-	Kernel       bpf.Stats       `json:"kernel"`
+	// Peers is nil without a swarm key.
+	Peers  *p2p.Status `json:"peers,omitempty"`
+	Kernel bpf.Stats   `json:"kernel"`
 }
 
 // Status returns the agent's present state.
@@ -44,12 +47,17 @@ func (a *Agent) Status() Status {
 	if err != nil {
 		a.log.Warn("reading the kernel side's figures", "err", err)
 	}
-	return Status{
+	s := Status{
 		Version: a.conf.Version, PID: os.Getpid(), Started: a.started, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir,
 		Runtimes: a.runtimes.status(), Doors: a.doors.status(),
 		Registries: a.registry.Stats(), Waiting: a.regs.waiting(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
 		Store: a.store.Stats(), Kernel: kernel,
 	}
+	if a.peers != nil {
+		p := a.peers.Status()
+		s.Peers = &p
+	}
+	return s
 }
 
 func (a *Agent) adminHandler() http.Handler {
@@ -87,6 +95,10 @@ var (
 	descStale        = desc("registry_stale_answers_total", "Answers given from before the upstream failed (stale-if-error).", "registry")
 	descPushed       = desc("registry_pushed_total", "Pushed blobs and manifests that were kept.", "registry")
 	descBytes        = desc("registry_bytes_total", "Bytes of answers by where they came from.", "registry", "source")
+	descPeers        = desc("peers", "Peers that this node is connected to.")
+	descPeerSent     = desc("peer_sent_bytes_total", "Bytes of blobs sent to peers.")
+	descPeerRefused  = desc("peer_refused_total", "Requests of peers for blobs above what is served at a time.")
+	descStrangers    = desc("peer_strangers_total", "Connections to the peers' port without the swarm key.")
 	descStoreBytes   = desc("store_bytes", "Bytes of kept blobs and of running transfers.")
 	descStoreMax     = desc("store_max_bytes", "The bound of weir_store_bytes.")
 	descStoreBlobs   = desc("store_blobs", "Kept blobs.")
@@ -128,7 +140,14 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		count(descStale, float64(r.Stale), r.Registry)
 		count(descPushed, float64(r.Pushed), r.Registry)
 		count(descBytes, float64(r.BytesFromStore), r.Registry, "store")
+		count(descBytes, float64(r.BytesFromPeers), r.Registry, "peers")
 		count(descBytes, float64(r.BytesFromUpstream), r.Registry, "upstream")
+	}
+	if s.Peers != nil {
+		gauge(descPeers, float64(len(s.Peers.Peers)))
+		count(descPeerSent, float64(s.Peers.Sent))
+		count(descPeerRefused, float64(s.Peers.Refused))
+		count(descStrangers, float64(s.Peers.Strangers))
 	}
 	gauge(descStoreBytes, float64(s.Store.Bytes))
 	gauge(descStoreMax, float64(s.Store.MaxBytes))

@@ -103,7 +103,7 @@ func openLedgerIfAny(path string) (*trust.Ledger, error) {
 
 // ownEntries are what weir makes in its directories. Anything else that
 // somebody put there stays.
-var ownEntries = []string{"ca", "store", tagsFile, ledgerFile, pidFile, "state.json", "state.json.new"}
+var ownEntries = []string{"ca", "store", tagsFile, identityFile, ledgerFile, pidFile, "state.json", "state.json.new"}
 
 func removeOwn(dir string) (removed []string, err error) {
 	for _, e := range ownEntries {

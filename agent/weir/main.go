@@ -132,7 +132,7 @@ func adminFlag(f *pflag.FlagSet, admin *string) {
 func agentCommand() *cobra.Command {
 	var conf agent.Config
 	var ports []uint
-	var size, level, format string
+	var size, upload, level, format string
 	c := &cobra.Command{
 		Use:   "agent",
 		Short: "Run the node agent",
@@ -154,6 +154,10 @@ func agentCommand() *cobra.Command {
 	f.StringVar(&size, "store-size", "", "bound of the store, such as 50GiB (default: a tenth of the file system)")
 	f.DurationVar(&conf.RightsTTL, "rights-ttl", registry.DefaultRightsTTL, "how long a registry's word that a client may read a repository is good")
 	f.DurationVar(&conf.StaleIfError, "stale-if-error", registry.DefaultStaleIfError, "for how long a registry's last answer is good while it gives no other; 0 is never")
+	f.StringVar(&conf.PeerListen, "peer-listen", agent.DefaultPeers, "`address` that peers connect to")
+	f.StringSliceVar(&conf.Peers, "peer", nil, "where peers are found, `HOST[:PORT]`; a name stands for all its addresses; may be repeated (default: by multicast DNS)")
+	f.StringVar(&conf.SwarmKey, "swarm-key", "", "`file` with the key that all peers share; without one there is no peer traffic")
+	f.StringVar(&upload, "peer-upload", "", "bound of what is sent to peers in a second, such as 50MiB (default: none)")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -167,6 +171,11 @@ func agentCommand() *cobra.Command {
 			}
 			if conf.StoreSize == 0 {
 				return usageError{errors.New("--store-size must be more than 0")}
+			}
+		}
+		if upload != "" {
+			if conf.PeerUpload, err = store.ParseSize(upload); err != nil || conf.PeerUpload == 0 {
+				return usageError{fmt.Errorf("--peer-upload: %q is not a size above 0, such as 50MiB", upload)}
 			}
 		}
 		if conf.RightsTTL <= 0 || conf.StaleIfError < 0 {

@@ -60,17 +60,6 @@ func (x *exchange) source() store.Source {
 	}
 }
 
-type countingBody struct {
-	io.ReadCloser
-	stats *counters
-}
-
-func (b *countingBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	b.stats.fromUpstream.Add(int64(n))
-	return n, err
-}
-
 // blob answers GET and HEAD of a blob.
 func (x *exchange) blob() {
 	d := x.target.digest
@@ -133,7 +122,7 @@ func (x *exchange) miss() {
 		return
 	}
 	defer r.Close()
-	if start > r.Arrived()+farAhead {
+	if r.Settle(x.r.Context()) == nil && start > r.Arrived()+farAhead {
 		x.forward()
 		return
 	}
@@ -143,9 +132,16 @@ func (x *exchange) miss() {
 
 var errNotLed = errors.New("not to be had from the upstream through this client")
 
-// lead gets a blob from the upstream for everybody who wants it.
+// lead gets a blob for everybody who wants it: from a peer, or from the
+// upstream.
 func (x *exchange) lead(t *store.Transfer) {
 	x.stats.misses.Add(1)
+	if share := x.share(); share != nil {
+		t.OnEnd(share.Close)
+		if x.fromPeer(t, share) {
+			return
+		}
+	}
 	// Until it is known that the upstream gives the blob, the request ends
 	// with the client's; from then on it belongs to the transfer.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(x.r.Context()))
@@ -242,6 +238,13 @@ func (x *exchange) relay(resp *http.Response) {
 
 // arriving serves a blob from a running transfer.
 func (x *exchange) arriving(r *store.TransferReader, status string) {
+	if err := r.Settle(x.r.Context()); err != nil {
+		if x.r.Context().Err() == nil {
+			x.h.log.Warn("a blob can't be had; left to the client", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
+			x.forward()
+		}
+		return
+	}
 	if r.Size() < 0 {
 		x.stream(r.WithContext(x.r.Context()), status)
 		return

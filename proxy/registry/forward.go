@@ -102,6 +102,7 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	x.h.rights.contains(x.asker.repository, d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
 		x.h.tags.set(x.tagKey(), d, x.h.rights.now())
+		x.h.knows(x.asker.repository)
 	}
 	return nil
 }

@@ -27,6 +27,7 @@ import (
 	"net/netip"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -84,6 +85,8 @@ type Options struct {
 	// StaleIfError is for how long an upstream's answer is good when it gives
 	// no other. Zero means never.
 	StaleIfError time.Duration
+	// Peers may have what this node has not. Nil means that there are none.
+	Peers Peers
 	// File keeps what is known of tags over restarts. Empty means nowhere.
 	File string
 	Log  *slog.Logger // nil means slog.Default()
@@ -103,6 +106,8 @@ type Handler struct {
 	sessions *sessions
 	outages  outages
 	tokens   *tokens
+	peers    Peers
+	names    names
 	file     string
 	log      *slog.Logger
 	stats    statsTable
@@ -126,7 +131,7 @@ func New(o Options) *Handler {
 		o.Log = slog.Default()
 	}
 	h := &Handler{store: o.Store, rights: newRights(o.RightsTTL, o.StaleIfError), tags: newTags(),
-		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), file: o.File, log: o.Log, asking: semaphore.NewWeighted(4)}
+		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, asking: semaphore.NewWeighted(4)}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {
 		return h
@@ -174,6 +179,7 @@ type exchange struct {
 	stats  *counters
 	push   *push // what the request's body is part of
 	again  bool  // the blob's transfer was somebody else's, and came to nothing
+	size   int64 // of the blob, as the upstream says, or -1
 	stale  bool  // the answer is what the upstream said before it fell silent
 }
 
@@ -190,7 +196,7 @@ func (h *Handler) ServeAnonymous(w http.ResponseWriter, r *http.Request, up Upst
 
 // Serve answers a request that a client sent to an upstream.
 func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
-	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.ID())}
+	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.ID()), size: -1}
 	x.stats.requests.Add(1)
 	// A host that isn't the one of the connection is the upstream's business.
 	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) {
@@ -236,6 +242,9 @@ func (x *exchange) permitted() bool {
 		return stale
 	}
 	x.learn(resp)
+	if x.target.kind == blob && resp.StatusCode == http.StatusOK {
+		x.size = resp.ContentLength
+	}
 	return x.h.rights.allows(x.asker, x.target.digest)
 }
 
@@ -343,8 +352,40 @@ func (x *exchange) request(ctx context.Context, method string, extra http.Header
 	return req
 }
 
-// counted counts what comes from the upstream.
-func (x *exchange) counted(body io.ReadCloser) *countingBody { return &countingBody{body, x.stats} }
+// counted counts, and measures, what comes from the upstream.
+func (x *exchange) counted(body io.ReadCloser) io.ReadCloser {
+	return &countingBody{ReadCloser: body, count: &x.stats.fromUpstream, pace: &x.stats.pace, since: time.Now()}
+}
+
+type countingBody struct {
+	io.ReadCloser
+	count *atomic.Int64
+	pace  *atomic.Int64 // bytes per second, as it was lately; may be nil
+	since time.Time
+	n     int64
+}
+
+func (b *countingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.count.Add(int64(n))
+	b.n += int64(n)
+	return n, err
+}
+
+// measurable is how many bytes say something about the pace.
+const measurable = 1 << 20
+
+func (b *countingBody) Close() error {
+	if b.pace != nil && b.n >= measurable {
+		pace := int64(float64(b.n) / time.Since(b.since).Seconds())
+		if old := b.pace.Load(); old > 0 {
+			pace = (pace + old) / 2
+		}
+		b.pace.Store(pace)
+		b.n = 0
+	}
+	return b.ReadCloser.Close()
+}
 
 type cancelBody struct {
 	io.ReadCloser

@@ -22,6 +22,9 @@ const maxManifest = 4 << 20
 // manifest answers GET and HEAD of a manifest by digest.
 func (x *exchange) manifest() {
 	body, mediaType, ok := x.keptManifest(x.target.digest)
+	if !ok && x.r.Method == http.MethodGet && x.manifestFromPeer(x.target.digest) {
+		body, mediaType, ok = x.keptManifest(x.target.digest)
+	}
 	if !ok || !x.permitted() {
 		x.stats.misses.Add(1)
 		x.forward()
@@ -48,26 +51,24 @@ func (x *exchange) tagKey() tag {
 // upstream's to say each time. When the answer will probably be kept, a HEAD
 // asks for that: registries don't count it as a pull.
 func (x *exchange) tag() {
-	var was tagged
-	var body []byte
-	var mediaType string
-	known := false
-	for _, was = range x.h.tags.get(x.tagKey()) {
-		if body, mediaType, known = x.keptManifest(was.digest); known {
-			break
-		}
-	}
-	if !known || conditional(x.r) {
+	was, body, mediaType, known := x.knownTag(false)
+	if !known && !x.entitled() || conditional(x.r) {
 		if x.r.Method == http.MethodGet {
 			x.stats.misses.Add(1)
 		}
 		x.forward()
 		return
 	}
-	stale := x.h.rights.within(was.when, x.h.rights.stale) && x.h.rights.allowsStale(x.asker, was.digest)
-	resp, err := x.head(stale)
+	usable := func() bool {
+		return known && x.h.rights.within(was.when, x.h.rights.stale) && x.h.rights.allowsStale(x.asker, was.digest)
+	}
+	resp, err := x.head(!known || usable())
+	if failed(resp, err) {
+		x.recallFromPeers()
+		was, body, mediaType, known = x.knownTag(true)
+	}
 	switch {
-	case failed(resp, err) && stale:
+	case failed(resp, err) && usable():
 		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.digest, "since", was.when, "err", because(resp, err))
 		x.stats.stale.Add(1)
 		x.target.digest = was.digest
@@ -107,6 +108,7 @@ func (x *exchange) learnTag(resp *http.Response) (digest.Digest, bool) {
 		return "", false
 	}
 	x.h.tags.set(x.tagKey(), d, x.h.rights.now())
+	x.h.knows(x.asker.repository)
 	return d, true
 }
 

@@ -116,31 +116,7 @@ func (h *Handler) remember() error {
 	if h.file == "" || !h.tags.changed.Swap(false) {
 		return nil
 	}
-	m := memory{Members: make(map[string]rememberedInRepo)}
-	for _, k := range h.tags.lru.Keys() {
-		all, _ := h.tags.lru.Peek(k)
-		for _, v := range slices.Backward(all) {
-			m.Tags = append(m.Tags, rememberedTag{k.registry, k.name, k.tag, v.digest, v.when})
-		}
-	}
-	for _, k := range h.rights.public.Keys() {
-		if v, ok := h.rights.public.Peek(k); ok && v.is {
-			m.Public = append(m.Public, rememberedRepo{k.registry, k.name, v.when})
-		}
-	}
-	for _, k := range h.rights.members.Keys() {
-		if v, ok := h.rights.members.Peek(k); ok {
-			in := m.Members[k.registry]
-			if in == nil {
-				in = make(rememberedInRepo)
-				m.Members[k.registry] = in
-			}
-			if in[k.name] == nil {
-				in[k.name] = make(map[digest.Digest]time.Time)
-			}
-			in[k.name][k.digest] = v
-		}
-	}
+	m := h.snapshot(func(repository) bool { return true })
 	b, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -157,6 +133,39 @@ func (h *Handler) remember() error {
 		os.Remove(f.Name())
 	}
 	return err
+}
+
+// snapshot is what is known of some repositories.
+func (h *Handler) snapshot(of func(repository) bool) memory {
+	m := memory{Members: make(map[string]rememberedInRepo)}
+	for _, k := range h.tags.lru.Keys() {
+		if !of(k.repository) {
+			continue
+		}
+		all, _ := h.tags.lru.Peek(k)
+		for _, v := range slices.Backward(all) {
+			m.Tags = append(m.Tags, rememberedTag{k.registry, k.name, k.tag, v.digest, v.when})
+		}
+	}
+	for _, k := range h.rights.public.Keys() {
+		if v, ok := h.rights.public.Peek(k); ok && v.is && of(k) {
+			m.Public = append(m.Public, rememberedRepo{k.registry, k.name, v.when})
+		}
+	}
+	for _, k := range h.rights.members.Keys() {
+		if v, ok := h.rights.members.Peek(k); ok && of(k.repository) {
+			in := m.Members[k.registry]
+			if in == nil {
+				in = make(rememberedInRepo)
+				m.Members[k.registry] = in
+			}
+			if in[k.name] == nil {
+				in[k.name] = make(map[digest.Digest]time.Time)
+			}
+			in[k.name][k.digest] = v
+		}
+	}
+	return m
 }
 
 // recall reads what an earlier handler remembered. What can't be read is
@@ -187,7 +196,9 @@ func (h *Handler) recall() error {
 	// The least recently used come first, as they were written.
 	for _, t := range m.Tags {
 		if t.Digest.Validate() == nil {
-			h.tags.set(tag{repository{t.Registry, t.Repository}, t.Tag}, t.Digest, t.When)
+			repo := repository{t.Registry, t.Repository}
+			h.tags.set(tag{repo, t.Tag}, t.Digest, t.When)
+			h.knows(repo)
 		}
 	}
 	for _, p := range m.Public {

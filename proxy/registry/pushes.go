@@ -262,5 +262,6 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 	x.h.rights.contains(repo, d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
 		x.h.tags.set(x.tagKey(), d, x.h.rights.now())
+		x.h.knows(x.asker.repository)
 	}
 }

@@ -119,9 +119,12 @@ func (r *rights) isRefused(a asker) bool {
 // allowsStale says the same for when the upstream gives no answer: what it has
 // given to everybody may then be given for longer.
 func (r *rights) allowsStale(a asker, d digest.Digest) bool {
-	p, ok := r.public.Get(a.repository)
-	public := ok && p.is && r.within(p.when, r.stale)
-	return r.isMember(a.repository, d, max(memberTTL, r.stale)) && (public || r.isGranted(a))
+	return r.isMember(a.repository, d, max(memberTTL, r.stale)) && (r.isPublic(a.repository) || r.isGranted(a))
+}
+
+func (r *rights) isPublic(repo repository) bool {
+	p, ok := r.public.Get(repo)
+	return ok && p.is && r.within(p.when, r.stale)
 }
 
 func (r *rights) isGranted(a asker) bool {

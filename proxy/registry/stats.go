@@ -14,16 +14,19 @@ type Stats struct {
 	Registry          string `json:"registry"`
 	Requests          int64  `json:"requests"`
 	Hits              int64  `json:"hits"`   // blobs and manifests that were kept, or arriving
-	Misses            int64  `json:"misses"` // blobs and manifests that the upstream had to give
+	Misses            int64  `json:"misses"` // blobs and manifests that a peer or the upstream had to give
 	Errors            int64  `json:"errors"` // requests without an answer of the upstream
 	Stale             int64  `json:"stale"`  // answers from before the upstream failed
 	Pushed            int64  `json:"pushed"` // blobs and manifests kept from pushes
 	BytesFromStore    int64  `json:"bytes_from_store"`
+	BytesFromPeers    int64  `json:"bytes_from_peers"`
 	BytesFromUpstream int64  `json:"bytes_from_upstream"`
 }
 
 type counters struct {
-	requests, hits, misses, errors, stale, pushed, fromStore, fromUpstream atomic.Int64
+	requests, hits, misses, errors, stale, pushed, fromStore, fromPeers, fromUpstream atomic.Int64
+	// pace is what the upstream gives, in bytes per second, 0 if not known.
+	pace atomic.Int64
 }
 
 // maxStats bounds the registries that are counted each for itself: clients can
@@ -52,7 +55,7 @@ func (h *Handler) Stats() []Stats {
 	var all []Stats
 	h.stats.m.Range(func(k, v any) bool {
 		c := v.(*counters)
-		all = append(all, Stats{k.(string), c.requests.Load(), c.hits.Load(), c.misses.Load(), c.errors.Load(), c.stale.Load(), c.pushed.Load(), c.fromStore.Load(), c.fromUpstream.Load()})
+		all = append(all, Stats{k.(string), c.requests.Load(), c.hits.Load(), c.misses.Load(), c.errors.Load(), c.stale.Load(), c.pushed.Load(), c.fromStore.Load(), c.fromPeers.Load(), c.fromUpstream.Load()})
 		return true
 	})
 	slices.SortFunc(all, func(a, b Stats) int { return cmp.Compare(a.Registry, b.Registry) })

@@ -36,6 +36,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -70,6 +71,9 @@ type Options struct {
 	// MinFree is how many bytes of the file system the store leaves to
 	// others: it evicts, and then stops keeping, rather than go below.
 	MinFree int64
+	// Changed, if it isn't nil, is told of each blob that is kept from now on,
+	// and of each that is kept no more. It must not block, nor call the store.
+	Changed func(d digest.Digest, kept bool)
 	// Log gets what an operator should know, such as a damaged blob. Nil
 	// means slog.Default().
 	Log *slog.Logger
@@ -237,6 +241,13 @@ func (s *Store) RemoveForeign(dir string) {
 	s.foreign = slices.DeleteFunc(slices.Clone(s.foreign), func(f string) bool { return f == dir })
 }
 
+// Foreign returns the directories that were added.
+func (s *Store) Foreign() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.foreign // never changed in place
+}
+
 // Get opens a blob. The error is [ErrNotFound] when it isn't there. The caller
 // closes the blob.
 func (s *Store) Get(d digest.Digest) (*Blob, error) {
@@ -290,6 +301,13 @@ func (s *Store) Has(d digest.Digest) bool {
 	}
 	b.Close()
 	return true
+}
+
+// Digests returns the digests of the store's own blobs.
+func (s *Store) Digests() []digest.Digest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Keys(s.index))
 }
 
 // kept says whether a blob is among the store's own.
@@ -363,7 +381,14 @@ func (s *Store) keep(d digest.Digest, tmp string, size int64, sum *sums) error {
 		s.recent.Remove(old)
 	}
 	s.index[d] = s.recent.PushFront(&entry{d, size, time.Now()})
+	s.changed(d, true)
 	return nil
+}
+
+func (s *Store) changed(d digest.Digest, kept bool) {
+	if s.opts.Changed != nil {
+		s.opts.Changed(d, kept)
+	}
 }
 
 // drop forgets a kept blob and removes its files; those who read it read on.
@@ -386,6 +411,7 @@ func (s *Store) remove(el *list.Element) {
 	e := el.Value.(*entry)
 	s.recent.Remove(el)
 	delete(s.index, e.digest)
+	s.changed(e.digest, false)
 	s.stats.Bytes -= e.size
 	for _, p := range []string{s.blobPath(e.digest), s.sumsPath(e.digest)} {
 		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {

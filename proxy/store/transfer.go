@@ -29,7 +29,15 @@ const (
 	// attempts is how many times in a row a source may fail without a byte
 	// in between.
 	attempts = 3
+	// holdTime is how long bytes are held back that nothing vouches for but the
+	// digest, at most. Clients give a registry a minute to send something.
+	holdTime = 20 * time.Second
 )
+
+// Again opens a blob once more, from its beginning, after what was read of it
+// turned out to be wrong, and returns its size, or -1. The error ends the
+// transfer.
+type Again func(ctx context.Context) (io.ReadCloser, int64, error)
 
 // Transfer is a blob on its way into the store. Any number of readers follow
 // it. See [Store.Claim].
@@ -47,9 +55,14 @@ type Transfer struct {
 	written int64
 	err     error
 	sources []Source
-	refs    int // of file: the readers and the writer
+	again   Again     // not nil while nothing vouches for the bytes
+	held    time.Time // until when they are held back
+	given   bool      // bytes that nothing vouches for were given to a reader
+	round   int       // how often it has begun again
+	refs    int       // of file: the readers and the writer
 	readers int
 	linger  *time.Timer
+	ended   func(kept bool)
 }
 
 type transferState int
@@ -83,6 +96,17 @@ func (t *Transfer) Abandon(err error) {
 	t.change.Broadcast()
 	t.mu.Unlock()
 	t.forget()
+	t.end(false)
+}
+
+// OnEnd has f called when the transfer ends, with whether the blob is kept. It
+// must be called before the transfer begins, by its leader.
+func (t *Transfer) OnEnd(f func(kept bool)) { t.ended = f }
+
+func (t *Transfer) end(kept bool) {
+	if t.ended != nil {
+		t.ended(kept)
+	}
 }
 
 func (t *Transfer) forget() {
@@ -96,11 +120,28 @@ func (t *Transfer) forget() {
 // error is [ErrNoSpace] when the blob can't be kept; then the transfer is
 // abandoned and body is still the caller's.
 func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*TransferReader, error) {
+	return t.begin(size, max(size, 0), body, more, nil)
+}
+
+// BeginUnproven is Begin for a body of somebody who may send anything, such as
+// a peer. Its readers get nothing before the digest is verified, or a long time
+// has passed, see [TransferReader.Settle]. When the digest turns out to be
+// wrong before that, the blob is taken from again, and nobody has noticed.
+func (t *Transfer) BeginUnproven(size int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
+	// Kept blobs don't make room for what may be nothing, if there is any.
+	s, reserved := t.store, int64(0)
+	if s.opts.MinFree > 0 && s.free()-size < s.opts.MinFree || s.opts.MaxBytes > 0 && size > s.opts.MaxBytes {
+		reserved = max(size, 0)
+	}
+	return t.begin(size, reserved, body, more, again)
+}
+
+func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	s := t.store
 	s.mu.Lock()
 	err := s.ctx.Err()
 	if err == nil {
-		err = s.reserve(max(size, 0))
+		err = s.reserve(reserved)
 	}
 	s.mu.Unlock()
 	if err != nil {
@@ -120,7 +161,7 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Transfer
 		}
 	}
 	if err != nil {
-		s.release(max(size, 0))
+		s.release(reserved)
 		s.mu.Lock()
 		s.stats.NotKept++
 		s.mu.Unlock()
@@ -135,12 +176,51 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Transfer
 	if more != nil {
 		t.sources = append(t.sources, more)
 	}
+	if again != nil {
+		t.again, t.held = again, time.Now().Add(holdTime)
+		time.AfterFunc(holdTime, t.change.Broadcast)
+	}
 	r := t.reader()
 	t.change.Broadcast()
 	t.mu.Unlock()
 
-	s.wg.Go(func() { t.run(body) })
+	s.wg.Go(func() { t.run(body, reserved) })
 	return r, nil
+}
+
+// Follow returns a reader of a running transfer for somebody who verifies the
+// digest by himself: nothing is held back but the last byte, and a read fails
+// when the transfer begins again. It waits until the transfer has begun. The
+// error is [ErrNotFound] when there is none.
+func (s *Store) Follow(ctx context.Context, d digest.Digest) (*TransferReader, error) {
+	s.mu.Lock()
+	t, ok := s.running[d]
+	s.mu.Unlock()
+	if !ok {
+		return nil, fmt.Errorf("%s: %w", d, ErrNotFound)
+	}
+	r, err := t.Wait(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	r.raw, r.round = true, t.round
+	t.mu.Unlock()
+	return r, nil
+}
+
+// Arriving says how many bytes of a running transfer are there, and how many it
+// will be, or -1. The error is [ErrNotFound] when there is none.
+func (s *Store) Arriving(d digest.Digest) (arrived, size int64, err error) {
+	s.mu.Lock()
+	t, ok := s.running[d]
+	s.mu.Unlock()
+	if !ok {
+		return 0, 0, fmt.Errorf("%s: %w", d, ErrNotFound)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.written, t.size, nil
 }
 
 // Wait waits until a claimed transfer has begun and returns a reader of it.
@@ -192,17 +272,16 @@ func (t *Transfer) unref() {
 	}
 }
 
-// run takes the blob in.
-func (t *Transfer) run(body io.ReadCloser) {
-	sum, verifier := newSums(), t.digest.Verifier()
-	err := t.fill(body, io.MultiWriter(sum, verifier))
-	if err == nil && !verifier.Verified() {
-		err = fmt.Errorf("%s: what was sent has another digest: %w", t.digest, ErrCorrupt)
+// run takes the blob in. reserved are the bytes that the store counts for it.
+func (t *Transfer) run(body io.ReadCloser, reserved int64) {
+	sum, err := t.takeIn(body)
+	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
+		sum, err = t.takeIn(body)
 	}
 	name := t.file.Name()
-	reserved := max(t.size, 0)
+	stored := err == nil
 	if err == nil {
-		if t.written > reserved { // the size was not known
+		if t.written != reserved { // it wasn't known, or not believed
 			t.store.mu.Lock()
 			t.store.stats.Bytes += t.written - reserved
 			reserved = t.written
@@ -213,12 +292,14 @@ func (t *Transfer) run(body io.ReadCloser) {
 			// Verified all the same: the readers have the open file.
 			t.store.log.Warn("a blob could not be kept", "digest", t.digest, "err", kerr)
 			t.store.release(reserved)
+			stored = false
 		}
 	} else {
 		os.Remove(name)
 		t.store.release(reserved)
 	}
 	t.forget()
+	t.end(stored)
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -232,6 +313,42 @@ func (t *Transfer) run(body io.ReadCloser) {
 	t.cancel()
 	t.unref()
 	t.change.Broadcast()
+}
+
+// takeIn takes the blob in once, and verifies it.
+func (t *Transfer) takeIn(body io.ReadCloser) (*sums, error) {
+	sum, verifier := newSums(), t.digest.Verifier()
+	err := t.fill(body, io.MultiWriter(sum, verifier))
+	if err == nil && !verifier.Verified() {
+		err = fmt.Errorf("%s: what was sent has another digest: %w", t.digest, ErrCorrupt)
+	}
+	return sum, err
+}
+
+// restart begins again after what was read turned out to be wrong, if nobody
+// was given any of it.
+func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
+	t.mu.Lock()
+	again := t.again
+	if t.given || t.round >= attempts {
+		again = nil
+	}
+	t.mu.Unlock()
+	if again == nil {
+		return false
+	}
+	t.store.log.Warn("a blob that came from a peer is wrong, and is fetched again", "digest", t.digest, "err", cause)
+	b, size, err := again(t.ctx)
+	if err != nil {
+		return false
+	}
+	*body = b
+	t.mu.Lock()
+	t.size, t.written = size, 0
+	t.round++
+	t.change.Broadcast()
+	t.mu.Unlock()
+	return t.file.Truncate(0) == nil
 }
 
 // fill copies the blob's bytes to the file and to w.
@@ -333,7 +450,11 @@ type TransferReader struct {
 	off    int64
 	ctx    context.Context
 	closed bool
+	raw    bool // see [Store.Follow]
+	round  int
 }
+
+var errRestarted = errors.New("the transfer began again: what came first was wrong")
 
 // WithContext makes reads end with ctx. It returns r.
 func (r *TransferReader) WithContext(ctx context.Context) *TransferReader {
@@ -342,7 +463,11 @@ func (r *TransferReader) WithContext(ctx context.Context) *TransferReader {
 }
 
 // Size is the blob's length in bytes, or -1 when the source didn't say.
-func (r *TransferReader) Size() int64 { return r.t.size }
+func (r *TransferReader) Size() int64 {
+	r.t.mu.Lock()
+	defer r.t.mu.Unlock()
+	return r.t.size
+}
 
 // Arrived is how many bytes are there by now.
 func (r *TransferReader) Arrived() int64 {
@@ -359,7 +484,7 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 	}
 	t := r.t
 	t.mu.Lock()
-	visible := t.visible()
+	visible := t.visible(r)
 	if r.off >= visible && t.state == running && r.ctx != nil {
 		stop := context.AfterFunc(r.ctx, func() {
 			t.mu.Lock()
@@ -368,15 +493,22 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 		})
 		defer stop()
 	}
-	for r.off >= visible && t.state == running && !r.closed && (r.ctx == nil || r.ctx.Err() == nil) {
+	for r.off >= visible && t.state == running && !r.closed && (!r.raw || r.round == t.round) && (r.ctx == nil || r.ctx.Err() == nil) {
 		t.change.Wait()
-		visible = t.visible()
+		visible = t.visible(r)
 	}
 	state, err := t.state, t.err
+	stale := r.raw && r.round != t.round
+	if !r.raw && r.off < visible && state == running {
+		t.given = true
+	}
 	t.mu.Unlock()
 
-	if r.closed {
+	switch {
+	case r.closed:
 		return 0, os.ErrClosed
+	case stale:
+		return 0, errRestarted
 	}
 	if r.off >= visible {
 		switch state {
@@ -389,18 +521,51 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 	}
 	n, err := t.file.ReadAt(p[:min(int64(len(p)), visible-r.off)], r.off)
 	r.off += int64(n)
-	if n > 0 {
+	switch {
+	case n > 0:
 		err = nil
+	case err == io.EOF:
+		err = errRestarted // cut just now
 	}
 	return n, err
 }
 
-// visible is how many bytes readers may have. The caller holds t.mu.
-func (t *Transfer) visible() int64 {
-	if t.state == kept {
+// visible is how many bytes a reader may have. The caller holds t.mu.
+func (t *Transfer) visible(r *TransferReader) int64 {
+	switch {
+	case t.state == kept:
 		return t.written
+	case !r.raw && t.holding():
+		return 0
 	}
 	return max(t.written-1, 0)
+}
+
+// holding says whether bytes are held back. The caller holds t.mu.
+func (t *Transfer) holding() bool {
+	return t.state == running && t.again != nil && time.Now().Before(t.held)
+}
+
+// Settle waits until there is something to read, and the size is known to be
+// right if it ever will be. The error is the transfer's, when it has failed, or
+// ctx's.
+func (r *TransferReader) Settle(ctx context.Context) error {
+	t := r.t
+	stop := context.AfterFunc(ctx, func() {
+		t.mu.Lock()
+		t.change.Broadcast()
+		t.mu.Unlock()
+	})
+	defer stop()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for t.holding() && ctx.Err() == nil {
+		t.change.Wait()
+	}
+	if t.state == failed {
+		return t.err
+	}
+	return ctx.Err()
 }
 
 // Seek implements io.Seeker. The end is known only when the size is.

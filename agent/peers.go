@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"weir/p2p"
+	"weir/proxy/registry"
+	"weir/proxy/store"
+)
+
+// peers joins this node's store and registries to the swarm. A nil one does
+// nothing.
+type peers struct {
+	*p2p.Node
+	agent *Agent
+	ready chan struct{} // closed once the registry is set
+	known *registry.Handler
+
+	mu      sync.Mutex
+	changes []change
+	wake    chan struct{}
+	wg      sync.WaitGroup
+}
+
+// change is a blob that came to the store or left it.
+type change struct {
+	digest digest.Digest
+	kept   bool
+}
+
+// foreignInterval is how often it is looked at what containerd has.
+const foreignInterval = 10 * time.Second
+
+// joinPeers starts the peer side, if there is a swarm key.
+func (a *Agent) joinPeers(o *registry.Options) (err error) {
+	if a.conf.SwarmKey == "" {
+		if len(a.conf.Peers) > 0 {
+			return errors.New("--peer without --swarm-key: peers are told by the key that they share; make one as the README shows, and give it to each node")
+		}
+		return nil
+	}
+	key, err := p2p.ReadSwarmKey(a.conf.SwarmKey)
+	if err != nil {
+		return err
+	}
+	p := &peers{agent: a, ready: make(chan struct{}), wake: make(chan struct{}, 1)}
+	p.Node, err = p2p.New(p2p.Options{Listen: a.conf.PeerListen, Peers: a.conf.Peers, SwarmKey: key, Content: content{p},
+		IdentityFile: filepath.Join(a.conf.DataDir, identityFile), UploadLimit: a.conf.PeerUpload, Log: a.log})
+	if err != nil {
+		return err
+	}
+	a.peers, o.Peers = p, p
+	p.ProvideAll(a.store.Digests())
+	p.wg.Go(p.follow)
+	return nil
+}
+
+// serve lets peers ask for what the registries' handler knows.
+func (p *peers) serve(h *registry.Handler) {
+	if p != nil {
+		p.known = h
+		close(p.ready)
+	}
+}
+
+func (p *peers) close() {
+	if p != nil {
+		p.wg.Wait() // it ends with the agent's context
+		p.Node.Close()
+	}
+}
+
+// storeChanged takes in that a blob came or went. It is called by the store.
+func (a *Agent) storeChanged(d digest.Digest, kept bool) {
+	p := a.peers
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	p.changes = append(p.changes, change{d, kept})
+	p.mu.Unlock()
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// follow tells peers what comes to this node and what leaves it.
+func (p *peers) follow() {
+	foreign := make(map[string]map[digest.Digest]bool) // by directory
+	t := time.NewTicker(foreignInterval)
+	defer t.Stop()
+	for {
+		p.mu.Lock()
+		changes := p.changes
+		p.changes = nil
+		p.mu.Unlock()
+		for _, c := range changes {
+			if c.kept {
+				p.Provide(c.digest)
+			} else {
+				p.Withdraw(c.digest)
+			}
+		}
+		select {
+		case <-p.agent.ctx.Done():
+			return
+		case <-p.wake:
+		case <-t.C:
+			p.lookAround(foreign)
+		}
+	}
+}
+
+// lookAround provides what the content stores of others have by now.
+func (p *peers) lookAround(foreign map[string]map[digest.Digest]bool) {
+	dirs := p.agent.store.Foreign()
+	for _, dir := range dirs {
+		now := make(map[digest.Digest]bool)
+		names, err := os.ReadDir(filepath.Join(dir, digest.SHA256.String()))
+		if err != nil {
+			continue
+		}
+		for _, n := range names {
+			if d := digest.NewDigestFromEncoded(digest.SHA256, n.Name()); d.Validate() == nil {
+				now[d] = true
+			}
+		}
+		before := foreign[dir]
+		foreign[dir] = now
+		var came []digest.Digest
+		for d := range now {
+			if !before[d] {
+				came = append(came, d)
+			}
+		}
+		if len(came) > 0 {
+			p.ProvideAll(came)
+		}
+		for d := range before {
+			if !now[d] && !p.agent.store.Has(d) {
+				p.Withdraw(d)
+			}
+		}
+	}
+	maps.DeleteFunc(foreign, func(dir string, _ map[digest.Digest]bool) bool { return !slices.Contains(dirs, dir) })
+}
+
+// Want implements registry.Peers.
+func (p *peers) Want(ctx context.Context, d digest.Digest, pace int64) registry.Share {
+	if s := p.Node.Want(ctx, d, pace); s != nil {
+		return s
+	}
+	return nil
+}
+
+// content is what peers get: p2p.Content has a Recall as registry.Peers has.
+type content struct{ *peers }
+
+// Recall implements p2p.Content.
+func (c content) Recall(hash string) []byte {
+	select {
+	case <-c.ready:
+		return c.known.Recall(hash)
+	default:
+		return nil
+	}
+}
+
+// Open implements p2p.Content.
+func (p *peers) Open(ctx context.Context, d digest.Digest) (*p2p.Blob, error) {
+	b, err := p.agent.store.Get(d)
+	if err == nil {
+		return &p2p.Blob{ReadSeekCloser: openBlob{b.Reader(), b}, Size: b.Size(), Kept: true}, nil
+	}
+	r, err := p.agent.store.Follow(ctx, d)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return nil, p2p.ErrNotHere
+	case err != nil:
+		// It came to nothing, or is over by now.
+		if b, err := p.agent.store.Get(d); err == nil {
+			return &p2p.Blob{ReadSeekCloser: openBlob{b.Reader(), b}, Size: b.Size(), Kept: true}, nil
+		}
+		return nil, p2p.ErrNotHere
+	}
+	return &p2p.Blob{ReadSeekCloser: r.WithContext(ctx), Size: r.Size()}, nil
+}
+
+type openBlob struct {
+	io.ReadSeeker
+	io.Closer
+}
+
+// Progress implements p2p.Content.
+func (p *peers) Progress(d digest.Digest) (arrived, size int64, kept bool, err error) {
+	if b, err := p.agent.store.Get(d); err == nil {
+		defer b.Close()
+		return b.Size(), b.Size(), true, nil
+	}
+	if arrived, size, err = p.agent.store.Arriving(d); err != nil {
+		return 0, 0, false, p2p.ErrNotHere
+	}
+	return arrived, size, false, nil
+}

@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package p2p
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	kb "github.com/libp2p/go-libp2p-kbucket"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/multiformats/go-multihash"
+	"github.com/opencontainers/go-digest"
+)
+
+// The lease protocol: one question and one answer a stream, each a JSON value.
+const leaseProtocol protocol.ID = "/weir/lease/1"
+
+const (
+	// maxMessage bounds a question and an answer, in bytes.
+	maxMessage = 64 << 10
+	// askTime is how long a steward may take to answer.
+	askTime = 400 * time.Millisecond
+	// walkTime is how long the search for the stewards may take, in a network
+	// so large that not everybody knows everybody.
+	walkTime = 500 * time.Millisecond
+	// answerTime is how long a question may take to arrive.
+	answerTime = 5 * time.Second
+	// maxEntries bounds the keys that a steward remembers, maxHolders the
+	// holders of each, maxSources those that an answer names, maxAvoid those
+	// that a question may exclude.
+	maxEntries = 1 << 14
+	maxHolders = 1 << 11
+	maxSources = 4
+	maxAvoid   = 64
+	maxAddrs   = 8
+	// leaseTime is how long somebody who fetches is believed to be at it.
+	leaseTime = 15 * time.Minute
+)
+
+// question is what a steward is asked.
+type question struct {
+	Op  string `json:"op"`
+	Key key    `json:"key"`
+	// Avoid are peers that the asker could not read it from.
+	Avoid []peer.ID `json:"avoid,omitempty"`
+	// From is the peer that the asker reads from, for opNote.
+	From peer.ID `json:"from,omitempty"`
+}
+
+// Operations.
+const (
+	opWant = "want" // who should I read it from? I'll be a source then
+	opFind = "find" // who has it?
+	opNote = "note" // I'm getting it
+	opHave = "have" // I have it
+	opGone = "gone" // I have it no more
+)
+
+// answer is what the steward says to opWant and opFind.
+type answer struct {
+	// Fetch is that there is nobody to read it from, and the asker is the one
+	// who fetches it now.
+	Fetch   bool     `json:"fetch,omitempty"`
+	Sources []source `json:"sources,omitempty"` // the best first
+}
+
+// source is a peer that a blob may be read from.
+type source struct {
+	ID    peer.ID  `json:"id"`
+	Addrs []string `json:"addrs,omitempty"` // HOST:PORT
+	// Kept is that it has the whole blob, and not only a part by now.
+	Kept bool `json:"kept,omitempty"`
+	// Readers is how many the steward has sent there.
+	Readers int `json:"readers,omitempty"`
+}
+
+// key names what is looked for, as its multihash: a blob's digest, or the hash
+// of a name.
+type key string
+
+func keyOf(d digest.Digest) (key, error) {
+	if err := d.Validate(); err != nil {
+		return "", fmt.Errorf("%q: %w", d, err)
+	}
+	code, ok := map[digest.Algorithm]uint64{digest.SHA256: multihash.SHA2_256, digest.SHA512: multihash.SHA2_512}[d.Algorithm()]
+	if !ok {
+		return nameKey(d.String()), nil
+	}
+	raw, err := hex.DecodeString(d.Encoded())
+	if err != nil {
+		return "", err
+	}
+	mh, err := multihash.Encode(raw, code)
+	return key(mh), err
+}
+
+// nameKey is the key of something that isn't content.
+func nameKey(name string) key {
+	sum := sha256.Sum256([]byte(name))
+	mh, _ := multihash.Encode(sum[:], multihash.SHA2_256)
+	return key(mh)
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (k key) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString([]byte(k))), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (k *key) UnmarshalText(b []byte) error {
+	raw, err := hex.DecodeString(string(b))
+	if err != nil {
+		return errors.New("a key is not hexadecimal")
+	}
+	if _, err := multihash.Decode(raw); err != nil || len(raw) > 80 {
+		return errors.New("a key is not a multihash")
+	}
+	*k = key(raw)
+	return nil
+}
+
+// parseQuestion reads a question.
+func parseQuestion(b []byte) (question, error) {
+	var q question
+	if err := json.Unmarshal(b, &q); err != nil {
+		return q, err
+	}
+	if q.Key == "" || len(q.Avoid) > maxAvoid || !slices.Contains([]string{opWant, opFind, opNote, opHave, opGone}, q.Op) {
+		return q, errors.New("not a question of the lease protocol")
+	}
+	return q, nil
+}
+
+// parseAnswer reads an answer.
+func parseAnswer(b []byte) (answer, error) {
+	var a answer
+	if err := json.Unmarshal(b, &a); err != nil {
+		return a, err
+	}
+	if len(a.Sources) > maxSources {
+		return a, errors.New("an answer with too many sources")
+	}
+	for _, s := range a.Sources {
+		if s.ID.Validate() != nil || len(s.Addrs) > maxAddrs {
+			return a, errors.New("an answer with a source that can't be")
+		}
+		for _, addr := range s.Addrs {
+			if _, _, err := net.SplitHostPort(addr); err != nil {
+				return a, errors.New("an answer with an address that can't be")
+			}
+		}
+	}
+	return a, nil
+}
+
+// ledger is what a steward knows of who has, or is getting, what.
+type ledger struct {
+	mu  sync.Mutex
+	lru *lru.Cache[key, *entry]
+	seq int64
+	now func() time.Time
+}
+
+type entry struct{ holders map[peer.ID]*holder }
+
+type holder struct {
+	seq  int64 // order of arrival: nobody reads from one who came later
+	kept bool
+	from peer.ID // whom it reads from, while it does
+	when time.Time
+}
+
+func newLedger() *ledger {
+	l := &ledger{now: time.Now}
+	l.lru, _ = lru.New[key, *entry](maxEntries)
+	return l
+}
+
+// of returns the entry of a key. The caller holds l.mu.
+func (l *ledger) of(k key) *entry {
+	e, ok := l.lru.Get(k)
+	if !ok {
+		e = &entry{holders: make(map[peer.ID]*holder)}
+		l.lru.Add(k, e)
+	}
+	for id, h := range e.holders {
+		age := leaseTime
+		if h.kept {
+			age = 2 * reprovide
+		}
+		if l.now().Sub(h.when) > age {
+			delete(e.holders, id)
+		}
+	}
+	return e
+}
+
+func (l *ledger) holder(e *entry, who peer.ID) *holder {
+	h, ok := e.holders[who]
+	if !ok {
+		if len(e.holders) >= maxHolders {
+			return &holder{} // not remembered
+		}
+		l.seq++
+		h = &holder{seq: l.seq}
+		e.holders[who] = h
+	}
+	h.when = l.now()
+	return h
+}
+
+// want takes in that who wants the key, and says whom it may read it from, or
+// that it is the one to fetch it. provided are peers that once said they have it.
+func (l *ledger) want(k key, who peer.ID, avoid, provided []peer.ID) answer {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.of(k)
+	me, again := e.holders[who]
+	if again && me.kept {
+		delete(e.holders, who) // it has lost it
+	}
+	me = l.holder(e, who)
+	me.from = ""
+	sources := e.sources(who, me.seq, avoid, provided)
+	if len(sources) == 0 {
+		return answer{Fetch: true}
+	}
+	me.from = sources[0].ID
+	return answer{Sources: sources}
+}
+
+// find says who has, or is getting, a key.
+func (l *ledger) find(k key, who peer.ID, avoid, provided []peer.ID) answer {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return answer{Sources: l.of(k).sources(who, l.seq+1, avoid, provided)}
+}
+
+// sources are the peers that one who came at seq may read from, those with the
+// fewest readers first.
+func (e *entry) sources(who peer.ID, seq int64, avoid, provided []peer.ID) []source {
+	readers := make(map[peer.ID]int)
+	for _, h := range e.holders {
+		if h.from != "" && !h.kept {
+			readers[h.from]++
+		}
+	}
+	var all []source
+	for id, h := range e.holders {
+		if id != who && (h.kept || h.seq < seq) && !slices.Contains(avoid, id) {
+			all = append(all, source{ID: id, Kept: h.kept, Readers: readers[id]})
+		}
+	}
+	for _, id := range provided {
+		if _, ok := e.holders[id]; !ok && id != who && !slices.Contains(avoid, id) {
+			all = append(all, source{ID: id, Kept: true, Readers: readers[id]})
+		}
+	}
+	slices.SortFunc(all, func(a, b source) int {
+		if c := cmp.Compare(a.Readers, b.Readers); c != 0 {
+			return c
+		}
+		if a.Kept != b.Kept {
+			return map[bool]int{true: -1, false: 1}[a.Kept]
+		}
+		return cmp.Compare(a.ID, b.ID)
+	})
+	return all[:min(len(all), maxSources)]
+}
+
+// take takes in what a holder says of itself.
+func (l *ledger) take(q question, who peer.ID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.of(q.Key)
+	switch q.Op {
+	case opGone:
+		delete(e.holders, who)
+	case opHave:
+		h := l.holder(e, who)
+		h.kept, h.from = true, ""
+	case opNote:
+		l.holder(e, who).from = q.From
+	}
+}
+
+// lost forgets what somebody was getting: it has gone.
+func (l *ledger) lost(who peer.ID) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, k := range l.lru.Keys() {
+		if e, ok := l.lru.Peek(k); ok {
+			if h := e.holders[who]; h != nil && !h.kept {
+				delete(e.holders, who)
+			}
+		}
+	}
+}
+
+// judge answers a question as a steward.
+func (n *Node) judge(ctx context.Context, who peer.ID, q question) answer {
+	if q.Op != opWant && q.Op != opFind {
+		n.ledger.take(q, who)
+		return answer{}
+	}
+	var provided []peer.ID
+	infos, err := n.dht.ProviderStore().GetProviders(ctx, []byte(q.Key))
+	if err == nil {
+		for _, i := range infos[:min(len(infos), maxHolders)] {
+			provided = append(provided, i.ID)
+		}
+	}
+	var a answer
+	if q.Op == opWant {
+		a = n.ledger.want(q.Key, who, q.Avoid, provided)
+	} else {
+		a = n.ledger.find(q.Key, who, q.Avoid, provided)
+	}
+	for i := range a.Sources {
+		s := &a.Sources[i]
+		if s.ID != n.host.ID() {
+			addrs := n.addrsOf(s.ID)
+			s.Addrs = addrs[:min(len(addrs), maxAddrs)]
+		}
+	}
+	return a
+}
+
+// answerLease serves the lease protocol.
+func (n *Node) answerLease(s network.Stream) {
+	defer s.Close()
+	_ = s.SetDeadline(time.Now().Add(answerTime))
+	b, err := io.ReadAll(io.LimitReader(s, maxMessage+1))
+	if err == nil && len(b) > maxMessage {
+		err = errors.New("too long")
+	}
+	var q question
+	if err == nil {
+		q, err = parseQuestion(b)
+	}
+	if err != nil {
+		n.log.Debug("a question that isn't one", "peer", s.Conn().RemotePeer(), "err", err)
+		_ = s.Reset()
+		return
+	}
+	_ = json.NewEncoder(s).Encode(n.judge(n.ctx, s.Conn().RemotePeer(), q))
+}
+
+// ask asks one steward, which may be this node.
+func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, error) {
+	if steward == n.host.ID() {
+		return n.judge(ctx, steward, q), nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	a, err := n.exchange(ctx, steward, q)
+	if err != nil && ctx.Err() != nil && n.ctx.Err() == nil {
+		n.peers.down(steward)
+	}
+	return a, err
+}
+
+func (n *Node) exchange(ctx context.Context, to peer.ID, q question) (answer, error) {
+	s, err := n.host.NewStream(ctx, to, leaseProtocol)
+	if err != nil {
+		return answer{}, err
+	}
+	defer s.Close()
+	stop := context.AfterFunc(ctx, func() { _ = s.Reset() })
+	defer stop()
+	b, err := json.Marshal(q)
+	if err != nil {
+		return answer{}, err
+	}
+	if _, err := s.Write(b); err != nil {
+		return answer{}, err
+	}
+	if err := s.CloseWrite(); err != nil {
+		return answer{}, err
+	}
+	if b, err = io.ReadAll(io.LimitReader(s, maxMessage+1)); err != nil {
+		return answer{}, err
+	}
+	return parseAnswer(b)
+}
+
+// stewards returns the peers closest to a key, this node among them if it is,
+// the closest first. Those that don't answer are left out.
+func (n *Node) stewards(ctx context.Context, k key) []peer.ID {
+	rt := n.dht.RoutingTable()
+	target := kb.ConvertKey(string(k))
+	near := rt.NearestPeers(target, bucketSize)
+	// When the bucket that the key falls into is full there may be others in
+	// it, which this node doesn't know.
+	if cpl := kb.CommonPrefixLen(target, kb.ConvertPeerID(n.host.ID())); rt.NPeersForCpl(uint(cpl)) >= bucketSize {
+		wctx, cancel := context.WithTimeout(ctx, walkTime)
+		if found, err := n.dht.GetClosestPeers(wctx, string(k)); err == nil {
+			near = found
+		}
+		cancel()
+	}
+	near = slices.DeleteFunc(near, func(p peer.ID) bool { return p == n.host.ID() || n.peers.isDown(p) })
+	return kb.SortClosestPeers(append(near, n.host.ID()), target)[:min(stewards, len(near)+1)]
+}
+
+// consult asks the stewards in their order for the first that answers, and
+// tells the others in the background. It returns false when nobody but this
+// node answers.
+func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
+	if !n.Ready() {
+		return answer{}, false
+	}
+	for range 2 { // those that don't answer make room for the next
+		all := n.stewards(ctx, q.Key)
+		for i, s := range all {
+			a, err := n.ask(ctx, s, q)
+			if err != nil {
+				n.log.Debug("a steward doesn't answer", "peer", s, "err", err)
+				n.peers.down(s)
+				continue
+			}
+			if q.Op == opWant {
+				note := question{Op: opNote, Key: q.Key}
+				if len(a.Sources) > 0 {
+					note.From = a.Sources[0].ID
+				}
+				n.tell(slices.Delete(slices.Clone(all), i, i+1), note)
+			}
+			return a, true
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return answer{}, false
+}
+
+// tell tells stewards something, in the background.
+func (n *Node) tell(all []peer.ID, q question) {
+	if n.ctx.Err() != nil {
+		return
+	}
+	for _, s := range all {
+		n.wg.Go(func() {
+			ctx, cancel := context.WithTimeout(n.ctx, answerTime)
+			defer cancel()
+			if s == n.host.ID() {
+				n.ledger.take(q, s)
+			} else if _, err := n.exchange(ctx, s, q); err != nil {
+				n.log.Debug("a steward can't be told", "peer", s, "err", err)
+			}
+		})
+	}
+}

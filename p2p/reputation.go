@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package p2p
+
+import (
+	"sync"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/libp2p/go-libp2p/core/peer"
+)
+
+const (
+	// downTime is how long a peer that didn't answer is passed over.
+	downTime = 30 * time.Second
+	// slowTime is how long a peer that was slow is asked last.
+	slowTime = time.Minute
+	// shunTime is how long nothing is read from a peer that sent what it
+	// should not have.
+	shunTime = 10 * time.Minute
+	// maxStrikes is how often a peer may hand on wrong bytes that it hadn't
+	// verified itself.
+	maxStrikes = 3
+)
+
+// reputation is what a node has seen of its peers.
+type reputation struct {
+	mu  *sync.Mutex
+	lru *lru.Cache[peer.ID, *record]
+	now func() time.Time
+}
+
+type record struct {
+	downUntil, slowUntil, shunUntil time.Time
+	strikes                         int
+	received                        int64
+}
+
+func newReputation() reputation {
+	r := reputation{mu: new(sync.Mutex), now: time.Now}
+	r.lru, _ = lru.New[peer.ID, *record](1 << 13)
+	return r
+}
+
+func (r reputation) with(p peer.ID, f func(*record)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rec, ok := r.lru.Get(p)
+	if !ok {
+		rec = &record{}
+		r.lru.Add(p, rec)
+	}
+	f(rec)
+}
+
+func (r reputation) up(p peer.ID) { r.with(p, func(x *record) { x.downUntil = time.Time{} }) }
+func (r reputation) down(p peer.ID) {
+	r.with(p, func(x *record) { x.downUntil = r.now().Add(downTime) })
+}
+func (r reputation) slow(p peer.ID) {
+	r.with(p, func(x *record) { x.slowUntil = r.now().Add(slowTime) })
+}
+
+// wrong notes that a peer sent wrong bytes. verified is whether it had said
+// that it has the whole blob, which it ought to have verified.
+func (r reputation) wrong(p peer.ID, verified bool) (shunned bool) {
+	r.with(p, func(x *record) {
+		if x.strikes++; verified || x.strikes >= maxStrikes {
+			x.shunUntil, x.strikes, shunned = r.now().Add(shunTime), 0, true
+		}
+	})
+	return shunned
+}
+
+func (r reputation) took(p peer.ID, bytes int64) { r.with(p, func(x *record) { x.received += bytes }) }
+
+func (r reputation) received(p peer.ID) (n int64) {
+	r.with(p, func(x *record) { n = x.received })
+	return n
+}
+
+func (r reputation) isDown(p peer.ID) (is bool) {
+	r.with(p, func(x *record) { is = r.now().Before(x.downUntil) })
+	return is
+}
+
+func (r reputation) isSlow(p peer.ID) (is bool) {
+	r.with(p, func(x *record) { is = r.now().Before(x.slowUntil) })
+	return is
+}
+
+func (r reputation) shunned(p peer.ID) (is bool) {
+	r.with(p, func(x *record) { is = r.now().Before(x.shunUntil) })
+	return is
+}

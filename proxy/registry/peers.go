@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
+)
+
+// Peers are other nodes that may have what this node has not. They get no
+// credentials and know nothing of rights: what comes from them goes to a client
+// only when its own upstream allows it.
+type Peers interface {
+	// Ready says whether there is any peer.
+	Ready() bool
+	// Want says that this node wants a blob that it will be given at pace
+	// bytes per second by the upstream, 0 if that isn't known. It returns nil
+	// when there is nobody to ask.
+	Want(ctx context.Context, d digest.Digest, pace int64) Share
+	// Get returns a small blob, verified, of at most limit bytes.
+	Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, error)
+	// ProvideName says that this node knows something under a name, and Recall
+	// returns what others do. To others a name is the hexadecimal SHA-256 of it.
+	ProvideName(name string)
+	Recall(ctx context.Context, name string) [][]byte
+}
+
+// Share is this node's part in the getting of one blob by all nodes that want
+// it.
+type Share interface {
+	// Mine says that this node is the one to get it from the upstream.
+	Mine() bool
+	// Open reads the blob from a peer, from an offset on, and returns its size,
+	// or -1. size is what it must be, or -1. An error means that it is to be
+	// had from the upstream.
+	Open(ctx context.Context, offset, size int64) (io.ReadCloser, int64, error)
+	// Wrong says that what it gave was not the blob.
+	Wrong()
+	// Close ends it. kept is whether this node has the blob now.
+	Close(kept bool)
+}
+
+// peerTime is how long peers may take to say what they have, when it is small.
+const peerTime = 2 * time.Second
+
+// share finds out whether the blob is to be had from a peer, by this client. It
+// returns nil when peers can't help.
+func (x *exchange) share() Share {
+	if x.h.peers == nil || !x.h.peers.Ready() {
+		return nil
+	}
+	share := x.h.peers.Want(x.r.Context(), x.target.digest, x.stats.pace.Load())
+	if share == nil || share.Mine() || x.permitted() {
+		return share
+	}
+	share.Close(false)
+	return nil
+}
+
+// fromPeer begins a transfer from a peer and serves the client from it. It
+// returns false when no peer gives the blob.
+func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
+	if share.Mine() {
+		return false
+	}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(x.r.Context()))
+	stop := context.AfterFunc(x.r.Context(), cancel)
+	body, size, err := share.Open(ctx, 0, x.size)
+	if err != nil || !stop() {
+		cancel()
+		if err == nil {
+			body.Close()
+		}
+		return false
+	}
+	upstream := x.source()
+	more := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
+		if body, _, err := share.Open(ctx, offset, x.size); err == nil {
+			return x.countedPeer(body), nil
+		}
+		return upstream(ctx, offset)
+	}
+	asked := false
+	again := func(ctx context.Context) (io.ReadCloser, int64, error) {
+		if asked {
+			return nil, 0, errors.New("and the upstream's is wrong as well")
+		}
+		share.Wrong()
+		if body, size, err := share.Open(ctx, 0, x.size); err == nil {
+			return x.countedPeer(body), size, nil
+		}
+		asked = true
+		resp, err := x.fetch(ctx, 0)
+		if err != nil {
+			return nil, 0, err
+		}
+		if resp.StatusCode != http.StatusOK {
+			resp.Body.Close()
+			return nil, 0, fmt.Errorf("%s answers with %s", x.up.Host, resp.Status)
+		}
+		return x.counted(resp.Body), resp.ContentLength, nil
+	}
+	cb := &cancelBody{x.countedPeer(body), cancel}
+	r, err := t.BeginUnproven(size, cb, more, again)
+	if err == nil {
+		defer r.Close()
+		x.arriving(r, "hit; detail=peer")
+		return true
+	}
+	// It can't be kept, and what isn't kept can't be verified before a client
+	// gets it: it comes from the upstream.
+	cb.Close()
+	t, leader := x.h.store.Claim(x.target.digest)
+	if leader {
+		t.Abandon(errNotLed)
+	}
+	x.notKept(err)
+	x.forward()
+	return true
+}
+
+func (x *exchange) countedPeer(body io.ReadCloser) io.ReadCloser {
+	return &countingBody{ReadCloser: body, count: &x.stats.fromPeers}
+}
+
+// manifestFromPeer gets a manifest that isn't kept from a peer, if the client
+// may have it.
+func (x *exchange) manifestFromPeer(d digest.Digest) bool {
+	if x.h.peers == nil || !x.h.peers.Ready() {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
+	defer cancel()
+	b, err := x.h.peers.Get(ctx, d, maxManifest)
+	if err != nil || mediaTypeOf(b) == "" {
+		return false
+	}
+	x.stats.fromPeers.Add(int64(len(b)))
+	return x.h.store.Put(d, b) == nil
+}
+
+// names are the repositories of which something is known, by the hash of the
+// name that peers ask for.
+type names struct {
+	lru *lru.Cache[string, repository]
+}
+
+func newNames() names {
+	var n names
+	n.lru, _ = lru.New[string, repository](1 << 13)
+	return n
+}
+
+// name is what a repository is called among peers.
+func (r repository) peerName() string { return "repository " + r.registry + "/" + r.name }
+
+// knows takes in that something is known of a repository.
+func (h *Handler) knows(repo repository) {
+	if h.peers == nil {
+		return
+	}
+	sum := sha256.Sum256([]byte(repo.peerName()))
+	if had, _ := h.names.lru.ContainsOrAdd(hex.EncodeToString(sum[:]), repo); !had {
+		h.peers.ProvideName(repo.peerName())
+	}
+}
+
+// Recall returns what this node knows of the repository with a hash, for a
+// peer, or nil. It is what the upstream said its tags are, and which digests it
+// said are in it, and nothing of who may read it.
+func (h *Handler) Recall(hash string) []byte {
+	repo, ok := h.names.lru.Get(hash)
+	if !ok {
+		return nil
+	}
+	m := h.snapshot(func(r repository) bool { return r == repo })
+	m.Public = nil
+	b, err := json.Marshal(m)
+	if err != nil {
+		return nil
+	}
+	return b
+}
+
+// recallFromPeers takes in what peers know of the asker's repository.
+func (x *exchange) recallFromPeers() {
+	if x.h.peers == nil || !x.h.peers.Ready() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
+	defer cancel()
+	for _, b := range x.h.peers.Recall(ctx, x.asker.peerName()) {
+		var m memory
+		if json.Unmarshal(b, &m) == nil {
+			x.h.merge(m, x.asker.repository)
+		}
+	}
+}
+
+// merge takes in what a peer knows of a repository. Whoever has the right to
+// read it is for this node's own upstream to say.
+func (h *Handler) merge(m memory, repo repository) {
+	slices.SortStableFunc(m.Tags, func(a, b rememberedTag) int { return a.When.Compare(b.When) })
+	for _, t := range m.Tags {
+		key := tag{repository{t.Registry, t.Repository}, t.Tag}
+		if key.repository != repo || t.Digest.Validate() != nil || !h.rights.within(t.When, h.rights.stale) {
+			continue
+		}
+		if own := h.tags.get(key); len(own) == 0 || own[0].when.Before(t.When) {
+			h.tags.set(key, t.Digest, t.When)
+		}
+	}
+	for d, when := range m.Members[repo.registry][repo.name] {
+		key := member{repo, d}
+		if own, _ := h.rights.members.Peek(key); d.Validate() == nil && h.rights.within(when, max(memberTTL, h.rights.stale)) && own.Before(when) {
+			h.rights.members.Add(key, when)
+		}
+	}
+}
+
+// knownTag returns what a tag was, if its manifest is kept, or to be had from a
+// peer.
+func (x *exchange) knownTag(peers bool) (was tagged, body []byte, mediaType string, known bool) {
+	for _, was = range x.h.tags.get(x.tagKey()) {
+		if body, mediaType, known = x.keptManifest(was.digest); known {
+			return was, body, mediaType, true
+		}
+		if peers && x.manifestFromPeer(was.digest) {
+			if body, mediaType, known = x.keptManifest(was.digest); known {
+				return was, body, mediaType, true
+			}
+		}
+	}
+	return tagged{}, nil, "", false
+}
+
+// entitled says whether the asker could be given something of the repository if
+// the upstream were silent.
+func (x *exchange) entitled() bool {
+	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.isGranted(x.asker) || x.h.rights.isPublic(x.asker.repository))
+}
