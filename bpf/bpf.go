@@ -137,7 +137,7 @@ func load(o Options) (*Kernel, error) {
 		}
 		probes[i] = p.As4()
 	}
-	for name, value := range map[string]any{"max_age": uint64(o.MaxBeatAge), "ports": ports, "probes": probes} {
+	for name, value := range map[string]any{"agent_pid": uint32(os.Getpid()), "max_age": uint64(o.MaxBeatAge), "ports": ports, "probes": probes} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("setting %s of the eBPF programs: %w", name, err)
 		}

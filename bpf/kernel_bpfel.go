@@ -70,6 +70,7 @@ const (
 	kernelProgWeirGetpeername4 = "weir_getpeername4"
 	kernelProgWeirGetpeername6 = "weir_getpeername6"
 	kernelProgWeirSockops      = "weir_sockops"
+	kernelVarAgentPid          = "agent_pid"
 	kernelVarMaxAge            = "max_age"
 	kernelVarPorts             = "ports"
 	kernelVarProbes            = "probes"
@@ -149,6 +150,7 @@ type kernelMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelVariableSpecs struct {
+	AgentPid    *ebpf.VariableSpec `ebpf:"agent_pid"`
 	MaxAge      *ebpf.VariableSpec `ebpf:"max_age"`
 	Ports       *ebpf.VariableSpec `ebpf:"ports"`
 	Probes      *ebpf.VariableSpec `ebpf:"probes"`
@@ -210,6 +212,7 @@ func (m *kernelMaps) Close() error {
 //
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelVariables struct {
+	AgentPid    *ebpf.Variable `ebpf:"agent_pid"`
 	MaxAge      *ebpf.Variable `ebpf:"max_age"`
 	Ports       *ebpf.Variable `ebpf:"ports"`
 	Probes      *ebpf.Variable `ebpf:"probes"`

@@ -33,6 +33,7 @@ enum mode {
 };
 
 // What the loader sets.
+const volatile __u32 agent_pid;		   // thread-group id, in the first pid namespace
 const volatile __u64 max_age;		   // of the heartbeat, ns
 const volatile __u16 ports[MAX_PORTS];	   // redirected ones, host order; 0 ends the list
 const volatile __u32 probes[MAX_PROBES];   // IPv4, network order; 0 ends the list
@@ -566,7 +567,18 @@ int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binp
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(weir_exit, struct task_struct *task)
 {
-	if (!task->signal->live.counter) // the last thread
-		forget(task->tgid);
+	if (task->signal->live.counter) // not the last thread
+		return 0;
+	forget(task->tgid);
+	/* The agent's files are closed after this: first connections, so that
+	 * runtimes dial again, and then doors and programs. What they dial goes
+	 * direct. */
+	if (task->tgid == agent_pid) {
+		__u32 zero = 0;
+		__u64 *beat = bpf_map_lookup_elem(&heartbeat, &zero);
+
+		if (beat)
+			*beat = 0;
+	}
 	return 0;
 }

@@ -154,7 +154,7 @@ func New(o Options) (_ *Node, err error) {
 			n.Close()
 		}
 	}()
-	gologshim.SetDefaultHandler(n.log.With("component", "libp2p").Handler())
+	gologshim.SetDefaultHandler(onlyWarnings{n.log.With("component", "libp2p").Handler()})
 	limits := rcmgr.DefaultLimits
 	libp2p.SetDefaultServiceLimits(&limits)
 	// Many nodes may stand behind one address.
@@ -208,6 +208,24 @@ func New(o Options) (_ *Node, err error) {
 	n.client = n.newClient()
 	n.discover()
 	return n, nil
+}
+
+// onlyWarnings keeps libp2p's chatter out of the log.
+type onlyWarnings struct{ slog.Handler }
+
+// Enabled implements slog.Handler.
+func (h onlyWarnings) Enabled(ctx context.Context, l slog.Level) bool {
+	return l >= slog.LevelWarn && h.Handler.Enabled(ctx, l)
+}
+
+// WithAttrs implements slog.Handler.
+func (h onlyWarnings) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return onlyWarnings{h.Handler.WithAttrs(attrs)}
+}
+
+// WithGroup implements slog.Handler.
+func (h onlyWarnings) WithGroup(name string) slog.Handler {
+	return onlyWarnings{h.Handler.WithGroup(name)}
 }
 
 func newDHT(h host.Host, store *leveldb.Datastore) (*dht.IpfsDHT, error) {

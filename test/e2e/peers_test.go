@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"weir/test/lab"
+)
+
+const swarmKey = "/key/swarm/psk/1.0.0/\n/base16/\n%s\n"
+
+// cluster makes nodes whose agents are peers of each other.
+func cluster(t *testing.T, w *world, count int) (nodes []*lab.Node, agents []*lab.Agent) {
+	t.Helper()
+	var peers []string
+	for range count {
+		n := w.Node()
+		n.WriteFile("/etc/weir.key", fmt.Sprintf(swarmKey, strings.Repeat("5a", 32)))
+		nodes = append(nodes, n)
+		peers = append(peers, "--peer", n.Addr().String())
+	}
+	for _, n := range nodes {
+		agents = append(agents, n.Agent(append([]string{"--swarm-key", "/etc/weir.key"}, peers...)...))
+	}
+	for _, a := range agents {
+		if err := lab.Eventually(nil, func(context.Context) error {
+			if n := len(a.Status().Peers.Peers); n < count-1 {
+				return fmt.Errorf("%d peers, want %d", n, count-1)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return nodes, agents
+}
+
+// bytesFromPeers is what an agent's clients got from peers.
+func bytesFromPeers(a *lab.Agent) (n int64) {
+	for _, r := range a.Status().Registries {
+		n += r.BytesFromPeers
+	}
+	return n
+}
+
+// What one node has pulled, another one gets from it.
+func TestPeer(t *testing.T) {
+	w := newWorld(t)
+	w.hub.User("alice", "wonderland")
+	w.hub.Private("acme/secret", "alice")
+	secret := w.hub.Push("acme/secret:1", lab.Image{Layers: []int{700_000}, Seed: 3})
+	nodes, agents := cluster(t, w, 2)
+	a, b := nodes[0].Docker(), nodes[1].Containerd()
+	a.Pull(flyway)
+	a.Pull(renovate)
+	a.Pull("acme/secret:1", "alice", "wonderland")
+	w.forget()
+	b.Pull(flyway)
+	b.Pull(renovate)
+	b.Same(flyway, w.flyway)
+	b.Same(renovate, w.renovate)
+	w.nothingFetched(t)
+	if bytesFromPeers(agents[1]) < 6<<20 {
+		t.Errorf("%+v", agents[1].Status().Registries)
+	}
+	// A node asks for its own client's right.
+	was := bytesFromPeers(agents[1])
+	for who, login := range map[string][]string{"nobody": nil, "another": {"mallory", "guess"}} {
+		if err := b.TryPull("acme/secret:1", login...); err == nil {
+			t.Errorf("%s got the private image", who)
+		}
+		if err := b.TryPull("acme/secret@"+secret.Digest.String(), login...); err == nil {
+			t.Errorf("%s got the private image by its digest", who)
+		}
+	}
+	crane := clientNamed(t, "crane")
+	for _, path := range []string{"blobs/" + secret.Layers[0].String(), "manifests/" + secret.Digest.String()} {
+		kind, ref, _ := strings.Cut(path, "/")
+		if out := nodes[1].Run(crane, "client", "raw", "registry-1.docker.io", "acme/secret", kind, ref); !strings.Contains(out, "401 Unauthorized") {
+			t.Errorf("%s: %s", path, out)
+		}
+	}
+	if now := bytesFromPeers(agents[1]); now > was+1<<16 {
+		t.Errorf("%d bytes came from the peer for somebody without the right", now-was)
+	}
+	w.forget()
+	b.Pull("acme/secret:1", "alice", "wonderland")
+	b.Same("acme/secret:1", secret)
+	w.nothingFetched(t)
+}
+
+// What the host's containerd holds is had from there too.
+func TestPeersContainerd(t *testing.T) {
+	w := newWorld(t)
+	nodes, _ := cluster(t, w, 2)
+	a := nodes[0].Containerd()
+	a.Pull(flyway)
+	w.forget()
+	nodes[1].Docker().Pull(flyway)
+	w.nothingFetched(t)
+}
+
+// Many nodes that pull the same at the same time: each blob leaves the registry
+// once.
+func TestPeersBurst(t *testing.T) {
+	const count = 4
+	w := newWorld(t)
+	im := w.hub.Push("acme/large:1", lab.Image{Layers: []int{24 << 20, 8 << 20, 3 << 20, 1 << 20, 300_000, 10_000}, Seed: 9})
+	var size int64
+	for _, n := range []int64{24 << 20, 8 << 20, 3 << 20, 1 << 20, 300_000, 10_000} {
+		size += n
+	}
+	nodes, agents := cluster(t, w, count)
+	var all []*lab.Containerd
+	for _, n := range nodes {
+		all = append(all, n.Containerd())
+	}
+	w.forget()
+	var wg sync.WaitGroup
+	for _, c := range all {
+		wg.Go(func() {
+			if err := c.TryPull("acme/large:1"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	for _, c := range all {
+		c.Same("acme/large:1", im)
+	}
+	if n := w.hub.Log.BlobBytes(); n > size*105/100 {
+		t.Errorf("%d nodes took %d blob bytes from the registry, for an image of %d\n%s", count, n, size, w.hub.Log)
+	}
+	for _, a := range agents {
+		t.Logf("from peers %d MiB", bytesFromPeers(a)>>20)
+	}
+}
+
+// The node that fetches is killed in the middle, and one that others read from:
+// no pull fails.
+func TestPeersDie(t *testing.T) {
+	w := newWorld(t)
+	nodes, agents := cluster(t, w, 4)
+	var all []*lab.Containerd
+	for _, n := range nodes[1:] {
+		all = append(all, n.Containerd())
+	}
+	victim := nodes[0].Containerd()
+	nodes[0].Shape(100)
+	for i := range 6 {
+		ref := fmt.Sprintf("acme/dies:%d", i)
+		im := w.hub.Push(ref, lab.Image{Layers: []int{8 << 20, 5 << 20}, Seed: uint64(200 + i)})
+		first := make(chan error, 1)
+		go func() { first <- victim.TryPull(ref) }()
+		// The victim is in the middle of it.
+		if err := lab.Eventually(nil, func(context.Context) error {
+			if agents[0].Status().Store.Running == 0 {
+				return errors.New("not begun")
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for _, c := range all {
+			wg.Go(func() {
+				if err := c.TryPull(ref); err != nil {
+					t.Errorf("pull %d: %v", i, err)
+				}
+			})
+		}
+		time.Sleep(time.Duration(i) * 60 * time.Millisecond) // the fault's moment, which nothing depends on
+		agents[0].Signal(syscall.SIGKILL)
+		wg.Wait()
+		for _, c := range all {
+			c.Same(ref, im)
+			c.Remove(ref, im)
+		}
+		if err := <-first; err != nil {
+			t.Errorf("the victim's own pull %d: %v", i, err)
+		}
+		agents[0].Kill()
+		agents[0].Start()
+	}
+}
+
+// A registry is down: what its tags are and what is in them, peers know, for a
+// client whose right this node still knows.
+func TestPeersOutage(t *testing.T) {
+	w := newWorld(t)
+	nodes, _ := cluster(t, w, 2)
+	a, b := nodes[0].Docker(), nodes[1].Docker()
+	two := w.hub.Push("flyway/flyway:two", lab.Image{Layers: []int{400_000}, Seed: 21})
+	other := w.hub.Push("acme/other:1", lab.Image{Layers: []int{400_000}, Seed: 22})
+	b.Pull(flyway)
+	everybodys(t, w.hub, "flyway/flyway")
+	a.Pull("flyway/flyway:two")
+	a.Pull("acme/other:1")
+	w.hub.Fault(answer(503))
+	b.Pull("flyway/flyway:two")
+	b.Same("flyway/flyway:two", two)
+	if err := b.TryPull("acme/other@" + other.Digest.String()); err == nil {
+		t.Error("an image of a repository that this node knows nothing of was pulled in an outage")
+	}
+}
+
+// Whoever has no key, or another one, is nobody.
+func TestPeerStranger(t *testing.T) {
+	w := newWorld(t)
+	nodes, agents := cluster(t, w, 2)
+	stranger := w.Node()
+	stranger.WriteFile("/etc/weir.key", fmt.Sprintf(swarmKey, strings.Repeat("a5", 32)))
+	outside := stranger.Agent("--swarm-key", "/etc/weir.key", "--peer", nodes[0].Addr().String(), "--peer", nodes[1].Addr().String())
+	if err := lab.Eventually(nil, func(context.Context) error {
+		if agents[0].Status().Peers.Strangers == 0 {
+			return errors.New("the stranger hasn't come")
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	nodes[0].Docker().Pull(flyway)
+	w.forget()
+	d := stranger.Docker()
+	d.Pull(flyway)
+	if n := len(outside.Status().Peers.Peers); n > 0 || w.hub.Log.BlobGETs() == 0 {
+		t.Errorf("the stranger has %d peers, and took %d blobs from the registry", n, w.hub.Log.BlobGETs())
+	}
+	// Without a key there is no peer port.
+	alone := w.Node()
+	agent := alone.Agent()
+	if s := agent.Status(); s.Peers != nil {
+		t.Errorf("%+v", s.Peers)
+	}
+	if c, err := alone.Dial(t.Context(), "tcp", netip.AddrPortFrom(alone.Addr(), 5051).String()); err == nil {
+		c.Close()
+		t.Error("somebody listens on the peers' port")
+	}
+}
+
+// The identity survives a restart, and uninstall takes it away.
+func TestPeerIdentity(t *testing.T) {
+	w := newWorld(t)
+	nodes, agents := cluster(t, w, 2)
+	id := agents[0].Status().Peers.ID
+	agents[0].Stop()
+	agents[0].Start()
+	if now := agents[0].Status().Peers.ID; now != id {
+		t.Errorf("%s was %s before the restart", now, id)
+	}
+	if err := lab.Eventually(nil, func(context.Context) error {
+		for _, p := range agents[1].Status().Peers.Peers {
+			if p.ID == id {
+				return nil
+			}
+		}
+		return errors.New("not known again")
+	}); err != nil {
+		t.Error(err)
+	}
+	agents[0].Stop()
+	nodes[0].Run(lab.Weir(t), "uninstall")
+	if _, err := nodes[0].File(filepath.Join("/var/lib/weir", "peer.key")); err == nil {
+		t.Error("the identity is left after uninstall")
+	}
+}
