@@ -84,7 +84,7 @@ type Options struct {
 }
 
 // DefaultPort is the port that peers listen on.
-const DefaultPort = "5051"
+const DefaultPort = "5053"
 
 // Parameters of the DHT. Those of IPFS are for a network of strangers that
 // come and go; here the nodes are few, near, and known to each other.

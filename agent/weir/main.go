@@ -301,9 +301,9 @@ func printStatus(w io.Writer, s agent.Status) error {
 	if len(s.Runtimes) == 0 {
 		fmt.Fprintln(t, "none is running")
 	}
-	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHITS\tMISSES\tFROM STORE\tFROM UPSTREAM")
+	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHITS\tMISSES\tFROM STORE\tFROM PEERS\tFROM UPSTREAM")
 	for _, r := range s.Registries {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\n", r.Registry, r.Requests, r.Hits, r.Misses, bytesText(r.BytesFromStore), bytesText(r.BytesFromUpstream))
+		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", r.Registry, r.Requests, r.Hits, r.Misses, bytesText(r.BytesFromStore), bytesText(r.BytesFromPeers), bytesText(r.BytesFromUpstream))
 	}
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
@@ -322,6 +322,16 @@ func printStatus(w io.Writer, s agent.Status) error {
 				what = u.Problem
 			}
 			fmt.Fprintf(t, "%s\t%d\t%s\n", u.Host, u.Connections, what)
+		}
+	}
+	if p := s.Peers; p != nil {
+		fmt.Fprintf(t, "\nPEERS\t%d connected; %s sent, %d blobs being sent; %d strangers turned away; this node is %s\n", len(p.Peers), bytesText(p.Sent), p.Sending, p.Strangers, p.ID)
+		for _, peer := range p.Peers {
+			note := ""
+			if peer.Shunned {
+				note = "; it sent wrong bytes, and nothing is read from it for a while"
+			}
+			fmt.Fprintf(t, "\t%s\t%s received%s\n", peer.Address, bytesText(peer.Received), note)
 		}
 	}
 	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, bytesText(s.Store.Bytes), bytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)

@@ -729,3 +729,91 @@ func BenchmarkTransfer(b *testing.B) {
 		r.Close()
 	}
 }
+
+// again gives blobs one after the other, as a Again.
+func againFrom(blobs ...[]byte) Again {
+	return func(context.Context) (io.ReadCloser, int64, error) {
+		if len(blobs) == 0 {
+			return nil, 0, errors.New("no more")
+		}
+		b := blobs[0]
+		blobs = blobs[1:]
+		return io.NopCloser(bytes.NewReader(b)), int64(len(b)), nil
+	}
+}
+
+// What comes from a peer reaches nobody before it is verified, and when it is
+// wrong it is fetched again without anybody noticing.
+func TestUnproven(t *testing.T) {
+	right := bytes.Repeat([]byte("right"), 100_000)
+	d := digest.FromBytes(right)
+	wrong := bytes.Repeat([]byte("wrong"), 100_000)
+	for _, tt := range []struct {
+		name  string
+		first []byte
+		again Again
+		fails bool
+	}{
+		{"right", right, againFrom(), false},
+		{"wrong", wrong, againFrom(right), false},
+		{"wrong twice", wrong, againFrom(wrong, right), false},
+		{"longer", append(bytes.Clone(wrong), wrong...), againFrom(right), false},
+		{"shorter", wrong[:1000], againFrom(right), false},
+		{"never right", wrong, againFrom(wrong, wrong), true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			kept := make(map[digest.Digest]bool)
+			s := open(t, t.TempDir(), Options{MaxBytes: 10 << 20, Changed: func(d digest.Digest, is bool) { kept[d] = is }})
+			tr, _ := s.Claim(d)
+			ended := make(chan bool, 1)
+			tr.OnEnd(func(kept bool) { ended <- kept })
+			// The last byte comes only when somebody follows and waits.
+			pr, pw := io.Pipe()
+			r, err := tr.BeginUnproven(int64(len(tt.first)), pr, nil, tt.again)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			if _, err := pw.Write(tt.first[:len(tt.first)-1]); err != nil {
+				t.Fatal(err)
+			}
+			// One who verifies for himself gets what is there; a client nothing.
+			raw, err := s.Follow(t.Context(), d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer raw.Close()
+			if n, err := io.ReadFull(raw, make([]byte, len(tt.first)-2)); err != nil {
+				t.Errorf("a peer got %d bytes: %v", n, err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			if n, err := r.WithContext(ctx).Read(make([]byte, 10)); n > 0 || err == nil {
+				t.Errorf("a client got %d bytes of what isn't verified", n)
+			}
+			if arrived, size, err := s.Arriving(d); err != nil || arrived != int64(len(tt.first)-1) || size != int64(len(tt.first)) {
+				t.Errorf("%d of %d, %v", arrived, size, err)
+			}
+			go func() { _, _ = pw.Write(tt.first[len(tt.first)-1:]) }()
+			err = r.Settle(t.Context())
+			if tt.fails {
+				if !errors.Is(err, ErrCorrupt) {
+					t.Errorf("settled with %v", err)
+				}
+			} else if got, rerr := io.ReadAll(r.WithContext(t.Context())); err != nil || rerr != nil || !bytes.Equal(got, right) || r.Size() != int64(len(right)) {
+				t.Errorf("%d bytes of %d, %v, %v", len(got), r.Size(), err, rerr)
+			}
+			if <-ended == tt.fails || s.Has(d) == tt.fails || kept[d] == tt.fails {
+				t.Errorf("kept: %v", s.Has(d))
+			}
+			if !bytes.Equal(tt.first, right) {
+				if _, err := io.ReadAll(raw); err == nil {
+					t.Error("a peer took the wrong bytes for the whole")
+				}
+			}
+			if want := int64(len(right)); !tt.fails && s.Stats().Bytes != want || tt.fails && s.Stats().Bytes != 0 {
+				t.Errorf("the store counts %d bytes", s.Stats().Bytes)
+			}
+		})
+	}
+}

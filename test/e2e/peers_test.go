@@ -242,7 +242,7 @@ func TestPeerStranger(t *testing.T) {
 	if s := agent.Status(); s.Peers != nil {
 		t.Errorf("%+v", s.Peers)
 	}
-	if c, err := alone.Dial(t.Context(), "tcp", netip.AddrPortFrom(alone.Addr(), 5051).String()); err == nil {
+	if c, err := alone.Dial(t.Context(), "tcp", netip.AddrPortFrom(alone.Addr(), 5053).String()); err == nil {
 		c.Close()
 		t.Error("somebody listens on the peers' port")
 	}
