@@ -162,6 +162,7 @@ type side struct {
 	store *store.Store
 	dir   string
 	file  string
+	peers Peers
 	later atomic.Int64 // nanoseconds that the clock of rights is ahead
 	srv   *httptest.Server
 }
@@ -179,7 +180,7 @@ func (s *side) restart() {
 	if s.h != nil {
 		s.h.Close()
 	}
-	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file})
+	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file, Peers: s.peers})
 	s.h.rights.now = func() time.Time { return time.Now().Add(time.Duration(s.later.Load())) }
 	s.h.outages.whole, s.h.outages.rest = 200*time.Millisecond, 10*time.Millisecond
 }

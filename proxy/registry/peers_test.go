@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
+)
+
+// neighbours are peers that give what they are told to.
+type neighbours struct {
+	mu    sync.Mutex
+	give  map[digest.Digest][][]byte // one after the other
+	cut   bool                       // each breaks off in the middle
+	known [][]byte                   // of every name
+	names []string
+	shame int
+	ended []bool
+}
+
+func (n *neighbours) Ready() bool { return true }
+
+func (n *neighbours) Want(_ context.Context, d digest.Digest, _ int64) Share {
+	return &neighboursShare{n: n, d: d}
+}
+
+func (n *neighbours) Get(_ context.Context, d digest.Digest, limit int64) ([]byte, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if bs := n.give[d]; len(bs) > 0 && int64(len(bs[0])) <= limit {
+		return bs[0], nil
+	}
+	return nil, errors.New("nobody has it")
+}
+
+func (n *neighbours) ProvideName(name string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.names = append(n.names, name)
+}
+
+func (n *neighbours) Recall(context.Context, string) [][]byte { return n.known }
+
+type neighboursShare struct {
+	n *neighbours
+	d digest.Digest
+}
+
+func (s *neighboursShare) Mine() bool {
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	return len(s.n.give[s.d]) == 0
+}
+
+func (s *neighboursShare) Open(_ context.Context, offset, _ int64) (io.ReadCloser, int64, error) {
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	bs := s.n.give[s.d]
+	if len(bs) == 0 {
+		return nil, 0, errors.New("nobody has it")
+	}
+	s.n.give[s.d] = bs[1:]
+	rest := bs[0][offset:]
+	if s.n.cut {
+		return io.NopCloser(io.MultiReader(bytes.NewReader(rest[:len(rest)/2]), failing{})), int64(len(bs[0])), nil
+	}
+	return io.NopCloser(bytes.NewReader(rest)), int64(len(bs[0])), nil
+}
+
+type failing struct{}
+
+func (failing) Read([]byte) (int, error) { return 0, errors.New("the peer is gone") }
+
+func (s *neighboursShare) Wrong() {
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	s.n.shame++
+}
+
+func (s *neighboursShare) Close(kept bool) {
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	s.n.ended = append(s.n.ended, kept)
+}
+
+func TestPeersGiveBlobs(t *testing.T) {
+	right := bytesOf(1, 600_000)
+	wrong := bytesOf(2, 600_000)
+	for _, tt := range []struct {
+		name  string
+		give  [][]byte
+		cut   bool
+		auth  string
+		code  int
+		asked []string // upstream, METHOD
+		shame int
+	}{
+		{"right", [][]byte{right}, false, "Bearer 1", 200, []string{"HEAD"}, 0},
+		{"nobody", nil, false, "Bearer 1", 200, []string{"GET"}, 0},
+		{"wrong, then right", [][]byte{wrong, right}, false, "Bearer 1", 200, []string{"HEAD"}, 1},
+		{"wrong, then the upstream", [][]byte{wrong}, false, "Bearer 1", 200, []string{"HEAD", "GET"}, 1},
+		{"shorter", [][]byte{wrong[:5000]}, false, "Bearer 1", 200, []string{"HEAD", "GET"}, 1},
+		{"cut, then the upstream", [][]byte{right}, true, "Bearer 1", 200, []string{"HEAD", "GET"}, 0},
+		{"cut, and another", [][]byte{right, right}, true, "Bearer 1", 200, []string{"HEAD", "GET"}, 0},
+		{"no right", [][]byte{right}, false, "Bearer 2", 401, []string{"HEAD", "GET"}, 0},
+		{"nobody's right", [][]byte{right}, false, "", 401, []string{"HEAD", "GET"}, 0},
+	} {
+		for _, redirect := range []bool{false, true} {
+			t.Run(tt.name, func(t *testing.T) {
+				u := newUpstream(t)
+				u.redirect = redirect
+				u.allow("a/b", "Bearer 1")
+				d := u.put("a/b", right)
+				path := "/v2/a/b/blobs/" + d.String()
+				s := newSide(t, u, store.Options{})
+				n := &neighbours{give: map[digest.Digest][][]byte{d: tt.give}, cut: tt.cut}
+				s.peers = n
+				s.restart()
+				a := s.do("GET", path, tt.auth)
+				if a.err != nil {
+					t.Fatal(a.err)
+				}
+				if a.StatusCode != tt.code || a.StatusCode == 200 && !bytes.Equal(a.body, right) || a.StatusCode != 200 && bytes.Contains(a.body, right[:100]) {
+					t.Errorf("%s with %d bytes", a.Status, len(a.body))
+				}
+				var asked []string
+				for _, r := range u.requests() {
+					if method, p, _ := strings.Cut(r, " "); p == path {
+						asked = append(asked, method)
+					}
+				}
+				if !slices.Equal(asked, tt.asked) {
+					t.Errorf("the upstream was asked %q, want %q", asked, tt.asked)
+				}
+				n.mu.Lock()
+				defer n.mu.Unlock()
+				if n.shame != tt.shame {
+					t.Errorf("%d times wrong, want %d", n.shame, tt.shame)
+				}
+				if len(n.ended) != 1 || n.ended[0] != (tt.code == 200) {
+					t.Errorf("ended with %v", n.ended)
+				}
+			})
+		}
+	}
+}
+
+// A manifest by digest comes from a peer, for one who may have it.
+func TestPeersGiveManifests(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a/b", "Bearer 1")
+	d, b := u.putManifest("a/b", "1", docker2, digest.FromString("layer"))
+	path := "/v2/a/b/manifests/" + d.String()
+	s := newSide(t, u, store.Options{})
+	s.peers = &neighbours{give: map[digest.Digest][][]byte{d: {b}}}
+	s.restart()
+	s.want(s.do("GET", path, "Bearer 2"), 401, nil, "HEAD "+path, "GET "+path)
+	s.want(s.do("GET", path, "Bearer 1"), 200, b, "HEAD "+path)
+}
+
+// What peers know of a repository counts when the upstream is down, and only
+// for a client whose right this node has seen.
+func TestPeersKnowTags(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a/b", "Bearer 1")
+	u.allow("a/c", "Bearer 1")
+	layer := bytesOf(5, 1000)
+	d, b := u.putManifest("a/b", "new", docker2, u.put("a/b", layer))
+	old, _ := u.putManifest("a/b", "old", docker2)
+	other := newSide(t, u, store.Options{})
+	theirs := &neighbours{}
+	other.peers = theirs
+	other.restart()
+	other.do("GET", "/v2/a/b/manifests/new", "Bearer 1")
+	other.do("GET", "/v2/a/b/blobs/"+digest.FromBytes(layer).String(), "Bearer 1")
+	if len(theirs.names) != 1 || theirs.names[0] != "repository "+strings.TrimPrefix(u.srv.URL, "https://")+"/a/b" {
+		t.Fatalf("they provide %q", theirs.names)
+	}
+	var hash string
+	for _, h := range other.h.names.lru.Keys() {
+		hash = h
+	}
+	known := other.h.Recall(hash)
+	if known == nil || other.h.Recall("00") != nil || bytes.Contains(known, []byte("Bearer")) {
+		t.Fatalf("they know %s", known)
+	}
+
+	s := newSide(t, u, store.Options{})
+	s.peers = &neighbours{known: [][]byte{[]byte("{"), known}, give: map[digest.Digest][][]byte{d: {b}, digest.FromBytes(layer): {layer}}}
+	s.restart()
+	s.do("GET", "/v2/a/b/manifests/"+old.String(), "Bearer 1")
+	u.mu.Lock()
+	u.fault = func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(503); return true }
+	u.mu.Unlock()
+	u.requests()
+	for _, auth := range []string{"", "Bearer 2"} {
+		if a := s.do("GET", "/v2/a/b/manifests/new", auth); a.StatusCode == 200 {
+			t.Errorf("%q got the manifest", auth)
+		}
+	}
+	a := s.do("GET", "/v2/a/b/manifests/new", "Bearer 1")
+	if a.StatusCode != 200 || !bytes.Equal(a.body, b) {
+		t.Errorf("%s: %s", a.Status, a.body)
+	}
+	if a := s.do("GET", "/v2/a/b/blobs/"+digest.FromBytes(layer).String(), "Bearer 1"); a.StatusCode != 200 || !bytes.Equal(a.body, layer) {
+		t.Errorf("the layer: %s", a.Status)
+	}
+	if a := s.do("GET", "/v2/a/b/blobs/"+digest.FromBytes(layer).String(), "Bearer 2"); a.StatusCode == 200 {
+		t.Error("another got the layer")
+	}
+	s.later.Store(int64(DefaultRightsTTL + time.Minute))
+	if a := s.do("GET", "/v2/a/b/manifests/new", "Bearer 1"); a.StatusCode == 200 {
+		t.Error("a right that is long past counts")
+	}
+}
+
+// A peer's memory is bytes from outside.
+func TestMergeOnlyTheRepository(t *testing.T) {
+	h := New(Options{StaleIfError: time.Hour})
+	defer h.Close()
+	repo, other := repository{"r.example", "a"}, repository{"r.example", "b"}
+	d := digest.FromString("x")
+	now := time.Now()
+	h.merge(memory{
+		Tags: []rememberedTag{{"r.example", "b", "1", d, now}, {"r.example", "a", "bad", "nonsense", now}, {"r.example", "a", "future", d, now.Add(time.Hour)},
+			{"r.example", "a", "old", d, now.Add(-2 * time.Hour)}, {"r.example", "a", "good", d, now}},
+		Public:  []rememberedRepo{{"r.example", "a", now}},
+		Members: map[string]rememberedInRepo{"r.example": {"a": {d: now, "nonsense": now}, "b": {d: now}}},
+	}, repo)
+	for name, want := range map[string]int{"bad": 0, "future": 0, "old": 0, "good": 1} {
+		if got := h.tags.get(tag{repo, name}); len(got) != want {
+			t.Errorf("tag %s: %v", name, got)
+		}
+	}
+	if len(h.tags.get(tag{other, "1"})) > 0 || h.rights.isMember(other, d, time.Hour) || h.rights.isPublic(repo) || !h.rights.isMember(repo, d, time.Hour) {
+		t.Error("something else was merged")
+	}
+}
