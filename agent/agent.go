@@ -25,6 +25,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 	"weir/agent/trust"
 	"weir/bpf"
@@ -169,8 +170,11 @@ func (a *Agent) start() (err error) {
 
 	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
 		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log}
-	if err := a.joinPeers(&options); err != nil {
+	if err := a.joinPeers(); err != nil {
 		return err
+	}
+	if a.peers != nil {
+		options.Peers = a.peers
 	}
 	a.registry = registry.New(options)
 	a.peers.serve(a.registry)
@@ -261,7 +265,8 @@ func (a *Agent) openData() error {
 	if a.conf.StoreSize == 0 {
 		a.conf.StoreSize = size / 10
 	}
-	a.store, err = store.Open(filepath.Join(a.conf.DataDir, "store"), store.Options{MaxBytes: a.conf.StoreSize, MinFree: size / 20, Log: a.log, Changed: a.storeChanged})
+	a.store, err = store.Open(filepath.Join(a.conf.DataDir, "store"), store.Options{MaxBytes: a.conf.StoreSize, MinFree: size / 20, Log: a.log,
+		Changed: func(d digest.Digest, kept bool) { a.peers.changed(d, kept) }})
 	if err != nil {
 		return fmt.Errorf("opening the store: %w", err)
 	}

@@ -23,7 +23,8 @@ import (
 // nothing.
 type peers struct {
 	*p2p.Node
-	agent *Agent
+	ctx   context.Context
+	store *store.Store
 	ready chan struct{} // closed once the registry is set
 	known *registry.Handler
 
@@ -43,7 +44,7 @@ type change struct {
 const foreignInterval = 10 * time.Second
 
 // joinPeers starts the peer side, if there is a swarm key.
-func (a *Agent) joinPeers(o *registry.Options) (err error) {
+func (a *Agent) joinPeers() (err error) {
 	if a.conf.SwarmKey == "" {
 		if len(a.conf.Peers) > 0 {
 			return errors.New("--peer without --swarm-key: peers are told by the key that they share; make one as the README shows, and give it to each node")
@@ -54,16 +55,22 @@ func (a *Agent) joinPeers(o *registry.Options) (err error) {
 	if err != nil {
 		return err
 	}
-	p := &peers{agent: a, ready: make(chan struct{}), wake: make(chan struct{}, 1)}
-	p.Node, err = p2p.New(p2p.Options{Listen: a.conf.PeerListen, Peers: a.conf.Peers, SwarmKey: key, Content: content{p},
+	a.peers, err = newPeers(a.ctx, a.store, p2p.Options{Listen: a.conf.PeerListen, Peers: a.conf.Peers, SwarmKey: key,
 		IdentityFile: filepath.Join(a.conf.DataDir, identityFile), UploadLimit: a.conf.PeerUpload, Log: a.log})
-	if err != nil {
-		return err
+	return err
+}
+
+// newPeers joins a store to the swarm until ctx is done.
+func newPeers(ctx context.Context, s *store.Store, o p2p.Options) (*peers, error) {
+	p := &peers{ctx: ctx, store: s, ready: make(chan struct{}), wake: make(chan struct{}, 1)}
+	o.Content = content{p}
+	var err error
+	if p.Node, err = p2p.New(o); err != nil {
+		return nil, err
 	}
-	a.peers, o.Peers = p, p
-	p.ProvideAll(a.store.Digests())
+	p.ProvideAll(s.Digests())
 	p.wg.Go(p.follow)
-	return nil
+	return p, nil
 }
 
 // serve lets peers ask for what the registries' handler knows.
@@ -77,13 +84,12 @@ func (p *peers) serve(h *registry.Handler) {
 func (p *peers) close() {
 	if p != nil {
 		p.wg.Wait() // it ends with the agent's context
-		p.Node.Close()
+		p.Close()
 	}
 }
 
-// storeChanged takes in that a blob came or went. It is called by the store.
-func (a *Agent) storeChanged(d digest.Digest, kept bool) {
-	p := a.peers
+// changed takes in that a blob came or went. It is called by the store.
+func (p *peers) changed(d digest.Digest, kept bool) {
 	if p == nil {
 		return
 	}
@@ -114,7 +120,7 @@ func (p *peers) follow() {
 			}
 		}
 		select {
-		case <-p.agent.ctx.Done():
+		case <-p.ctx.Done():
 			return
 		case <-p.wake:
 		case <-t.C:
@@ -125,7 +131,7 @@ func (p *peers) follow() {
 
 // lookAround provides what the content stores of others have by now.
 func (p *peers) lookAround(foreign map[string]map[digest.Digest]bool) {
-	dirs := p.agent.store.Foreign()
+	dirs := p.store.Foreign()
 	for _, dir := range dirs {
 		now := make(map[digest.Digest]bool)
 		names, err := os.ReadDir(filepath.Join(dir, digest.SHA256.String()))
@@ -149,7 +155,7 @@ func (p *peers) lookAround(foreign map[string]map[digest.Digest]bool) {
 			p.ProvideAll(came)
 		}
 		for d := range before {
-			if !now[d] && !p.agent.store.Has(d) {
+			if !now[d] && !p.store.Has(d) {
 				p.Withdraw(d)
 			}
 		}
@@ -180,17 +186,17 @@ func (c content) Recall(hash string) []byte {
 
 // Open implements p2p.Content.
 func (p *peers) Open(ctx context.Context, d digest.Digest) (*p2p.Blob, error) {
-	b, err := p.agent.store.Get(d)
+	b, err := p.store.Get(d)
 	if err == nil {
 		return &p2p.Blob{ReadSeekCloser: openBlob{b.Reader(), b}, Size: b.Size(), Kept: true}, nil
 	}
-	r, err := p.agent.store.Follow(ctx, d)
+	r, err := p.store.Follow(ctx, d)
 	switch {
 	case errors.Is(err, store.ErrNotFound):
 		return nil, p2p.ErrNotHere
 	case err != nil:
 		// It came to nothing, or is over by now.
-		if b, err := p.agent.store.Get(d); err == nil {
+		if b, err := p.store.Get(d); err == nil {
 			return &p2p.Blob{ReadSeekCloser: openBlob{b.Reader(), b}, Size: b.Size(), Kept: true}, nil
 		}
 		return nil, p2p.ErrNotHere
@@ -205,11 +211,11 @@ type openBlob struct {
 
 // Progress implements p2p.Content.
 func (p *peers) Progress(d digest.Digest) (arrived, size int64, kept bool, err error) {
-	if b, err := p.agent.store.Get(d); err == nil {
+	if b, err := p.store.Get(d); err == nil {
 		defer b.Close()
 		return b.Size(), b.Size(), true, nil
 	}
-	if arrived, size, err = p.agent.store.Arriving(d); err != nil {
+	if arrived, size, err = p.store.Arriving(d); err != nil {
 		return 0, 0, false, p2p.ErrNotHere
 	}
 	return arrived, size, false, nil

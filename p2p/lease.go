@@ -32,10 +32,10 @@ const (
 	// maxMessage bounds a question and an answer, in bytes.
 	maxMessage = 64 << 10
 	// askTime is how long a steward may take to answer.
-	askTime = 400 * time.Millisecond
+	askTime = time.Second
 	// walkTime is how long the search for the stewards may take, in a network
 	// so large that not everybody knows everybody.
-	walkTime = 500 * time.Millisecond
+	walkTime = 2 * time.Second
 	// answerTime is how long a question may take to arrive.
 	answerTime = 5 * time.Second
 	// maxEntries bounds the keys that a steward remembers, maxHolders the
@@ -400,10 +400,11 @@ func (n *Node) exchange(ctx context.Context, to peer.ID, q question) (answer, er
 func (n *Node) stewards(ctx context.Context, k key) []peer.ID {
 	rt := n.dht.RoutingTable()
 	target := kb.ConvertKey(string(k))
-	near := rt.NearestPeers(target, bucketSize)
+	near := rt.NearestPeers(target, replicas)
 	// When the bucket that the key falls into is full there may be others in
-	// it, which this node doesn't know.
-	if cpl := kb.CommonPrefixLen(target, kb.ConvertPeerID(n.host.ID())); rt.NPeersForCpl(uint(cpl)) >= bucketSize {
+	// it, which this node doesn't know. All have to agree on who is closest.
+	cpl := kb.CommonPrefixLen(target, kb.ConvertPeerID(n.host.ID()))
+	if rt.NPeersForCpl(uint(cpl)) >= bucketSize {
 		wctx, cancel := context.WithTimeout(ctx, walkTime)
 		if found, err := n.dht.GetClosestPeers(wctx, string(k)); err == nil {
 			near = found
@@ -431,6 +432,7 @@ func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 				continue
 			}
 			if q.Op == opWant {
+				n.log.Debug("a steward has answered", "steward", s, "rank", i, "key", q.Key, "fetch", a.Fetch, "avoid", len(q.Avoid))
 				note := question{Op: opNote, Key: q.Key}
 				if len(a.Sources) > 0 {
 					note.From = a.Sources[0].ID

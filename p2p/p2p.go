@@ -89,7 +89,9 @@ const DefaultPort = "5053"
 // Parameters of the DHT. Those of IPFS are for a network of strangers that
 // come and go; here the nodes are few, near, and known to each other.
 const (
-	bucketSize = 20
+	// bucketSize is so large that up to about a hundred nodes all know each
+	// other, and agree on everything without a question.
+	bucketSize = 64
 	// replicas is how many peers hold a provider record. The stewards, which
 	// are asked, are fewer, so that one that comes anew finds most of what it
 	// should know with its neighbours.
@@ -163,7 +165,7 @@ func New(o Options) (_ *Node, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("bounding the resources of peers: %w", err)
 	}
-	conns, err := connmgr.NewConnManager(400, 600)
+	conns, err := connmgr.NewConnManager(400, 500)
 	if err != nil {
 		return nil, err
 	}
@@ -369,6 +371,8 @@ type Status struct {
 	ID     string   `json:"id"`
 	Listen []string `json:"listen"`
 	Peers  []Peer   `json:"peers"`
+	// Known are the peers in the routing table of the DHT.
+	Known int `json:"known"`
 	// Sent are the bytes of blobs sent to peers, Sending the blobs that are
 	// being sent just now.
 	Sent    int64 `json:"sent_bytes"`
@@ -390,7 +394,7 @@ type Peer struct {
 
 // Status returns the node's present state.
 func (n *Node) Status() Status {
-	s := Status{ID: n.ID(), Peers: []Peer{}, Sent: n.serving.sent.Load(), Sending: n.serving.running(), Refused: n.serving.refused.Load(), Strangers: n.serving.strangers.Load()}
+	s := Status{ID: n.ID(), Peers: []Peer{}, Known: n.dht.RoutingTable().Size(), Sent: n.serving.sent.Load(), Sending: n.serving.running(), Refused: n.serving.refused.Load(), Strangers: n.serving.strangers.Load()}
 	for _, a := range n.host.Network().ListenAddresses() {
 		s.Listen = append(s.Listen, a.String())
 	}

@@ -268,7 +268,7 @@ func (b *body) Close() error {
 func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 	t := time.NewTicker(watchTime)
 	defer t.Stop()
-	last, idle, slow := b.at.Load(), 0, 0
+	last, idle, slow, mute := b.at.Load(), 0, 0, 0
 	for {
 		select {
 		case <-stop:
@@ -283,7 +283,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 		floor := max(b.s.pace/2, minPace)
 		if got >= floor || got > 0 && b.s.n.intake.get() >= float64(floor) {
 			// The node gets what it can take; what it takes is shared.
-			idle, slow = 0, 0
+			idle, slow, mute = 0, 0, 0
 			continue
 		}
 		st, err := b.ask(ctx)
@@ -291,8 +291,14 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 			return
 		}
 		switch {
+		case err != nil && !errors.Is(err, ErrNotHere):
+			if mute++; mute >= 3 && b.at.Load() == now {
+				b.leave("it doesn't answer", err)
+				return
+			}
+			continue
 		case err != nil:
-			b.leave("it doesn't answer", err)
+			b.leave("it doesn't have it any more", err)
 			return
 		case got == 0 && st.Arrived-now <= 1: // the last byte waits for the digest
 			if idle++; idle >= silent {

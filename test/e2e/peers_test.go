@@ -34,8 +34,8 @@ func cluster(t *testing.T, w *world, count int) (nodes []*lab.Node, agents []*la
 	}
 	for _, a := range agents {
 		if err := lab.Eventually(nil, func(context.Context) error {
-			if n := len(a.Status().Peers.Peers); n < count-1 {
-				return fmt.Errorf("%d peers, want %d", n, count-1)
+			if n := a.Status().Peers.Known; n < count-1 {
+				return fmt.Errorf("%d peers known, want %d", n, count-1)
 			}
 			return nil
 		}); err != nil {

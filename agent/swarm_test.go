@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
+	"weir/p2p"
+	"weir/proxy/registry"
+	"weir/proxy/store"
+)
+
+// origin is a registry that counts the bytes of blobs that leave it.
+type origin struct {
+	*httptest.Server
+	blobs map[digest.Digest][]byte
+	sent  atomic.Int64
+}
+
+func newOrigin(t testing.TB, sizes ...int) *origin {
+	o := &origin{blobs: make(map[digest.Digest][]byte)}
+	for i, n := range sizes {
+		b := make([]byte, n)
+		_, _ = rand.NewChaCha8([32]byte{byte(i)}).Read(b)
+		o.blobs[digest.FromBytes(b)] = b
+	}
+	o.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, ok := o.blobs[digest.Digest(r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:])]
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		http.ServeContent(countingWriter{w, &o.sent}, r, "", time.Time{}, bytes.NewReader(b))
+	}))
+	t.Cleanup(o.Close)
+	return o
+}
+
+type countingWriter struct {
+	http.ResponseWriter
+	n *atomic.Int64
+}
+
+func (w countingWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	w.n.Add(int64(n))
+	return n, err
+}
+
+// link is a node's connection to the world: all that it reads, and all that it
+// writes, shares a rate each.
+type link struct{ in, out *rate.Limiter }
+
+func newLink(perSecond int) *link {
+	l := func() *rate.Limiter { return rate.NewLimiter(rate.Limit(perSecond), 64<<10) }
+	return &link{l(), l()}
+}
+
+func (l *link) wrap(c net.Conn) net.Conn {
+	if l == nil {
+		return c
+	}
+	return limited{c, l}
+}
+
+type limited struct {
+	net.Conn
+	*link
+}
+
+func (c limited) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p[:min(len(p), 32<<10)])
+	_ = c.in.WaitN(context.Background(), n)
+	return n, err
+}
+
+func (c limited) Write(p []byte) (n int, err error) {
+	for len(p) > 0 && err == nil {
+		part := p[:min(len(p), 32<<10)]
+		_ = c.out.WaitN(context.Background(), len(part))
+		var k int
+		k, err = c.Conn.Write(part)
+		n += k
+		p = p[k:]
+	}
+	return n, err
+}
+
+// swarmNode is a node with the real store, registry protocol and peers, without
+// kernel and runtimes.
+type swarmNode struct {
+	peers *peers
+	url   string
+	stop  func()
+}
+
+var swarmTestKey = bytes.Repeat([]byte{3}, 32)
+
+func newSwarmNode(t testing.TB, o *origin, l *link, others ...string) *swarmNode {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	if os.Getenv("SWARM_LOG") != "" {
+		log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	n := &swarmNode{}
+	s, err := store.Open(t.TempDir(), store.Options{Log: log, Changed: func(d digest.Digest, kept bool) { n.peers.changed(d, kept) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(others) == 0 {
+		others = []string{"127.0.0.1:1"}
+	}
+	if n.peers, err = newPeers(ctx, s, p2p.Options{Listen: "127.0.0.1:0", Peers: others, SwarmKey: swarmTestKey, Log: log, Wrap: l.wrap}); err != nil {
+		t.Fatal(err)
+	}
+	h := registry.New(registry.Options{Store: s, Peers: n.peers, Log: log})
+	n.peers.serve(h)
+	tr := o.Client().Transport.(*http.Transport).Clone()
+	tr.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return l.wrap(c), nil
+	}
+	host := strings.TrimPrefix(o.URL, "https://")
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Host = host
+		h.Serve(w, r, registry.Upstream{Host: host, Transport: tr})
+	}))
+	n.url = srv.URL
+	n.stop = sync.OnceFunc(func() {
+		cancel()
+		n.peers.close()
+		srv.CloseClientConnections()
+		srv.Close()
+		h.Close()
+		s.Close()
+		tr.CloseIdleConnections()
+	})
+	t.Cleanup(n.stop)
+	return n
+}
+
+func (n *swarmNode) addr() string {
+	listen := n.peers.Status().Listen[0]
+	return "127.0.0.1:" + listen[strings.LastIndex(listen, "/")+1:]
+}
+
+// pull gets all blobs of an origin, some at a time, as runtimes do.
+func (n *swarmNode) pull(o *origin) error {
+	slots := make(chan struct{}, 3)
+	errs := make(chan error, len(o.blobs))
+	for d, want := range o.blobs {
+		slots <- struct{}{}
+		go func() {
+			defer func() { <-slots }()
+			errs <- n.blob(d, want)
+		}()
+	}
+	for range o.blobs {
+		if err := <-errs; err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (n *swarmNode) blob(d digest.Digest, want []byte) error {
+	resp, err := http.Get(n.url + "/v2/a/b/blobs/" + d.String())
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	got, err := io.ReadAll(resp.Body)
+	if err == nil && (resp.StatusCode != http.StatusOK || !bytes.Equal(got, want)) {
+		err = fmt.Errorf("%s: %d bytes of %d, or wrong ones", resp.Status, len(got), len(want))
+	}
+	return err
+}
+
+func newSwarm(t testing.TB, count int, o *origin, l func() *link) (all []*swarmNode) {
+	t.Helper()
+	first := newSwarmNode(t, o, l())
+	all = append(all, first)
+	for range count - 1 {
+		all = append(all, newSwarmNode(t, o, l(), first.addr()))
+	}
+	for _, n := range all {
+		for end := time.Now().Add(time.Minute); n.peers.Status().Known < count-1; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("a node knows %d others", n.peers.Status().Known)
+			}
+		}
+	}
+	return all
+}
+
+// Many nodes want the same at the same time: the registry sends it once.
+// SWARM_NODES and SWARM_SCALE make it more nodes, and a larger image.
+func TestSwarm(t *testing.T) {
+	count, scale := fromEnv(t, "SWARM_NODES", 16), fromEnv(t, "SWARM_SCALE", 2)
+	o := newOrigin(t, scale*(1<<20), scale*(512<<10), scale*(300<<10), scale*(100<<10), scale*(40<<10))
+	var size int
+	for _, b := range o.blobs {
+		size += len(b)
+	}
+	const perSecond = 2 << 20
+	all := newSwarm(t, count, o, func() *link { return newLink(perSecond) })
+	start := time.Now()
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var slowest time.Duration
+	for _, n := range all {
+		wg.Go(func() {
+			if err := n.pull(o); err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			slowest = max(slowest, time.Since(start))
+		})
+	}
+	wg.Wait()
+	if sent := o.sent.Load(); sent > int64(size)*110/100 {
+		t.Errorf("%d nodes took %d bytes of %d", count, sent, size)
+	}
+	t.Logf("the registry sent %.3f of the image; the last node got %.0f %% of what its link gives", float64(o.sent.Load())/float64(size), 100*float64(size)/perSecond/slowest.Seconds())
+}
+
+func fromEnv(t testing.TB, name string, n int) int {
+	t.Helper()
+	if s := os.Getenv(name); s != "" {
+		var err error
+		if n, err = strconv.Atoi(s); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+	}
+	return n
+}
