@@ -52,7 +52,8 @@ type Share interface {
 	Close(kept bool)
 }
 
-// peerTime is how long peers may take to say what they have, when it is small.
+// peerTime is how long peers may take to say who has a blob, and to give what is
+// small.
 const peerTime = 2 * time.Second
 
 // share finds out whether the blob is to be had from a peer, by this client. It
@@ -61,7 +62,9 @@ func (x *exchange) share() Share {
 	if x.h.peers == nil || !x.h.peers.Ready() {
 		return nil
 	}
-	share := x.h.peers.Want(x.r.Context(), x.target.digest, x.stats.pace.Load())
+	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
+	defer cancel()
+	share := x.h.peers.Want(ctx, x.target.digest, x.stats.pace.Load())
 	if share == nil || share.Mine() || x.permitted() {
 		return share
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"weir/proxy/store"
@@ -183,6 +184,10 @@ func TestPushFails(t *testing.T) {
 					t.Errorf("%q", s.left())
 				}
 				s.restart() // gives it up
+			}
+			// The client has its answer before the handler has tidied up.
+			for end := time.Now().Add(10 * time.Second); (len(s.left()) > 0 || s.store.Stats().Bytes != 0) && time.Now().Before(end); {
+				time.Sleep(5 * time.Millisecond)
 			}
 			if s.store.Has(d) || len(s.left()) > 0 || len(s.h.sessions.all) > 0 || s.store.Stats().Bytes != 0 {
 				t.Errorf("kept %v, left %q, sessions %v, %+v", s.store.Has(d), s.left(), s.h.sessions.all, s.store.Stats())
