@@ -14,7 +14,7 @@ DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build run test bench lint generate check-generated fuzz demo clean
+.PHONY: help build run test bench faults scale lint generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,7 @@ test: ## run all tests (as root; installs what they need)
 	$(MAKE) check-generated
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))"
 	$(GO) vet ./...
+	$(GO) vet -tags scale ./p2p
 	$(SUDO) env PATH="$$PATH" $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
 	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 18m ./test/...
 
@@ -39,6 +40,13 @@ bench: build ## measure: connect(), time to first byte, throughput, CPU, memory
 	@$(call need,$(TEST_PACKAGES) $(BENCH_PACKAGES))
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 2s ./bpf/... ./proxy/... ./p2p/...
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/...
+
+faults: ## break peers at random moments, a hundred pulls for each kind of fault
+	@$(call need,$(TEST_PACKAGES))
+	$(SUDO) env PATH="$$PATH" WEIR_FAULT_PULLS=100 $(GO) test -count=1 -v -timeout 60m -run '^TestFault' ./test/e2e
+
+scale: ## simulate swarms of 10, 100 and 1,000 nodes, and write test/SCALE.md
+	$(GO) test -tags scale -count=1 -v -timeout 60m -run '^TestScale$$' ./p2p -scale.out ../test/SCALE.md
 
 fuzz: ## fuzz each parser of outside bytes for a minute
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \

@@ -6,9 +6,11 @@ import (
 	"bytes"
 	"io"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // BenchmarkTransfer compares the transfers with streams of libp2p, for the same
@@ -21,6 +23,7 @@ func BenchmarkTransfer(b *testing.B) {
 	until(b, "the blob is found", func() bool { s := all[1].Want(b.Context(), d, 0); return s != nil && !s.Mine() })
 	b.Run("http", func(b *testing.B) {
 		b.SetBytes(int64(len(blob)))
+		defer reportCPU(b, len(blob))()
 		for b.Loop() {
 			body, _, err := all[1].Want(b.Context(), d, 0).Open(b.Context(), 0, -1)
 			if err != nil {
@@ -35,6 +38,7 @@ func BenchmarkTransfer(b *testing.B) {
 	})
 	b.Run("stream", func(b *testing.B) {
 		b.SetBytes(int64(len(blob)))
+		defer reportCPU(b, len(blob))()
 		for b.Loop() {
 			s, err := all[1].host.NewStream(b.Context(), all[0].host.ID(), "/weir/bench")
 			if err != nil {
@@ -85,5 +89,20 @@ func drain(b *testing.B, r io.ReadCloser, want int) {
 	defer r.Close()
 	if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, r, make([]byte, sendSize)); err != nil || n != int64(want) {
 		b.Fatalf("%d bytes, %v", n, err)
+	}
+}
+
+// reportCPU reports what both sides together use of the processors.
+func reportCPU(b *testing.B, size int) func() {
+	used := func() time.Duration {
+		var u unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+			b.Fatal(err)
+		}
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	before := used()
+	return func() {
+		b.ReportMetric((used()-before).Seconds()/(float64(b.N)*float64(size)/(1<<30)), "CPU-s/GiB")
 	}
 }

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
-	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -33,9 +32,9 @@ const (
 	maxMessage = 64 << 10
 	// askTime is how long a steward may take to answer.
 	askTime = time.Second
-	// walkTime is how long the search for the stewards may take, in a network
-	// so large that not everybody knows everybody.
-	walkTime = 2 * time.Second
+	// secondTime is how long the other stewards may take to say that they know
+	// more than the first one.
+	secondTime = 200 * time.Millisecond
 	// answerTime is how long a question may take to arrive.
 	answerTime = 5 * time.Second
 	// maxEntries bounds the keys that a steward remembers, maxHolders the
@@ -53,7 +52,9 @@ const (
 // question is what a steward is asked.
 type question struct {
 	Op  string `json:"op"`
-	Key key    `json:"key"`
+	Key key    `json:"key,omitempty"`
+	// Keys are those of opProvide.
+	Keys []key `json:"keys,omitempty"`
 	// Avoid are peers that the asker could not read it from.
 	Avoid []peer.ID `json:"avoid,omitempty"`
 	// From is the peer that the asker reads from, for opNote.
@@ -67,6 +68,8 @@ const (
 	opNote = "note" // I'm getting it
 	opHave = "have" // I have it
 	opGone = "gone" // I have it no more
+	// opProvide puts provider records into the DHT: I have all these.
+	opProvide = "provide"
 )
 
 // answer is what the steward says to opWant and opFind.
@@ -136,7 +139,9 @@ func parseQuestion(b []byte) (question, error) {
 	if err := json.Unmarshal(b, &q); err != nil {
 		return q, err
 	}
-	if q.Key == "" || len(q.Avoid) > maxAvoid || !slices.Contains([]string{opWant, opFind, opNote, opHave, opGone}, q.Op) {
+	one := q.Key != "" && len(q.Keys) == 0 && slices.Contains([]string{opWant, opFind, opNote, opHave, opGone}, q.Op)
+	many := q.Key == "" && len(q.Keys) <= maxKeys && q.Op == opProvide && !slices.Contains(q.Keys, "")
+	if !one && !many || len(q.Avoid) > maxAvoid {
 		return q, errors.New("not a question of the lease protocol")
 	}
 	return q, nil
@@ -310,6 +315,10 @@ func (l *ledger) lost(who peer.ID) {
 
 // judge answers a question as a steward.
 func (n *Node) judge(ctx context.Context, who peer.ID, q question) answer {
+	if q.Op == opProvide {
+		n.record(ctx, who, q.Keys)
+		return answer{}
+	}
 	if q.Op != opWant && q.Op != opFind {
 		n.ledger.take(q, who)
 		return answer{}
@@ -395,26 +404,6 @@ func (n *Node) exchange(ctx context.Context, to peer.ID, q question) (answer, er
 	return parseAnswer(b)
 }
 
-// stewards returns the peers closest to a key, this node among them if it is,
-// the closest first. Those that don't answer are left out.
-func (n *Node) stewards(ctx context.Context, k key) []peer.ID {
-	rt := n.dht.RoutingTable()
-	target := kb.ConvertKey(string(k))
-	near := rt.NearestPeers(target, replicas)
-	// When the bucket that the key falls into is full there may be others in
-	// it, which this node doesn't know. All have to agree on who is closest.
-	cpl := kb.CommonPrefixLen(target, kb.ConvertPeerID(n.host.ID()))
-	if rt.NPeersForCpl(uint(cpl)) >= bucketSize {
-		wctx, cancel := context.WithTimeout(ctx, walkTime)
-		if found, err := n.dht.GetClosestPeers(wctx, string(k)); err == nil {
-			near = found
-		}
-		cancel()
-	}
-	near = slices.DeleteFunc(near, func(p peer.ID) bool { return p == n.host.ID() || n.peers.isDown(p) })
-	return kb.SortClosestPeers(append(near, n.host.ID()), target)[:min(stewards, len(near)+1)]
-}
-
 // consult asks the stewards in their order for the first that answers, and
 // tells the others in the background. It returns false when nobody but this
 // node answers.
@@ -423,7 +412,7 @@ func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 		return answer{}, false
 	}
 	for range 2 { // those that don't answer make room for the next
-		all := n.stewards(ctx, q.Key)
+		all := n.closest(ctx, q.Key, stewards)
 		for i, s := range all {
 			a, err := n.ask(ctx, s, q)
 			if err != nil {
@@ -431,13 +420,19 @@ func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 				n.peers.down(s)
 				continue
 			}
+			others := slices.Delete(slices.Clone(all), i, i+1)
+			if len(a.Sources) == 0 {
+				if more := n.second(ctx, others, q); len(more) > 0 {
+					a = answer{Sources: more}
+				}
+			}
 			if q.Op == opWant {
 				n.log.Debug("a steward has answered", "steward", s, "rank", i, "key", q.Key, "fetch", a.Fetch, "avoid", len(q.Avoid))
 				note := question{Op: opNote, Key: q.Key}
 				if len(a.Sources) > 0 {
 					note.From = a.Sources[0].ID
 				}
-				n.tell(slices.Delete(slices.Clone(all), i, i+1), note)
+				n.tell(others, note)
 			}
 			return a, true
 		}
@@ -446,6 +441,28 @@ func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 		}
 	}
 	return answer{}, false
+}
+
+// second asks the other stewards who has something that the first one, which
+// may have come later, knows nothing of. It returns those who have all of it:
+// of two who are getting it, each could be told to read from the other.
+func (n *Node) second(ctx context.Context, others []peer.ID, q question) []source {
+	ctx, cancel := context.WithTimeout(ctx, secondTime)
+	defer cancel()
+	answers := make(chan answer, len(others))
+	for _, s := range others {
+		go func() {
+			a, _ := n.ask(ctx, s, question{Op: opFind, Key: q.Key, Avoid: q.Avoid})
+			answers <- a
+		}()
+	}
+	for range others {
+		a := <-answers
+		if kept := slices.DeleteFunc(a.Sources, func(s source) bool { return !s.Kept }); len(kept) > 0 {
+			return kept
+		}
+	}
+	return nil
 }
 
 // tell tells stewards something, in the background.

@@ -42,7 +42,6 @@ import (
 	leveldb "github.com/ipfs/go-ds-leveldb"
 	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
-	"github.com/libp2p/go-libp2p-kad-dht/provider"
 	"github.com/libp2p/go-libp2p-kad-dht/records"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
@@ -55,7 +54,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	ma "github.com/multiformats/go-multiaddr"
-	"github.com/multiformats/go-multihash"
 	"golang.org/x/time/rate"
 )
 
@@ -109,7 +107,6 @@ type Node struct {
 	host     host.Host
 	dht      *dht.IpfsDHT
 	records  *leveldb.Datastore
-	provider *provider.SweepingProvider
 	identity *libp2ptls.Identity
 	secret   []byte // proves membership on transfer connections
 	ledger   *ledger
@@ -119,6 +116,8 @@ type Node struct {
 	upload   *rate.Limiter
 	serving  serving
 	peers    reputation
+	provided *provided
+	regions  regions
 	intake   meter
 
 	ctx    context.Context
@@ -187,15 +186,26 @@ func New(o Options) (_ *Node, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening for peers on %s: %w; choose another address with --peer-listen", o.Listen, err)
 	}
-	if n.records, err = leveldb.NewDatastore("", nil); err != nil { // in memory
+	if err := n.join(); err != nil {
 		return nil, err
 	}
+	n.serveTransfers()
+	n.client = n.newClient()
+	n.discover()
+	return n, nil
+}
+
+// join makes the node's host a member of the DHT and a steward.
+func (n *Node) join() (err error) {
+	n.records, err = leveldb.NewDatastore("", nil) // in memory
+	if err != nil {
+		return err
+	}
 	if n.dht, err = newDHT(n.host, n.records); err != nil {
-		return nil, fmt.Errorf("starting the DHT: %w", err)
+		return fmt.Errorf("starting the DHT: %w", err)
 	}
-	if n.provider, err = newProvider(n.host, n.dht); err != nil {
-		return nil, fmt.Errorf("starting to provide: %w", err)
-	}
+	n.provided = newProvided()
+	n.wg.Go(n.keepProviding)
 	n.host.Network().Notify(&network.NotifyBundle{
 		ConnectedF: func(_ network.Network, c network.Conn) { n.peers.up(c.RemotePeer()) },
 		DisconnectedF: func(net network.Network, c network.Conn) {
@@ -206,10 +216,7 @@ func New(o Options) (_ *Node, err error) {
 		},
 	})
 	n.host.SetStreamHandler(leaseProtocol, n.answerLease)
-	n.serveTransfers()
-	n.client = n.newClient()
-	n.discover()
-	return n, nil
+	return nil
 }
 
 // onlyWarnings keeps libp2p's chatter out of the log.
@@ -240,23 +247,6 @@ func newDHT(h host.Host, store *leveldb.Datastore) (*dht.IpfsDHT, error) {
 		dht.ProviderManagerOpts(records.ProvideValidity(2*reprovide+30*time.Minute), records.CleanupInterval(reprovide/2)))
 }
 
-func newProvider(h host.Host, d *dht.IpfsDHT) (*provider.SweepingProvider, error) {
-	return provider.New(
-		provider.WithHost(h),
-		provider.WithRouter(d),
-		provider.WithMessageSender(d.MessageSender()),
-		provider.WithSelfAddrs(h.Addrs),
-		provider.WithAddLocalRecord(func(ctx context.Context, mh multihash.Multihash) error {
-			return d.ProviderStore().AddProvider(ctx, mh, peer.AddrInfo{ID: h.ID()})
-		}),
-		provider.WithReplicationFactor(replicas),
-		provider.WithReprovideInterval(reprovide),
-		provider.WithMaxReprovideDelay(reprovide/4),
-		provider.WithOfflineDelay(time.Minute),
-		provider.WithConnectivityCheckOnlineInterval(10*time.Second),
-	)
-}
-
 // Close leaves the swarm and waits for what runs.
 func (n *Node) Close() {
 	n.cancel()
@@ -267,9 +257,6 @@ func (n *Node) Close() {
 		n.client.CloseIdleConnections()
 	}
 	var errs []error
-	if n.provider != nil {
-		errs = append(errs, n.provider.Close())
-	}
 	if n.dht != nil {
 		errs = append(errs, n.dht.Close())
 	}

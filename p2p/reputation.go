@@ -34,6 +34,8 @@ type record struct {
 	downUntil, slowUntil, shunUntil time.Time
 	strikes                         int
 	received                        int64
+	provided                        int // records since
+	since                           time.Time
 }
 
 func newReputation() reputation {
@@ -92,4 +94,16 @@ func (r reputation) isSlow(p peer.ID) (is bool) {
 func (r reputation) shunned(p peer.ID) (is bool) {
 	r.with(p, func(x *record) { is = r.now().Before(x.shunUntil) })
 	return is
+}
+
+// provides says whether so many records more are taken from a peer.
+func (r reputation) provides(p peer.ID, records int) (ok bool) {
+	r.with(p, func(x *record) {
+		if now := r.now(); now.Sub(x.since) > reprovide {
+			x.since, x.provided = now, 0
+		}
+		x.provided += records
+		ok = x.provided <= maxProvided
+	})
+	return ok
 }

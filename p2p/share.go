@@ -215,14 +215,9 @@ func (s *Share) Wrong() {
 
 // Close ends the share. A node that didn't keep the blob is no source of it.
 func (s *Share) Close(kept bool) {
-	if kept || s.n.ctx.Err() != nil {
-		return
+	if !kept {
+		s.n.tellStewards(question{Op: opGone, Key: s.key})
 	}
-	s.n.wg.Go(func() {
-		ctx, cancel := context.WithTimeout(s.n.ctx, answerTime)
-		defer cancel()
-		s.n.tell(s.n.stewards(ctx, s.key), question{Op: opGone, Key: s.key})
-	})
 }
 
 // body is a blob that comes from a peer.

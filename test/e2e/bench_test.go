@@ -10,7 +10,9 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -189,4 +191,61 @@ func BenchmarkBlob(b *testing.B) {
 		run(b, "crane", "ghcr.io")
 	})
 	b.Run("store", func(b *testing.B) { run(b, "crane", "ghcr.io") })
+}
+
+// BenchmarkColdBurst has 8 nodes with containerd pull an image of 1 GiB at the
+// same time, over an uplink of 200 Mbit/s that they share, and compares that
+// with one node alone, without weir. All nodes share this machine's processors.
+func BenchmarkColdBurst(b *testing.B) {
+	const count, mbit = 8, 200
+	for b.Loop() {
+		w := newWorld(b)
+		im := lab.Image{Seed: 5, Padded: true}
+		for _, kib := range []int{320 << 10, 200 << 10, 140 << 10, 100 << 10, 70 << 10, 50 << 10, 40 << 10, 30 << 10, 20 << 10, 16 << 10,
+			12 << 10, 8 << 10, 6 << 10, 4 << 10, 3 << 10, 2 << 10, 1536, 700, 650, 32} {
+			im.Layers = append(im.Layers, kib<<10)
+		}
+		pushed := w.hub.Push("acme/large:1", im)
+		pull := func(c *lab.Containerd) time.Duration {
+			start := time.Now()
+			if err := c.TryPull("acme/large:1"); err != nil {
+				b.Error(err)
+			}
+			return time.Since(start)
+		}
+		w.Shape(mbit)
+		node := w.Node()
+		c := node.NewestContainerd()
+		alone := pull(c)
+		c.Remove("acme/large:1", pushed)
+		c.Stop()
+		nodes, agents := cluster(b, w, count)
+		var all []*lab.Containerd
+		for i, n := range nodes {
+			c := n.NewestContainerd()
+			agents[i].Runtime(c.PID())
+			all = append(all, c)
+		}
+		w.forget()
+		times := make([]time.Duration, count)
+		var wg sync.WaitGroup
+		for i, c := range all {
+			wg.Go(func() { times[i] = pull(c) })
+		}
+		wg.Wait()
+		for _, c := range all {
+			c.Same("acme/large:1", pushed)
+		}
+		last := slices.Max(times)
+		share := float64(w.hub.Log.BlobBytes()) / float64(pushed.Bytes)
+		b.ReportMetric(alone.Seconds(), "s-alone")
+		b.ReportMetric(last.Seconds(), "s-last")
+		b.ReportMetric(share, "images-from-upstream")
+		if share > 1.05 {
+			b.Errorf("the registry sent %.3f of the image", share)
+		}
+		if last > alone*13/10 {
+			b.Errorf("the last node was done after %s, one alone after %s", last, alone)
+		}
+	}
 }

@@ -112,6 +112,8 @@ func client(what string, args []string) error {
 			return err
 		}
 		return push(args[0], args[1], size)
+	case "liar": // KEYFILE KIND PEER DIGEST=SIZE...
+		return lie(args[0], args[1], args[2], args[3:])
 	case "raw": // registry, repository, "blobs" or "manifests", reference; without credentials
 		c := http.Client{Timeout: 20 * time.Second}
 		resp, err := c.Get("https://" + args[0] + "/v2/" + args[1] + "/" + args[2] + "/" + args[3])

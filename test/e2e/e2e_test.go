@@ -33,7 +33,7 @@ type world struct {
 	flyway, renovate lab.Pushed
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{Internet: lab.NewInternet(t)}
 	w.hub, w.ghcr = w.DockerHub(), w.Registry("ghcr.io")

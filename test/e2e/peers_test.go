@@ -10,9 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
 
 	"weir/test/lab"
 )
@@ -20,7 +18,7 @@ import (
 const swarmKey = "/key/swarm/psk/1.0.0/\n/base16/\n%s\n"
 
 // cluster makes nodes whose agents are peers of each other.
-func cluster(t *testing.T, w *world, count int) (nodes []*lab.Node, agents []*lab.Agent) {
+func cluster(t testing.TB, w *world, count int) (nodes []*lab.Node, agents []*lab.Agent) {
 	t.Helper()
 	var peers []string
 	for range count {
@@ -146,54 +144,58 @@ func TestPeersBurst(t *testing.T) {
 	}
 }
 
-// The node that fetches, and that others read from, is killed in the middle: no
-// pull of another node fails.
-func TestPeersDie(t *testing.T) {
+// Nodes that come one after another, different images with the same layers, and
+// the same image for different platforms: each blob leaves the registry once.
+func TestPeersMixed(t *testing.T) {
 	w := newWorld(t)
-	nodes, agents := cluster(t, w, 4)
-	var all []*lab.Containerd
-	for _, n := range nodes[1:] {
-		all = append(all, n.Containerd())
+	one := w.hub.Push("acme/one:1", lab.Image{Layers: []int{12 << 20, 6 << 20, 2 << 20}, Seed: 31, Index: true})
+	two := w.hub.Push("acme/two:1", lab.Image{Layers: []int{12 << 20, 6 << 20, 3 << 20}, Seed: 31})
+	if one.Layers[1] != two.Layers[1] || one.Layers[2] == two.Layers[2] {
+		t.Fatal("the images don't share what they should")
 	}
-	victim := nodes[0].Containerd()
-	nodes[0].Shape(100)
-	for i := range 6 {
-		ref := fmt.Sprintf("acme/dies:%d", i)
-		im := w.hub.Push(ref, lab.Image{Layers: []int{8 << 20, 5 << 20}, Seed: uint64(200 + i)})
-		first := make(chan error, 1)
-		go func() { first <- victim.TryPull(ref) }()
-		// The victim is in the middle of it.
-		if err := lab.Eventually(nil, func(context.Context) error {
-			if agents[0].Status().Store.Running == 0 {
-				return errors.New("not begun")
-			}
-			return nil
-		}); err != nil {
-			t.Fatal(err)
-		}
-		var wg sync.WaitGroup
-		for _, c := range all {
-			wg.Go(func() {
-				if err := c.TryPull(ref); err != nil {
-					t.Errorf("pull %d: %v", i, err)
+	size := one.Bytes + two.Sizes[2]
+	nodes, agents := cluster(t, w, 5)
+	var all []*lab.Containerd
+	for i, n := range nodes[:4] {
+		c := n.Containerd()
+		agents[i].Runtime(c.PID())
+		n.Shape(100)
+		all = append(all, c)
+	}
+	w.forget()
+	var wg sync.WaitGroup
+	for i, c := range all {
+		// Each begins when the one before is in the middle of it.
+		if i > 0 {
+			if err := lab.Eventually(nil, func(context.Context) error {
+				if s := agents[i-1].Status().Store; s.Running == 0 && s.Blobs == 0 {
+					return errors.New("not begun")
 				}
-			})
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
 		}
-		time.Sleep(time.Duration(i) * 60 * time.Millisecond) // the fault's moment, which nothing depends on
-		agents[0].Signal(syscall.SIGKILL)
-		wg.Wait()
-		for _, c := range all {
+		im, ref := one, "acme/one:1"
+		if i%2 == 1 {
+			im, ref = two, "acme/two:1"
+		}
+		wg.Go(func() {
+			if err := c.TryPull(ref); err != nil {
+				t.Error(err)
+			}
 			c.Same(ref, im)
-			c.Remove(ref, im)
+		})
+	}
+	// Another platform's, which has one of the layers.
+	wg.Go(func() {
+		if out, err := nodes[4].Output(nodes[4].As(lab.Tool(t, "crane"), "crane"), "pull", "--platform=linux/s390x", "acme/one:1", "/var/lib/other.tar"); err != nil {
+			t.Error(out, err)
 		}
-		// containerd 1.6 doesn't repeat a request that was cut before its
-		// answer began; whoever wanted the image tries again.
-		if err := <-first; err != nil {
-			t.Logf("the victim's own pull %d: %v", i, err)
-			victim.Pull(ref)
-		}
-		agents[0].Kill()
-		agents[0].Start()
+	})
+	wg.Wait()
+	if n := w.hub.Log.BlobBytes(); n > size*105/100 {
+		t.Errorf("%d blob bytes left the registry, for %d\n%s", n, size, w.hub.Log)
 	}
 }
 

@@ -32,10 +32,12 @@ import (
 // its own, with a certificate of the internet's CA.
 type Internet struct {
 	t     testing.TB
-	space *space
-	ca    *x509.Certificate
-	key   *ecdsa.PrivateKey
-	nodes atomic.Int64
+	space *space // where the hosts are
+	// router is between the hosts and the nodes.
+	router *space
+	ca     *x509.Certificate
+	key    *ecdsa.PrivateKey
+	nodes  atomic.Int64
 
 	mu     sync.Mutex
 	hosts  map[string][]netip.Addr
@@ -96,10 +98,67 @@ mount -t tmpfs tmpfs /var/lib
 mkdir -p /var/lib/home
 ip link set lo up
 ip addr add 203.0.113.1/32 dev lo # where nodes ask for names that they don't know: refused at once
+`)
+	in.router = newSpace(t, "the router", nil, nil, unix.CLONE_NEWNET, `
+ip link set lo up
 sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 `)
+	in.space.Run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "world", "netns", in.router.pid())
+	up(in.space, "uplink", "10.76.0.1/30", "2001:db8:76::1/64")
+	up(in.router, "world", "10.76.0.2/30", "2001:db8:76::2/64")
+	for s, routes := range map[*space][][2]string{in.space: {{"default", "10.76.0.2"}, {"default", "2001:db8:76::2"}},
+		in.router: {{"203.0.113.0/24", "10.76.0.1"}, {"2001:db8:113::/64", "2001:db8:76::1"}}} {
+		for _, r := range routes {
+			s.Run("ip", "route", "add", r[0], "via", r[1])
+		}
+	}
 	in.makeCA("the lab's internet CA")
 	return in
+}
+
+// up gives a device its addresses.
+func up(s *space, dev, v4, v6 string) {
+	s.t.Helper()
+	s.Run("ip", "link", "set", dev, "up")
+	s.Run("ip", "addr", "add", v4, "dev", dev)
+	s.Run("ip", "addr", "add", v6, "dev", dev, "nodad")
+}
+
+// Shape limits the rate at which all nodes together get bytes from the hosts.
+func (in *Internet) Shape(mbit int) {
+	in.t.Helper()
+	shape(in.space, "uplink", mbit)
+}
+
+// Part cuts the network between nodes and all other nodes, but not between them
+// and the hosts. What it returns mends it.
+func (in *Internet) Part(nodes ...*Node) (mend func()) {
+	in.t.Helper()
+	// Traffic between nodes that both are on one side comes back to the rule's
+	// end, so it is let through first.
+	in.router.Run("iptables", "-N", "part")
+	for _, a := range nodes {
+		for _, b := range nodes {
+			in.router.Run("iptables", "-A", "part", "-s", a.Addr().String(), "-d", b.Addr().String(), "-j", "RETURN")
+		}
+	}
+	for _, a := range nodes {
+		in.router.Run("iptables", "-A", "part", "-s", a.Addr().String(), "-d", "10.77.0.0/16", "-j", "DROP")
+		in.router.Run("iptables", "-A", "part", "-s", "10.77.0.0/16", "-d", a.Addr().String(), "-j", "DROP")
+	}
+	in.router.Run("iptables", "-I", "FORWARD", "-j", "part")
+	return func() {
+		in.t.Helper()
+		in.router.Run("iptables", "-D", "FORWARD", "-j", "part")
+		in.router.Run("iptables", "-F", "part")
+		in.router.Run("iptables", "-X", "part")
+	}
+}
+
+// shape limits what leaves by a device.
+func shape(s *space, dev string, mbit int) {
+	s.t.Helper()
+	s.Run("tc", "qdisc", "replace", "dev", dev, "root", "tbf", "rate", fmt.Sprintf("%dmbit", mbit), "burst", "256kb", "latency", "200ms")
 }
 
 // makeCA makes a CA of that name.

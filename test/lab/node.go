@@ -64,13 +64,8 @@ func (in *Internet) Node() *Node {
 sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 `)
 	k := n.number
-	in.space.Run("ip", "link", "add", fmt.Sprintf("node%d", k), "type", "veth", "peer", "name", "eth0", "netns", n.pid())
-	up := func(s *space, dev, v4, v6 string) {
-		s.Run("ip", "link", "set", dev, "up")
-		s.Run("ip", "addr", "add", v4, "dev", dev)
-		s.Run("ip", "addr", "add", v6, "dev", dev, "nodad")
-	}
-	up(in.space, fmt.Sprintf("node%d", k), fmt.Sprintf("10.77.%d.1/24", k), fmt.Sprintf("2001:db8:77:%d::1/64", k))
+	in.router.Run("ip", "link", "add", fmt.Sprintf("node%d", k), "type", "veth", "peer", "name", "eth0", "netns", n.pid())
+	up(in.router, fmt.Sprintf("node%d", k), fmt.Sprintf("10.77.%d.1/24", k), fmt.Sprintf("2001:db8:77:%d::1/64", k))
 	up(n.space, "eth0", fmt.Sprintf("10.77.%d.2/24", k), fmt.Sprintf("2001:db8:77:%d::2/64", k))
 	n.Run("ip", "route", "add", "default", "via", fmt.Sprintf("10.77.%d.1", k))
 	n.Run("ip", "-6", "route", "add", "default", "via", fmt.Sprintf("2001:db8:77:%d::1", k))
@@ -89,11 +84,11 @@ func (n *Node) files() string {
 	return fmt.Sprintf(ownFiles, filepath.Join(dir, "own"), filepath.Join(dir, "hosts"), filepath.Join(dir, "ca.pem"))
 }
 
-// Shape limits the rate at which the node gets bytes from the internet.
+// Shape limits the rate at which the node gets bytes from the internet and
+// from other nodes.
 func (n *Node) Shape(mbit int) {
 	n.t.Helper()
-	n.in.space.Run("tc", "qdisc", "replace", "dev", fmt.Sprintf("node%d", n.number), "root", "tbf",
-		"rate", fmt.Sprintf("%dmbit", mbit), "burst", "256kb", "latency", "200ms")
+	shape(n.in.router, fmt.Sprintf("node%d", n.number), mbit)
 }
 
 // Box makes a network and a mount namespace on the node, as a container with a
@@ -112,8 +107,14 @@ func (n *Node) Box() *Node {
 	b.Run("ip", "link", "set", "eth0", "up")
 	b.Run("ip", "addr", "add", fmt.Sprintf("10.78.%d.2/24", sub), "dev", "eth0")
 	b.Run("ip", "route", "add", "default", "via", fmt.Sprintf("10.78.%d.1", sub))
-	n.in.space.Run("ip", "route", "add", fmt.Sprintf("10.78.%d.0/24", sub), "via", fmt.Sprintf("10.77.%d.2", n.number))
+	n.in.router.Run("ip", "route", "add", fmt.Sprintf("10.78.%d.0/24", sub), "via", fmt.Sprintf("10.77.%d.2", n.number))
 	return b
+}
+
+// Spawn starts a program that runs until it is stopped.
+func (n *Node) Spawn(name string, args ...string) *Process {
+	n.t.Helper()
+	return n.start(name, nil, args...)
 }
 
 // EmptyCgroup is a cgroup of the node in which no process is: an agent for it

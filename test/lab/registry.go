@@ -391,6 +391,10 @@ type Image struct {
 	Seed uint64
 	// OCI makes it OCI media types instead of Docker's.
 	OCI bool
+	// Padded puts the content behind the end of the layer's archive, where it is
+	// carried and verified but not unpacked: for images that would be too large
+	// for many nodes on one machine.
+	Padded bool
 	// Index puts it into an index, beside one for another platform.
 	Index bool
 }
@@ -402,6 +406,7 @@ type Pushed struct {
 	Manifest digest.Digest // of this machine's platform
 	Config   digest.Digest
 	Layers   []digest.Digest
+	Sizes    []int64 // of the layers
 	DiffIDs  []digest.Digest
 	Bytes    int64 // of config and layers
 }
@@ -438,10 +443,10 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 	}
 	var layers []descriptor
 	for i, size := range im.Layers {
-		layer, diff := makeLayer(im.Seed<<8+uint64(i), size)
+		layer, diff := makeLayer(im.Seed<<8+uint64(i), size, im.Padded)
 		d := put("layer", layer)
 		layers = append(layers, d)
-		p.Layers, p.DiffIDs = append(p.Layers, d.Digest), append(p.DiffIDs, diff)
+		p.Layers, p.Sizes, p.DiffIDs = append(p.Layers, d.Digest), append(p.Sizes, d.Size), append(p.DiffIDs, diff)
 	}
 	config, _ := json.Marshal(map[string]any{
 		"architecture": "amd64", "os": "linux", "created": "2020-01-01T00:00:00Z", "config": map[string]any{"Cmd": []string{"/nothing"}},
@@ -476,15 +481,25 @@ func history(n int) (h []map[string]string) {
 	return h
 }
 
-// makeLayer makes a layer with a file of random content.
-func makeLayer(seed uint64, size int) (layer []byte, diffID digest.Digest) {
+// makeLayer makes a layer with a file of random content, or with an empty file
+// and the content behind it.
+func makeLayer(seed uint64, size int, padded bool) (layer []byte, diffID digest.Digest) {
 	content := make([]byte, size)
 	_, _ = rand.NewChaCha8(sha256.Sum256(fmt.Append(nil, seed))).Read(content)
 	var plain, packed bytes.Buffer
 	tw := tar.NewWriter(&plain)
-	_ = tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("file-%d", seed), Mode: 0o644, Size: int64(size)})
-	_, _ = tw.Write(content)
+	h := &tar.Header{Name: fmt.Sprintf("file-%d", seed), Mode: 0o644, Size: int64(size)}
+	if padded {
+		h.Size = 0
+	}
+	_ = tw.WriteHeader(h)
+	if !padded {
+		_, _ = tw.Write(content)
+	}
 	tw.Close()
+	if padded {
+		plain.Write(content)
+	}
 	gz, _ := gzip.NewWriterLevel(&packed, gzip.NoCompression)
 	_, _ = gz.Write(plain.Bytes())
 	gz.Close()
@@ -494,7 +509,7 @@ func makeLayer(seed uint64, size int) (layer []byte, diffID digest.Digest) {
 func (r *Registry) upload(repo string, d digest.Digest, b []byte) {
 	t := r.in.t
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
 	defer cancel()
 	resp, err := r.do(ctx, "POST", "/v2/"+repo+"/blobs/uploads/", "", nil)
 	if err != nil {
