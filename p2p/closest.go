@@ -40,7 +40,7 @@ func (n *Node) near(ctx context.Context, k key, target kb.ID) []peer.ID {
 	// in it that this node doesn't know.
 	cpl := kb.CommonPrefixLen(target, kb.ConvertPeerID(n.host.ID()))
 	if rt.NPeersForCpl(uint(cpl)) < bucketSize {
-		return rt.NearestPeers(target, bucketSize)
+		return rt.NearestPeers(target, 2*replicas)
 	}
 	if peers, ok := n.regions.get(target); ok {
 		return peers
@@ -49,7 +49,7 @@ func (n *Node) near(ctx context.Context, k key, target kb.ID) []peer.ID {
 	defer cancel()
 	found, err := n.dht.GetClosestPeers(ctx, string(k))
 	if err != nil {
-		return rt.NearestPeers(target, bucketSize)
+		return rt.NearestPeers(target, 2*replicas)
 	}
 	n.regions.put(target, found)
 	return found

@@ -98,6 +98,9 @@ const (
 	// in memory, so this is how long a restarted steward may know less.
 	reprovide = time.Hour
 	stewards  = 3
+	// When there are manyConns connections, those that matter least are closed
+	// until there are fewConns.
+	fewConns, manyConns = 400, 500
 )
 
 // Node is this node among its peers.
@@ -164,7 +167,7 @@ func New(o Options) (_ *Node, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("bounding the resources of peers: %w", err)
 	}
-	conns, err := connmgr.NewConnManager(400, 500)
+	conns, err := connmgr.NewConnManager(fewConns, manyConns)
 	if err != nil {
 		return nil, err
 	}
@@ -196,12 +199,13 @@ func New(o Options) (_ *Node, err error) {
 }
 
 // join makes the node's host a member of the DHT and a steward.
-func (n *Node) join() (err error) {
-	n.records, err = leveldb.NewDatastore("", nil) // in memory
+func (n *Node) join(more ...dht.Option) (err error) {
+	// In memory, and no more of it than a node's records need.
+	n.records, err = leveldb.NewDatastore("", &leveldb.Options{WriteBuffer: 512 << 10, BlockCacheCapacity: 512 << 10})
 	if err != nil {
 		return err
 	}
-	if n.dht, err = newDHT(n.host, n.records); err != nil {
+	if n.dht, err = newDHT(n.host, n.records, more...); err != nil {
 		return fmt.Errorf("starting the DHT: %w", err)
 	}
 	n.provided = newProvided()
@@ -237,14 +241,14 @@ func (h onlyWarnings) WithGroup(name string) slog.Handler {
 	return onlyWarnings{h.Handler.WithGroup(name)}
 }
 
-func newDHT(h host.Host, store *leveldb.Datastore) (*dht.IpfsDHT, error) {
-	return dht.New(h,
+func newDHT(h host.Host, store *leveldb.Datastore, more ...dht.Option) (*dht.IpfsDHT, error) {
+	return dht.New(h, append(more,
 		dht.ProtocolPrefix("/weir"),
 		dht.Mode(dht.ModeServer),
 		dht.BucketSize(bucketSize),
 		dht.DisableValues(),
 		dht.ProviderDatastore(store),
-		dht.ProviderManagerOpts(records.ProvideValidity(2*reprovide+30*time.Minute), records.CleanupInterval(reprovide/2)))
+		dht.ProviderManagerOpts(records.ProvideValidity(2*reprovide+30*time.Minute), records.CleanupInterval(reprovide/2)))...)
 }
 
 // Close leaves the swarm and waits for what runs.

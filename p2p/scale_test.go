@@ -23,12 +23,15 @@ import (
 	"testing"
 	"time"
 
+	dht "github.com/libp2p/go-libp2p-kad-dht"
+	coremgr "github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/core/routing"
+	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	mocknet "github.com/libp2p/go-libp2p/p2p/net/mock"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/opencontainers/go-digest"
@@ -56,7 +59,10 @@ type traffic struct {
 type countedHost struct {
 	host.Host
 	*traffic
+	conns *connmgr.BasicConnMgr
 }
+
+func (h countedHost) ConnManager() coremgr.ConnManager { return h.conns }
 
 type countedStream struct {
 	network.Stream
@@ -100,9 +106,14 @@ func simulated(t *testing.T, count int, sent *traffic) []*Node {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n := &Node{log: slog.New(slog.NewTextHandler(io.Discard, nil)), ledger: newLedger(), peers: newReputation(), serving: newServing(), host: countedHost{h, sent}}
+		conns, err := connmgr.NewConnManager(fewConns, manyConns)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.Network().Notify(conns.Notifee())
+		n := &Node{log: slog.New(slog.NewTextHandler(io.Discard, nil)), ledger: newLedger(), peers: newReputation(), serving: newServing(), host: countedHost{h, sent, conns}}
 		n.ctx, n.cancel = context.WithCancel(context.Background())
-		if err := n.join(); err != nil {
+		if err := n.join(dht.DisableAutoRefresh()); err != nil {
 			t.Fatal(err)
 		}
 		all = append(all, n)
@@ -127,9 +138,7 @@ func simulated(t *testing.T, count int, sent *traffic) []*Node {
 			}
 		}
 	}
-	for range 2 {
-		each(all, func(n *Node) { <-n.dht.RefreshRoutingTable() })
-	}
+	each(all, func(n *Node) { <-n.dht.RefreshRoutingTable() })
 	return all
 }
 
@@ -142,17 +151,6 @@ func each(all []*Node, f func(*Node)) {
 		wg.Go(func() { defer func() { <-slots }(); f(n) })
 	}
 	wg.Wait()
-}
-
-// settle waits until nothing is sent any more.
-func (s *traffic) settle() {
-	for quiet, last := 0, int64(-1); quiet < 5; time.Sleep(time.Second) {
-		now := s.messages.Load()
-		if quiet++; now-last > 20 { // identify and the like never rest
-			quiet = 0
-		}
-		last = now
-	}
 }
 
 func memory() (heap uint64) {
@@ -204,7 +202,6 @@ func scale(t *testing.T, count, digests, lookups int) row {
 	before := memory()
 	start := time.Now()
 	all := simulated(t, count, &sent)
-	sent.settle()
 	r := row{nodes: count}
 	r.empty = float64(memory()-before) / float64(count) / (1 << 20)
 	for _, n := range all {
@@ -220,13 +217,13 @@ func scale(t *testing.T, count, digests, lookups int) row {
 	per := func(now, was int64, times float64) float64 { return float64(now-was) * times / float64(count) }
 	r.refreshMessages, r.refreshByte = per(sent.messages.Load(), m, 6), per(sent.bytes.Load(), b, 6)
 	for i, n := range all {
-		var mine []digest.Digest
+		var mine []key
 		for k := range digests {
-			mine = append(mine, scaleDigest(i, k))
+			mine = append(mine, must(keyOf(scaleDigest(i, k))))
 		}
-		n.ProvideAll(mine)
+		n.provided.add(mine...)
 	}
-	sent.settle()
+	each(all, func(n *Node) { n.putRecords(t.Context(), n.provided.due(-1, true)) })
 	// All that each node has is provided again once an hour.
 	m, b = sent.messages.Load(), sent.bytes.Load()
 	each(all, func(n *Node) {
@@ -234,7 +231,6 @@ func scale(t *testing.T, count, digests, lookups int) row {
 			n.putRecords(t.Context(), n.provided.due(part, false))
 		}
 	})
-	sent.settle()
 	r.messages, r.bytes = per(sent.messages.Load(), m, 1), per(sent.bytes.Load(), b, 1)
 	r.full = float64(memory()-before) / float64(count) / (1 << 20)
 	t.Logf("%d nodes have provided after %s", count, time.Since(start).Round(time.Second))
@@ -246,10 +242,7 @@ func scale(t *testing.T, count, digests, lookups int) row {
 	for range lookups {
 		holder := mrand.IntN(count)
 		asker := all[(holder+1+mrand.IntN(count-1))%count]
-		k, err := keyOf(scaleDigest(holder, mrand.IntN(digests)))
-		if err != nil {
-			t.Fatal(err)
-		}
+		k := must(keyOf(scaleDigest(holder, mrand.IntN(digests))))
 		ctx, cancel := context.WithCancel(t.Context())
 		ctx, ch := routing.RegisterForQueryEvents(ctx)
 		var events []*routing.QueryEvent
