@@ -39,6 +39,7 @@ test: ## run all tests (as root; installs what they need)
 bench: build ## measure: connect(), time to first byte, throughput, CPU, memory
 	@$(call need,$(TEST_PACKAGES) $(BENCH_PACKAGES))
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 2s ./bpf/... ./proxy/... ./p2p/...
+	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x ./agent
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/...
 
 faults: ## break peers at random moments, a hundred pulls for each kind of fault

@@ -24,6 +24,10 @@ const (
 	// more than it has sent, before it is left: it waits for the upstream, as
 	// this node would.
 	silent = 20
+	// stalled is how often in a row a peer may send nothing though it has more,
+	// stalledAtFirst that before the first byte, when both sides may have much to
+	// begin at the same time.
+	stalled, stalledAtFirst = 2, 3
 	// slack is how far a peer may be ahead of what it has sent: what is in the
 	// buffers between.
 	slack = 4 << 20
@@ -263,7 +267,8 @@ func (b *body) Close() error {
 func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 	t := time.NewTicker(watchTime)
 	defer t.Stop()
-	last, idle, slow, mute := b.at.Load(), 0, 0, 0
+	start := b.at.Load()
+	last, idle, slow, mute, stall := start, 0, 0, 0, 0
 	for {
 		select {
 		case <-stop:
@@ -278,7 +283,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 		floor := max(b.s.pace/2, minPace)
 		if got >= floor || got > 0 && b.s.n.intake.get() >= float64(floor) {
 			// The node gets what it can take; what it takes is shared.
-			idle, slow, mute = 0, 0, 0
+			idle, slow, mute, stall = 0, 0, 0, 0
 			continue
 		}
 		st, err := b.ask(ctx)
@@ -301,15 +306,17 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 				return
 			}
 		case got == 0 && b.at.Load() == now:
-			b.leave("it has more, and sends nothing", nil)
-			return
+			if stall++; stall >= stalledAtFirst || now > start && stall >= stalled {
+				b.leave("it has more, and sends nothing", nil)
+				return
+			}
 		case st.Arrived-now > slack || st.Kept:
 			if slow++; slow >= 3 {
 				b.leave("it is slower than the upstream", nil)
 				return
 			}
 		default:
-			idle, slow = 0, 0
+			idle, slow, stall = 0, 0, 0
 		}
 	}
 }
