@@ -14,7 +14,7 @@ DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build run test bench faults scale lint generate check-generated fuzz demo clean
+.PHONY: help build run test bench soak scale lint generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +42,10 @@ bench: build ## measure: connect(), time to first byte, throughput, CPU, memory
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x ./agent
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/...
 
-faults: ## break peers at random moments, a hundred pulls for each kind of fault
+soak: ## the long tests: 100 pulls for each fault among peers, 1,000 starts, 500 containers
 	@$(call need,$(TEST_PACKAGES))
-	$(SUDO) env PATH="$$PATH" WEIR_FAULT_PULLS=100 $(GO) test -count=1 -v -timeout 60m -run '^TestFault' ./test/e2e
+	$(SUDO) env PATH="$$PATH" WEIR_FAULT_PULLS=100 WEIR_STARTS=1000 WEIR_CONTAINERS=500 \
+		$(GO) test -count=1 -v -timeout 90m -run '^Test(Fault|Starts|ContainersLeave)' ./test/e2e
 
 scale: ## simulate swarms of 10, 100 and 1,000 nodes, and write test/SCALE.md
 	$(GO) test -tags scale -count=1 -v -timeout 60m -run '^TestScale$$' ./p2p -scale.out ../test/SCALE.md

@@ -10,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,7 +28,7 @@ import (
 // Faults among peers: a new image each round, which all nodes pull at the same
 // time while something breaks at a random moment. No pull of a node that isn't
 // broken itself may fail. WEIR_FAULT_PULLS is how many pulls each test makes
-// (`make faults`: 100).
+// (`make soak`: 100).
 
 type faultySwarm struct {
 	*world
@@ -55,13 +54,7 @@ func newFaultySwarm(t *testing.T, count int) *faultySwarm {
 // rounds calls f until so many pulls have been made as are wanted.
 func (s *faultySwarm) rounds(f func(ref string, im lab.Pushed)) {
 	s.t.Helper()
-	want := 10
-	if env := os.Getenv("WEIR_FAULT_PULLS"); env != "" {
-		var err error
-		if want, err = strconv.Atoi(env); err != nil {
-			s.t.Fatalf("WEIR_FAULT_PULLS: %v", err)
-		}
-	}
+	want := fromEnv(s.t, "WEIR_FAULT_PULLS", 10)
 	for i := 0; s.pulls < want; i++ {
 		ref := fmt.Sprintf("acme/faulty:%d", i)
 		f(ref, s.hub.Push(ref, lab.Image{Layers: []int{8 << 20, 5 << 20, 200_000}, Seed: uint64(1000 + i)}))

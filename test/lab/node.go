@@ -117,6 +117,14 @@ func (n *Node) Spawn(name string, args ...string) *Process {
 	return n.start(name, nil, args...)
 }
 
+// End ends a box, as a container ends: with all of its processes, and its
+// network.
+func (n *Node) End() {
+	n.t.Helper()
+	_ = n.holder.Process.Kill()
+	_ = n.holder.Wait()
+}
+
 // EmptyCgroup is a cgroup of the node in which no process is: an agent for it
 // redirects nothing.
 func (n *Node) EmptyCgroup() string {
