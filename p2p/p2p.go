@@ -158,7 +158,7 @@ func New(o Options) (_ *Node, err error) {
 			n.Close()
 		}
 	}()
-	gologshim.SetDefaultHandler(onlyWarnings{n.log.With("component", "libp2p").Handler()})
+	gologshim.SetDefaultHandler(quiet{n.log.With("component", "libp2p").Handler()})
 	limits := rcmgr.DefaultLimits
 	libp2p.SetDefaultServiceLimits(&limits)
 	// Many nodes may stand behind one address.
@@ -223,23 +223,21 @@ func (n *Node) join(more ...dht.Option) (err error) {
 	return nil
 }
 
-// onlyWarnings keeps libp2p's chatter out of the log.
-type onlyWarnings struct{ slog.Handler }
+// quiet keeps libp2p's chatter out of the log. What it warns of are single
+// connections that come to nothing, which is nobody's business unless they look
+// for something.
+type quiet struct{ slog.Handler }
 
 // Enabled implements slog.Handler.
-func (h onlyWarnings) Enabled(ctx context.Context, l slog.Level) bool {
-	return l >= slog.LevelWarn && h.Handler.Enabled(ctx, l)
+func (h quiet) Enabled(ctx context.Context, l slog.Level) bool {
+	return l >= slog.LevelError || l == slog.LevelWarn && h.Handler.Enabled(ctx, slog.LevelDebug)
 }
 
 // WithAttrs implements slog.Handler.
-func (h onlyWarnings) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return onlyWarnings{h.Handler.WithAttrs(attrs)}
-}
+func (h quiet) WithAttrs(attrs []slog.Attr) slog.Handler { return quiet{h.Handler.WithAttrs(attrs)} }
 
 // WithGroup implements slog.Handler.
-func (h onlyWarnings) WithGroup(name string) slog.Handler {
-	return onlyWarnings{h.Handler.WithGroup(name)}
-}
+func (h quiet) WithGroup(name string) slog.Handler { return quiet{h.Handler.WithGroup(name)} }
 
 func newDHT(h host.Host, store *leveldb.Datastore, more ...dht.Option) (*dht.IpfsDHT, error) {
 	return dht.New(h, append(more,

@@ -51,6 +51,41 @@ func bytesFromPeers(a *lab.Agent) (n int64) {
 	return n
 }
 
+// The ways in which nodes find each other: a name that stands for all of them,
+// as that of a headless Service does, and nothing but a common network.
+func TestPeersFound(t *testing.T) {
+	w := newWorld(t)
+	var nodes []*lab.Node
+	hosts := "127.0.0.1 localhost\n"
+	for range 3 {
+		n := w.Node()
+		n.WriteFile("/etc/weir.key", fmt.Sprintf(swarmKey, strings.Repeat("5a", 32)))
+		hosts += n.Addr().String() + " weir-peers.weir.svc\n"
+		nodes = append(nodes, n)
+	}
+	w.LAN(nodes...)
+	for way, args := range map[string][]string{"a name": {"--peer", "weir-peers.weir.svc"}, "a common network": nil} {
+		var agents []*lab.Agent
+		for _, n := range nodes {
+			n.WriteFile("/etc/hosts", hosts)
+			agents = append(agents, n.Agent(append([]string{"--swarm-key", "/etc/weir.key"}, args...)...))
+		}
+		for _, a := range agents {
+			if err := lab.Eventually(nil, func(context.Context) error {
+				if s := a.Status().Peers; s.Known < 2 {
+					return fmt.Errorf("%d peers known", s.Known)
+				}
+				return nil
+			}); err != nil {
+				t.Errorf("%s: %v", way, err)
+			}
+		}
+		for _, a := range agents {
+			a.Stop()
+		}
+	}
+}
+
 // What one node has pulled, another one gets from it.
 func TestPeer(t *testing.T) {
 	w := newWorld(t)

@@ -155,6 +155,19 @@ func (in *Internet) Part(nodes ...*Node) (mend func()) {
 	}
 }
 
+// LAN puts nodes on one more network, on which they hear each other's
+// multicasts.
+func (in *Internet) LAN(nodes ...*Node) {
+	in.t.Helper()
+	in.router.Run("ip", "link", "add", "lan", "type", "bridge", "mcast_snooping", "0")
+	in.router.Run("ip", "link", "set", "lan", "up")
+	for _, n := range nodes {
+		in.router.Run("ip", "link", "add", fmt.Sprintf("lan%d", n.number), "master", "lan", "type", "veth", "peer", "name", "lan0", "netns", n.pid())
+		in.router.Run("ip", "link", "set", fmt.Sprintf("lan%d", n.number), "up")
+		up(n.space, "lan0", fmt.Sprintf("10.79.0.%d/24", n.number), fmt.Sprintf("2001:db8:79::%d/64", n.number))
+	}
+}
+
 // shape limits what leaves by a device.
 func shape(s *space, dev string, mbit int) {
 	s.t.Helper()
