@@ -251,8 +251,25 @@ func (x *exchange) arriving(r *store.TransferReader, status string) {
 	}
 	c := &content{x: x, size: r.Size(), from: r.WithContext(x.r.Context())}
 	defer c.Close()
+	// The first byte may take a while. Should the agent die meanwhile, containerd
+	// repeats a request whose answer has begun, and no other.
+	x.w = &promptWriter{x.w}
 	x.serve(c, status)
 }
+
+// promptWriter sends the head of an answer before there is a body.
+type promptWriter struct{ http.ResponseWriter }
+
+func (w *promptWriter) WriteHeader(code int) {
+	w.ResponseWriter.WriteHeader(code)
+	_ = http.NewResponseController(w.ResponseWriter).Flush()
+}
+
+// ReadFrom implements io.ReaderFrom.
+func (w *promptWriter) ReadFrom(r io.Reader) (int64, error) { return io.Copy(w.ResponseWriter, r) }
+
+// Unwrap is for http.ResponseController.
+func (w *promptWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // hit is the cache status of an answer from what is kept.
 func (x *exchange) hit() string {
