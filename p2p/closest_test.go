@@ -4,6 +4,8 @@ package p2p
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -80,5 +82,41 @@ func TestProvidesBound(t *testing.T) {
 	}
 	if r.provides("a", 1) || !r.provides("b", 1) {
 		t.Error("a peer may put any number of records, or not any")
+	}
+}
+
+// A node that has just come is the first steward of what others have told those
+// before it.
+func TestNewcomerIsSteward(t *testing.T) {
+	all := swarm(t, 5)
+	d := all[0].put(random(1000))
+	k := must(keyOf(d))
+	all[0].Provide(d)
+	until(t, "the blob is found", func() bool { b, _ := all[1].Get(t.Context(), d, 1000); return b != nil })
+	ids := make([]peer.ID, 0, len(all))
+	for _, m := range all {
+		ids = append(ids, m.host.ID())
+	}
+	file := filepath.Join(t.TempDir(), "identity")
+	for {
+		key := must(identity(file))
+		id := must(peer.IDFromPrivateKey(key))
+		if kb.SortClosestPeers(append(slices.Clone(ids), id), kb.ConvertKey(string(k)))[0] == id {
+			break
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	newcomer := newMember(t, func(o *Options) { o.IdentityFile = file }, all[0].addr())
+	for _, m := range append(all, newcomer) {
+		until(t, "all know each other", func() bool { return len(m.Status().Peers) == 5 && m.Status().Known == 5 })
+	}
+	if a := newcomer.ledger.find(k, "somebody", nil, nil); len(a.Sources) > 0 {
+		t.Fatalf("the newcomer knows %v already", a.Sources)
+	}
+	s := all[2].Want(t.Context(), d, 0)
+	if s == nil || s.Mine() {
+		t.Error("the blob is to be fetched though a peer has it")
 	}
 }

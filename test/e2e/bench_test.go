@@ -249,5 +249,10 @@ func BenchmarkColdBurst(b *testing.B) {
 		if last > alone*13/10 {
 			b.Errorf("the last node was done after %s, one alone after %s", last, alone)
 		}
+		for i, c := range all { // and their memory
+			c.Stop()
+			agents[i].Stop()
+			nodes[i].End()
+		}
 	}
 }

@@ -117,8 +117,8 @@ func (n *Node) Spawn(name string, args ...string) *Process {
 	return n.start(name, nil, args...)
 }
 
-// End ends a box, as a container ends: with all of its processes, and its
-// network.
+// End ends a node or a box, with its network and its files. What runs there has
+// to be stopped before, or goes on without a network.
 func (n *Node) End() {
 	n.t.Helper()
 	_ = n.holder.Process.Kill()
