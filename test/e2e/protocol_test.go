@@ -516,6 +516,33 @@ func TestTools(t *testing.T) {
 	}
 }
 
+// podman and buildah, as root and with nothing configured: cold, and then from
+// what the other has left.
+func TestPodman(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.Agent()
+	for _, args := range [][]string{{"podman", flyway}, {"buildah", renovate}, {"buildah", flyway}, {"podman", renovate}} {
+		if args[0] == "buildah" && args[1] == flyway {
+			w.forget()
+		}
+		name, ref := args[0], args[1]
+		if !strings.Contains(strings.Split(ref, "/")[0], ".") {
+			ref = "docker.io/" + ref
+		}
+		node.Run(name, "--storage-driver=vfs", "--root=/var/lib/"+name, "--runroot=/run/"+name, "pull", ref)
+	}
+	w.nothingFetched(t)
+	id := strings.TrimSpace(node.Run("podman", "--storage-driver=vfs", "--root=/var/lib/podman", "--runroot=/run/podman", "inspect", "--format={{.ID}}", "docker.io/"+flyway))
+	if id != w.flyway.Config.Encoded() {
+		t.Errorf("podman has %s, pushed was %s", id, w.flyway.Config)
+	}
+	// A build from what is kept.
+	node.WriteFile("/var/lib/home/build/Dockerfile", "FROM docker.io/"+flyway+"\nLABEL built=1\n")
+	node.Run("buildah", "--storage-driver=vfs", "--root=/var/lib/fresh", "--runroot=/run/fresh", "build", "--isolation=chroot", "/var/lib/home/build")
+	w.nothingFetched(t)
+}
+
 // A node whose only way out is a proxy: the mirror goes through it.
 func TestHTTPSProxy(t *testing.T) {
 	w := newWorld(t)
