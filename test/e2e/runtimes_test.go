@@ -3,11 +3,14 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"weir/test/lab"
 )
 
 // Each line of the document on runtimes names tests that there are.
@@ -46,5 +49,58 @@ func TestRuntimesDocument(t *testing.T) {
 	}
 	if lines < 10 {
 		t.Errorf("%d lines", lines)
+	}
+}
+
+// Runtimes that were running, and had verified certificates, before weir came:
+// nothing changes for them until they are restarted.
+func TestBefore(t *testing.T) {
+	type running struct {
+		pid           func() int
+		pull, restart func()
+	}
+	buildkit := func(n *lab.Node) running {
+		b, builds := n.BuildKit(), 0
+		return running{func() int { return b.PID() }, func() {
+			builds++
+			b.Build(fmt.Sprintf("FROM ghcr.io/renovatebot/renovate:latest\nENV A=%d\n", builds), "--no-cache", "--output=type=oci,dest=/var/lib/home/image.tar")
+			n.Run(lab.Tool(t, "buildctl"), "prune", "--all")
+		}, func() { b.Stop(); b = n.BuildKit() }}
+	}
+	docker := func(d *lab.Docker) running {
+		return running{func() int { return d.PID() }, func() { d.Pull(renovate); d.Remove(renovate) }, func() { d.Stop(); d.Start() }}
+	}
+	for name, start := range map[string]func(*world, *lab.Node) running{
+		"containerd 1.6": func(w *world, n *lab.Node) running {
+			c := n.Containerd()
+			return running{func() int { return c.PID() }, func() { c.Pull(renovate); c.Remove(renovate, w.renovate) }, func() { c.Stop(); c.Start() }}
+		},
+		"dockerd 29": func(_ *world, n *lab.Node) running { return docker(n.NewestDocker()) },
+		"dind":       func(_ *world, n *lab.Node) running { return docker(n.Box().Docker()) },
+		"buildkitd":  func(_ *world, n *lab.Node) running { return buildkit(n) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			node := w.Node()
+			rt := start(w, node)
+			rt.pull()
+			agent := node.Agent()
+			if s := agent.Runtime(rt.pid()); s.Reach != "passthrough" || s.Reason == "" || s.Step == "" {
+				t.Errorf("%+v", s)
+			}
+			rt.pull()
+			rt.pull()
+			if s := agent.Status(); len(s.Registries) != 0 {
+				t.Errorf("it was intercepted: %+v", s.Registries)
+			}
+			rt.restart()
+			if s := agent.Runtime(rt.pid()); s.Reach != "intercepted" {
+				t.Errorf("restarted, it is %+v", s)
+			}
+			rt.pull()
+			w.forget()
+			rt.pull()
+			w.nothingFetched(t)
+		})
 	}
 }
