@@ -371,10 +371,10 @@ func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, er
 	if steward == n.host.ID() {
 		return n.judge(ctx, steward, q), nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, askTime)
+	own, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
-	a, err := n.exchange(ctx, steward, q)
-	if err != nil && ctx.Err() != nil && n.ctx.Err() == nil {
+	a, err := n.exchange(own, steward, q)
+	if err != nil && ctx.Err() == nil { // it isn't the asker who had no more time
 		n.peers.down(steward)
 	}
 	return a, err
@@ -417,7 +417,6 @@ func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 			a, err := n.ask(ctx, s, q)
 			if err != nil {
 				n.log.Debug("a steward doesn't answer", "peer", s, "err", err)
-				n.peers.down(s)
 				continue
 			}
 			others := slices.Delete(slices.Clone(all), i, i+1)
