@@ -125,6 +125,9 @@ func (n *Node) End() {
 	_ = n.holder.Wait()
 }
 
+// Cgroup is the node's cgroup2 directory, in which all its processes are.
+func (n *Node) Cgroup() string { return n.dir }
+
 // EmptyCgroup is a cgroup of the node in which no process is: an agent for it
 // redirects nothing.
 func (n *Node) EmptyCgroup() string {

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"weir/agent"
+	"weir/test/lab"
+)
+
+// dockerRun is the line of the README that runs weir.
+func dockerRun(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := regexp.MustCompile(`(?m)^docker run (.*\\\n)*.* weir$`).FindString(string(b))
+	if line == "" {
+		t.Fatal("the README doesn't say how to run weir with docker")
+	}
+	return line
+}
+
+// The agent in a container of its own, started by the
+// README's line: it serves the
+// dockerd that runs it once that is restarted, a containerd beside it, and a
+// dockerd in another container; and leaves nothing when it is uninstalled.
+func TestAgentInContainer(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	docker := node.Docker()
+	// What the Dockerfile makes: the binary, and the roots of the world.
+	node.Run("sh", "-ec", fmt.Sprintf(`
+mkdir -p /var/lib/home/image/etc/ssl/certs
+cp %s /var/lib/home/image/weir
+cp /etc/ssl/certs/ca-certificates.crt /var/lib/home/image/etc/ssl/certs/
+tar -C /var/lib/home/image -c . | docker -H unix:///run/docker.sock import --change 'ENTRYPOINT ["/weir"]' --change 'CMD ["agent"]' - weir:test`, lab.Weir(t)))
+	line := dockerRun(t)
+	to := func(line string) string {
+		return strings.Replace(line, "docker ", "docker -H unix:///run/docker.sock ", 1)
+	}
+	id := strings.TrimSpace(node.Run("sh", "-ec", to(line)+":test agent --cgroup "+node.Cgroup()))
+	t.Cleanup(func() { _, _ = node.Output("docker", "-H", "unix:///run/docker.sock", "rm", "-f", "weir") })
+	status := func() (s agent.Status, err error) {
+		out, err := node.Output(lab.Weir(t), "status", "--json")
+		if err == nil {
+			err = json.Unmarshal([]byte(out), &s)
+		}
+		return s, err
+	}
+	ready := func() {
+		t.Helper()
+		if err := lab.Eventually(nil, func(context.Context) error { _, err := status(); return err }); err != nil {
+			out, _ := node.Output("docker", "-H", "unix:///run/docker.sock", "logs", id)
+			t.Fatal(err, out)
+		}
+	}
+	ready()
+	intercepted := func(pid int) {
+		t.Helper()
+		if err := lab.Eventually(nil, func(context.Context) error {
+			s, err := status()
+			if err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(s.Runtimes, func(r agent.RuntimeStatus) bool { return r.PID == pid && r.Reach == agent.ReachIntercepted }) {
+				return fmt.Errorf("process %d is not intercepted: %+v", pid, s.Runtimes)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	box := node.Box()
+	inner := box.Docker()
+	inner.Pull(flyway)
+	intercepted(inner.PID())
+	inner.Remove(flyway)
+	w.forget()
+	inner.Pull(flyway)
+	inner.Same(flyway, w.flyway)
+	w.nothingFetched(t)
+	// The dockerd that runs weir has its certificate at its next start; weir
+	// comes back with it.
+	docker.Stop()
+	docker.Start()
+	ready()
+	intercepted(docker.PID())
+	w.forget()
+	docker.Pull(flyway)
+	w.nothingFetched(t)
+	node.Run("docker", "-H", "unix:///run/docker.sock", "rm", "-f", "weir")
+	node.Run("sh", "-ec", to(strings.Replace(line, "--detach --name=weir --restart=always", "--rm", 1))+":test uninstall")
+	for _, n := range []*lab.Node{node, box} {
+		for _, f := range n.Listing("/etc") {
+			if strings.Contains(f, "weir") {
+				t.Errorf("%s is left", f)
+			}
+		}
+	}
+	inner.Remove(flyway)
+	inner.Pull(flyway)
+}
