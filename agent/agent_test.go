@@ -382,3 +382,40 @@ func TestDoorsGiveBack(t *testing.T) {
 		t.Errorf("%d descriptors, %d before", after, before)
 	}
 }
+
+// A process's connections are counted by the port at the other side.
+func TestConnections(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	port := uint16(l.Addr().(*net.TCPAddr).Port)
+	count := func() int {
+		n, err := connections(os.Getpid(), []uint16{1, port})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if n := count(); n != 0 {
+		t.Errorf("%d connections before there is one", n)
+	}
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := count(); n != 1 {
+		t.Errorf("%d connections, want 1", n)
+	}
+	c.Close()
+	if n := count(); n != 0 {
+		t.Errorf("%d connections after it was closed", n)
+	}
+	for _, line := range []string{"", "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode",
+		"0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 1", "0: a b c d e f g h i"} {
+		if _, _, ok := parseConnection(line); ok {
+			t.Errorf("%q is taken for a connection", line)
+		}
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -137,4 +138,52 @@ func processesIn(cgroup string) (pids []int, err error) {
 func ownedByRoot(pid int) bool {
 	var st unix.Stat_t
 	return unix.Stat("/proc/"+strconv.Itoa(pid), &st) == nil && st.Uid == 0
+}
+
+// connections counts a process's TCP connections to the given ports of others,
+// proc_pid_net(5).
+func connections(pid int, ports []uint16) (n int, err error) {
+	dir := "/proc/" + strconv.Itoa(pid)
+	fds, err := os.ReadDir(dir + "/fd")
+	if err != nil {
+		return 0, err
+	}
+	mine := make(map[string]bool) // socket's inodes
+	for _, fd := range fds {
+		to, _ := os.Readlink(dir + "/fd/" + fd.Name())
+		if ino, ok := strings.CutPrefix(to, "socket:["); ok {
+			mine[strings.TrimSuffix(ino, "]")] = true
+		}
+	}
+	for _, file := range []string{"tcp", "tcp6"} {
+		b, err := os.ReadFile(dir + "/net/" + file)
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) && file == "tcp6" {
+				continue // a kernel without IPv6
+			}
+			return 0, err
+		}
+		for line := range strings.Lines(string(b)) {
+			if port, ino, ok := parseConnection(line); ok && slices.Contains(ports, port) && mine[ino] {
+				n++
+			}
+		}
+	}
+	return n, nil
+}
+
+// parseConnection reads a line of /proc/PID/net/tcp or tcp6: the port at the
+// other side, and the socket's inode. It returns false for what is not connected
+// to anything, or is not a connection.
+func parseConnection(line string) (port uint16, inode string, ok bool) {
+	f := strings.Fields(line)
+	if len(f) < 10 {
+		return 0, "", false
+	}
+	at := strings.LastIndexByte(f[2], ':')
+	p, err := strconv.ParseUint(f[2][at+1:], 16, 16)
+	if at < 0 || err != nil || p == 0 {
+		return 0, "", false
+	}
+	return uint16(p), f[9], true
 }

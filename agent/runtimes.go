@@ -406,8 +406,10 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 		}
 	}
 	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
-		if coverage, err := rs.proveCertsD(rt, root, host); err == nil {
-			rs.intercept(rt, trustByCertsD, coverage)
+		if coverage, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
+			if !fresh || rs.quiet(rt) {
+				rs.intercept(rt, trustByCertsD, coverage)
+			}
 			return
 		} else if perr == nil || !errors.Is(err, errDistrusts) {
 			perr = err
@@ -424,8 +426,9 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 }
 
 // proveCertsD tries the directories that the runtime reads at each pull, one
-// after the other, and leaves the CA only in the one that it does read.
-func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (trust.Coverage, error) {
+// after the other, and leaves the CA only in the one that it does read. fresh
+// says that it wasn't there before.
+func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (coverage trust.Coverage, fresh bool, err error) {
 	var last error
 	for _, dir := range certsDOf(rt, root) {
 		place := trust.Places{CertsD: []string{dir}}
@@ -438,7 +441,7 @@ func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) 
 		}
 		err := rs.probe(rt, probeCertsD)
 		if err == nil {
-			return coverage, nil
+			return coverage, len(res.Files) > 0, nil
 		}
 		last = err
 		made := slices.DeleteFunc(rs.a.ledger.Made(host), func(m trust.Made) bool { return m.Path != dir && !strings.HasPrefix(m.Path, dir+"/") })
@@ -446,7 +449,32 @@ func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) 
 			rs.a.log.Warn("taking the CA out again", "dir", dir, "err", err)
 		}
 	}
-	return nil, last
+	return nil, false, last
+}
+
+// quietTime is how long a runtime has to have no connection to a registry before
+// no pull is taken to be running: between two requests of one there are
+// milliseconds.
+const quietTime = 5 * time.Second
+
+// quiet waits until no pull runs that began before the CA was there for it: a
+// pull reads certs.d when it begins, and makes connections until it ends. It
+// returns false when the runtime has ended.
+func (rs *runtimes) quiet(rt *runtimeProc) bool {
+	rs.passThrough(rt, "it trusts the CA in the pulls that begin now; the others are waited for", "wait until it has no connection to a registry for a moment, or "+rt.restartStep())
+	t := time.NewTicker(quietTime / 10)
+	defer t.Stop()
+	for since := time.Now(); time.Since(since) < quietTime; {
+		select {
+		case <-rt.ctx.Done():
+			return false
+		case <-t.C:
+		}
+		if n, err := connections(rt.pid, rs.a.conf.Ports); n > 0 || err != nil {
+			since = time.Now()
+		}
+	}
+	return true
 }
 
 // configPathRE finds the directories that a containerd's configuration names.

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -103,4 +104,44 @@ func TestBefore(t *testing.T) {
 			w.nothingFetched(t)
 		})
 	}
+}
+
+// weir comes while a runtime pulls that reads certs.d at the beginning of each
+// pull: that pull goes on as it began, and the next ones are intercepted.
+func TestComesDuringPull(t *testing.T) {
+	w := newWorld(t)
+	im := lab.Image{Seed: 77}
+	for range 12 {
+		im.Layers = append(im.Layers, 1<<20)
+	}
+	large := w.hub.Push("acme/many:1", im)
+	node := w.Node()
+	node.WriteFile("/etc/containerd/config.toml", `version = 2
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
+`)
+	containerd := node.Containerd()
+	containerd.Pull(renovate) // its roots are read
+	// Each request takes a new connection.
+	w.hub.Fault(func(rw http.ResponseWriter, _ *http.Request) bool {
+		rw.Header().Set("Connection", "close")
+		return false
+	})
+	node.Shape(20)
+	pulled := make(chan error, 1)
+	go func() { pulled <- containerd.TryPull("acme/many:1") }()
+	w.hub.Log.WaitFor(t, func(r lab.Request) bool { return strings.Contains(r.Path, "/blobs/") && r.Status == 200 })
+	agent := node.Agent()
+	if err := <-pulled; err != nil {
+		t.Error(err)
+	}
+	containerd.Same("acme/many:1", large)
+	if s := agent.Runtime(containerd.PID()); s.Reach != "intercepted" {
+		t.Errorf("afterwards it is %+v", s)
+	}
+	containerd.Pull(flyway)
+	containerd.Remove(flyway, w.flyway)
+	w.forget()
+	containerd.Pull(flyway)
+	w.nothingFetched(t)
 }

@@ -246,7 +246,7 @@ func (a *Agent) Runtime(pid int) (rt agent.RuntimeStatus) {
 		if i < 0 {
 			return fmt.Errorf("process %d is not in the status: %+v", pid, s.Runtimes)
 		}
-		if rt = s.Runtimes[i]; rt.Reach == agent.ReachStarting || strings.Contains(rt.Reason, "being asked") {
+		if rt = s.Runtimes[i]; rt.Reach == agent.ReachStarting || strings.HasPrefix(rt.Step, "wait") {
 			return fmt.Errorf("it is %s (%s)", rt.Reach, rt.Reason)
 		}
 		return nil
