@@ -7,6 +7,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -109,4 +111,49 @@ tar -C /var/lib/home/image -c . | docker -H unix:///run/docker.sock import --cha
 	}
 	inner.Remove(flyway)
 	inner.Pull(flyway)
+}
+
+// The systemd unit is right, and what it leaves the agent is enough: these
+// capabilities, and a file system of its own in which it can write nothing but
+// its two directories.
+func TestUnit(t *testing.T) {
+	b, err := os.ReadFile("../../deploy/weir.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	unit := strings.Replace(string(b), "/usr/local/bin/weir", lab.Weir(t), 1)
+	if err := os.WriteFile(filepath.Join(dir, "weir.service"), []byte(unit), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("systemd-analyze", "verify", filepath.Join(dir, "weir.service")).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+	set := regexp.MustCompile(`(?m)^CapabilityBoundingSet=(.*)$`).FindStringSubmatch(unit)
+	if set == nil {
+		t.Fatal("the unit bounds no capabilities")
+	}
+	bounding := "-all"
+	for c := range strings.FieldsSeq(set[1]) {
+		bounding += ",+" + strings.ToLower(strings.TrimPrefix(c, "CAP_"))
+	}
+	w := newWorld(t)
+	node := w.Node()
+	node.Run("mkdir", "-p", "/var/lib/weir", "/run/weir")
+	node.Spawn("weir", "unshare", "--mount", "sh", "-ec", fmt.Sprintf(`
+mount --bind /var/lib/weir /var/lib/weir
+mount --bind /run/weir /run/weir
+for m in / /etc /run /var/lib; do mount -o remount,bind,ro $m; done
+exec setpriv --bounding-set=%s --inh-caps=-all --no-new-privs %s agent --cgroup %s`, bounding, lab.Weir(t), node.Cgroup()))
+	if err := lab.Eventually(nil, func(context.Context) error { _, err := node.Output(lab.Weir(t), "status"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	c := node.Box().Containerd()
+	c.Pull(flyway)
+	c.Remove(flyway, w.flyway)
+	d := node.Docker()
+	w.forget()
+	c.Pull(flyway)
+	d.Pull(flyway)
+	w.nothingFetched(t)
 }
