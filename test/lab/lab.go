@@ -320,8 +320,7 @@ func cgroup2(t testing.TB) string {
 func newCgroup(t testing.TB, name string) *os.File {
 	t.Helper()
 	root := cgroup2(t)
-	old, _ := filepath.Glob(filepath.Join(root, "weir-lab-*"))
-	for _, dir := range old {
+	for _, dir := range anywhere("weir-lab-*") {
 		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(dir), "weir-lab-"), "-")
 		if _, err := os.Stat("/proc/" + pid); err != nil {
 			removeCgroup(dir)
@@ -337,11 +336,21 @@ func newCgroup(t testing.TB, name string) *os.File {
 	}
 	t.Cleanup(func() {
 		f.Close()
-		if err := Eventually(nil, func(context.Context) error { return removeCgroup(dir) }); err != nil {
-			t.Errorf("processes were left in %s: %v", dir, err)
+		for _, dir := range anywhere(filepath.Base(dir)) {
+			if err := Eventually(nil, func(context.Context) error { return removeCgroup(dir) }); err != nil {
+				t.Errorf("processes were left in %s: %v", dir, err)
+			}
 		}
 	})
 	return f
+}
+
+// anywhere finds a cgroup in all hierarchies: where there are some of cgroup v1,
+// runc makes a container's in each.
+func anywhere(name string) []string {
+	v2, _ := filepath.Glob(filepath.Join("/sys/fs/cgroup", name))
+	all, _ := filepath.Glob(filepath.Join("/sys/fs/cgroup/*", name))
+	return append(all, v2...)
 }
 
 // removeCgroup kills what is in a cgroup and those below, and removes them.

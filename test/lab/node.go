@@ -99,16 +99,34 @@ func (n *Node) Box() *Node {
 	n.boxes++
 	b := &Node{in: n.in, number: n.number, dir: n.dir}
 	b.space = newSpace(t, fmt.Sprintf("box %d on %s", n.boxes, n.name), n.space, n.cgroup, unix.CLONE_NEWNET|unix.CLONE_NEWNS, b.files())
-	sub := int(n.number)*10 + n.boxes
-	dev := fmt.Sprintf("box%d", n.boxes)
-	n.Run("ip", "link", "add", dev, "type", "veth", "peer", "name", "eth0", "netns", b.pid())
-	n.Run("ip", "link", "set", dev, "up")
-	n.Run("ip", "addr", "add", fmt.Sprintf("10.78.%d.1/24", sub), "dev", dev)
-	b.Run("ip", "link", "set", "eth0", "up")
-	b.Run("ip", "addr", "add", fmt.Sprintf("10.78.%d.2/24", sub), "dev", "eth0")
-	b.Run("ip", "route", "add", "default", "via", fmt.Sprintf("10.78.%d.1", sub))
-	n.in.router.Run("ip", "route", "add", fmt.Sprintf("10.78.%d.0/24", sub), "via", fmt.Sprintf("10.77.%d.2", n.number))
+	n.plug(b.holder.Process.Pid)
 	return b
+}
+
+// Plug gives a container that has no network one, as a pod has.
+func (n *Node) Plug(pid int) {
+	n.t.Helper()
+	n.boxes++
+	n.plug(pid)
+}
+
+// plug links the network namespace of a process to the node and the internet.
+func (n *Node) plug(pid int) {
+	n.t.Helper()
+	dev := fmt.Sprintf("box%d", n.boxes)
+	net := fmt.Sprintf("10.78.%d.", int(n.number)*10+n.boxes)
+	inside := func(args ...string) {
+		n.t.Helper()
+		n.Run(append([]string{"nsenter", "-t", fmt.Sprint(pid), "-n", "ip"}, args...)...)
+	}
+	n.Run("ip", "link", "add", dev, "type", "veth", "peer", "name", "eth0", "netns", fmt.Sprint(pid))
+	n.Run("ip", "link", "set", dev, "up")
+	n.Run("ip", "addr", "add", net+"1/24", "dev", dev)
+	inside("link", "set", "lo", "up")
+	inside("link", "set", "eth0", "up")
+	inside("addr", "add", net+"2/24", "dev", "eth0")
+	inside("route", "add", "default", "via", net+"1")
+	n.in.router.Run("ip", "route", "add", net+"0/24", "via", fmt.Sprintf("10.77.%d.2", n.number))
 }
 
 // Spawn starts a program that runs until it is stopped.

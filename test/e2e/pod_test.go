@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"weir/test/lab"
+)
+
+// pod is what a CI runner's pod is: a dockerd in a container with nothing but
+// what its image brings, and a runner that has its socket and its network. The
+// node's own dockerd runs both.
+type pod struct {
+	t    *testing.T
+	node *lab.Node
+	name string
+}
+
+const outerDocker = "docker -H unix:///run/docker.sock "
+
+// podImage makes the image of both: this machine's programs are mounted into it.
+func podImage(node *lab.Node) {
+	node.Run("sh", "-ec", `
+root=/var/lib/home/pod
+mkdir -p $root/etc/ssl/certs $root/usr $root/tmp $root/run $root/var/lib $root/proc $root/sys $root/dev $root/work
+for d in bin sbin lib lib64; do ln -sfn usr/$d $root/$d; done
+cp /etc/ssl/certs/ca-certificates.crt $root/etc/ssl/certs/
+cp /etc/passwd /etc/group /etc/nsswitch.conf $root/etc/
+tar -C $root -c . | `+outerDocker+`import - pod`)
+}
+
+func newPod(t *testing.T, node *lab.Node, name string) *pod {
+	t.Helper()
+	p := &pod{t, node, name}
+	node.Run("sh", "-ec", outerDocker+"run --detach --name="+name+" --network=none --cgroup-parent="+filepath.Base(node.Cgroup())+" "+
+		// What --privileged would give, but for what a test's machine may not have.
+		"--cap-add=SYS_ADMIN --cap-add=NET_ADMIN --security-opt=apparmor=unconfined --security-opt=seccomp=unconfined --security-opt=systempaths=unconfined "+
+		"-v /usr:/usr:ro -v /etc/hosts:/etc/hosts:ro -v "+name+"-socket:/run/shared -v /var/lib/docker "+
+		"pod dockerd --host=unix:///run/shared/docker.sock --bridge=none --iptables=false --ip6tables=false")
+	t.Cleanup(func() {
+		if t.Failed() {
+			log, _ := node.Output("sh", "-c", outerDocker+"logs "+name+" 2>&1 | tail -30")
+			t.Logf("--- log of the dockerd in %s\n%s", name, log)
+		}
+		p.remove()
+	})
+	var pid int
+	if _, err := fmt.Sscan(node.Run("sh", "-ec", outerDocker+"inspect --format '{{.State.Pid}}' "+name), &pid); err != nil {
+		t.Fatal(err)
+	}
+	node.Plug(pid)
+	return p
+}
+
+// job runs a script in the runner's container.
+func (p *pod) job(script string) string {
+	p.t.Helper()
+	p.node.WriteFile("/var/lib/home/jobs/"+p.name, script)
+	return p.node.Run("sh", "-ec", outerDocker+"run --rm --network=container:"+p.name+" --cgroup-parent="+filepath.Base(p.node.Cgroup())+" -v /usr:/usr:ro -v /etc/hosts:/etc/hosts:ro -v "+p.name+"-socket:/run/shared "+
+		"-v /var/lib/home/jobs:/jobs:ro -e DOCKER_HOST=unix:///run/shared/docker.sock -e DOCKER_BUILDKIT=1 -e HOME=/tmp -e PATH=/usr/sbin:/usr/bin -w /work pod sh -ec '. /jobs/"+p.name+"'")
+}
+
+func (p *pod) remove() { _, _ = p.node.Output("sh", "-c", outerDocker+"rm --force --volumes "+p.name) }
+
+// The job of a self-hosted runner with a docker:dind beside it, whose disk is
+// empty each time: pulls from two registries, at the same time, a build and a
+// push. The second job's bytes come from the node.
+func TestPod(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	node.Docker()
+	podImage(node)
+	job := func(n int) string {
+		return fmt.Sprintf(`
+for i in $(seq 300); do docker version >/dev/null 2>&1 && break; sleep 0.05; done
+docker pull -q %[1]s
+docker pull -q %[2]s & first=$!
+docker pull -q ghcr.io/acme/tool:1 & second=$!
+wait $first
+wait $second
+printf 'FROM ghcr.io/acme/base:1\nCOPY Dockerfile /a\nLABEL job=%[3]d\n' > Dockerfile
+docker build -q -t ghcr.io/acme/built:%[3]d .
+docker push -q ghcr.io/acme/built:%[3]d
+docker image inspect --format '{{.Id}}' %[1]s
+`, flyway, renovate, n)
+	}
+	w.ghcr.Push("acme/tool:1", lab.Image{Layers: []int{300_000, 700_000}, Seed: 61, OCI: true})
+	w.ghcr.Push("acme/base:1", lab.Image{Layers: []int{900_000}, Seed: 62})
+	for n := range 2 {
+		p := newPod(t, node, fmt.Sprintf("job%d", n))
+		w.forget()
+		out := p.job(job(n))
+		if !strings.Contains(out, w.flyway.Config.String()) {
+			t.Errorf("the job has another image than %s:\n%s", w.flyway.Config, out)
+		}
+		if gets := w.hub.Log.BlobGETs() + w.ghcr.Log.BlobGETs(); (gets == 0) != (n == 1) {
+			t.Errorf("job %d: %d blobs were fetched:\n%s\n%s", n, gets, w.hub.Log, w.ghcr.Log)
+		}
+		p.remove()
+	}
+	if s := agent.Status(); len(s.Doors) > 1 { // the node's own is left
+		t.Logf("%+v", s.Doors)
+	}
+}
