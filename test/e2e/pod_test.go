@@ -3,10 +3,14 @@
 package e2e
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"weir/test/lab"
 )
@@ -15,7 +19,7 @@ import (
 // what its image brings, and a runner that has its socket and its network. The
 // node's own dockerd runs both.
 type pod struct {
-	t    *testing.T
+	t    testing.TB
 	node *lab.Node
 	name string
 }
@@ -33,14 +37,14 @@ cp /etc/passwd /etc/group /etc/nsswitch.conf $root/etc/
 tar -C $root -c . | `+outerDocker+`import - pod`)
 }
 
-func newPod(t *testing.T, node *lab.Node, name string) *pod {
+func newPod(t testing.TB, node *lab.Node, name string, flags ...string) *pod {
 	t.Helper()
 	p := &pod{t, node, name}
 	node.Run("sh", "-ec", outerDocker+"run --detach --name="+name+" --network=none --cgroup-parent="+filepath.Base(node.Cgroup())+" "+
 		// What --privileged would give, but for what a test's machine may not have.
 		"--cap-add=SYS_ADMIN --cap-add=NET_ADMIN --security-opt=apparmor=unconfined --security-opt=seccomp=unconfined --security-opt=systempaths=unconfined "+
 		"-v /usr:/usr:ro -v /etc/hosts:/etc/hosts:ro -v "+name+"-socket:/run/shared -v /var/lib/docker "+
-		"pod dockerd --host=unix:///run/shared/docker.sock --bridge=none --iptables=false --ip6tables=false")
+		"pod dockerd --host=unix:///run/shared/docker.sock --bridge=none --iptables=false --ip6tables=false "+strings.Join(flags, " "))
 	t.Cleanup(func() {
 		if t.Failed() {
 			log, _ := node.Output("sh", "-c", outerDocker+"logs "+name+" 2>&1 | tail -30")
@@ -56,11 +60,23 @@ func newPod(t *testing.T, node *lab.Node, name string) *pod {
 	return p
 }
 
+// ready waits for the dockerd beside it, as jobs do.
+const ready = "for i in $(seq 600); do docker version >/dev/null 2>&1 && break; sleep 0.05; done\n"
+
 // job runs a script in the runner's container.
 func (p *pod) job(script string) string {
 	p.t.Helper()
-	p.node.WriteFile("/var/lib/home/jobs/"+p.name, script)
-	return p.node.Run("sh", "-ec", outerDocker+"run --rm --network=container:"+p.name+" --cgroup-parent="+filepath.Base(p.node.Cgroup())+" -v /usr:/usr:ro -v /etc/hosts:/etc/hosts:ro -v "+p.name+"-socket:/run/shared "+
+	out, err := p.try(script)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return out
+}
+
+func (p *pod) try(script string) (string, error) {
+	p.t.Helper()
+	p.node.WriteFile("/var/lib/home/jobs/"+p.name, ready+script)
+	return p.node.Output("sh", "-ec", outerDocker+"run --rm --network=container:"+p.name+" --cgroup-parent="+filepath.Base(p.node.Cgroup())+" -v /usr:/usr:ro -v /etc/hosts:/etc/hosts:ro -v "+p.name+"-socket:/run/shared "+
 		"-v /var/lib/home/jobs:/jobs:ro -e DOCKER_HOST=unix:///run/shared/docker.sock -e DOCKER_BUILDKIT=1 -e HOME=/tmp -e PATH=/usr/sbin:/usr/bin -w /work pod sh -ec '. /jobs/"+p.name+"'")
 }
 
@@ -77,7 +93,6 @@ func TestPod(t *testing.T) {
 	podImage(node)
 	job := func(n int) string {
 		return fmt.Sprintf(`
-for i in $(seq 300); do docker version >/dev/null 2>&1 && break; sleep 0.05; done
 docker pull -q %[1]s
 docker pull -q %[2]s & first=$!
 docker pull -q ghcr.io/acme/tool:1 & second=$!
@@ -105,5 +120,73 @@ docker image inspect --format '{{.Id}}' %[1]s
 	}
 	if s := agent.Status(); len(s.Doors) > 1 { // the node's own is left
 		t.Logf("%+v", s.Doors)
+	}
+}
+
+// Several pods pull the same at the same time, one of them with a mirror of its
+// own that isn't there, and one ends in the middle of it: the others get all,
+// and the registry sends it once.
+func TestPodsAtOnce(t *testing.T) {
+	w := newWorld(t)
+	im := w.hub.Push("acme/large:1", lab.Image{Layers: []int{12 << 20, 6 << 20, 2 << 20}, Seed: 63})
+	node := w.Node()
+	agent := node.Agent()
+	node.Docker()
+	podImage(node)
+	pods := []*pod{newPod(t, node, "first"), newPod(t, node, "second", "--registry-mirror=http://127.0.0.1:9"), newPod(t, node, "third")}
+	for _, p := range pods {
+		p.job("true")
+	}
+	node.Shape(40)
+	w.forget()
+	var wg sync.WaitGroup
+	for i, p := range pods {
+		wg.Go(func() {
+			out, err := p.try("docker pull -q acme/large:1 && docker image inspect --format '{{.Id}}' acme/large:1")
+			if i > 0 && (err != nil || !strings.Contains(out, im.Config.String())) {
+				t.Errorf("%s: %s %v", p.name, out, err)
+			}
+		})
+	}
+	if err := lab.Eventually(nil, func(context.Context) error {
+		if agent.Status().Store.Running == 0 {
+			return errors.New("not begun")
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	pods[0].remove()
+	wg.Wait()
+	if n := w.hub.Log.BlobBytes(); n > im.Bytes*105/100 {
+		t.Errorf("%d bytes left the registry, for %d\n%s", n, im.Bytes, w.hub.Log)
+	}
+}
+
+// BenchmarkPod is the time of a job that pulls an image of 120 MiB, in a fresh
+// pod each time, over an uplink of 100 Mbit/s: without weir, and with it for the
+// first and for the second time.
+func BenchmarkPod(b *testing.B) {
+	w := newWorld(b)
+	w.hub.Push("acme/large:1", lab.Image{Layers: []int{64 << 20, 32 << 20, 16 << 20, 8 << 20}, Seed: 64})
+	w.Shape(100)
+	job := func(node *lab.Node, name string) float64 {
+		p := newPod(b, node, name)
+		defer p.remove()
+		p.job("true")
+		start := time.Now()
+		p.job("docker pull -q acme/large:1")
+		return time.Since(start).Seconds()
+	}
+	for b.Loop() {
+		bare, node := w.Node(), w.Node()
+		node.Agent()
+		for _, n := range []*lab.Node{bare, node} {
+			n.Docker()
+			podImage(n)
+		}
+		b.ReportMetric(job(bare, "without"), "s-without")
+		b.ReportMetric(job(node, "first"), "s-first")
+		b.ReportMetric(job(node, "second"), "s-second")
 	}
 }
