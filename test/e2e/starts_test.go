@@ -36,7 +36,7 @@ func fromEnv(t testing.TB, name string, n int) int {
 // door in their network namespace, on a machine that is busy: they are passed
 // through. WEIR_STARTS is how many there are.
 func TestStarts(t *testing.T) {
-	count := fromEnv(t, "WEIR_STARTS", 80)
+	count := fromEnv(t, "WEIR_STARTS", 40)
 	w := newWorld(t)
 	node := w.Node()
 	const clean = "/var/lib/clean.crt"
@@ -146,7 +146,7 @@ func mapEntries(t *testing.T, id ebpf.MapID) (n int) {
 // Containers with a dockerd in them come and go: nothing of them is left.
 // WEIR_CONTAINERS is how many there are.
 func TestContainersLeaveNothing(t *testing.T) {
-	count := fromEnv(t, "WEIR_CONTAINERS", 8)
+	count := fromEnv(t, "WEIR_CONTAINERS", 5)
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
