@@ -48,6 +48,13 @@ var (
 // round trip between machines of one site.
 const linkLatency = 500 * time.Microsecond
 
+// fewSimulated and manySimulated bound a node's connections, more tightly than
+// fewConns and manyConns: those of a thousand nodes have to fit into one memory.
+const fewSimulated, manySimulated = 250, 300
+
+// sampled is how many nodes refresh their routing tables for the measurement.
+const sampled = 50
+
 // traffic counts what hosts send, and delays it while lookups are measured.
 type traffic struct {
 	messages, bytes atomic.Int64
@@ -106,7 +113,7 @@ func simulated(t *testing.T, count int, sent *traffic) []*Node {
 		if err != nil {
 			t.Fatal(err)
 		}
-		conns, err := connmgr.NewConnManager(fewConns, manyConns)
+		conns, err := connmgr.NewConnManager(fewSimulated, manySimulated)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -213,9 +220,10 @@ func scale(t *testing.T, count, digests, lookups int) row {
 	t.Logf("%d nodes stand after %s", count, time.Since(start).Round(time.Second))
 	// The routing table is refreshed each 10 minutes.
 	m, b := sent.messages.Load(), sent.bytes.Load()
-	each(all, func(n *Node) { <-n.dht.RefreshRoutingTable() })
-	per := func(now, was int64, times float64) float64 { return float64(now-was) * times / float64(count) }
-	r.refreshMessages, r.refreshByte = per(sent.messages.Load(), m, 6), per(sent.bytes.Load(), b, 6)
+	some := all[:min(sampled, count)]
+	each(some, func(n *Node) { <-n.dht.RefreshRoutingTable() })
+	per := func(now, was int64, nodes int) float64 { return float64(now-was) / float64(nodes) }
+	r.refreshMessages, r.refreshByte = 6*per(sent.messages.Load(), m, len(some)), 6*per(sent.bytes.Load(), b, len(some))
 	for i, n := range all {
 		var mine []key
 		for k := range digests {
@@ -223,15 +231,17 @@ func scale(t *testing.T, count, digests, lookups int) row {
 		}
 		n.provided.add(mine...)
 	}
-	each(all, func(n *Node) { n.putRecords(t.Context(), n.provided.due(-1, true)) })
-	// All that each node has is provided again once an hour.
+	for _, n := range all {
+		n.provided.due(-1, true) // it isn't new any more
+	}
+	// All that each node has is provided once an hour.
 	m, b = sent.messages.Load(), sent.bytes.Load()
 	each(all, func(n *Node) {
 		for part := range sweeps {
 			n.putRecords(t.Context(), n.provided.due(part, false))
 		}
 	})
-	r.messages, r.bytes = per(sent.messages.Load(), m, 1), per(sent.bytes.Load(), b, 1)
+	r.messages, r.bytes = per(sent.messages.Load(), m, count), per(sent.bytes.Load(), b, count)
 	r.full = float64(memory()-before) / float64(count) / (1 << 20)
 	t.Logf("%d nodes have provided after %s", count, time.Since(start).Round(time.Second))
 	// Lookups, one after another: this machine's processors are no cluster's.
@@ -285,12 +295,13 @@ provides %d digests. %d lookups, one after another, of random digests at random
 nodes: from the question to the answer that names a holder. "Hops" are the
 steps from the asker to the first steward that is asked, "messages" of a lookup
 all that anybody sends until it is done. Providing
-is what it costs to put all records again, as happens once an hour, and
-refreshing what the routing table costs, which is looked after each 10 minutes. Memory is the Go heap and stacks.
+is what it costs to put all records, as happens once an hour, and refreshing
+what the routing table costs, which is looked after each 10 minutes. Memory is
+the Go heap and stacks. A node has at most %d connections here, and %d else.
 
 | nodes | known peers | connections | lookup p50 | p99 | hops p50 | p99 | messages a lookup | found | providing: messages/node/h | bytes/node/h | refreshing: messages/node/h | bytes/node/h | memory/node, empty | with the digests |
 |--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
-`, linkLatency, *scaleDigests, *scaleLookups)
+`, linkLatency, *scaleDigests, *scaleLookups, manySimulated, manyConns)
 	for s := range strings.SplitSeq(*scaleNodes, ",") {
 		count, err := strconv.Atoi(s)
 		if err != nil {
