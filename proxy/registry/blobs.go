@@ -239,7 +239,12 @@ func (x *exchange) relay(resp *http.Response) {
 // arriving serves a blob from a running transfer.
 func (x *exchange) arriving(r *store.TransferReader, status string) {
 	if err := r.Settle(x.r.Context()); err != nil {
-		if x.r.Context().Err() == nil {
+		switch {
+		case x.r.Context().Err() != nil:
+		case errors.Is(err, store.ErrCorrupt):
+			// Passed through, the whole of it would reach the client.
+			x.unreachable(x.w, x.r, err)
+		default:
 			x.h.log.Warn("a blob can't be had; left to the client", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
 			x.forward()
 		}
@@ -251,25 +256,8 @@ func (x *exchange) arriving(r *store.TransferReader, status string) {
 	}
 	c := &content{x: x, size: r.Size(), from: r.WithContext(x.r.Context())}
 	defer c.Close()
-	// The first byte may take a while. Should the agent die meanwhile, containerd
-	// repeats a request whose answer has begun, and no other.
-	x.w = &promptWriter{x.w}
 	x.serve(c, status)
 }
-
-// promptWriter sends the head of an answer before there is a body.
-type promptWriter struct{ http.ResponseWriter }
-
-func (w *promptWriter) WriteHeader(code int) {
-	w.ResponseWriter.WriteHeader(code)
-	_ = http.NewResponseController(w.ResponseWriter).Flush()
-}
-
-// ReadFrom implements io.ReaderFrom.
-func (w *promptWriter) ReadFrom(r io.Reader) (int64, error) { return io.Copy(w.ResponseWriter, r) }
-
-// Unwrap is for http.ResponseController.
-func (w *promptWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // hit is the cache status of an answer from what is kept.
 func (x *exchange) hit() string {

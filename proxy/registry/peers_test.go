@@ -156,6 +156,27 @@ func TestPeersGiveBlobs(t *testing.T) {
 	}
 }
 
+// Everybody is wrong: the client gets an error, and not the upstream's bytes.
+func TestAllAreWrong(t *testing.T) {
+	right, wrong := bytesOf(1, 100_000), bytesOf(2, 100_000)
+	u := newUpstream(t)
+	u.allow("a/b", "Bearer 1")
+	d := u.put("a/b", right)
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodGet {
+			w.(http.Flusher).Flush() // chunked
+			_, _ = w.Write(wrong)
+		}
+		return r.Method == http.MethodGet
+	}
+	s := newSide(t, u, store.Options{})
+	s.peers = &neighbours{give: map[digest.Digest][][]byte{d: {wrong}}}
+	s.restart()
+	if a := s.do("GET", "/v2/a/b/blobs/"+d.String(), "Bearer 1"); a.err == nil && a.StatusCode == 200 {
+		t.Errorf("the client completed %d bytes", len(a.body))
+	}
+}
+
 // A manifest by digest comes from a peer, for one who may have it.
 func TestPeersGiveManifests(t *testing.T) {
 	u := newUpstream(t)
