@@ -144,20 +144,27 @@ func stopAgent(ctx context.Context, path string) error {
 	if err != nil {
 		return fmt.Errorf("%s names no process; stop the running agent and try again", path)
 	}
-	p, err := os.FindProcess(pid)
-	if err == nil {
-		err = p.Signal(unix.SIGTERM)
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("stopping the agent (process %d): %w", pid, err)
 	}
-	// The lock is given up at the very end.
-	done := make(chan error, 1)
-	go func() { done <- unix.Flock(int(f.Fd()), unix.LOCK_SH) }()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("the agent (process %d) does not end; kill it and try again: %w", pid, ctx.Err())
+	defer unix.Close(pidfd)
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGTERM, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("stopping the agent (process %d): %w", pid, err)
 	}
+	// The lock is given up before the programs are out of the kernel. pidfd_open(2):
+	// it is readable when the process has ended, with all that it had open.
+	for ctx.Err() == nil {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 100)
+		if n > 0 {
+			return nil
+		}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("waiting for the agent (process %d) to end: %w", pid, err)
+		}
+	}
+	return fmt.Errorf("the agent (process %d) does not end; kill it and try again: %w", pid, ctx.Err())
 }

@@ -336,9 +336,6 @@ func newCgroup(t testing.TB, name string) *os.File {
 	}
 	t.Cleanup(func() {
 		f.Close()
-		for _, dir := range anywhere("docker") {
-			_ = os.Remove(dir) // dockerd leaves it; it goes when it is empty
-		}
 		for _, dir := range anywhere(filepath.Base(dir)) {
 			if err := Eventually(nil, func(context.Context) error { return removeCgroup(dir) }); err != nil {
 				t.Errorf("processes were left in %s: %v", dir, err)
