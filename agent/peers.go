@@ -186,22 +186,25 @@ func (c content) Recall(hash string) []byte {
 
 // Open implements p2p.Content.
 func (p *peers) Open(ctx context.Context, d digest.Digest) (*p2p.Blob, error) {
-	b, err := p.store.Get(d)
-	if err == nil {
-		return &p2p.Blob{ReadSeekCloser: openBlob{b.Reader(), b}, Size: b.Size(), Kept: true}, nil
+	if b, err := p.openKept(d); err == nil {
+		return b, nil
 	}
 	r, err := p.store.Follow(ctx, d)
 	switch {
 	case errors.Is(err, store.ErrNotFound):
 		return nil, p2p.ErrNotHere
-	case err != nil:
-		// It came to nothing, or is over by now.
-		if b, err := p.store.Get(d); err == nil {
-			return &p2p.Blob{ReadSeekCloser: openBlob{b.Reader(), b}, Size: b.Size(), Kept: true}, nil
-		}
-		return nil, p2p.ErrNotHere
+	case err != nil: // it came to nothing, or is over by now
+		return p.openKept(d)
 	}
 	return &p2p.Blob{ReadSeekCloser: r.WithContext(ctx), Size: r.Size()}, nil
+}
+
+func (p *peers) openKept(d digest.Digest) (*p2p.Blob, error) {
+	b, err := p.store.Get(d)
+	if err != nil {
+		return nil, p2p.ErrNotHere
+	}
+	return &p2p.Blob{ReadSeekCloser: openBlob{b.Reader(), b}, Size: b.Size(), Kept: true}, nil
 }
 
 type openBlob struct {

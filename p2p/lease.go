@@ -366,11 +366,8 @@ func (n *Node) answerLease(s network.Stream) {
 	_ = json.NewEncoder(s).Encode(n.judge(n.ctx, s.Conn().RemotePeer(), q))
 }
 
-// ask asks one steward, which may be this node.
+// ask asks one steward for an answer in time.
 func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, error) {
-	if steward == n.host.ID() {
-		return n.judge(ctx, steward, q), nil
-	}
 	own, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	a, err := n.exchange(own, steward, q)
@@ -380,7 +377,11 @@ func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, er
 	return a, err
 }
 
+// exchange asks a peer, which may be this node.
 func (n *Node) exchange(ctx context.Context, to peer.ID, q question) (answer, error) {
+	if to == n.host.ID() {
+		return n.judge(ctx, to, q), nil
+	}
 	s, err := n.host.NewStream(ctx, to, leaseProtocol)
 	if err != nil {
 		return answer{}, err
@@ -473,9 +474,7 @@ func (n *Node) tell(all []peer.ID, q question) {
 		n.wg.Go(func() {
 			ctx, cancel := context.WithTimeout(n.ctx, answerTime)
 			defer cancel()
-			if s == n.host.ID() {
-				n.ledger.take(q, s)
-			} else if _, err := n.exchange(ctx, s, q); err != nil {
+			if _, err := n.exchange(ctx, s, q); err != nil {
 				n.log.Debug("a steward can't be told", "peer", s, "err", err)
 			}
 		})

@@ -117,8 +117,8 @@ type Node struct {
 	server   *http.Server
 	incoming *queue
 	upload   *rate.Limiter
-	serving  serving
-	peers    reputation
+	serving  *serving
+	peers    *reputation
 	provided *provided
 	regions  regions
 	intake   meter

@@ -3,7 +3,6 @@
 package p2p
 
 import (
-	"bytes"
 	"context"
 	"slices"
 	"sync"
@@ -63,8 +62,8 @@ func (p *provided) remove(k key) {
 	delete(p.new, k)
 }
 
-// due returns, in the order of the key space, what is new, and all else that is
-// in the part of the key space with a number, or everything.
+// due returns what is new, and all else that is in the part of the key space
+// with a number, or everything.
 func (p *provided) due(part int, all bool) (due []key) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -73,7 +72,6 @@ func (p *provided) due(part int, all bool) (due []key) {
 			due = append(due, k)
 		}
 	}
-	slices.SortFunc(due, func(a, b key) int { return bytes.Compare(p.keys[a], p.keys[b]) })
 	clear(p.new)
 	return due
 }

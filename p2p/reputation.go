@@ -25,7 +25,7 @@ const (
 
 // reputation is what a node has seen of its peers.
 type reputation struct {
-	mu  *sync.Mutex
+	mu  sync.Mutex
 	lru *lru.Cache[peer.ID, *record]
 	now func() time.Time
 }
@@ -38,13 +38,13 @@ type record struct {
 	since                           time.Time
 }
 
-func newReputation() reputation {
-	r := reputation{mu: new(sync.Mutex), now: time.Now}
+func newReputation() *reputation {
+	r := &reputation{now: time.Now}
 	r.lru, _ = lru.New[peer.ID, *record](1 << 13)
 	return r
 }
 
-func (r reputation) with(p peer.ID, f func(*record)) {
+func (r *reputation) with(p peer.ID, f func(*record)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	rec, ok := r.lru.Get(p)
@@ -55,17 +55,17 @@ func (r reputation) with(p peer.ID, f func(*record)) {
 	f(rec)
 }
 
-func (r reputation) up(p peer.ID) { r.with(p, func(x *record) { x.downUntil = time.Time{} }) }
-func (r reputation) down(p peer.ID) {
+func (r *reputation) up(p peer.ID) { r.with(p, func(x *record) { x.downUntil = time.Time{} }) }
+func (r *reputation) down(p peer.ID) {
 	r.with(p, func(x *record) { x.downUntil = r.now().Add(downTime) })
 }
-func (r reputation) slow(p peer.ID) {
+func (r *reputation) slow(p peer.ID) {
 	r.with(p, func(x *record) { x.slowUntil = r.now().Add(slowTime) })
 }
 
 // wrong notes that a peer sent wrong bytes. verified is whether it had said
 // that it has the whole blob, which it ought to have verified.
-func (r reputation) wrong(p peer.ID, verified bool) (shunned bool) {
+func (r *reputation) wrong(p peer.ID, verified bool) (shunned bool) {
 	r.with(p, func(x *record) {
 		if x.strikes++; verified || x.strikes >= maxStrikes {
 			x.shunUntil, x.strikes, shunned = r.now().Add(shunTime), 0, true
@@ -74,30 +74,30 @@ func (r reputation) wrong(p peer.ID, verified bool) (shunned bool) {
 	return shunned
 }
 
-func (r reputation) took(p peer.ID, bytes int64) { r.with(p, func(x *record) { x.received += bytes }) }
+func (r *reputation) took(p peer.ID, bytes int64) { r.with(p, func(x *record) { x.received += bytes }) }
 
-func (r reputation) received(p peer.ID) (n int64) {
+func (r *reputation) received(p peer.ID) (n int64) {
 	r.with(p, func(x *record) { n = x.received })
 	return n
 }
 
-func (r reputation) isDown(p peer.ID) (is bool) {
+func (r *reputation) isDown(p peer.ID) (is bool) {
 	r.with(p, func(x *record) { is = r.now().Before(x.downUntil) })
 	return is
 }
 
-func (r reputation) isSlow(p peer.ID) (is bool) {
+func (r *reputation) isSlow(p peer.ID) (is bool) {
 	r.with(p, func(x *record) { is = r.now().Before(x.slowUntil) })
 	return is
 }
 
-func (r reputation) shunned(p peer.ID) (is bool) {
+func (r *reputation) shunned(p peer.ID) (is bool) {
 	r.with(p, func(x *record) { is = r.now().Before(x.shunUntil) })
 	return is
 }
 
 // provides says whether so many records more are taken from a peer.
-func (r reputation) provides(p peer.ID, records int) (ok bool) {
+func (r *reputation) provides(p peer.ID, records int) (ok bool) {
 	r.with(p, func(x *record) {
 		if now := r.now(); now.Sub(x.since) > reprovide {
 			x.since, x.provided = now, 0

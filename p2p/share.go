@@ -185,7 +185,7 @@ func (s *Share) open(ctx context.Context, src source, offset, size int64) (io.Re
 		close(stop)
 		cancel()
 		resp.Body.Close()
-		s.n.shame(src, s.d, true)
+		s.n.shame(src.ID, s.d, true)
 		return nil, 0, fmt.Errorf("it would have %d bytes instead of %d", total, size)
 	}
 	kept := resp.Header.Get(keptHeader) != ""
@@ -197,9 +197,9 @@ func (s *Share) open(ctx context.Context, src source, offset, size int64) (io.Re
 }
 
 // shame takes in that a peer sent what it should not have.
-func (n *Node) shame(src source, d digest.Digest, verified bool) {
-	if n.peers.wrong(src.ID, verified) {
-		n.log.Warn("a peer sent wrong bytes; nothing is read from it for a while", "peer", src.ID, "digest", d, "for", shunTime)
+func (n *Node) shame(id peer.ID, d digest.Digest, verified bool) {
+	if n.peers.wrong(id, verified) {
+		n.log.Warn("a peer sent wrong bytes; nothing is read from it for a while", "peer", id, "digest", d, "for", shunTime)
 	}
 }
 
@@ -213,7 +213,7 @@ func (s *Share) Wrong() {
 		s.fail(id)
 		// One who handed on what it had not verified, or one of several, need
 		// not be the one.
-		s.n.shame(source{ID: id}, s.d, kept && len(gave) == 1)
+		s.n.shame(id, s.d, kept && len(gave) == 1)
 	}
 }
 
@@ -352,7 +352,7 @@ func (n *Node) Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, e
 		}
 		b, err := n.small(ctx, src, "/blobs/"+d.String(), limit)
 		if err == nil && d.Algorithm().FromBytes(b) != d {
-			n.shame(src, d, true)
+			n.shame(src.ID, d, true)
 			continue
 		}
 		if err == nil {

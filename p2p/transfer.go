@@ -66,41 +66,39 @@ const (
 
 // serving counts what is sent to peers.
 type serving struct {
-	mu                       *sync.Mutex
+	mu                       sync.Mutex
 	each                     map[string]int // by peer
-	all                      *int
-	sent, refused, strangers *atomic.Int64
+	all                      int
+	sent, refused, strangers atomic.Int64
 }
 
-func newServing() serving {
-	return serving{new(sync.Mutex), make(map[string]int), new(int), new(atomic.Int64), new(atomic.Int64), new(atomic.Int64)}
-}
+func newServing() *serving { return &serving{each: make(map[string]int)} }
 
-func (s serving) enter(who string) bool {
+func (s *serving) enter(who string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if *s.all >= maxServing || s.each[who] >= maxServingEach {
+	if s.all >= maxServing || s.each[who] >= maxServingEach {
 		s.refused.Add(1)
 		return false
 	}
-	*s.all++
+	s.all++
 	s.each[who]++
 	return true
 }
 
-func (s serving) leave(who string) {
+func (s *serving) leave(who string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	*s.all--
+	s.all--
 	if s.each[who]--; s.each[who] == 0 {
 		delete(s.each, who)
 	}
 }
 
-func (s serving) running() int {
+func (s *serving) running() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return *s.all
+	return s.all
 }
 
 // meter measures a rate over the last seconds.
@@ -226,7 +224,6 @@ func (n *Node) sendBlob(w http.ResponseWriter, r *http.Request) {
 	if b.Kept {
 		h.Set(keptHeader, "1")
 	}
-	var body io.ReadSeeker = b
 	if b.Size < 0 {
 		// No ranges of what has no end yet, but from an offset on.
 		offset, ok := rangeFrom(r.Header.Get("Range"))
@@ -238,12 +235,12 @@ func (n *Node) sendBlob(w http.ResponseWriter, r *http.Request) {
 			h.Set("Content-Range", fmt.Sprintf("bytes %d-*/*", offset))
 			w.WriteHeader(http.StatusPartialContent)
 		}
-		if err := n.send(w, r.Context(), body); err != nil {
+		if _, err := n.send(w, r.Context(), b); err != nil {
 			panic(http.ErrAbortHandler)
 		}
 		return
 	}
-	http.ServeContent(pacedWriter{w, n, r.Context()}, r, "", time.Time{}, body)
+	http.ServeContent(pacedWriter{w, n, r.Context()}, r, "", time.Time{}, b)
 }
 
 // rangeFrom reads a Range header of the form bytes=N-; none is from 0 on.
@@ -269,25 +266,14 @@ type pacedWriter struct {
 // ReadFrom implements io.ReaderFrom, so that io.CopyN writes what there is, and
 // large pieces of it.
 func (p pacedWriter) ReadFrom(r io.Reader) (int64, error) {
-	var sent int64
-	counted := readerFunc(func(b []byte) (int, error) {
-		k, err := r.Read(b)
-		sent += int64(k)
-		return k, err
-	})
-	err := p.n.send(p.ResponseWriter, p.ctx, counted)
-	return sent, err
+	return p.n.send(p.ResponseWriter, p.ctx, r)
 }
-
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 var sendBuffers = sync.Pool{New: func() any { b := make([]byte, sendSize); return &b }}
 
 // send copies r to w, at the node's pace, and flushes when r has no more at
 // the time: followers shall have what is there.
-func (n *Node) send(w http.ResponseWriter, ctx context.Context, r io.Reader) error {
+func (n *Node) send(w http.ResponseWriter, ctx context.Context, r io.Reader) (sent int64, err error) {
 	buf := sendBuffers.Get().(*[]byte)
 	defer sendBuffers.Put(buf)
 	rc := http.NewResponseController(w)
@@ -296,22 +282,23 @@ func (n *Node) send(w http.ResponseWriter, ctx context.Context, r io.Reader) err
 		if k > 0 {
 			if n.upload != nil {
 				if err := waitN(ctx, n.upload, k); err != nil {
-					return err
+					return sent, err
 				}
 			}
 			if _, err := w.Write((*buf)[:k]); err != nil {
-				return err
+				return sent, err
 			}
+			sent += int64(k)
 			n.serving.sent.Add(int64(k))
 			if k < sendSize {
 				_ = rc.Flush()
 			}
 		}
 		if err == io.EOF {
-			return nil
+			return sent, nil
 		}
 		if err != nil {
-			return err
+			return sent, err
 		}
 	}
 }

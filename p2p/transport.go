@@ -3,7 +3,6 @@
 package p2p
 
 import (
-	"bytes"
 	"context"
 	"crypto/hkdf"
 	"crypto/hmac"
@@ -13,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -286,7 +286,7 @@ func (n *Node) dialPeer(ctx context.Context, want peer.ID, addrs []string) (*tls
 // hostPort is the HOST:PORT of a multiaddr that is just that, or empty.
 func hostPort(a ma.Multiaddr) string {
 	network, addr, err := manet.DialArgs(a)
-	if err != nil || !bytes.HasPrefix([]byte(network), []byte("tcp")) {
+	if err != nil || !strings.HasPrefix(network, "tcp") {
 		return ""
 	}
 	return addr

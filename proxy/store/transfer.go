@@ -223,16 +223,21 @@ func (s *Store) Arriving(d digest.Digest) (arrived, size int64, err error) {
 	return t.written, t.size, nil
 }
 
-// Wait waits until a claimed transfer has begun and returns a reader of it.
-// more is one source more, for when those that the transfer has break off. The
-// error is that of the leader when it could not begin.
-func (t *Transfer) Wait(ctx context.Context, more Source) (*TransferReader, error) {
-	stop := context.AfterFunc(ctx, func() {
+// wakeWith wakes those who wait for a change when ctx is done, until what it
+// returns is called.
+func (t *Transfer) wakeWith(ctx context.Context) (stop func() bool) {
+	return context.AfterFunc(ctx, func() {
 		t.mu.Lock()
 		t.change.Broadcast()
 		t.mu.Unlock()
 	})
-	defer stop()
+}
+
+// Wait waits until a claimed transfer has begun and returns a reader of it.
+// more is one source more, for when those that the transfer has break off. The
+// error is that of the leader when it could not begin.
+func (t *Transfer) Wait(ctx context.Context, more Source) (*TransferReader, error) {
+	defer t.wakeWith(ctx)()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for t.state == claimed && ctx.Err() == nil {
@@ -486,12 +491,7 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 	t.mu.Lock()
 	visible := t.visible(r)
 	if r.off >= visible && t.state == running && r.ctx != nil {
-		stop := context.AfterFunc(r.ctx, func() {
-			t.mu.Lock()
-			t.change.Broadcast()
-			t.mu.Unlock()
-		})
-		defer stop()
+		defer t.wakeWith(r.ctx)()
 	}
 	for r.off >= visible && t.state == running && !r.closed && (!r.raw || r.round == t.round) && (r.ctx == nil || r.ctx.Err() == nil) {
 		t.change.Wait()
@@ -551,12 +551,7 @@ func (t *Transfer) holding() bool {
 // ctx's.
 func (r *TransferReader) Settle(ctx context.Context) error {
 	t := r.t
-	stop := context.AfterFunc(ctx, func() {
-		t.mu.Lock()
-		t.change.Broadcast()
-		t.mu.Unlock()
-	})
-	defer stop()
+	defer t.wakeWith(ctx)()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for t.holding() && ctx.Err() == nil {

@@ -45,13 +45,13 @@ func TestAgentInContainer(t *testing.T) {
 mkdir -p /var/lib/home/image/etc/ssl/certs
 cp %s /var/lib/home/image/weir
 cp /etc/ssl/certs/ca-certificates.crt /var/lib/home/image/etc/ssl/certs/
-tar -C /var/lib/home/image -c . | docker -H unix:///run/docker.sock import --change 'ENTRYPOINT ["/weir"]' --change 'CMD ["agent"]' - weir:test`, lab.Weir(t)))
+tar -C /var/lib/home/image -c . | %simport --change 'ENTRYPOINT ["/weir"]' --change 'CMD ["agent"]' - weir:test`, lab.Weir(t), outerDocker))
 	line := dockerRun(t)
 	to := func(line string) string {
-		return strings.Replace(line, "docker ", "docker -H unix:///run/docker.sock ", 1)
+		return strings.Replace(line, "docker run ", outerDocker+"run --cgroup-parent="+filepath.Base(node.Cgroup())+" ", 1)
 	}
 	id := strings.TrimSpace(node.Run("sh", "-ec", to(line)+":test agent --cgroup "+node.Cgroup()))
-	t.Cleanup(func() { _, _ = node.Output("docker", "-H", "unix:///run/docker.sock", "rm", "-f", "weir") })
+	t.Cleanup(func() { _, _ = node.Output("sh", "-c", outerDocker+"rm -f weir") })
 	status := func() (s agent.Status, err error) {
 		out, err := node.Output(lab.Weir(t), "status", "--json")
 		if err == nil {
@@ -62,7 +62,7 @@ tar -C /var/lib/home/image -c . | docker -H unix:///run/docker.sock import --cha
 	ready := func() {
 		t.Helper()
 		if err := lab.Eventually(nil, func(context.Context) error { _, err := status(); return err }); err != nil {
-			out, _ := node.Output("docker", "-H", "unix:///run/docker.sock", "logs", id)
+			out, _ := node.Output("sh", "-c", outerDocker+"logs "+id)
 			t.Fatal(err, out)
 		}
 	}
@@ -100,7 +100,7 @@ tar -C /var/lib/home/image -c . | docker -H unix:///run/docker.sock import --cha
 	w.forget()
 	docker.Pull(flyway)
 	w.nothingFetched(t)
-	node.Run("docker", "-H", "unix:///run/docker.sock", "rm", "-f", "weir")
+	node.Run("sh", "-ec", outerDocker+"rm -f weir")
 	node.Run("sh", "-ec", to(strings.Replace(line, "--detach --name=weir --restart=always", "--rm", 1))+":test uninstall")
 	for _, n := range []*lab.Node{node, box} {
 		for _, f := range n.Listing("/etc") {

@@ -98,17 +98,29 @@ func (s *faultySwarm) start(ref string, im lab.Pushed, who []int) (wait func(bro
 	}
 }
 
-// running waits until a node gets a blob.
-func (s *faultySwarm) running(i int) {
-	s.t.Helper()
+// begun waits until a node gets a blob.
+func begun(t testing.TB, a *lab.Agent) {
+	t.Helper()
 	if err := lab.Eventually(nil, func(context.Context) error {
-		if s.agents[i].Status().Store.Running == 0 {
+		if a.Status().Store.Running == 0 {
 			return errors.New("not begun")
 		}
 		return nil
 	}); err != nil {
-		s.t.Error(err)
+		t.Error(err)
 	}
+}
+
+// signalFetcher has node 0 begin to get an image, the others follow it, and
+// signals its agent in the middle of that.
+func (s *faultySwarm) signalFetcher(ref string, im lab.Pushed, sig syscall.Signal) (first, others func(broken ...int)) {
+	s.t.Helper()
+	first = s.start(ref, im, []int{0})
+	begun(s.t, s.agents[0])
+	others = s.start(ref, im, all(len(s.nodes))[1:])
+	someTime()
+	s.agents[0].Signal(sig)
+	return first, others
 }
 
 // someTime is the fault's moment, which nothing depends on.
@@ -149,11 +161,7 @@ func all(count int) (who []int) {
 func TestFaultFetcherDies(t *testing.T) {
 	s := newFaultySwarm(t, 5)
 	s.rounds(func(ref string, im lab.Pushed) {
-		first := s.start(ref, im, []int{0})
-		s.running(0)
-		others := s.start(ref, im, all(5)[1:])
-		someTime()
-		s.agents[0].Signal(syscall.SIGKILL)
+		first, others := s.signalFetcher(ref, im, syscall.SIGKILL)
 		others()
 		first(0)
 		s.restart(0)
@@ -241,11 +249,7 @@ func TestFaultPartition(t *testing.T) {
 func TestFaultStall(t *testing.T) {
 	s := newFaultySwarm(t, 5)
 	s.rounds(func(ref string, im lab.Pushed) {
-		first := s.start(ref, im, []int{0})
-		s.running(0)
-		others := s.start(ref, im, all(5)[1:])
-		someTime()
-		s.agents[0].Signal(syscall.SIGSTOP)
+		first, others := s.signalFetcher(ref, im, syscall.SIGSTOP)
 		others()
 		s.agents[0].Signal(syscall.SIGCONT)
 		first()

@@ -30,15 +30,8 @@ func cluster(t testing.TB, w *world, count int) (nodes []*lab.Node, agents []*la
 	for _, n := range nodes {
 		agents = append(agents, n.Agent(append([]string{"--swarm-key", "/etc/weir.key"}, peers...)...))
 	}
-	for _, a := range agents {
-		if err := lab.Eventually(nil, func(context.Context) error {
-			if n := a.Status().Peers.Known; n < count-1 {
-				return fmt.Errorf("%d peers known, want %d", n, count-1)
-			}
-			return nil
-		}); err != nil {
-			t.Fatal(err)
-		}
+	if err := known(agents); err != nil {
+		t.Fatal(err)
 	}
 	return nodes, agents
 }
@@ -49,6 +42,21 @@ func bytesFromPeers(a *lab.Agent) (n int64) {
 		n += r.BytesFromPeers
 	}
 	return n
+}
+
+// known waits until all agents know each other.
+func known(agents []*lab.Agent) error {
+	for _, a := range agents {
+		if err := lab.Eventually(nil, func(context.Context) error {
+			if n := a.Status().Peers.Known; n < len(agents)-1 {
+				return fmt.Errorf("%d peers known, want %d", n, len(agents)-1)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // The ways in which nodes find each other: a name that stands for all of them,
@@ -70,15 +78,8 @@ func TestPeersFound(t *testing.T) {
 			n.WriteFile("/etc/hosts", hosts)
 			agents = append(agents, n.Agent(append([]string{"--swarm-key", "/etc/weir.key"}, args...)...))
 		}
-		for _, a := range agents {
-			if err := lab.Eventually(nil, func(context.Context) error {
-				if s := a.Status().Peers; s.Known < 2 {
-					return fmt.Errorf("%d peers known", s.Known)
-				}
-				return nil
-			}); err != nil {
-				t.Errorf("%s: %v", way, err)
-			}
+		if err := known(agents); err != nil {
+			t.Errorf("%s: %v", way, err)
 		}
 		for _, a := range agents {
 			a.Stop()

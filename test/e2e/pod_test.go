@@ -3,8 +3,6 @@
 package e2e
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -148,14 +146,7 @@ func TestPodsAtOnce(t *testing.T) {
 			}
 		})
 	}
-	if err := lab.Eventually(nil, func(context.Context) error {
-		if agent.Status().Store.Running == 0 {
-			return errors.New("not begun")
-		}
-		return nil
-	}); err != nil {
-		t.Error(err)
-	}
+	begun(t, agent)
 	pods[0].remove()
 	wg.Wait()
 	if n := w.hub.Log.BlobBytes(); n > im.Bytes*105/100 {

@@ -522,24 +522,23 @@ func TestPodman(t *testing.T) {
 	w := newWorld(t)
 	node := w.Node()
 	node.Agent()
-	for _, args := range [][]string{{"podman", flyway}, {"buildah", renovate}, {"buildah", flyway}, {"podman", renovate}} {
-		if args[0] == "buildah" && args[1] == flyway {
-			w.forget()
-		}
-		name, ref := args[0], args[1]
-		if !strings.Contains(strings.Split(ref, "/")[0], ".") {
-			ref = "docker.io/" + ref
-		}
-		node.Run(name, "--storage-driver=vfs", "--root=/var/lib/"+name, "--runroot=/run/"+name, "pull", ref)
+	run := func(disk, name string, args ...string) string {
+		t.Helper()
+		return node.Run(append([]string{name, "--storage-driver=vfs", "--root=/var/lib/" + disk, "--runroot=/run/" + disk}, args...)...)
 	}
+	const hubFlyway = "docker.io/" + flyway
+	run("podman", "podman", "pull", hubFlyway)
+	run("buildah", "buildah", "pull", renovate)
+	w.forget()
+	run("buildah", "buildah", "pull", hubFlyway)
+	run("podman", "podman", "pull", renovate)
 	w.nothingFetched(t)
-	id := strings.TrimSpace(node.Run("podman", "--storage-driver=vfs", "--root=/var/lib/podman", "--runroot=/run/podman", "inspect", "--format={{.ID}}", "docker.io/"+flyway))
-	if id != w.flyway.Config.Encoded() {
+	if id := strings.TrimSpace(run("podman", "podman", "inspect", "--format={{.ID}}", hubFlyway)); id != w.flyway.Config.Encoded() {
 		t.Errorf("podman has %s, pushed was %s", id, w.flyway.Config)
 	}
 	// A build from what is kept.
-	node.WriteFile("/var/lib/home/build/Dockerfile", "FROM docker.io/"+flyway+"\nLABEL built=1\n")
-	node.Run("buildah", "--storage-driver=vfs", "--root=/var/lib/fresh", "--runroot=/run/fresh", "build", "--isolation=chroot", "/var/lib/home/build")
+	node.WriteFile("/var/lib/home/build/Dockerfile", "FROM "+hubFlyway+"\nLABEL built=1\n")
+	run("fresh", "buildah", "build", "--isolation=chroot", "/var/lib/home/build")
 	w.nothingFetched(t)
 }
 
