@@ -10,11 +10,12 @@ APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 # Debian packages: what running needs, what the tests drive, what generates and checks.
 RUN_PACKAGES = ca-certificates
 TEST_PACKAGES = docker.io containerd runc skopeo podman buildah iproute2 iptables openssl systemd gcc libc6-dev
+KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build run test bench soak scale lint generate check-generated fuzz demo clean
+.PHONY: help build run test test-kubernetes manifest bench soak scale lint generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,13 +35,20 @@ test: ## run all tests (as root; installs what they need)
 	$(GO) vet ./...
 	$(GO) vet -tags scale ./p2p
 	$(SUDO) env PATH="$$PATH" $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
-	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 18m ./test/...
+	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 18m ./test/e2e ./test/lab
+
+test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6 minutes, once)
+	@$(call need,$(TEST_PACKAGES) $(KUBERNETES_PACKAGES))
+	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 40m ./test/kubernetes
+
+manifest: ## make deploy/weir.yaml from deploy/chart
+	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -run '^TestManifest$$' ./test/kubernetes -update
 
 bench: build ## measure: connect(), time to first byte, throughput, CPU, memory
 	@$(call need,$(TEST_PACKAGES) $(BENCH_PACKAGES))
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 2s ./bpf/... ./proxy/... ./p2p/...
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x ./agent
-	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/...
+	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/e2e
 
 soak: ## the long tests: 100 pulls for each fault among peers, 1,000 starts, 500 containers
 	@$(call need,$(TEST_PACKAGES))

@@ -117,8 +117,12 @@ func removeOwn(dir string) (removed []string, err error) {
 		}
 		removed = append(removed, path)
 	}
-	if os.Remove(dir) == nil {
-		removed = append(removed, dir)
+	// In a container the directory is a mount, which can't be removed, and on
+	// the node it is the directory that was mounted.
+	for _, root := range []string{"", "/proc/1/root"} {
+		if os.Remove(root+dir) == nil {
+			removed = append(removed, dir)
+		}
 	}
 	return removed, err
 }

@@ -513,7 +513,7 @@ func resolve(ctx context.Context, hostport string) ([]netip.AddrPort, error) {
 	if err != nil {
 		return nil, err
 	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	ips, err := upstreamNames.lookup(ctx, host)
 	if err != nil {
 		return nil, err
 	}

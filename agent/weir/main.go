@@ -404,12 +404,14 @@ func doctorCommand() *cobra.Command {
 
 func uninstallCommand() *cobra.Command {
 	var conf agent.Config
+	var stay bool
 	c := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Stop the agent and remove every trace of weir from this node",
 		Long:  "Stop the agent, take its CA out of every place where a runtime reads certificates,\nand remove the store and the CA's key.",
 	}
 	dirFlags(c.Flags(), &conf)
+	c.Flags().BoolVar(&stay, "stay", false, "run on when all is removed, until told to end, as a DaemonSet's pods have to")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 		defer cancel()
@@ -419,6 +421,9 @@ func uninstallCommand() *cobra.Command {
 		}
 		if err == nil {
 			fmt.Fprintln(cmd.OutOrStdout(), "weir is gone from this node.")
+			if stay {
+				<-cmd.Context().Done()
+			}
 		}
 		return err
 	}

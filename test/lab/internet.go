@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -199,6 +200,16 @@ func (in *Internet) caPEM() []byte {
 }
 
 // certificate issues a certificate for a host.
+// Roots are those that the machines of this internet trust, as PEM.
+func (in *Internet) Roots() string {
+	in.t.Helper()
+	world, err := os.ReadFile("/etc/ssl/certs/ca-certificates.crt")
+	if err != nil {
+		in.t.Fatal(err)
+	}
+	return string(world) + string(in.caPEM())
+}
+
 func (in *Internet) certificate(host string) tls.Certificate {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -146,6 +146,25 @@ func (n *Node) End() {
 // Cgroup is the node's cgroup2 directory, in which all its processes are.
 func (n *Node) Cgroup() string { return n.dir }
 
+// Cgroups makes the node's cgroup in all hierarchies, as a kubelet wants it
+// where there are some of cgroup v1.
+func (n *Node) Cgroups() {
+	n.t.Helper()
+	mounts, _ := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
+	for _, m := range mounts {
+		dir := filepath.Join(filepath.Dir(m), filepath.Base(n.dir))
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			n.t.Fatal(err)
+		}
+		// A cpuset has to be told what is in it.
+		for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
+			if b, err := os.ReadFile(filepath.Join(filepath.Dir(m), f)); err == nil {
+				_ = os.WriteFile(filepath.Join(dir, f), b, 0o644)
+			}
+		}
+	}
+}
+
 // EmptyCgroup is a cgroup of the node in which no process is: an agent for it
 // redirects nothing.
 func (n *Node) EmptyCgroup() string {
@@ -159,6 +178,15 @@ func (n *Node) EmptyCgroup() string {
 
 // File returns the content of a file in the box, or an error.
 func (n *Node) File(path string) ([]byte, error) { return os.ReadFile(n.root(path)) }
+
+// ReadDir returns the names in a directory of the box, or an error.
+func (n *Node) ReadDir(path string) (names []string, err error) {
+	entries, err := os.ReadDir(n.root(path))
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, err
+}
 
 // WriteFile writes a file in the box.
 func (n *Node) WriteFile(path, content string) {
@@ -287,7 +315,7 @@ func (n *Node) Docker(flags ...string) *Docker {
 	if !n.has("/run/containerd/containerd.sock") {
 		n.Containerd() // dockerd would start one, which ends with it only when all goes well
 	}
-	return n.dockerd(debian(n.t, "/usr/sbin/dockerd", "docker.io"), flags...)
+	return n.dockerd(Debian(n.t, "/usr/sbin/dockerd", "docker.io"), flags...)
 }
 
 // NewestDocker starts the newest dockerd, with its containerd image store.
@@ -418,7 +446,7 @@ func (d *Docker) Build(dockerfile string, flags ...string) string {
 	d.node.t.Helper()
 	const dir = "/var/lib/home/build"
 	d.node.WriteFile(dir+"/Dockerfile", dockerfile)
-	args := []string{"env", "DOCKER_BUILDKIT=1", "DOCKER_HOST=unix:///run/docker.sock", debian(d.node.t, "/usr/bin/docker", "docker.io"), "build", "--progress=plain"}
+	args := []string{"env", "DOCKER_BUILDKIT=1", "DOCKER_HOST=unix:///run/docker.sock", Debian(d.node.t, "/usr/bin/docker", "docker.io"), "build", "--progress=plain"}
 	return d.node.Run(append(append(args, flags...), dir)...)
 }
 
@@ -479,24 +507,27 @@ type Containerd struct {
 	conn   *grpc.ClientConn
 	images cri.ImageServiceClient
 	args   []string
+	env    []string
 }
 
 // Containerd starts Debian's containerd with no configuration.
 func (n *Node) Containerd() *Containerd {
 	n.t.Helper()
-	return n.containerd(debian(n.t, "/usr/bin/containerd", "containerd"))
+	return n.containerd(Debian(n.t, "/usr/bin/containerd", "containerd"))
 }
 
 // NewestContainerd starts the newest containerd with no configuration.
 func (n *Node) NewestContainerd() *Containerd {
 	n.t.Helper()
-	return n.containerd(n.link("containerd"))
+	// It takes the first shim in its PATH.
+	shim, containerd := n.link("containerd-shim-runc-v2"), n.link("containerd")
+	return n.containerd(containerd, "PATH="+filepath.Dir(shim)+":/usr/sbin:/usr/bin:/sbin:/bin")
 }
 
-func (n *Node) containerd(path string) *Containerd {
+func (n *Node) containerd(path string, env ...string) *Containerd {
 	n.t.Helper()
 	const socket = "/run/containerd/containerd.sock"
-	c := &Containerd{node: n, args: []string{path}}
+	c := &Containerd{node: n, args: []string{path}, env: env}
 	conn, err := grpc.NewClient("passthrough:///containerd", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", n.root(socket))
@@ -513,7 +544,7 @@ func (n *Node) containerd(path string) *Containerd {
 // Start starts containerd again.
 func (c *Containerd) Start() {
 	c.node.t.Helper()
-	c.Process = c.node.start("containerd", nil, c.args...)
+	c.Process = c.node.start("containerd", c.env, c.args...)
 	c.until("answering", func(ctx context.Context) error {
 		_, err := c.images.ListImages(ctx, &cri.ListImagesRequest{})
 		return err

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httputil"
@@ -26,6 +27,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"testing"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -395,6 +397,12 @@ type Image struct {
 	// carried and verified but not unpacked: for images that would be too large
 	// for many nodes on one machine.
 	Padded bool
+	// Program is a static program of this machine that the image runs, if any,
+	// as "/" and its name.
+	Program string
+	Cmd     []string
+	// Files are more files, by their path in the image.
+	Files map[string]string
 	// Index puts it into an index, beside one for another platform.
 	Index bool
 }
@@ -448,9 +456,17 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 		layers = append(layers, d)
 		p.Layers, p.Sizes, p.DiffIDs = append(p.Layers, d.Digest), append(p.Sizes, d.Size), append(p.DiffIDs, diff)
 	}
+	run := map[string]any{"Cmd": []string{"/nothing"}}
+	if im.Program != "" {
+		run = map[string]any{"Entrypoint": []string{"/" + filepath.Base(im.Program)}, "Cmd": im.Cmd}
+		layer, diff := packFiles(t, im)
+		d := put("layer", layer)
+		layers = append(layers, d)
+		p.Layers, p.Sizes, p.DiffIDs = append(p.Layers, d.Digest), append(p.Sizes, d.Size), append(p.DiffIDs, diff)
+	}
 	config, _ := json.Marshal(map[string]any{
-		"architecture": "amd64", "os": "linux", "created": "2020-01-01T00:00:00Z", "config": map[string]any{"Cmd": []string{"/nothing"}},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": p.DiffIDs}, "history": history(len(im.Layers)),
+		"architecture": "amd64", "os": "linux", "created": "2020-01-01T00:00:00Z", "config": run,
+		"rootfs": map[string]any{"type": "layers", "diff_ids": p.DiffIDs}, "history": history(len(p.Layers)),
 	})
 	c := put("config", config)
 	p.Config = c.Digest
@@ -500,6 +516,31 @@ func makeLayer(seed uint64, size int, padded bool) (layer []byte, diffID digest.
 	if padded {
 		plain.Write(content)
 	}
+	gz, _ := gzip.NewWriterLevel(&packed, gzip.NoCompression)
+	_, _ = gz.Write(plain.Bytes())
+	gz.Close()
+	return packed.Bytes(), digest.FromBytes(plain.Bytes())
+}
+
+// packFiles makes a layer with an image's program and files.
+func packFiles(t testing.TB, im Image) (layer []byte, diffID digest.Digest) {
+	t.Helper()
+	var plain, packed bytes.Buffer
+	tw := tar.NewWriter(&plain)
+	files := maps.Clone(im.Files)
+	if files == nil {
+		files = make(map[string]string)
+	}
+	files["/"+filepath.Base(im.Program)] = im.Program
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		b, err := os.ReadFile(files[name])
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = tw.WriteHeader(&tar.Header{Name: strings.TrimPrefix(name, "/"), Mode: 0o755, Size: int64(len(b))})
+		_, _ = tw.Write(b)
+	}
+	tw.Close()
 	gz, _ := gzip.NewWriterLevel(&packed, gzip.NoCompression)
 	_, _ = gz.Write(plain.Bytes())
 	gz.Close()

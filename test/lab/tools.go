@@ -3,10 +3,12 @@
 package lab
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -25,16 +27,56 @@ var tools = map[string]string{
 	"containerd":              "github.com/containerd/containerd/v2/cmd/containerd@v2.4.2",
 	"ctr":                     "github.com/containerd/containerd/v2/cmd/ctr@v2.4.2",
 	"containerd-shim-runc-v2": "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v2.4.2",
+	"helm":                    "helm.sh/helm/v4/cmd/helm@v4.3.1",
 }
 
-// buildkit can't be installed from outside, because its go.mod excludes
-// modules: its programs are built in a module that requires it.
-const buildkit = "github.com/moby/buildkit"
+// Programs of these modules can't be installed from outside, because their
+// go.mod excludes or replaces modules: they are built in a module that requires
+// them.
+const (
+	buildkit   = "github.com/moby/buildkit"
+	kubernetes = "k8s.io/kubernetes"
+)
 
 func init() {
 	for _, name := range []string{"buildkitd", "buildctl"} {
 		tools[name] = buildkit + "/cmd/" + name + "@v0.34.2"
 	}
+	for _, name := range []string{"kubelet", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"} {
+		tools[name] = kubernetes + "/cmd/" + name + "@v1.34.2"
+	}
+}
+
+// stagingRE finds the modules that Kubernetes has in its own repository, and
+// releases as v0 what is v1 there.
+var stagingRE = regexp.MustCompile(`(?m)^\s*(k8s\.io/\S+) => \./staging/`)
+
+// scratch makes a module from which programs of a module can be built.
+func scratch(t testing.TB, module, version string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	mod := fmt.Sprintf("module scratch\n\ngo 1.26\n\nrequire %s %s\n", module, version)
+	if module == kubernetes {
+		out, err := exec.Command("go", "mod", "download", "-json", module+"@"+version).Output()
+		var downloaded struct{ GoMod string }
+		if err == nil {
+			err = json.Unmarshal(out, &downloaded)
+		}
+		if err != nil {
+			t.Fatalf("getting %s %s: %v", module, version, err)
+		}
+		b, err := os.ReadFile(downloaded.GoMod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range stagingRE.FindAllSubmatch(b, -1) {
+			mod += fmt.Sprintf("replace %[1]s => %[1]s %[2]s\n", m[1], "v0"+strings.TrimPrefix(version, "v1"))
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte(mod), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // install makes the command that builds a program into out.
@@ -42,12 +84,15 @@ func install(t testing.TB, name, dir, out string) *exec.Cmd {
 	program, version, _ := strings.Cut(tools[name], "@")
 	env := append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
 	cmd := exec.Command("go", "install", tools[name])
-	if strings.HasPrefix(program, buildkit) {
-		dir = t.TempDir()
-		if err := os.WriteFile(filepath.Join(dir, "go.mod"), fmt.Appendf(nil, "module scratch\n\ngo 1.26\n\nrequire %s %s\n", buildkit, version), 0o644); err != nil {
-			t.Fatal(err)
+	if module, _, _ := strings.Cut(program, "/cmd/"); module == buildkit || module == kubernetes {
+		dir = scratch(t, module, version)
+		flags := "-s -w"
+		if module == kubernetes { // it tells clients which one it is
+			for _, pkg := range []string{"k8s.io/component-base/version", "k8s.io/client-go/pkg/version"} {
+				flags += fmt.Sprintf(" -X %[1]s.gitVersion=%[2]s -X %[1]s.gitMajor=1 -X %[1]s.gitMinor=%[3]s", pkg, version, strings.Split(version, ".")[1])
+			}
 		}
-		cmd = exec.Command("go", "build", "-o", out+"/", program)
+		cmd = exec.Command("go", "build", "-ldflags", flags, "-o", out+"/", program)
 	}
 	cmd.Dir, cmd.Env = dir, env // of no module, or of the scratch one
 	return cmd
@@ -124,8 +169,8 @@ func locked(t testing.TB, name string, f func(dir string) string) string {
 	return f(dir)
 }
 
-// debian returns the path of a program of a Debian package.
-func debian(t testing.TB, path, pkg string) string {
+// Debian returns the path of a program of a Debian package.
+func Debian(t testing.TB, path, pkg string) string {
 	t.Helper()
 	if _, err := os.Stat(path); err != nil {
 		t.Fatal(fmt.Errorf("%w: install the package %s", err, pkg))

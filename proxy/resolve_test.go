@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// nameServer is one that knows everything, at 192.0.2.1.
+func nameServer(t *testing.T, asked *atomic.Int64) (addr string) {
+	t.Helper()
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	go func() {
+		b := make([]byte, 1500)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			asked.Add(1)
+			var m dnsmessage.Message
+			if m.Unpack(b[:n]) != nil {
+				continue
+			}
+			m.Response, m.Additionals = true, nil
+			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
+				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: [4]byte{192, 0, 2, 1}}}}
+			}
+			if out, err := m.Pack(); err == nil {
+				_, _ = c.WriteTo(out, from)
+			}
+		}
+	}()
+	return c.LocalAddr().String()
+}
+
+func resolvConf(t *testing.T, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// While the own name servers don't answer, the node's are asked.
+func TestNodeNames(t *testing.T) {
+	var asked atomic.Int64
+	n := &names{own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "# the node's\nsearch lan\nnameserver "+nameServer(t, &asked)+"\noptions edns0\n")}
+	n.down.Store(time.Now().Add(time.Hour).UnixNano())
+	ips, err := n.lookup(t.Context(), "registry.example.com")
+	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" || asked.Load() == 0 {
+		t.Errorf("%v, %v, %d questions", ips, err, asked.Load())
+	}
+	// Names that this process knows itself go on being known when the node
+	// has none of them.
+	n.node = n.own
+	if ips, err := n.lookup(t.Context(), "localhost"); err != nil || len(ips) == 0 {
+		t.Errorf("%v, %v", ips, err)
+	}
+	if n.ofNode() != nil {
+		t.Error("the same name servers are asked twice")
+	}
+}
+
+func TestNameservers(t *testing.T) {
+	got := nameservers(resolvConf(t, "nameserver 192.0.2.53\nnameserver 2001:db8::53\nnameserver\noptions ndots:1\n"))
+	if len(got) != 2 || got[0] != "192.0.2.53:53" || got[1] != "[2001:db8::53]:53" {
+		t.Errorf("%q", got)
+	}
+	if got := nameservers("/nowhere"); got != nil {
+		t.Errorf("%q", got)
+	}
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kubernetes
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"weir/test/lab"
+)
+
+// cluster is a real Kubernetes with one node: etcd, the API server, the
+// controllers, the scheduler, containerd and the kubelet, all in one box.
+type cluster struct {
+	t          testing.TB
+	node       *lab.Node
+	containerd *lab.Containerd
+}
+
+const containerdConfig = `version = 3
+[plugins.'io.containerd.cri.v1.images'.registry]
+  config_path = '/etc/containerd/certs.d'
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true # a test's machine may lack CAP_SYS_RESOURCE
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ['/usr/lib/cni']
+`
+
+const cniConfig = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [
+  {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
+   "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+  {"type": "portmap", "capabilities": {"portMappings": true}}]}
+`
+
+const kubeconfig = `apiVersion: v1
+kind: Config
+clusters: [{name: box, cluster: {server: "https://127.0.0.1:6443", insecure-skip-tls-verify: true}}]
+users: [{name: admin, user: {token: admin}}]
+contexts: [{name: box, context: {cluster: box, user: admin}}]
+current-context: box
+`
+
+// kubeletConfig allows for a machine with cgroup v1 beside v2, and for a node
+// whose pods are in a cgroup of the test's.
+const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+clusterDNS: [10.96.0.10]
+clusterDomain: cluster.local
+failCgroupV1: false
+failSwapOn: false
+cgroupDriver: cgroupfs
+cgroupRoot: /%s
+enforceNodeAllocatable: []
+evictionHard: {memory.available: "1Mi", nodefs.available: "0%%", imagefs.available: "0%%", nodefs.inodesFree: "0%%", imagefs.inodesFree: "0%%"}
+imageGCHighThresholdPercent: 100
+imageGCLowThresholdPercent: 99
+serializeImagePulls: false
+`
+
+// newCluster starts a cluster on a node, and waits until the node is ready.
+func newCluster(t testing.TB, node *lab.Node) *cluster {
+	t.Helper()
+	c := &cluster{t: t, node: node}
+	for path, content := range map[string]string{
+		"/etc/containerd/config.toml":     containerdConfig,
+		"/etc/cni/net.d/10-pods.conflist": cniConfig,
+		"/var/lib/home/.kube/config":      kubeconfig,
+		"/etc/kubernetes/tokens.csv":      "admin,admin,admin,system:masters\n",
+		"/etc/kubernetes/kubelet.yaml":    fmt.Sprintf(kubeletConfig, filepath.Base(node.Cgroup())),
+	} {
+		node.WriteFile(path, content)
+	}
+	node.Run("mkdir", "-p", "/etc/containerd/certs.d")
+	node.Run("openssl", "genrsa", "-out", "/etc/kubernetes/sa.key", "2048")
+	node.Cgroups()
+	c.containerd = node.NewestContainerd()
+	node.Spawn("etcd", lab.Debian(t, "/usr/bin/etcd", "etcd-server"), "--data-dir=/var/lib/etcd", "--unsafe-no-fsync")
+	node.Spawn("kube-apiserver", lab.Tool(t, "kube-apiserver"), "--etcd-servers=http://127.0.0.1:2379", "--cert-dir=/run/kubernetes",
+		"--token-auth-file=/etc/kubernetes/tokens.csv", "--service-cluster-ip-range=10.96.0.0/16", "--advertise-address="+node.Addr().String(),
+		"--service-account-issuer=https://box", "--service-account-key-file=/etc/kubernetes/sa.key", "--service-account-signing-key-file=/etc/kubernetes/sa.key",
+		"--disable-admission-plugins=ServiceAccount", "--allow-privileged=true", "--endpoint-reconciler-type=none",
+		"--kubelet-preferred-address-types=InternalIP")
+	c.eventually("the API server", func() error {
+		_, err := c.try("get", "--raw", "/readyz")
+		return err
+	})
+	node.Spawn("kube-controller-manager", lab.Tool(t, "kube-controller-manager"), "--kubeconfig=/var/lib/home/.kube/config", "--leader-elect=false",
+		"--service-account-private-key-file=/etc/kubernetes/sa.key")
+	node.Spawn("kube-scheduler", lab.Tool(t, "kube-scheduler"), "--kubeconfig=/var/lib/home/.kube/config", "--leader-elect=false")
+	node.Spawn("kubelet", lab.Tool(t, "kubelet"), "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig=/var/lib/home/.kube/config",
+		"--hostname-override=node", "--node-ip="+node.Addr().String())
+	c.eventually("the node", func() error {
+		out, err := c.try("get", "node", "node", "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
+		if err == nil && out != "True" {
+			err = fmt.Errorf("it is not ready: %q", out)
+		}
+		return err
+	})
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, args := range [][]string{{"get", "pods", "-A", "-o", "wide"}, {"get", "events", "-A"}, {"logs", "dind", "--tail=15"}, {"-n", "weir", "logs", "daemonset/weir", "--tail=30"}} {
+				out, _ := c.try(args...)
+				t.Logf("--- kubectl %v\n%s", args, out)
+			}
+		}
+		// What containerd's shims have started doesn't end with it.
+		_, _ = c.try("delete", "pods,daemonsets", "--all", "-A", "--force", "--grace-period=0", "--wait=false")
+	})
+	return c
+}
+
+func (c *cluster) eventually(what string, f func() error) {
+	c.t.Helper()
+	if err := lab.Eventually(nil, func(context.Context) error { return f() }); err != nil {
+		c.t.Fatalf("%s: %v", what, err)
+	}
+}
+
+// try runs kubectl.
+func (c *cluster) try(args ...string) (string, error) {
+	return c.node.Output(append([]string{lab.Tool(c.t, "kubectl")}, args...)...)
+}
+
+func (c *cluster) kubectl(args ...string) string {
+	c.t.Helper()
+	out, err := c.try(args...)
+	if err != nil {
+		c.t.Fatalf("kubectl %v: %v\n%s", args, err, out)
+	}
+	return out
+}
+
+// apply makes objects.
+func (c *cluster) apply(objects ...any) {
+	c.t.Helper()
+	list, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "List", "items": objects})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.node.WriteFile("/var/lib/home/objects.json", string(list))
+	c.kubectl("apply", "-f", "/var/lib/home/objects.json")
+}
+
+// helm runs helm with the chart of this tree for the release "weir".
+func (c *cluster) helm(command string, args ...string) {
+	c.t.Helper()
+	all := []string{lab.Tool(c.t, "helm"), command, "weir"}
+	if command != "uninstall" {
+		all = append(all, absolute(c.t, chart))
+	}
+	if out, err := c.node.Output(append(append(all, "--namespace", "weir", "--wait", "--timeout", "3m"), args...)...); err != nil {
+		c.t.Fatalf("helm %s: %v\n%s", command, err, out)
+	}
+}
+
+func absolute(t testing.TB, path string) string {
+	t.Helper()
+	path, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// object is a Kubernetes object.
+type object = map[string]any
+
+// pod makes a pod with one container.
+func pod(name string, container object, more object) object {
+	spec := object{"containers": []object{container}, "terminationGracePeriodSeconds": 0, "enableServiceLinks": false}
+	for k, v := range more {
+		spec[k] = v
+	}
+	container["name"] = name
+	return object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"name": name, "namespace": "default"}, "spec": spec}
+}
+
+// running waits until a pod runs.
+func (c *cluster) running(name string) {
+	c.t.Helper()
+	c.eventually("the pod "+name, func() error {
+		out, err := c.try("get", "pod", name, "-o", "jsonpath={.status.phase}")
+		if err == nil && out != "Running" {
+			err = fmt.Errorf("it is %s", out)
+		}
+		return err
+	})
+}
+
+// failures are the events that say that an image couldn't be pulled.
+func (c *cluster) failures() (lines []string) {
+	c.t.Helper()
+	out := c.kubectl("get", "events", "-A", "--field-selector=reason=Failed", "-o", `jsonpath={range .items[*]}{.message}{"\n"}{end}`)
+	for l := range strings.Lines(out) {
+		if strings.Contains(l, "pull") {
+			lines = append(lines, strings.TrimSpace(l))
+		}
+	}
+	return lines
+}
+
+// temp writes a file for an image.
+func temp(t testing.TB, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package kubernetes tests weir's chart in a real Kubernetes.
+package kubernetes
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"weir/agent"
+	"weir/test/lab"
+)
+
+const busybox = "/bin/busybox"
+
+// status is what the agent in the DaemonSet's pod says of itself.
+func (c *cluster) status() (s agent.Status, err error) {
+	out, err := c.try("-n", "weir", "exec", "daemonset/weir", "--", "/weir", "status", "--json")
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &s)
+	}
+	return s, err
+}
+
+// The chart's whole life on a node whose containerd was running before it: it
+// is installed, serves pods and the dockerd in a pod, is upgraded while pods
+// pull, and taken off.
+func TestChart(t *testing.T) {
+	in := lab.NewInternet(t)
+	in.Registry("registry.k8s.io").Push("pause:3.10.2", lab.Image{Program: lab.Debian(t, busybox, "busybox-static"), Cmd: []string{"sleep", "infinity"}})
+	private := in.Registry("registry.example.com")
+	private.User("someone", "secret")
+	for i, tag := range []string{"v1", "v2"} {
+		private.Push("weir:"+tag, lab.Image{Layers: []int{1000}, Seed: uint64(10 + i), Program: lab.Weir(t),
+			Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots())}})
+	}
+	hub := in.DockerHub()
+	app := private.Push("team/app:1", lab.Image{Layers: []int{3 << 20}, Seed: 1, Program: busybox, OCI: true})
+	private.Private("team/app", "someone")
+	app.Layers = app.Layers[:1] // the program's is in other images too
+	hub.Push("library/debian:12", lab.Image{Layers: []int{2 << 20, 1 << 20}, Seed: 2})
+	const many = 12
+	for i := range many {
+		private.Push(fmt.Sprintf("team/rolled:%d", i), lab.Image{Layers: []int{1 << 20, 2 << 20}, Seed: uint64(100 + i), Program: busybox, OCI: true})
+	}
+	private.Push("dind:1", lab.Image{Program: busybox, OCI: true, Files: map[string]string{
+		"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots()), "/etc/passwd": "/etc/passwd", "/etc/group": "/etc/group", "/etc/nsswitch.conf": "/etc/nsswitch.conf"}})
+
+	node := in.Node()
+	before := programs(t)
+	c := newCluster(t, node)
+	etc := strings.Join(node.Listing("/etc"), "\n")
+	c.kubectl("create", "secret", "docker-registry", "login", "--docker-server=registry.example.com", "--docker-username=someone", "--docker-password=secret")
+	sleeping := []string{"sleep", "infinity"}
+
+	// Installing.
+	c.kubectl("create", "namespace", "weir")
+	c.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", absolute(t, manifest))
+	values := []string{"--set=image.repository=registry.example.com/weir", "--set=registries={registry.example.com}",
+		"--set=env.WEIR_CGROUP=" + node.Cgroup(), "--set=store.size=2GiB"}
+	c.helm("install", append(values, "--set=image.tag=v1")...)
+	key := c.key()
+	c.eventually("containerd's trust", func() error {
+		s, err := c.status()
+		if err != nil {
+			return err
+		}
+		for _, r := range s.Runtimes {
+			if r.PID == c.containerd.PID() && r.Reach == "intercepted" {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", s.Runtimes)
+	})
+
+	// A pod of a private image, twice on an empty disk.
+	private.Log.Reset()
+	for round := range 2 {
+		c.apply(pod("app", object{"image": "registry.example.com/team/app:1", "args": sleeping}, object{"imagePullSecrets": []object{{"name": "login"}}}))
+		c.running("app")
+		if gets := private.Log.BlobGETs(); (gets == 0) != (round == 1) {
+			t.Errorf("pod %d: %d blobs were fetched:\n%s", round, gets, private.Log)
+		}
+		c.kubectl("delete", "pod", "app", "--wait")
+		c.containerd.Remove("registry.example.com/team/app:1", app)
+		private.Log.Reset()
+	}
+	// And none for a pod that may not have it.
+	c.apply(pod("thief", object{"image": "registry.example.com/team/app:1", "args": sleeping}, nil))
+	c.eventually("the refusal", func() error {
+		if len(c.failures()) == 0 {
+			return errors.New("there is none")
+		}
+		return nil
+	})
+	c.kubectl("delete", "pod", "thief", "--wait")
+	c.kubectl("delete", "events", "--all")
+
+	// A dockerd in a pod, twice with an empty disk.
+	for round := range 2 {
+		c.apply(dind())
+		c.running("dind")
+		hub.Log.Reset()
+		c.eventually("the dockerd in the pod", func() error {
+			_, err := c.try("exec", "dind", "--", "/usr/bin/docker", "version")
+			return err
+		})
+		c.kubectl("exec", "dind", "--", "/usr/bin/docker", "pull", "-q", "debian:12")
+		if gets := hub.Log.BlobGETs(); (gets == 0) != (round == 1) {
+			t.Errorf("dind %d: %d blobs were fetched:\n%s", round, gets, hub.Log)
+		}
+		c.kubectl("delete", "pod", "dind", "--wait")
+	}
+
+	// A new version, while pods pull.
+	var wg sync.WaitGroup
+	wg.Go(func() { c.helm("upgrade", append(values, "--set=image.tag=v2")...) })
+	for i := range many {
+		name := fmt.Sprintf("rolled-%d", i)
+		c.apply(pod(name, object{"image": fmt.Sprintf("registry.example.com/team/rolled:%d", i), "args": sleeping}, nil))
+		c.running(name)
+	}
+	wg.Wait()
+	if lines := c.failures(); len(lines) > 0 {
+		t.Errorf("while weir was upgraded:\n%s", strings.Join(lines, "\n"))
+	}
+	if image := c.kubectl("-n", "weir", "get", "pods", "-o", "jsonpath={.items[*].spec.containers[*].image}"); image != "registry.example.com/weir:v2" {
+		t.Errorf("%q runs", image)
+	}
+	if s, err := c.status(); err != nil || s.Peers == nil {
+		t.Errorf("%+v, %v", s, err)
+	}
+	if now := c.key(); now != key {
+		t.Error("the swarm has another key after the upgrade")
+	}
+
+	// Taking it off.
+	c.helm("upgrade", append(values, "--set=image.tag=v2", "--set=uninstall=true")...)
+	if log := c.kubectl("-n", "weir", "logs", "daemonset/weir"); !strings.Contains(log, "weir is gone") {
+		t.Error(log)
+	}
+	if now := strings.Join(node.Listing("/etc"), "\n"); now != etc {
+		t.Errorf("/etc isn't as before:\n%s\n--- instead of\n%s", now, etc)
+	}
+	c.helm("uninstall")
+	// The directories themselves are taken off the root of process 1, which
+	// isn't the node's in a box.
+	for _, dir := range []string{"/var/lib/weir", "/run/weir"} {
+		if names, _ := node.ReadDir(dir); len(names) > 0 {
+			t.Errorf("%s is left: %v", dir, names)
+		}
+	}
+	c.eventually("the programs", func() error {
+		if n := programs(t); n > before {
+			return fmt.Errorf("%d are left, %d before", n, before)
+		}
+		return nil
+	})
+	c.containerd.Remove("registry.example.com/team/app:1", app)
+	c.apply(pod("app", object{"image": "registry.example.com/team/app:1", "args": sleeping}, object{"imagePullSecrets": []object{{"name": "login"}}}))
+	c.running("app")
+}
+
+// key is the swarm's key.
+func (c *cluster) key() string {
+	c.t.Helper()
+	b, err := base64.StdEncoding.DecodeString(c.kubectl("-n", "weir", "get", "secret", "weir-swarm", "-o", `jsonpath={.data.swarm\.key}`))
+	if err != nil || len(b) != len("/key/swarm/psk/1.0.0/\n/base16/\n")+64+1 {
+		c.t.Errorf("the key is %q, %v", b, err)
+	}
+	return string(b)
+}
+
+// dind is a pod with a dockerd in it, whose programs are this machine's.
+func dind() object {
+	var volumes, mounts []object
+	for _, path := range []string{"/usr", "/usr/bin:/bin", "/usr/sbin:/sbin", "/usr/lib:/lib", "/usr/lib64:/lib64", "/etc/alternatives", "/etc/hosts"} {
+		from, to, both := strings.Cut(path, ":")
+		if !both {
+			to = from
+		}
+		name := fmt.Sprintf("v%d", len(volumes))
+		volumes = append(volumes, object{"name": name, "hostPath": object{"path": from}})
+		mounts = append(mounts, object{"name": name, "mountPath": to, "readOnly": true})
+	}
+	for _, path := range []string{"/var/lib", "/run", "/tmp"} {
+		name := fmt.Sprintf("v%d", len(volumes))
+		volumes = append(volumes, object{"name": name, "emptyDir": object{}})
+		mounts = append(mounts, object{"name": name, "mountPath": path})
+	}
+	return pod("dind", object{"image": "registry.example.com/dind:1", "volumeMounts": mounts,
+		"command":         []string{"/usr/sbin/dockerd", "--storage-driver=vfs"},
+		"env":             []object{{"name": "PATH", "value": "/usr/sbin:/usr/bin"}},
+		"securityContext": object{"privileged": true},
+	}, object{"volumes": volumes})
+}
+
+// programs counts the eBPF programs of weir in the kernel.
+func programs(t *testing.T) (n int) {
+	t.Helper()
+	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
+		p, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue
+		}
+		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, "weir_") {
+			n++
+		}
+		p.Close()
+	}
+	return n
+}
+
+func TestMain(m *testing.M) {
+	if os.Getuid() != 0 {
+		fmt.Fprintln(os.Stderr, "these tests need root: they make namespaces and load eBPF programs")
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
