@@ -121,6 +121,7 @@ type Agent struct {
 	adminL   net.Listener
 	explicit []*listener // the mirror and the forward proxy
 	peers    *peers      // nil without a swarm key
+	history  history
 }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
@@ -317,6 +318,7 @@ func (a *Agent) beat() {
 			a.kernel.Beat()
 		case <-tidy.C:
 			a.runtimes.reconcile()
+			a.history.add(time.Now(), trafficOf(a.registry.Stats()))
 		case <-registries.C:
 			a.regs.reload(a.ca.Permits, a.log)
 		case <-a.ctx.Done():

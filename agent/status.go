@@ -73,7 +73,15 @@ func (a *Agent) adminHandler() http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(a.Status())
 	})
-	return mux
+	mux.HandleFunc("GET /api/pulls", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(append([]registry.Pull{}, a.registry.Pulls()...))
+	})
+	mux.HandleFunc("GET /{$}", a.page)
+	for _, name := range []string{"page.css", "page.js"} {
+		mux.HandleFunc("GET /"+name, func(w http.ResponseWriter, r *http.Request) { http.ServeFileFS(w, r, pageFiles, "page/"+name) })
+	}
+	return guarded(mux)
 }
 
 // collector turns the status into metrics, so that there is one count of

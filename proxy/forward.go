@@ -67,7 +67,7 @@ func (p *Proxy) Forward(ctx context.Context, e *Egress) http.Handler {
 			}}
 			p.active.Go(func() {
 				o := opening{hello: hello{protocol: tlsHello, host: registry.Canonical(name)}}
-				p.intercept(ctx, tcp, f, o, registry.Upstream{Host: host, Transport: e.transport})
+				p.intercept(ctx, tcp, f, o, registry.Upstream{Host: host, Client: client, Transport: e.transport})
 			})
 		}}, authority
 	})

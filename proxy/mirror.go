@@ -5,6 +5,7 @@ package proxy
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -46,7 +47,8 @@ func (p *Proxy) Mirror(e *Egress, fallback string) http.Handler {
 			refuse(w, http.StatusNotFound, "NAME_UNKNOWN", fmt.Sprintf("%s is not a registry that weir knows; add it with --registry", m.registry))
 			return
 		}
-		up := registry.Upstream{Host: host, Transport: e.transport}
+		client, _, _ := net.SplitHostPort(r.RemoteAddr)
+		up := registry.Upstream{Host: host, Client: client, Transport: e.transport}
 		out := r.Clone(r.Context())
 		out.Host = host
 		out.URL.Path, out.URL.RawPath, out.URL.RawQuery = m.path, "", m.query

@@ -265,7 +265,7 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 		p.log.Info("a registry can't be verified; passed through", "registry", host, "dst", f.Dst, "err", err)
 		return up, "the registry can't be verified"
 	}
-	up = registry.Upstream{Host: host, Transport: egress.transport}
+	up = registry.Upstream{Host: host, Client: f.Client, Transport: egress.transport}
 	if len(s.Certificates) > 0 {
 		up.As = s.Key
 	}
@@ -280,7 +280,7 @@ func portOf(a netip.AddrPort) string {
 // interceptPlain answers requests to a registry without TLS, whoever it is: the
 // client trusts anybody there. It has to be there, though.
 func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) {
-	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), Transport: f.Egress.transport}
+	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), Client: f.Client, Transport: f.Egress.transport}
 	if o.server != nil {
 		f.Egress.keep(plain(f.Dst), o.server)
 	} else if err := f.Egress.reach(ctx, f.Dst); err != nil && !p.opts.Registry.Remembers(up.ID()) {

@@ -81,7 +81,7 @@ func newCommand() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(agentCommand(), statusCommand(), doctorCommand(), uninstallCommand())
+	root.AddCommand(agentCommand(), statusCommand(), pullsCommand(), doctorCommand(), uninstallCommand())
 	for _, c := range root.Commands() {
 		c.Args = func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
@@ -228,57 +228,110 @@ func statusCommand() *cobra.Command {
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.Flags().BoolVar(&watch, "watch", false, "show it again every second")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		for {
-			raw, s, err := fetchStatus(cmd.Context(), admin)
-			if err != nil {
-				return err
-			}
-			out := cmd.OutOrStdout()
-			if watch && !asJSON {
-				fmt.Fprint(out, "\x1b[H\x1b[2J")
-			}
-			if asJSON {
-				_, err = out.Write(raw)
-			} else {
-				err = printStatus(out, s)
-			}
-			if err != nil || !watch {
-				return err
-			}
-			select {
-			case <-cmd.Context().Done():
-				return nil
-			case <-time.After(time.Second):
-			}
-		}
+		return show(cmd, admin, "/api/status", asJSON, watch, printStatus)
 	}
 	return c
 }
 
-func fetchStatus(ctx context.Context, admin string) ([]byte, agent.Status, error) {
-	var s agent.Status
+func pullsCommand() *cobra.Command {
+	var admin string
+	var asJSON, watch bool
+	c := &cobra.Command{Use: "pulls", Short: "Show the running and the latest pulls, and where their bytes came from"}
+	adminFlag(c.Flags(), &admin)
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.Flags().BoolVar(&watch, "watch", false, "show them again every second")
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		return show(cmd, admin, "/api/pulls", asJSON, watch, printPulls)
+	}
+	return c
+}
+
+// show fetches something from the agent and prints it, once or each second.
+func show[T any](cmd *cobra.Command, admin, path string, asJSON, watch bool, write func(io.Writer, T) error) error {
+	for {
+		var v T
+		raw, err := fetch(cmd.Context(), admin, path, &v)
+		if err != nil {
+			return err
+		}
+		out := cmd.OutOrStdout()
+		if watch && !asJSON {
+			fmt.Fprint(out, "\x1b[H\x1b[2J")
+		}
+		if asJSON {
+			_, err = out.Write(raw)
+		} else {
+			err = write(out, v)
+		}
+		if err != nil || !watch {
+			return err
+		}
+		select {
+		case <-cmd.Context().Done():
+			return nil
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// fetch asks the running agent.
+func fetch(ctx context.Context, admin, path string, into any) (raw []byte, err error) {
 	if _, _, err := net.SplitHostPort(admin); err != nil {
-		return nil, s, usageError{fmt.Errorf("--admin: %w", err)}
+		return nil, usageError{fmt.Errorf("--admin: %w", err)}
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+admin+"/api/status", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+admin+path, nil)
 	if err != nil {
-		return nil, s, usageError{fmt.Errorf("--admin: %w", err)}
+		return nil, usageError{fmt.Errorf("--admin: %w", err)}
 	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return nil, s, fmt.Errorf("no agent answers at %s; start it with `weir agent`, or name its address with --admin", admin)
+		return nil, fmt.Errorf("no agent answers at %s; start it with `weir agent`, or name its address with --admin", admin)
 	}
 	defer resp.Body.Close()
-	raw, err := io.ReadAll(resp.Body)
+	raw, err = io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(resp.Status)
+	}
 	if err == nil {
-		err = json.Unmarshal(raw, &s)
+		err = json.Unmarshal(raw, into)
 	}
 	if err != nil {
-		return nil, s, fmt.Errorf("what answers at %s is not weir's agent: %w", admin, err)
+		return nil, fmt.Errorf("what answers at %s is not this version of weir's agent: %w", admin, err)
 	}
-	return raw, s, nil
+	return raw, nil
+}
+
+func printPulls(w io.Writer, all []registry.Pull) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "IMAGE\tCLIENT\tPROGRESS\tBYTES\tSTORE\tPEERS\tREGISTRY\tTIME\tREGISTRY ALONE")
+	for _, p := range all {
+		progress := "done"
+		switch {
+		case p.Ended.IsZero():
+			progress = progressBar(p.Bytes, p.Size)
+		case p.Failed > 0:
+			progress = fmt.Sprintf("%d broke off", p.Failed)
+		}
+		alone := ""
+		if p.UpstreamSeconds > 0 {
+			alone = fmt.Sprintf("about %.1f s", p.UpstreamSeconds)
+		}
+		part := func(n int64) string { return fmt.Sprintf("%.0f %%", 100*float64(n)/float64(max(p.Bytes, 1))) }
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%.1f s\t%s\n", agent.PullName(p), p.Client, progress, agent.BytesText(p.Bytes),
+			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), p.Seconds, alone)
+	}
+	if len(all) == 0 {
+		fmt.Fprintln(t, "none yet")
+	}
+	return t.Flush()
+}
+
+// progressBar is 20 characters wide.
+func progressBar(part, whole int64) string {
+	n := int(20 * min(part, whole) / max(whole, 1))
+	return strings.Repeat("#", n) + strings.Repeat(".", 20-n)
 }
 
 func printStatus(w io.Writer, s agent.Status) error {
@@ -303,7 +356,7 @@ func printStatus(w io.Writer, s agent.Status) error {
 	}
 	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHITS\tMISSES\tFROM STORE\tFROM PEERS\tFROM UPSTREAM")
 	for _, r := range s.Registries {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", r.Registry, r.Requests, r.Hits, r.Misses, bytesText(r.BytesFromStore), bytesText(r.BytesFromPeers), bytesText(r.BytesFromUpstream))
+		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", r.Registry, r.Requests, r.Hits, r.Misses, agent.BytesText(r.BytesFromStore), agent.BytesText(r.BytesFromPeers), agent.BytesText(r.BytesFromUpstream))
 	}
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
@@ -325,31 +378,19 @@ func printStatus(w io.Writer, s agent.Status) error {
 		}
 	}
 	if p := s.Peers; p != nil {
-		fmt.Fprintf(t, "\nPEERS\t%d connected; %s sent, %d blobs being sent; %d strangers turned away; this node is %s\n", len(p.Peers), bytesText(p.Sent), p.Sending, p.Strangers, p.ID)
+		fmt.Fprintf(t, "\nPEERS\t%d connected; %s sent, %d blobs being sent; %d strangers turned away; this node is %s\n", len(p.Peers), agent.BytesText(p.Sent), p.Sending, p.Strangers, p.ID)
 		for _, peer := range p.Peers {
 			note := ""
 			if peer.Shunned {
 				note = "; it sent wrong bytes, and nothing is read from it for a while"
 			}
-			fmt.Fprintf(t, "\t%s\t%s received%s\n", peer.Address, bytesText(peer.Received), note)
+			fmt.Fprintf(t, "\t%s\t%s received%s\n", peer.Address, agent.BytesText(peer.Received), note)
 		}
 	}
-	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, bytesText(s.Store.Bytes), bytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
+	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, agent.BytesText(s.Store.Bytes), agent.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
 	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedOn, s.Connections.Failed)
 	fmt.Fprintf(t, "DOORS\t%d\n", len(s.Doors))
 	return t.Flush()
-}
-
-func bytesText(n int64) string {
-	const units = "KMGTPE"
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	v, i := float64(n)/1024, 0
-	for v >= 1024 && i < len(units)-1 {
-		v, i = v/1024, i+1
-	}
-	return fmt.Sprintf("%.1f %ciB", v, units[i])
 }
 
 func doctorCommand() *cobra.Command {

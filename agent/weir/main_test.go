@@ -172,11 +172,11 @@ func TestPrintStatus(t *testing.T) {
 
 func TestBytesText(t *testing.T) {
 	for n, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536 << 20: "1.5 GiB"} {
-		if got := bytesText(n); got != want {
+		if got := agent.BytesText(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
 	}
-	if s := fmt.Sprint(bytesText(1 << 62)); !strings.HasSuffix(s, "EiB") {
+	if s := fmt.Sprint(agent.BytesText(1 << 62)); !strings.HasSuffix(s, "EiB") {
 		t.Error(s)
 	}
 }

@@ -47,6 +47,8 @@ type Upstream struct {
 	// As tells clients apart that the registry knows by something that isn't
 	// in their requests, such as a TLS certificate. Empty means nothing.
 	As string
+	// Client names the client for people. It gives no rights.
+	Client string
 	// Transport sends requests there, and to where the registry redirects,
 	// as the client would. It verifies TLS.
 	Transport http.RoundTripper
@@ -111,6 +113,7 @@ type Handler struct {
 	file     string
 	log      *slog.Logger
 	stats    statsTable
+	pulls    pulls
 	bufs     bufferPool
 
 	ctx    context.Context // ends what runs in the background
@@ -203,6 +206,12 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 		x.target = target{}
 	}
 	x.asker = asker{repository{up.ID(), x.target.repo}, h.rights.credentialsOf(r, up.As)}
+	complete := false // unless it panics, as handlers do to break off
+	if x.reading() && r.URL.RawQuery == "" && (x.target.kind == manifest || x.target.kind == blob && r.Method == http.MethodGet) {
+		a, end := h.pulls.begin(x)
+		x.w = a
+		defer func() { end(complete && r.Context().Err() == nil) }()
+	}
 	switch {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		x.write()
@@ -219,6 +228,7 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 	default:
 		x.forward()
 	}
+	complete = true
 }
 
 // learn takes in an upstream's answer to a request to read.

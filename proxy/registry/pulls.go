@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"cmp"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Pull is what one client has got of one repository, without a longer pause.
+type Pull struct {
+	Registry   string `json:"registry"`
+	Repository string `json:"repository"`
+	// Reference is the tag that was asked for, or else the digest of a manifest.
+	Reference string    `json:"reference,omitempty"`
+	Client    string    `json:"client"`
+	Started   time.Time `json:"started"`
+	// Ended is when the last answer ended. It is zero while one is being given.
+	Ended time.Time `json:"ended,omitzero"`
+	// Blobs and Manifests are answers to GET; Failed are those that broke off.
+	Blobs     int `json:"blobs"`
+	Manifests int `json:"manifests"`
+	Failed    int `json:"failed"`
+	// Bytes is what the client has got, Size what all these answers have in
+	// all, as far as that is known.
+	Bytes int64 `json:"bytes"`
+	Size  int64 `json:"size"`
+	// BytesFromStore and the others say where Bytes came from. What the client
+	// got while it was still arriving for another one is from the store.
+	BytesFromStore    int64 `json:"bytes_from_store"`
+	BytesFromPeers    int64 `json:"bytes_from_peers"`
+	BytesFromUpstream int64 `json:"bytes_from_upstream"`
+	// Seconds is how long answers were being given. UpstreamSeconds is how long
+	// the same bytes would have taken from the registry, at the rate that it
+	// gave lately, and 0 when that isn't known.
+	Seconds         float64 `json:"seconds"`
+	UpstreamSeconds float64 `json:"upstream_seconds,omitempty"`
+}
+
+const (
+	// pullPause is how long after its last answer a pull can go on.
+	pullPause = 5 * time.Second
+	// maxPulls are the pulls that are remembered.
+	maxPulls = 100
+)
+
+// pulls are the running and the latest pulls, the latest first.
+type pulls struct {
+	mu  sync.Mutex
+	all []*pull
+}
+
+type pull struct {
+	Pull    // the sum of the answers that have ended
+	busy    time.Duration
+	begun   time.Time // when the first of the running answers began
+	running []*delivery
+	pace    *atomic.Int64
+}
+
+// delivery counts the body of an answer.
+type delivery struct {
+	http.ResponseWriter
+	manifest bool
+	head     bool // it has no body
+	bytes    atomic.Int64
+	size     atomic.Int64
+	from     atomic.Pointer[string] // its Cache-Status, once it has begun and gives something
+	headed   bool
+}
+
+// begin takes in an answer that will be given. end has to be called after it.
+func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
+	a = &delivery{ResponseWriter: x.w, manifest: x.target.kind == manifest, head: x.r.Method == http.MethodHead}
+	reference := ""
+	if a.manifest {
+		reference = cmp.Or(x.target.tag, x.target.digest.String())
+	}
+	now := time.Now()
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	i := slices.IndexFunc(ps.all, func(p *pull) bool {
+		return p.Registry == x.asker.registry && p.Repository == x.asker.name && p.Client == x.up.Client && (len(p.running) > 0 || now.Sub(p.Ended) < pullPause)
+	})
+	if i < 0 {
+		p := &pull{Pull: Pull{Registry: x.asker.registry, Repository: x.asker.name, Client: x.up.Client, Started: now}, pace: &x.stats.pace}
+		ps.all = slices.Insert(ps.all, 0, p)
+		ps.drop()
+		i = 0
+	}
+	p := ps.all[i]
+	if len(p.running) == 0 {
+		p.begun = now
+	}
+	p.running = append(p.running, a)
+	return a, func(complete bool) {
+		ps.mu.Lock()
+		defer ps.mu.Unlock()
+		p.running = slices.DeleteFunc(p.running, func(b *delivery) bool { return b == a })
+		p.Pull.add(a, !complete || a.bytes.Load() < a.size.Load())
+		p.Ended = time.Now()
+		// Runtimes ask what a tag is, and get what they were told by digest.
+		if a.from.Load() != nil && (p.Reference == "" || x.target.tag != "" && strings.Contains(p.Reference, ":")) {
+			p.Reference = reference
+		}
+		if len(p.running) > 0 {
+			return
+		}
+		p.busy += p.Ended.Sub(p.begun)
+		if p.Blobs+p.Manifests == 0 && p.Reference == "" { // it was refused
+			ps.all = slices.DeleteFunc(ps.all, func(q *pull) bool { return q == p })
+		}
+	}
+}
+
+// drop forgets the oldest of the ended pulls above the bound.
+func (ps *pulls) drop() {
+	for i := len(ps.all) - 1; i > 0 && len(ps.all) > maxPulls; i-- {
+		if len(ps.all[i].running) == 0 {
+			ps.all = slices.Delete(ps.all, i, i+1)
+		}
+	}
+}
+
+// list returns them, the latest first.
+func (ps *pulls) list() (all []Pull) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	for _, p := range ps.all {
+		out, busy := p.Pull, p.busy
+		for _, a := range p.running {
+			out.add(a, false)
+		}
+		if len(p.running) > 0 {
+			out.Ended = time.Time{}
+			busy += time.Since(p.begun)
+		}
+		out.Seconds = busy.Seconds()
+		if pace := p.pace.Load(); pace > 0 {
+			out.UpstreamSeconds = float64(out.Bytes) / float64(pace)
+		}
+		all = append(all, out)
+	}
+	return all
+}
+
+// add takes in an answer as far as it was given.
+func (p *Pull) add(a *delivery, failed bool) {
+	from := a.from.Load()
+	if from == nil {
+		return // refused, or not modified, or not begun
+	}
+	switch {
+	case a.head:
+		return
+	case a.manifest:
+		p.Manifests++
+	default:
+		p.Blobs++
+	}
+	n := a.bytes.Load()
+	p.Bytes += n
+	p.Size += max(n, a.size.Load())
+	if failed && (a.size.Load() == 0 || n < a.size.Load()) {
+		p.Failed++
+	}
+	switch {
+	case strings.Contains(*from, "detail=peer"):
+		p.BytesFromPeers += n
+	case strings.Contains(*from, "; hit"):
+		p.BytesFromStore += n
+	default:
+		p.BytesFromUpstream += n
+	}
+}
+
+// Pulls returns the running and the latest pulls, the latest first.
+func (h *Handler) Pulls() []Pull { return h.pulls.list() }
+
+// WriteHeader implements http.ResponseWriter.
+func (a *delivery) WriteHeader(code int) {
+	a.begins(code)
+	a.ResponseWriter.WriteHeader(code)
+}
+
+func (a *delivery) begins(code int) {
+	if a.headed || code < http.StatusOK {
+		return
+	}
+	a.headed = true
+	if code != http.StatusOK && code != http.StatusPartialContent {
+		return
+	}
+	h := a.Header()
+	status := h.Get("Cache-Status")
+	a.from.Store(&status)
+	if size, err := strconv.ParseInt(h.Get("Content-Length"), 10, 64); err == nil {
+		a.size.Store(size)
+	}
+}
+
+// Write implements http.ResponseWriter.
+func (a *delivery) Write(b []byte) (int, error) {
+	a.begins(http.StatusOK)
+	n, err := a.ResponseWriter.Write(b)
+	a.bytes.Add(int64(n))
+	return n, err
+}
+
+// ReadFrom implements io.ReaderFrom, so that nothing is copied once more.
+func (a *delivery) ReadFrom(r io.Reader) (int64, error) {
+	a.begins(http.StatusOK)
+	return io.Copy(a.ResponseWriter, countedReader{r, &a.bytes})
+}
+
+// Unwrap is for http.ResponseController.
+func (a *delivery) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+type countedReader struct {
+	io.Reader
+	n *atomic.Int64
+}
+
+func (c countedReader) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.n.Add(int64(n))
+	return n, err
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"weir/proxy/store"
+)
+
+// What a client gets of a repository is one pull, with where its bytes came
+// from; another repository's is another.
+func TestPulls(t *testing.T) {
+	u := newUpstream(t)
+	s := newSide(t, u, store.Options{})
+	u.allow("team/app", "Bearer a")
+	u.allow("team/other", "Bearer a")
+	layer, other := bytesOf(1, 200_000), bytesOf(2, 70_000)
+	d := u.put("team/app", layer)
+	_, m := u.putManifest("team/app", "v1", docker2, d)
+	od := u.put("team/other", other)
+
+	s.do("HEAD", "/v2/team/secret/manifests/v1", "Bearer a") // it may not
+	md := s.do("HEAD", "/v2/team/app/manifests/v1", "Bearer a").Header.Get("Docker-Content-Digest")
+	s.do("GET", "/v2/team/app/manifests/"+md, "Bearer a")
+	s.do("GET", "/v2/team/app/blobs/"+d.String(), "Bearer a")
+	s.do("GET", "/v2/team/app/blobs/"+d.String(), "Bearer a")
+	s.do("GET", "/v2/team/app/blobs/"+od.String(), "Bearer a") // it isn't there
+	s.do("GET", "/v2/team/other/blobs/"+od.String(), "Bearer a")
+	all := s.h.Pulls()
+	if len(all) != 2 {
+		t.Fatalf("%+v", all)
+	}
+	if p := all[0]; p.Repository != "team/other" || p.Bytes != 70_000 || p.BytesFromUpstream != 70_000 || p.Blobs != 1 || p.Reference != "" {
+		t.Errorf("%+v", p)
+	}
+	p := all[1]
+	if p.Repository != "team/app" || p.Reference != "v1" || p.Blobs != 2 || p.Manifests != 1 || p.Failed != 0 {
+		t.Errorf("%+v", p)
+	}
+	if want := int64(len(m)) + 400_000; p.Bytes != want || p.Size != want || p.BytesFromStore != 200_000 || p.BytesFromUpstream != int64(len(m))+200_000 {
+		t.Errorf("%+v, want %d bytes", p, want)
+	}
+	if p.Ended.IsZero() || p.Ended.Before(p.Started) || p.Seconds <= 0 {
+		t.Errorf("%+v", p)
+	}
+}
+
+// A running pull is seen as such, and one that breaks off as failed.
+func TestRunningPull(t *testing.T) {
+	u := newUpstream(t)
+	s := newSide(t, u, store.Options{})
+	u.allow("team/app", "")
+	d := u.put("team/app", bytesOf(3, 300_000))
+	half, more := make(chan struct{}), make(chan struct{})
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") {
+			return false
+		}
+		w.Header().Set("Content-Length", "300000")
+		_, _ = w.Write(bytesOf(3, 300_000)[:100_000])
+		_ = http.NewResponseController(w).Flush()
+		close(half)
+		<-more
+		panic(http.ErrAbortHandler)
+	}
+	ended := make(chan struct{})
+	go func() { s.do("GET", "/v2/team/app/blobs/"+d.String(), ""); close(ended) }()
+	<-half
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		all := s.h.Pulls()
+		if len(all) == 1 && all[0].Ended.IsZero() && all[0].Size == 300_000 && all[0].Bytes > 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v", all)
+		}
+	}
+	u.mu.Lock()
+	u.fault = func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(http.StatusForbidden); return true }
+	u.mu.Unlock()
+	close(more)
+	<-ended
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		p := s.h.Pulls()[0]
+		if !p.Ended.IsZero() && p.Failed == 1 && p.Bytes < 300_000 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v", p)
+		}
+	}
+}
+
+// No more than the latest pulls are remembered, and a client that asks without
+// end takes no more memory.
+func TestPullsAreBounded(t *testing.T) {
+	var ps pulls
+	x := &exchange{stats: new(counters), target: target{kind: blob}, r: &http.Request{Method: http.MethodGet}}
+	for i := range 3 * maxPulls {
+		x.target = target{kind: manifest, tag: "a"}
+		x.asker.name = strings.Repeat("a", i+1)
+		for range 10 {
+			a, end := ps.begin(x)
+			a.head = true
+			a.from.Store(new(string))
+			end(true)
+		}
+	}
+	if n := len(ps.list()); n != maxPulls {
+		t.Errorf("%d pulls are remembered", n)
+	}
+	if p := ps.all[0]; len(p.running) != 0 || p.Repository != x.asker.name {
+		t.Errorf("%+v", p)
+	}
+}
