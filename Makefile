@@ -13,15 +13,25 @@ TEST_PACKAGES = docker.io containerd runc skopeo podman buildah iproute2 iptable
 KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static prometheus
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk
+CYCLONEDX = github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build run test test-kubernetes manifest bench soak scale lint generate check-generated fuzz demo clean
+.PHONY: help build dist run test test-kubernetes manifest bench soak scale lint generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build bin/weir, a static binary
 	$(BUILD) -o bin/weir ./agent/weir
+
+dist: ## build what a release has: binaries for amd64 and arm64, what they are made of (CycloneDX), their sums
+	rm -rf dist && mkdir dist
+	for arch in amd64 arm64; do \
+		GOARCH=$$arch $(BUILD) -o dist/weir-linux-$$arch ./agent/weir && \
+		$(GO) run $(CYCLONEDX) bin -json -noserial -version $(VERSION) -output dist/weir-linux-$$arch.cdx.json dist/weir-linux-$$arch && \
+		sed -i '/^    "timestamp": /d' dist/weir-linux-$$arch.cdx.json || exit 1; \
+	done
+	cd dist && sha256sum weir-* > SHA256SUMS
 
 run: build ## install what is missing, and run the agent on this machine
 	@$(call need,$(RUN_PACKAGES))

@@ -273,6 +273,23 @@ func TestDockerInBox(t *testing.T) {
 	}
 }
 
+// A dockerd in a container of a dockerd in a container.
+func TestDockerInBoxInBox(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	box := node.Box()
+	box.Docker().Pull(flyway)
+	inner := box.Box().Docker()
+	w.forget()
+	inner.Pull(flyway)
+	w.nothingFetched(t)
+	inner.Same(flyway, w.flyway)
+	if rt := agent.Runtime(inner.PID()); rt.Reach != "intercepted" {
+		t.Errorf("dockerd is %+v", rt)
+	}
+}
+
 // A private repository is kept for those who may read it, and for nobody else.
 func TestPrivate(t *testing.T) {
 	w := newWorld(t)

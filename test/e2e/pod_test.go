@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"fmt"
+	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -20,6 +22,7 @@ type pod struct {
 	t    testing.TB
 	node *lab.Node
 	name string
+	pid  int // of its dockerd
 }
 
 const outerDocker = "docker -H unix:///run/docker.sock "
@@ -37,12 +40,18 @@ tar -C $root -c . | `+outerDocker+`import - pod`)
 
 func newPod(t testing.TB, node *lab.Node, name string, flags ...string) *pod {
 	t.Helper()
-	p := &pod{t, node, name}
+	return newPodOf(t, node, "pod", name, flags...)
+}
+
+// newPodOf makes a pod of an image.
+func newPodOf(t testing.TB, node *lab.Node, image, name string, flags ...string) *pod {
+	t.Helper()
+	p := &pod{t: t, node: node, name: name}
 	node.Run("sh", "-ec", outerDocker+"run --detach --name="+name+" --network=none --cgroup-parent="+filepath.Base(node.Cgroup())+" "+
 		// What --privileged would give, but for what a test's machine may not have.
 		"--cap-add=SYS_ADMIN --cap-add=NET_ADMIN --security-opt=apparmor=unconfined --security-opt=seccomp=unconfined --security-opt=systempaths=unconfined "+
 		"-v /usr:/usr:ro -v /etc/hosts:/etc/hosts:ro -v "+name+"-socket:/run/shared -v /var/lib/docker "+
-		"pod dockerd --host=unix:///run/shared/docker.sock --bridge=none --iptables=false --ip6tables=false "+strings.Join(flags, " "))
+		image+" dockerd --host=unix:///run/shared/docker.sock --bridge=none --iptables=false --ip6tables=false "+strings.Join(flags, " "))
 	t.Cleanup(func() {
 		if t.Failed() {
 			log, _ := node.Output("sh", "-c", outerDocker+"logs "+name+" 2>&1 | tail -30")
@@ -50,11 +59,10 @@ func newPod(t testing.TB, node *lab.Node, name string, flags ...string) *pod {
 		}
 		p.remove()
 	})
-	var pid int
-	if _, err := fmt.Sscan(node.Run("sh", "-ec", outerDocker+"inspect --format '{{.State.Pid}}' "+name), &pid); err != nil {
+	if _, err := fmt.Sscan(node.Run("sh", "-ec", outerDocker+"inspect --format '{{.State.Pid}}' "+name), &p.pid); err != nil {
 		t.Fatal(err)
 	}
-	node.Plug(pid)
+	node.Plug(p.pid)
 	return p
 }
 
@@ -179,5 +187,50 @@ func BenchmarkPod(b *testing.B) {
 		b.ReportMetric(job(bare, "without"), "s-without")
 		b.ReportMetric(job(node, "first"), "s-first")
 		b.ReportMetric(job(node, "second"), "s-second")
+	}
+}
+
+// A pod that means harm: symlinks where certificates are lead to what isn't its
+// own, and it connects to the door by itself. weir neither writes nor reads
+// outside the pod's root, gives it nothing, and lets its pulls through.
+func TestHostilePod(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	node.Docker()
+	podImage(node)
+	for i, link := range []string{"/escape", "../../../../../../../../escape", "/proc/1/root/var/lib/escape", "/proc/self/root/escape"} {
+		name := fmt.Sprintf("evil%d", i)
+		node.Run("sh", "-ec", fmt.Sprintf(`
+mkdir -p /var/lib/escape
+cp -a /var/lib/home/pod /var/lib/home/%[1]s
+rm -rf /var/lib/home/%[1]s/etc/ssl/certs /var/lib/home/%[1]s/etc/docker
+mkdir -p /var/lib/home/%[1]s/etc/docker
+ln -s %[2]s /var/lib/home/%[1]s/etc/ssl/certs
+ln -s %[2]s /var/lib/home/%[1]s/etc/docker/certs.d
+cp /etc/ssl/certs/ca-certificates.crt /var/lib/home/%[1]s/etc/ssl/cert.pem
+tar -C /var/lib/home/%[1]s -c . | `+outerDocker+`import - %[1]s`, name, link))
+		p := newPodOf(t, node, name, name)
+		p.job("docker pull -q " + flyway)
+		if rt := agent.Runtime(p.pid); rt.Reach != "passthrough" || !strings.Contains(rt.Reason, "the CA can't be installed") {
+			t.Errorf("%s: %+v", link, rt)
+		}
+		var doors []string
+		for _, d := range agent.Status().Doors {
+			doors = append(doors, d.Addrs...)
+		}
+		for _, door := range doors {
+			host, port, _ := net.SplitHostPort(door)
+			if out, err := p.try(fmt.Sprintf(`bash -c 'exec 3<>/dev/tcp/%s/%s; printf "GET /v2/ HTTP/1.1\r\nHost: ghcr.io\r\n\r\n" >&3; timeout 10 cat <&3' || [ $? != 124 ]`, host, port)); err != nil || strings.Contains(out, "HTTP/") {
+				t.Errorf("a door that was opened by itself answers: %v %q", err, out)
+			}
+		}
+		p.remove()
+		if names := node.Listing("/var/lib/escape"); len(names) != 1 {
+			t.Errorf("%s: outside the pod there is now %q", link, names)
+		}
+	}
+	if _, err := os.Stat("/escape"); err == nil {
+		t.Error("/escape is there")
 	}
 }

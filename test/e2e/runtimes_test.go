@@ -20,7 +20,7 @@ func TestRuntimesDocument(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files, err := filepath.Glob("*_test.go")
+	files, err := filepath.Glob("../*/*_test.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,6 +50,37 @@ func TestRuntimesDocument(t *testing.T) {
 	}
 	if lines < 10 {
 		t.Errorf("%d lines", lines)
+	}
+}
+
+// What deploy/README.md says that a test shows has one.
+func TestDeployDocument(t *testing.T) {
+	doc, err := os.ReadFile("../../deploy/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := make(map[string]bool)
+	err = filepath.WalkDir("../..", func(path string, _ os.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, m := range regexp.MustCompile(`(?m)^func (Test\w+)\(t \*testing\.T\)`).FindAllStringSubmatch(string(b), -1) {
+			have[m[1]] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`\bTest[A-Z]\w+`).FindAllString(string(doc), -1)
+	if len(names) < 20 {
+		t.Errorf("%d tests are named", len(names))
+	}
+	for _, name := range names {
+		if !have[name] {
+			t.Errorf("there is no %s", name)
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -149,15 +150,21 @@ func (c *cluster) apply(objects ...any) {
 	c.kubectl("apply", "-f", "/var/lib/home/objects.json")
 }
 
-// helm runs helm with the chart of this tree for the release "weir".
-func (c *cluster) helm(command string, args ...string) {
+// helm runs a command of helm as the README has it, with more flags.
+func (c *cluster) helm(command string, more ...string) {
 	c.t.Helper()
-	all := []string{lab.Tool(c.t, "helm"), command, "weir"}
-	if command != "uninstall" {
-		all = append(all, absolute(c.t, chart))
+	b, err := os.ReadFile("../../README.md")
+	if err != nil {
+		c.t.Fatal(err)
 	}
-	if out, err := c.node.Output(append(append(all, "--namespace", "weir", "--wait", "--timeout", "3m"), args...)...); err != nil {
-		c.t.Fatalf("helm %s: %v\n%s", command, err, out)
+	line := regexp.MustCompile(`(?m)^helm ` + command + ` .*$`).FindString(string(b))
+	if line == "" {
+		c.t.Fatalf("the README has no helm %s", command)
+	}
+	line = strings.Replace(line, "deploy/chart", absolute(c.t, chart), 1)
+	args := append([]string{lab.Tool(c.t, "helm")}, strings.Fields(line)[1:]...)
+	if out, err := c.node.Output(append(append(args, "--wait", "--timeout", "3m"), more...)...); err != nil {
+		c.t.Fatalf("%s: %v\n%s", line, err, out)
 	}
 }
 

@@ -61,9 +61,7 @@ func TestChart(t *testing.T) {
 	sleeping := []string{"sleep", "infinity"}
 
 	// Installing.
-	c.kubectl("create", "namespace", "weir")
-	c.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", absolute(t, manifest))
-	values := []string{"--set=image.repository=registry.example.com/weir", "--set=registries={registry.example.com}",
+	values := []string{"--set=registries={registry.example.com}",
 		"--set=env.WEIR_CGROUP=" + node.Cgroup(), "--set=store.size=2GiB"}
 	c.helm("install", append(values, "--set=image.tag=v1")...)
 	key := c.key()
@@ -121,7 +119,7 @@ func TestChart(t *testing.T) {
 
 	// A new version, while pods pull.
 	var wg sync.WaitGroup
-	wg.Go(func() { c.helm("upgrade", append(values, "--set=image.tag=v2")...) })
+	wg.Go(func() { c.helm("upgrade", "--set=image.tag=v2", "--set=uninstall=false") })
 	for i := range many {
 		name := fmt.Sprintf("rolled-%d", i)
 		c.apply(pod(name, object{"image": fmt.Sprintf("registry.example.com/team/rolled:%d", i), "args": sleeping}, nil))
@@ -142,7 +140,7 @@ func TestChart(t *testing.T) {
 	}
 
 	// Taking it off.
-	c.helm("upgrade", append(values, "--set=image.tag=v2", "--set=uninstall=true")...)
+	c.helm("upgrade")
 	if log := c.kubectl("-n", "weir", "logs", "daemonset/weir"); !strings.Contains(log, "weir is gone") {
 		t.Error(log)
 	}
@@ -150,6 +148,7 @@ func TestChart(t *testing.T) {
 		t.Errorf("/etc isn't as before:\n%s\n--- instead of\n%s", now, etc)
 	}
 	c.helm("uninstall")
+	c.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", absolute(t, manifest))
 	// The directories themselves are taken off the root of process 1, which
 	// isn't the node's in a box.
 	for _, dir := range []string{"/var/lib/weir", "/run/weir"} {

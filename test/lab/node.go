@@ -35,6 +35,8 @@ type Node struct {
 	number int64
 	dir    string // the cgroup's
 	boxes  int
+	outer  *Node  // that this is a box on; nil for a machine
+	addr   string // of a box, as it is seen from outer
 }
 
 // ownFiles gives a mount namespace an /etc, /run and /var/lib of its own, with
@@ -92,29 +94,35 @@ func (n *Node) Shape(mbit int) {
 }
 
 // Box makes a network and a mount namespace on the node, as a container with a
-// dockerd in it has.
+// dockerd in it has. A box may have boxes.
 func (n *Node) Box() *Node {
 	t := n.t
 	t.Helper()
-	n.boxes++
-	b := &Node{in: n.in, number: n.number, dir: n.dir}
-	b.space = newSpace(t, fmt.Sprintf("box %d on %s", n.boxes, n.name), n.space, n.cgroup, unix.CLONE_NEWNET|unix.CLONE_NEWNS, b.files())
-	n.plug(b.holder.Process.Pid)
+	b := &Node{in: n.in, number: n.number, dir: n.dir, outer: n}
+	name := fmt.Sprintf("box %d on %s", n.machine().boxes+1, n.name)
+	b.space = newSpace(t, name, n.space, n.cgroup, unix.CLONE_NEWNET|unix.CLONE_NEWNS, b.files()+`
+sysctl -qw net.ipv4.ip_forward=1
+`)
+	b.addr = n.Plug(b.holder.Process.Pid)
 	return b
 }
 
-// Plug gives a container that has no network one, as a pod has.
-func (n *Node) Plug(pid int) {
-	n.t.Helper()
-	n.boxes++
-	n.plug(pid)
+// machine is the node that a box is on in the end.
+func (n *Node) machine() *Node {
+	for n.outer != nil {
+		n = n.outer
+	}
+	return n
 }
 
-// plug links the network namespace of a process to the node and the internet.
-func (n *Node) plug(pid int) {
+// Plug gives a container that has no network one, as a pod has: its network
+// namespace is linked to the node and the internet. It returns its address.
+func (n *Node) Plug(pid int) (addr string) {
 	n.t.Helper()
-	dev := fmt.Sprintf("box%d", n.boxes)
-	net := fmt.Sprintf("10.78.%d.", int(n.number)*10+n.boxes)
+	m := n.machine()
+	m.boxes++
+	dev := fmt.Sprintf("box%d", m.boxes)
+	net := fmt.Sprintf("10.%d.%d.", 80+2*int(m.number)+m.boxes>>8, m.boxes&0xff) // up to 511 each
 	inside := func(args ...string) {
 		n.t.Helper()
 		n.Run(append([]string{"nsenter", "-t", fmt.Sprint(pid), "-n", "ip"}, args...)...)
@@ -126,7 +134,11 @@ func (n *Node) plug(pid int) {
 	inside("link", "set", "eth0", "up")
 	inside("addr", "add", net+"2/24", "dev", "eth0")
 	inside("route", "add", "default", "via", net+"1")
-	n.in.router.Run("ip", "route", "add", net+"0/24", "via", fmt.Sprintf("10.77.%d.2", n.number))
+	for b := n; b.outer != nil; b = b.outer {
+		b.outer.Run("ip", "route", "add", net+"0/24", "via", b.addr)
+	}
+	n.in.router.Run("ip", "route", "add", net+"0/24", "via", fmt.Sprintf("10.77.%d.2", m.number))
+	return net + "2"
 }
 
 // Spawn starts a program that runs until it is stopped.
