@@ -119,8 +119,9 @@ type Agent struct {
 	runtimes *runtimes
 	admin    *http.Server
 	adminL   net.Listener
-	explicit []*listener // the mirror and the forward proxy
-	peers    *peers      // nil without a swarm key
+	own      *proxy.Egress // for what is prefetched
+	explicit []*listener   // the mirror and the forward proxy
+	peers    *peers        // nil without a swarm key
 	history  history
 }
 
@@ -204,6 +205,7 @@ func (a *Agent) start() (err error) {
 	for _, l := range a.explicit {
 		go func() { _ = l.server.Serve(l.l) }()
 	}
+	a.own = ups.NewOwnEgress()
 	a.admin = &http.Server{Handler: a.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = a.admin.Serve(a.adminL) }()
 	return nil
@@ -406,6 +408,9 @@ func (a *Agent) close() {
 	}
 	if a.adminL != nil {
 		a.adminL.Close()
+	}
+	if a.own != nil {
+		a.own.Close()
 	}
 	for _, l := range a.explicit {
 		l.close()

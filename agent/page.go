@@ -211,8 +211,8 @@ func (a *Agent) page(w http.ResponseWriter, _ *http.Request) {
 // answered.
 func guarded(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok && local.IP.IsLoopback() && !loopbackHost(r.Host) {
-			http.Error(w, "this address answers for itself only: use http://"+local.String(), http.StatusMisdirectedRequest)
+		if local, ok := loopback(r); ok && !loopbackHost(r.Host) {
+			http.Error(w, "this address answers for itself only: use http://"+local, http.StatusMisdirectedRequest)
 			return
 		}
 		h := w.Header()
@@ -221,6 +221,27 @@ func guarded(next http.Handler) http.Handler {
 		h.Set("Referrer-Policy", "no-referrer")
 		next.ServeHTTP(w, r)
 	})
+}
+
+// onLoopback is for what only this node's processes may ask, whatever --admin
+// listens on.
+func onLoopback(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, ok := loopback(r); !ok {
+			http.Error(w, "only to be had on the node itself", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// loopback says whether a request came by the loopback interface, and where.
+func loopback(r *http.Request) (local string, ok bool) {
+	addr, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	if addr == nil || !addr.IP.IsLoopback() {
+		return "", false
+	}
+	return addr.String(), true
 }
 
 func loopbackHost(hostport string) bool {

@@ -81,13 +81,15 @@ func newCommand() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(agentCommand(), statusCommand(), pullsCommand(), doctorCommand(), uninstallCommand())
+	root.AddCommand(agentCommand(), statusCommand(), pullsCommand(), prefetchCommand(), doctorCommand(), uninstallCommand())
 	for _, c := range root.Commands() {
-		c.Args = func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usageError{fmt.Errorf("%q is too much: the command takes no arguments, only flags", args[0])}
+		if c.Args == nil {
+			c.Args = func(_ *cobra.Command, args []string) error {
+				if len(args) > 0 {
+					return usageError{fmt.Errorf("%q is too much: the command takes no arguments, only flags", args[0])}
+				}
+				return nil
 			}
-			return nil
 		}
 		c.PreRunE = func(c *cobra.Command, _ []string) error { return fromEnvironment(c.Flags()) }
 	}
@@ -287,7 +289,7 @@ func fetch(ctx context.Context, admin, path string, into any) (raw []byte, err e
 	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("no agent answers at %s; start it with `weir agent`, or name its address with --admin", admin)
+		return nil, noAgent(admin)
 	}
 	defer resp.Body.Close()
 	raw, err = io.ReadAll(resp.Body)

@@ -82,3 +82,41 @@ func TestPage(t *testing.T) {
 		t.Error(fmt.Sprintf("%d bytes", len(b)))
 	}
 }
+
+// An image is prefetched, and pulled without a byte of the registry's.
+func TestPrefetch(t *testing.T) {
+	w := newWorld(t)
+	w.hub.User("alice", "wonderland")
+	w.hub.Private("acme/secret", "alice")
+	w.hub.Push("acme/secret:1", lab.Image{Layers: []int{700_000}, Seed: 3})
+	node := w.Node()
+	node.Agent()
+	out := node.Run(lab.Weir(t), "prefetch", flyway, renovate)
+	for _, want := range []string{"docker.io/" + flyway + "  is there", renovate + "  is there", "####################"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	w.forget()
+	docker := node.Docker()
+	docker.Pull(flyway)
+	docker.Same(flyway, w.flyway)
+	docker.Pull(renovate)
+	for _, r := range []*lab.Registry{w.hub, w.ghcr} {
+		if n := r.Log.BlobGETs(); n > 0 {
+			t.Errorf("%s was asked for %d blobs:\n%s", r.Host, n, r.Log)
+		}
+	}
+	// What can't be had is said, and doesn't keep the rest.
+	for ref, want := range map[string]string{
+		"acme/secret:1":                   "log in",
+		"flyway/nothing:1":                "flyway/nothing",
+		"registry.nowhere.example/a/b:1":  "is not a registry that weir knows",
+		flyway + " --platform=plan9/mips": "there is none for plan9/mips",
+	} {
+		out, err := node.Output(append([]string{lab.Weir(t), "prefetch", renovate}, strings.Fields(ref)...)...)
+		if err == nil || !strings.Contains(out+err.Error(), want) || strings.Contains(ref, "plan9") == strings.Contains(out, renovate+"  is there") {
+			t.Errorf("%s: %v\n%s", ref, err, out)
+		}
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"weir/agent"
@@ -63,7 +64,9 @@ func TestChart(t *testing.T) {
 	// Installing.
 	values := []string{"--set=registries={registry.example.com}",
 		"--set=env.WEIR_CGROUP=" + node.Cgroup(), "--set=store.size=2GiB"}
+	start := time.Now()
 	c.helm("install", append(values, "--set=image.tag=v1")...)
+	t.Logf("the DaemonSet is ready %.1f s after helm install began", time.Since(start).Seconds())
 	key := c.key()
 	c.eventually("containerd's trust", func() error {
 		s, err := c.status()
@@ -77,6 +80,7 @@ func TestChart(t *testing.T) {
 		}
 		return fmt.Errorf("%+v", s.Runtimes)
 	})
+	t.Logf("containerd, which was running before, is intercepted after %.1f s", time.Since(start).Seconds())
 
 	// A pod of a private image, twice on an empty disk.
 	private.Log.Reset()
