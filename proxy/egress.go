@@ -14,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2/expirable"
+	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/sys/unix"
 	"weir/proxy/registry"
 )
@@ -65,7 +65,7 @@ type Egress struct {
 	ups       Upstreams
 	settings  Settings
 	transport *http.Transport
-	verdicts  *lru.LRU[string, verdict] // by HOST:PORT
+	verdicts  *lru.Cache[string, verdict] // by HOST:PORT; no expirable one, whose goroutine outlives it
 
 	mu    sync.Mutex
 	addrs map[string]netip.AddrPort // HOST:PORT → where a client has last dialled it
@@ -92,10 +92,11 @@ type Upstreams struct {
 // NewEgress returns a way out that dials with dial. Close it when its
 // namespace has no more clients.
 func (u Upstreams) NewEgress(dial Dialer) *Egress {
+	verdicts, _ := lru.New[string, verdict](1024)
 	e := &Egress{
 		dial:     dial,
 		ups:      u,
-		verdicts: lru.NewLRU[string, verdict](1024, nil, verifiedTTL),
+		verdicts: verdicts,
 		addrs:    make(map[string]netip.AddrPort),
 		ready:    make(map[string][]net.Conn),
 		with:     make(map[string]*Egress),

@@ -146,7 +146,7 @@ func mapEntries(t *testing.T, id ebpf.MapID) (n int) {
 // Containers with a dockerd in them come and go: nothing of them is left.
 // WEIR_CONTAINERS is how many there are.
 func TestContainersLeaveNothing(t *testing.T) {
-	count := fromEnv(t, "WEIR_CONTAINERS", 5)
+	count := fromEnv(t, "WEIR_CONTAINERS", 10)
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
