@@ -104,7 +104,7 @@ func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
 		ps.mu.Lock()
 		defer ps.mu.Unlock()
 		p.running = slices.DeleteFunc(p.running, func(b *delivery) bool { return b == a })
-		p.Pull.add(a, !complete || a.bytes.Load() < a.size.Load())
+		p.add(a, !complete || a.bytes.Load() < a.size.Load())
 		p.Ended = time.Now()
 		// Runtimes ask what a tag is, and get what they were told by digest.
 		if a.from.Load() != nil && (p.Reference == "" || x.target.tag != "" && strings.Contains(p.Reference, ":")) {
