@@ -4,12 +4,18 @@ package p2p
 
 import (
 	"context"
+	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
 	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
+	"github.com/libp2p/go-libp2p/core/routing"
+	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
 )
 
 const (
@@ -47,12 +53,90 @@ func (n *Node) near(ctx context.Context, k key, target kb.ID) []peer.ID {
 	}
 	ctx, cancel := context.WithTimeout(ctx, walkTime)
 	defer cancel()
-	found, err := n.dht.GetClosestPeers(ctx, string(k))
-	if err != nil {
-		return rt.NearestPeers(target, 2*replicas)
+	found := n.search(ctx, k, target)
+	if ctx.Err() == nil {
+		n.regions.put(target, found)
 	}
-	n.regions.put(target, found)
 	return found
+}
+
+// search finds the peers closest to a key: it asks the closest that it knows
+// for closer ones until they have all answered. Those who are close know
+// everybody who is, so a few answers are enough; kad-dht's own search would ask
+// each peer of a bucket.
+func (n *Node) search(ctx context.Context, k key, target kb.ID) []peer.ID {
+	known := n.dht.RoutingTable().NearestPeers(target, bucketSize)
+	asked := make(map[peer.ID]bool)
+	for ctx.Err() == nil {
+		known = slices.DeleteFunc(known, func(p peer.ID) bool { return p == n.host.ID() || n.peers.isDown(p) })
+		next := slices.DeleteFunc(slices.Clone(known[:min(stewards, len(known))]), func(p peer.ID) bool { return asked[p] })
+		if len(next) == 0 {
+			break
+		}
+		answers := make([]answer, len(next))
+		var wg sync.WaitGroup
+		for i, p := range next {
+			asked[p] = true
+			wg.Go(func() {
+				a, err := n.ask(ctx, p, question{Op: opNear, Key: k})
+				if err != nil {
+					n.log.Debug("a peer doesn't say who is close to a key", "peer", p, "err", err)
+				}
+				answers[i] = a
+			})
+		}
+		wg.Wait()
+		for i, a := range answers {
+			watched(ctx, next[i], a.Near)
+			for _, s := range a.Near {
+				if !slices.Contains(known, s.ID) {
+					n.learnAddrs(s)
+					known = append(known, s.ID)
+				}
+			}
+		}
+		known = kb.SortClosestPeers(known, target)
+		known = known[:min(bucketSize, len(known))]
+	}
+	return known
+}
+
+// watched tells those who watch a search, with routing.RegisterForQueryEvents,
+// whom a peer has named.
+func watched(ctx context.Context, by peer.ID, named []source) {
+	if !routing.SubscribesToQueryEvents(ctx) {
+		return
+	}
+	ev := &routing.QueryEvent{ID: by, Type: routing.PeerResponse}
+	for _, s := range named {
+		ev.Responses = append(ev.Responses, &peer.AddrInfo{ID: s.ID})
+	}
+	routing.PublishQueryEvent(ctx, ev)
+}
+
+// knownNear answers opNear.
+func (n *Node) knownNear(k key, who peer.ID) (near []source) {
+	for _, p := range n.dht.RoutingTable().NearestPeers(kb.ConvertKey(string(k)), bucketSize) {
+		if addrs := n.addrsOf(p); p != who && len(addrs) > 0 && !n.peers.isDown(p) {
+			near = append(near, source{ID: p, Addrs: addrs[:min(len(addrs), maxAddrs)]})
+		}
+	}
+	return near
+}
+
+// learnAddrs takes in where a peer that nobody here has met is said to be.
+func (n *Node) learnAddrs(s source) {
+	var addrs []ma.Multiaddr
+	for _, hostPort := range s.Addrs {
+		ap, err := netip.ParseAddrPort(hostPort)
+		if err != nil {
+			continue
+		}
+		if a, err := manet.FromNetAddr(net.TCPAddrFromAddrPort(ap)); err == nil {
+			addrs = append(addrs, a)
+		}
+	}
+	n.host.Peerstore().AddAddrs(s.ID, addrs, peerstore.TempAddrTTL)
 }
 
 // regions remembers who is where in the key space. Those closest to a key are

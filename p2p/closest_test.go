@@ -120,3 +120,36 @@ func TestNewcomerIsSteward(t *testing.T) {
 		t.Error("the blob is to be fetched though a peer has it")
 	}
 }
+
+// Who knows one peer finds, through it, all that are close to a key, and where
+// they are.
+func TestSearch(t *testing.T) {
+	all := swarm(t, 6)
+	newcomer := newMember(t, nil, all[0].addr())
+	until(t, "one peer is known", func() bool { return newcomer.Ready() })
+	k := nameKey("something")
+	target := kb.ConvertKey(string(k))
+	var want []peer.ID
+	for _, m := range all {
+		want = append(want, m.host.ID())
+	}
+	want = kb.SortClosestPeers(want, target)
+	if got := newcomer.search(t.Context(), k, target); !slices.Equal(got, want) {
+		t.Errorf("found %v, want %v", got, want)
+	}
+	for _, p := range want {
+		if len(newcomer.addrsOf(p)) == 0 {
+			t.Errorf("where %s is isn't known", p)
+		}
+	}
+	// One that has gone is left out.
+	gone := want[0]
+	for _, m := range all {
+		if m.host.ID() == gone {
+			m.Close()
+		}
+	}
+	if got := newcomer.search(t.Context(), k, target); !slices.Equal(got, want[1:]) {
+		t.Errorf("found %v, want %v", got, want[1:])
+	}
+}

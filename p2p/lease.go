@@ -70,14 +70,17 @@ const (
 	opGone = "gone" // I have it no more
 	// opProvide puts provider records into the DHT: I have all these.
 	opProvide = "provide"
+	opNear    = "near" // who do you know that is close to it?
 )
 
-// answer is what the steward says to opWant and opFind.
+// answer is what the steward says to opWant, opFind and opNear.
 type answer struct {
 	// Fetch is that there is nobody to read it from, and the asker is the one
 	// who fetches it now.
 	Fetch   bool     `json:"fetch,omitempty"`
 	Sources []source `json:"sources,omitempty"` // the best first
+	// Near are peers close to the key, for opNear.
+	Near []source `json:"near,omitempty"`
 }
 
 // source is a peer that a blob may be read from.
@@ -139,7 +142,7 @@ func parseQuestion(b []byte) (question, error) {
 	if err := json.Unmarshal(b, &q); err != nil {
 		return q, err
 	}
-	one := q.Key != "" && len(q.Keys) == 0 && slices.Contains([]string{opWant, opFind, opNote, opHave, opGone}, q.Op)
+	one := q.Key != "" && len(q.Keys) == 0 && slices.Contains([]string{opWant, opFind, opNote, opHave, opGone, opNear}, q.Op)
 	many := q.Key == "" && len(q.Keys) <= maxKeys && q.Op == opProvide && !slices.Contains(q.Keys, "")
 	if !one && !many || len(q.Avoid) > maxAvoid {
 		return q, errors.New("not a question of the lease protocol")
@@ -153,10 +156,10 @@ func parseAnswer(b []byte) (answer, error) {
 	if err := json.Unmarshal(b, &a); err != nil {
 		return a, err
 	}
-	if len(a.Sources) > maxSources {
+	if len(a.Sources) > maxSources || len(a.Near) > bucketSize {
 		return a, errors.New("an answer with too many sources")
 	}
-	for _, s := range a.Sources {
+	for _, s := range slices.Concat(a.Sources, a.Near) {
 		if s.ID.Validate() != nil || len(s.Addrs) > maxAddrs {
 			return a, errors.New("an answer with a source that can't be")
 		}
@@ -318,6 +321,9 @@ func (n *Node) judge(ctx context.Context, who peer.ID, q question) answer {
 	if q.Op == opProvide {
 		n.record(ctx, who, q.Keys)
 		return answer{}
+	}
+	if q.Op == opNear {
+		return answer{Near: n.knownNear(q.Key, who)}
 	}
 	if q.Op != opWant && q.Op != opFind {
 		n.ledger.take(q, who)

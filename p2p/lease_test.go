@@ -82,12 +82,13 @@ func FuzzQuestion(f *testing.F) {
 	b, _ := json.Marshal(question{Op: opWant, Key: nameKey("x"), Avoid: []peer.ID{"a"}, From: "b"})
 	f.Add(b)
 	f.Add([]byte(`{"op":"want","key":"1220"}`))
+	f.Add([]byte(`{"op":"provide","keys":["1220"]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		q, err := parseQuestion(b)
 		if err != nil {
 			return
 		}
-		if len(q.Avoid) > maxAvoid || q.Key == "" {
+		if len(q.Avoid) > maxAvoid || len(q.Keys) > maxKeys || (q.Key == "") != (q.Op == opProvide) {
 			t.Errorf("%+v", q)
 		}
 		l := newLedger()
@@ -102,15 +103,16 @@ func FuzzAnswer(f *testing.F) {
 	b, _ := json.Marshal(answer{Sources: []source{{ID: "12D3KooWAo5CPfTaEvEHttsTHjkvqzqdKYZdc84XAVKZuHVSpVWL", Addrs: []string{"10.0.0.1:5053"}, Kept: true}}})
 	f.Add(b)
 	f.Add([]byte(`{"fetch":true}`))
+	f.Add([]byte(`{"near":[{"id":"12D3KooWAo5CPfTaEvEHttsTHjkvqzqdKYZdc84XAVKZuHVSpVWL","addrs":["10.0.0.1:5053"]}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		a, err := parseAnswer(b)
 		if err != nil {
 			return
 		}
-		if len(a.Sources) > maxSources {
+		if len(a.Sources) > maxSources || len(a.Near) > bucketSize {
 			t.Errorf("%+v", a)
 		}
-		for _, s := range a.Sources {
+		for _, s := range slices.Concat(a.Sources, a.Near) {
 			if s.ID == "" || len(s.Addrs) > maxAddrs {
 				t.Errorf("%+v", s)
 			}
