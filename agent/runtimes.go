@@ -41,10 +41,10 @@ const (
 
 // Ways in which a runtime came to trust the CA.
 const (
-	trustByStart   = "started after the CA was installed"
-	trustBySystem  = "proven: its system roots have the CA"
-	trustByCertsD  = "proven: it reads the CA from certs.d at each pull"
-	trustRemebered = "proven before the agent's own restart"
+	trustByStart    = "started after the CA was installed"
+	trustBySystem   = "proven: its system roots have the CA"
+	trustByCertsD   = "proven: it reads the CA from certs.d at each pull"
+	trustRemembered = "proven before the agent's own restart"
 )
 
 // RuntimeStatus is a runtime as the status shows it.
@@ -365,7 +365,7 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 			rs.intercept(rt, trustByStart, nil)
 			return
 		case seeded && rs.state.remembers(rt) == rememberedSystem:
-			rs.intercept(rt, trustRemebered, nil)
+			rs.intercept(rt, trustRemembered, nil)
 			return
 		}
 	}

@@ -705,6 +705,47 @@ func weirPrograms(t *testing.T) (n int) {
 	return n
 }
 
+// The ways in which containerd pulls through CRI: 1.7; 2 with its transfer
+// service; 2 with the client's resolver.
+func TestContainerdPaths(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	for i, path := range []string{"1.7", "transfer", "resolver"} {
+		box := node.Box()
+		start := box.NewestContainerd
+		switch path {
+		case "1.7":
+			start = box.OlderContainerd
+		case "resolver":
+			box.WriteFile("/etc/containerd/config.toml", "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  use_local_image_pull = true\n")
+		}
+		c := start()
+		w.forget()
+		c.Pull(flyway)
+		c.Pull(renovate)
+		if i > 0 {
+			w.nothingFetched(t)
+		}
+		c.Same(flyway, w.flyway)
+		c.Same(renovate, w.renovate)
+		if rt := agent.Runtime(c.PID()); rt.Reach != "intercepted" {
+			t.Errorf("%s: %+v", path, rt)
+		}
+	}
+	// And by itself, with the client that comes with it.
+	box := node.Box()
+	box.NewestContainerd()
+	w.forget()
+	ctr := box.As(lab.Tool(t, "ctr"), "ctr")
+	box.Run(ctr, "images", "pull", "--platform=linux/amd64", "docker.io/"+flyway)
+	box.Run(ctr, "images", "pull", "--local", "--platform=linux/amd64", renovate)
+	// It reads the other platforms' manifests too.
+	if n := w.hub.Log.BlobGETs() + w.ghcr.Log.BlobGETs(); n > 0 {
+		t.Errorf("%d blobs were fetched:\n%s\n%s", n, w.hub.Log, w.ghcr.Log)
+	}
+}
+
 // The newest dockerd, with its containerd image store, and the newest
 // containerd.
 func TestNewest(t *testing.T) {

@@ -536,6 +536,13 @@ func (n *Node) NewestContainerd() *Containerd {
 	return n.containerd(containerd, "PATH="+filepath.Dir(shim)+":/usr/sbin:/usr/bin:/sbin:/bin")
 }
 
+// OlderContainerd starts the newest containerd of the 1.7 line with no
+// configuration.
+func (n *Node) OlderContainerd() *Containerd {
+	n.t.Helper()
+	return n.containerd(n.As(Tool(n.t, "containerd-1.7"), "containerd"))
+}
+
 func (n *Node) containerd(path string, env ...string) *Containerd {
 	n.t.Helper()
 	const socket = "/run/containerd/containerd.sock"

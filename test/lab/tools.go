@@ -34,14 +34,16 @@ var tools = map[string]string{
 // go.mod excludes or replaces modules: they are built in a module that requires
 // them.
 const (
-	buildkit   = "github.com/moby/buildkit"
-	kubernetes = "k8s.io/kubernetes"
+	buildkit     = "github.com/moby/buildkit"
+	kubernetes   = "k8s.io/kubernetes"
+	containerdV1 = "github.com/containerd/containerd"
 )
 
 func init() {
 	for _, name := range []string{"buildkitd", "buildctl"} {
 		tools[name] = buildkit + "/cmd/" + name + "@v0.34.2"
 	}
+	tools["containerd-1.7"] = containerdV1 + "/cmd/containerd@v1.7.35"
 	for _, name := range []string{"kubelet", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"} {
 		tools[name] = kubernetes + "/cmd/" + name + "@v1.34.2"
 	}
@@ -84,7 +86,7 @@ func install(t testing.TB, name, dir, out string) *exec.Cmd {
 	program, version, _ := strings.Cut(tools[name], "@")
 	env := append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
 	cmd := exec.Command("go", "install", tools[name])
-	if module, _, _ := strings.Cut(program, "/cmd/"); module == buildkit || module == kubernetes {
+	if module, _, _ := strings.Cut(program, "/cmd/"); module == buildkit || module == kubernetes || module == containerdV1 {
 		dir = scratch(t, module, version)
 		flags := "-s -w"
 		if module == kubernetes { // it tells clients which one it is
@@ -111,7 +113,8 @@ func Tool(t testing.TB, name string) string {
 		if b, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("building %s: %v\n%s", tools[name], err, b)
 		}
-		if err := os.Rename(filepath.Join(out, name), path); err != nil {
+		program, _, _ := strings.Cut(filepath.Base(tools[name]), "@")
+		if err := os.Rename(filepath.Join(out, program), path); err != nil {
 			t.Fatal(err)
 		}
 		return path
