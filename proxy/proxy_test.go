@@ -448,6 +448,34 @@ func TestSlowClientIsIntercepted(t *testing.T) {
 	}
 }
 
+// Whoever opens many connections, and says half of what belongs to a beginning,
+// keeps nobody else from being served, and takes little memory for it.
+func TestHalfHellos(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	const many = 1000
+	for range many {
+		c := s.dial()
+		defer c.Close()
+		if _, err := c.Write([]byte("\x16\x03\x01\x40\x00\x01\x00\x3f\xfc\x03\x03")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := tls.Client(s.dial(), &tls.Config{ServerName: "registry.test", InsecureSkipVerify: true})
+	if err := c.Handshake(); err != nil || c.ConnectionState().PeerCertificates[0].Issuer.CommonName != "weir" {
+		t.Errorf("the next client isn't served: %v", err)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if each := (int64(after.HeapInuse+after.StackInuse) - int64(before.HeapInuse+before.StackInuse)) / many; each > 64<<10 {
+		t.Errorf("each takes %d bytes", each)
+	}
+}
+
 func TestUnreachableIsReset(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
