@@ -313,11 +313,12 @@ all that anybody sends until it is done. Providing
 is what it costs to put all records, as happens once an hour, and refreshing
 what the routing table costs, which is looked after each 10 minutes. Memory is
 the Go heap and stacks. A node has at most %d connections here, and %d else; streams that nobody uses are closed
-after %s, and a minute else.
+after %s, and a minute else. All nodes share this machine's %d processors: from some hundreds
+on, times and messages are also those of a simulation that is short of them.
 
 | nodes | known peers | connections | lookup p50 | p99 | hops p50 | p99 | messages a lookup | found | providing: messages/node/h | bytes/node/h | refreshing: messages/node/h | bytes/node/h | memory/node, empty | with the digests |
 |--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
-`, linkLatency, *scaleDigests, *scaleLookups, manySimulated, manyConns, idleSimulated)
+`, linkLatency, *scaleDigests, *scaleLookups, manySimulated, manyConns, idleSimulated, runtime.NumCPU())
 	for s := range strings.SplitSeq(*scaleNodes, ",") {
 		count, err := strconv.Atoi(s)
 		if err != nil {
