@@ -17,7 +17,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/cilium/ebpf"
 	"weir/test/lab"
 )
 
@@ -647,7 +646,7 @@ func TestUninstall(t *testing.T) {
 	files := func() string {
 		return strings.Join(slices.Concat(node.Listing("/etc"), node.Listing("/run"), box.Listing("/etc")), "\n")
 	}
-	before, programs := files(), weirPrograms(t)
+	before, programs := files(), lab.Programs(t)
 
 	agent := node.Agent()
 	if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
@@ -655,7 +654,7 @@ func TestUninstall(t *testing.T) {
 	}
 	agent.Runtime(docker.PID())
 	docker.Pull(flyway)
-	if files() == before || weirPrograms(t) <= programs {
+	if files() == before || lab.Programs(t) <= programs {
 		t.Fatal("the agent has left no trace while it runs: the test is blind")
 	}
 	if _, err := node.Output(lab.Weir(t), "agent", "--cgroup", "/sys/fs/cgroup/unified"); err == nil {
@@ -670,7 +669,7 @@ func TestUninstall(t *testing.T) {
 	}
 	// The kernel frees what nobody uses any more a grace period later.
 	if err := lab.Eventually(nil, func(context.Context) error {
-		if got := weirPrograms(t); got > programs {
+		if got := lab.Programs(t); got > programs {
 			return fmt.Errorf("%d programs are left, %d before", got, programs)
 		}
 		return nil
@@ -687,22 +686,6 @@ func TestUninstall(t *testing.T) {
 	docker.Pull(flyway)
 	containerd.Pull(flyway)
 	node.Run(lab.Weir(t), "uninstall") // again: nothing to do
-}
-
-// weirPrograms counts the eBPF programs of weir in the kernel.
-func weirPrograms(t *testing.T) (n int) {
-	t.Helper()
-	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
-		p, err := ebpf.NewProgramFromID(id)
-		if err != nil {
-			continue
-		}
-		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, "weir_") {
-			n++
-		}
-		p.Close()
-	}
-	return n
 }
 
 // The ways in which containerd pulls through CRI: 1.7; 2 with its transfer

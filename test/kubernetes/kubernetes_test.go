@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"weir/agent"
 	"weir/test/lab"
 )
@@ -55,7 +54,7 @@ func TestChart(t *testing.T) {
 		"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots()), "/etc/passwd": "/etc/passwd", "/etc/group": "/etc/group", "/etc/nsswitch.conf": "/etc/nsswitch.conf"}})
 
 	node := in.Node()
-	before := programs(t)
+	before := lab.Programs(t)
 	c := newCluster(t, node)
 	etc := strings.Join(node.Listing("/etc"), "\n")
 	c.kubectl("create", "secret", "docker-registry", "login", "--docker-server=registry.example.com", "--docker-username=someone", "--docker-password=secret")
@@ -161,7 +160,7 @@ func TestChart(t *testing.T) {
 		}
 	}
 	c.eventually("the programs", func() error {
-		if n := programs(t); n > before {
+		if n := lab.Programs(t); n > before {
 			return fmt.Errorf("%d are left, %d before", n, before)
 		}
 		return nil
@@ -203,22 +202,6 @@ func dind() object {
 		"env":             []object{{"name": "PATH", "value": "/usr/sbin:/usr/bin"}},
 		"securityContext": object{"privileged": true},
 	}, object{"volumes": volumes})
-}
-
-// programs counts the eBPF programs of weir in the kernel.
-func programs(t *testing.T) (n int) {
-	t.Helper()
-	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
-		p, err := ebpf.NewProgramFromID(id)
-		if err != nil {
-			continue
-		}
-		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, "weir_") {
-			n++
-		}
-		p.Close()
-	}
-	return n
 }
 
 func TestMain(m *testing.M) {

@@ -16,7 +16,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/registry"
@@ -223,6 +225,22 @@ func (n *Node) Listing(dir string) (names []string) {
 		n.t.Fatal(err)
 	}
 	return names
+}
+
+// Programs counts the eBPF programs of weir in the kernel.
+func Programs(t testing.TB) (n int) {
+	t.Helper()
+	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
+		p, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue
+		}
+		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, "weir_") {
+			n++
+		}
+		p.Close()
+	}
+	return n
 }
 
 // Agent is weir's agent on a node.
