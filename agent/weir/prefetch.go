@@ -74,10 +74,9 @@ type document struct {
 }
 
 type descriptor struct {
-	MediaType string
-	Digest    digest.Digest
-	Size      int64
-	Platform  struct{ OS, Architecture string }
+	Digest   digest.Digest
+	Size     int64
+	Platform struct{ OS, Architecture string }
 }
 
 // maxDocument bounds a manifest.

@@ -70,27 +70,25 @@ func TestRunningPull(t *testing.T) {
 	ended := make(chan struct{})
 	go func() { s.do("GET", "/v2/team/app/blobs/"+d.String(), ""); close(ended) }()
 	<-half
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		all := s.h.Pulls()
-		if len(all) == 1 && all[0].Ended.IsZero() && all[0].Size == 300_000 && all[0].Bytes > 0 {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%+v", all)
-		}
-	}
+	s.eventually(func(all []Pull) bool {
+		return len(all) == 1 && all[0].Ended.IsZero() && all[0].Size == 300_000 && all[0].Bytes > 0
+	})
 	u.mu.Lock()
 	u.fault = func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(http.StatusForbidden); return true }
 	u.mu.Unlock()
 	close(more)
 	<-ended
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		p := s.h.Pulls()[0]
-		if !p.Ended.IsZero() && p.Failed == 1 && p.Bytes < 300_000 {
-			break
-		}
+	s.eventually(func(all []Pull) bool {
+		return !all[0].Ended.IsZero() && all[0].Failed == 1 && all[0].Bytes < 300_000
+	})
+}
+
+// eventually waits for the pulls to be so: nobody tells when they are.
+func (s *side) eventually(so func([]Pull) bool) {
+	s.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !so(s.h.Pulls()); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%+v", p)
+			s.t.Fatalf("%+v", s.h.Pulls())
 		}
 	}
 }
