@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -139,8 +140,14 @@ func Weir(t testing.TB) string {
 
 func buildWeir(t testing.TB) string {
 	t.Helper()
-	return locked(t, "weir", func(dir string) string {
-		path := filepath.Join(dir, "weir")
+	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "weir").Output()
+	if err != nil {
+		t.Fatalf("finding weir's source: %v", err)
+	}
+	// One for each checkout, whose tests may run at the same time.
+	name := fmt.Sprintf("weir-%.8x", sha256.Sum256(root))
+	return locked(t, name, func(dir string) string {
+		path := filepath.Join(dir, name, "weir")
 		cmd := exec.Command("go", "build", "-o", path, "weir/agent/weir")
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if b, err := cmd.CombinedOutput(); err != nil {
