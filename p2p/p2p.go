@@ -40,7 +40,6 @@ import (
 	"time"
 
 	leveldb "github.com/ipfs/go-ds-leveldb"
-	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	"github.com/libp2p/go-libp2p-kad-dht/records"
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -48,10 +47,16 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/pnet"
-	"github.com/libp2p/go-libp2p/core/transport"
+	"github.com/libp2p/go-libp2p/core/sec"
 	"github.com/libp2p/go-libp2p/gologshim"
+	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
+	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
+	libp2pswarm "github.com/libp2p/go-libp2p/p2p/net/swarm"
+	"github.com/libp2p/go-libp2p/p2p/net/upgrader"
 	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	ma "github.com/multiformats/go-multiaddr"
 	"golang.org/x/time/rate"
@@ -159,35 +164,8 @@ func New(o Options) (_ *Node, err error) {
 		}
 	}()
 	gologshim.SetDefaultHandler(quiet{n.log.With("component", "libp2p").Handler()})
-	limits := rcmgr.DefaultLimits
-	libp2p.SetDefaultServiceLimits(&limits)
-	// Many nodes may stand behind one address.
-	manager, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(limits.AutoScale()), rcmgr.WithLimitPerSubnet(
-		[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 32, ConnCount: 512}}, []rcmgr.ConnLimitPerSubnet{{PrefixLength: 128, ConnCount: 512}}))
-	if err != nil {
-		return nil, fmt.Errorf("bounding the resources of peers: %w", err)
-	}
-	conns, err := connmgr.NewConnManager(fewConns, manyConns)
-	if err != nil {
+	if err := n.newHost(priv, addrs); err != nil {
 		return nil, err
-	}
-	n.host, err = libp2p.New(
-		libp2p.Identity(priv),
-		libp2p.PrivateNetwork(pnet.PSK(o.SwarmKey)),
-		libp2p.Transport(func(u transport.Upgrader, rm network.ResourceManager) (transport.Transport, error) {
-			return newTransport(n, u, rm)
-		}),
-		libp2p.Security(libp2ptls.ID, libp2ptls.New),
-		libp2p.ListenAddrs(addrs...),
-		libp2p.ResourceManager(manager),
-		libp2p.ConnectionManager(conns),
-		libp2p.DisableRelay(),
-		libp2p.DisableIdentifyAddressDiscovery(),
-		libp2p.DisableMetrics(),
-		libp2p.UserAgent("weir"),
-	)
-	if err != nil {
-		return nil, fmt.Errorf("listening for peers on %s: %w; choose another address with --peer-listen", o.Listen, err)
 	}
 	if err := n.join(); err != nil {
 		return nil, err
@@ -196,6 +174,65 @@ func New(o Options) (_ *Node, err error) {
 	n.client = n.newClient()
 	n.discover()
 	return n, nil
+}
+
+// newHost makes the node's libp2p host, and listens. It is put together here
+// from the parts that weir uses: libp2p.New brings the code of all transports
+// along, a fifth of the binary.
+func (n *Node) newHost(priv crypto.PrivKey, addrs []ma.Multiaddr) error {
+	// Many nodes may stand behind one address.
+	manager, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(rcmgr.DefaultLimits.AutoScale()), rcmgr.WithLimitPerSubnet(
+		[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 32, ConnCount: 512}}, []rcmgr.ConnLimitPerSubnet{{PrefixLength: 128, ConnCount: 512}}))
+	if err != nil {
+		return fmt.Errorf("bounding the resources of peers: %w", err)
+	}
+	conns, err := connmgr.NewConnManager(fewConns, manyConns)
+	if err != nil {
+		return err
+	}
+	id, err := peer.IDFromPrivateKey(priv)
+	if err != nil {
+		return err
+	}
+	known, err := pstoremem.NewPeerstore()
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(known.AddPrivKey(id, priv), known.AddPubKey(id, priv.GetPublic())); err != nil {
+		return err
+	}
+	events := eventbus.NewBus()
+	net, err := libp2pswarm.NewSwarm(id, known, events, libp2pswarm.WithResourceManager(manager))
+	if err != nil {
+		return err
+	}
+	// From here on the host has all of it, and closes it.
+	h, err := basichost.NewHost(net, &basichost.HostOpts{EventBus: events, ConnManager: conns, UserAgent: "weir"})
+	if err != nil {
+		return err
+	}
+	n.host = h
+	muxers := []upgrader.StreamMuxer{{ID: yamux.ID, Muxer: yamux.DefaultTransport}}
+	secure, err := libp2ptls.New(libp2ptls.ID, priv, muxers)
+	if err != nil {
+		return err
+	}
+	up, err := upgrader.New([]sec.SecureTransport{secure}, muxers, n.opts.SwarmKey, manager, nil)
+	if err != nil {
+		return err
+	}
+	tcp, err := newTransport(n, up, manager)
+	if err != nil {
+		return err
+	}
+	if err := net.AddTransport(tcp); err != nil {
+		return err
+	}
+	if err := net.Listen(addrs...); err != nil {
+		return fmt.Errorf("listening for peers on %s: %w; choose another address with --peer-listen", n.opts.Listen, err)
+	}
+	h.Start()
+	return nil
 }
 
 // join makes the node's host a member of the DHT and a steward.
