@@ -16,15 +16,20 @@ import (
 	"weir/agent/trust"
 )
 
-// Uninstall stops a running agent, takes the CA out of every root file system
+// Uninstall ends the service that [Install] made and any other running agent, takes the CA out of every root file system
 // that a runtime of this node may read it from, and removes what weir has kept.
 // It returns what it removed.
 func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("weir uninstall must run as root: it removes files that root has installed; use sudo")
 	}
+	// First, because systemd would start it again.
+	removed, err = removeService(ctx)
+	if err != nil {
+		return removed, fmt.Errorf("removing the service: %w", err)
+	}
 	if err := stopAgent(ctx, filepath.Join(conf.RunDir, pidFile)); err != nil {
-		return nil, err
+		return removed, err
 	}
 	var errs []error
 	ledger, err := openLedgerIfAny(filepath.Join(conf.DataDir, ledgerFile))

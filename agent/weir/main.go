@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -81,7 +83,7 @@ func newCommand() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(agentCommand(), statusCommand(), pullsCommand(), prefetchCommand(), doctorCommand(), uninstallCommand())
+	root.AddCommand(agentCommand(), statusCommand(), pullsCommand(), prefetchCommand(), doctorCommand(), installCommand(), uninstallCommand())
 	for _, c := range root.Commands() {
 		if c.Args == nil {
 			c.Args = func(_ *cobra.Command, args []string) error {
@@ -190,9 +192,30 @@ func agentCommand() *cobra.Command {
 			conf.Ports = append(conf.Ports, uint16(p))
 		}
 		conf.Version, conf.Log = buildVersion(), log
-		return agent.Run(cmd.Context(), conf, func(a *agent.Agent) { announce(log, a.Status()) })
+		return agent.Run(cmd.Context(), conf, func(a *agent.Agent) {
+			announce(log, a.Status())
+			if err := notifyReady(); err != nil {
+				log.Warn("systemd can't be told that weir is ready", "err", err)
+			}
+		})
 	}
 	return c
+}
+
+// notifyReady tells systemd that the agent is ready, if it wants to know:
+// sd_notify(3).
+func notifyReady() error {
+	socket := os.Getenv("NOTIFY_SOCKET")
+	if socket == "" {
+		return nil
+	}
+	c, err := net.Dial("unixgram", socket)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.Write([]byte("READY=1"))
+	return err
 }
 
 func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
@@ -408,34 +431,15 @@ func doctorCommand() *cobra.Command {
 		findings := agent.Doctor(cmd.Context(), conf)
 		out := cmd.OutOrStdout()
 		failed := 0
-		for _, f := range findings {
-			if f.Problem != "" && !f.Warning {
-				failed++
-			}
-		}
 		if asJSON {
 			if err := json.NewEncoder(out).Encode(findings); err != nil {
 				return err
 			}
+			failed = printFindings(io.Discard, findings)
+		} else if failed = printFindings(out, findings); failed == 0 {
+			fmt.Fprintln(out, "\nweir can work on this node.")
 		} else {
-			for _, f := range findings {
-				switch {
-				case f.Problem == "":
-					fmt.Fprintf(out, "ok    %s\n", f.What)
-				case f.Warning:
-					fmt.Fprintf(out, "warn  %s: %s\n", f.What, f.Problem)
-				default:
-					fmt.Fprintf(out, "FAIL  %s: %s\n", f.What, f.Problem)
-				}
-				if f.Step != "" {
-					fmt.Fprintf(out, "      → %s\n", f.Step)
-				}
-			}
-			if failed == 0 {
-				fmt.Fprintln(out, "\nweir can work on this node.")
-			} else {
-				fmt.Fprintf(out, "\nweir can't work on this node until what is marked FAIL is mended (%d).\n", failed)
-			}
+			fmt.Fprintf(out, "\nweir can't work on this node until what is marked FAIL is mended (%d).\n", failed)
 		}
 		if failed > 0 {
 			return silentError{errors.New("the node is not ready")}
@@ -444,6 +448,76 @@ func doctorCommand() *cobra.Command {
 	}
 	return c
 }
+
+// printFindings returns how many of them keep weir from working.
+func printFindings(w io.Writer, findings []agent.Finding) (failed int) {
+	for _, f := range findings {
+		switch {
+		case f.Problem == "":
+			fmt.Fprintf(w, "ok    %s\n", f.What)
+		case f.Warning:
+			fmt.Fprintf(w, "warn  %s: %s\n", f.What, f.Problem)
+		default:
+			failed++
+			fmt.Fprintf(w, "FAIL  %s: %s\n", f.What, f.Problem)
+		}
+		if f.Step != "" {
+			fmt.Fprintf(w, "      → %s\n", f.Step)
+		}
+	}
+	return failed
+}
+
+func installCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "install",
+		Short: "Make weir a service of this machine, or the service's new version",
+		Long: "Copy this binary to /usr/local/bin, have systemd run it from now on and at each boot,\nand wait until it is ready. With a newer binary, this is the upgrade.\n\n" +
+			"Flags of the agent go into " + agent.SettingsFile + ", as WEIR_…; `systemctl restart weir` after a change.",
+	}
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		vars, err := agent.Settings(agent.SettingsFile)
+		if err != nil {
+			return err
+		}
+		setting := func(name, otherwise string) string { return cmp.Or(vars["WEIR_"+name], otherwise) }
+		admin := setting("ADMIN", agent.DefaultAdmin)
+		out := cmd.OutOrStdout()
+		findings := agent.Doctor(cmd.Context(), agent.Config{Admin: admin, Cgroup: setting("CGROUP", ""),
+			DataDir: setting("DATA_DIR", agent.DefaultDataDir), RunDir: setting("RUN_DIR", agent.DefaultRunDir)})
+		if failed := printFindings(out, slices.DeleteFunc(findings, func(f agent.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
+			return fmt.Errorf("not installed: this machine isn't fit for weir until what is marked FAIL is mended (%d)", failed)
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)
+		defer cancel()
+		started, err := agent.Install(ctx)
+		if err != nil {
+			return err
+		}
+		if !started {
+			fmt.Fprintln(out, "weir is installed already in this version, and runs.")
+		} else {
+			fmt.Fprintf(out, "weir %s is installed, and runs.\n", buildVersion())
+		}
+		var s agent.Status
+		if _, err := fetch(cmd.Context(), admin, "/api/status", &s); err != nil {
+			return err
+		}
+		if len(s.Runtimes) == 0 {
+			fmt.Fprintln(out, "No container runtime is running yet; each will be intercepted from its start.")
+		}
+		for _, r := range s.Runtimes {
+			fmt.Fprintf(out, "Found %s (process %d).\n", r.Kind, r.PID)
+		}
+		fmt.Fprintln(out, "\nNext: `weir status` says which runtimes are intercepted, and what to do about the others.")
+		return nil
+	}
+	return c
+}
+
+// serviceTime is how long installing and uninstalling may take. An agent that
+// ends waits for what it serves.
+const serviceTime = 2 * time.Minute
 
 func uninstallCommand() *cobra.Command {
 	var conf agent.Config
@@ -456,7 +530,7 @@ func uninstallCommand() *cobra.Command {
 	dirFlags(c.Flags(), &conf)
 	c.Flags().BoolVar(&stay, "stay", false, "run on when all is removed, until told to end, as a DaemonSet's pods have to")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)
 		defer cancel()
 		removed, err := agent.Uninstall(ctx, conf)
 		for _, r := range removed {

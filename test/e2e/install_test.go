@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+
+	"weir/test/lab"
+)
+
+// atBoot has systemd start the service at boot.
+const atBoot = "/etc/systemd/system/multi-user.target.wants/weir.service"
+
+// touched are the names of files that the README says weir makes.
+func touched(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, ok := strings.Cut(string(b), "## What it touches\n")
+	section, _, ends := strings.Cut(section, "\n## ")
+	if !ok || !ends {
+		t.Fatal("the README doesn't say what weir touches")
+	}
+	return section
+}
+
+// One command makes weir a service, the same one is the upgrade, in which no
+// pull fails, and another takes it off. git has the word on /etc.
+func TestInstall(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.Systemd()
+	node.WriteFile("/etc/weir/weir.env", "# the user's\nWEIR_CGROUP=/sys/fs/cgroup/"+filepath.Base(node.Cgroup())+"\nWEIR_LOG_LEVEL=\"debug\"\n")
+	node.WriteFile("/etc/containerd/config.toml", "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \"/etc/containerd/certs.d\"\n")
+	containerd, docker := node.Containerd(), node.Docker()
+	docker.Stop() // it has made its own files in /etc
+	git := func(args ...string) string {
+		t.Helper()
+		return node.Run(append([]string{"git", "-C", "/etc", "-c", "user.name=test", "-c", "user.email=test@example.com"}, args...)...)
+	}
+	git("init", "-q")
+	git("add", "--all")
+	git("commit", "-q", "-m", "before")
+
+	out := node.Run(lab.Weir(t), "install")
+	for _, want := range []string{"is installed, and runs", "Found containerd", "weir status"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("weir install doesn't say %q:\n%s", want, out)
+		}
+	}
+	node.Run("test", "-L", atBoot)
+	service := func() string { return strings.TrimSpace(node.Run("systemctl", "show", "-P", "MainPID", "weir")) }
+	first := service()
+	docker.Start()
+	pull := func() {
+		t.Helper()
+		docker.Pull(flyway)
+		docker.Remove(flyway)
+	}
+	pull()
+	w.forget()
+	pull()
+	w.nothingFetched(t)
+	if out := node.Run("/usr/local/bin/weir", "install"); !strings.Contains(out, "already") || service() != first {
+		t.Errorf("the same version once more, the service is process %s, was %s:\n%s", service(), first, out)
+	}
+	documented := touched(t)
+	for _, line := range strings.Split(strings.TrimSpace(git("status", "--porcelain", "--untracked-files=all")), "\n") {
+		file, isNew := strings.CutPrefix(line, "?? ")
+		if !isNew || !regexp.MustCompile("`[^`]*\\b"+regexp.QuoteMeta(filepath.Base(file))+"`").MatchString(documented) {
+			t.Errorf("in /etc, %q is not what the README names", line)
+		}
+	}
+
+	// The next version, while a pull stands in the middle and others begin.
+	newer := "/var/lib/home/weir"
+	node.Run("sh", "-ec", "cp "+lab.Weir(t)+" "+newer+" && echo newer >> "+newer)
+	big := w.hub.Push("acme/big:1", lab.Image{Layers: []int{4 << 20}, Seed: 20})
+	half, stopping := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
+		if r.Host == "production.cloudflare.docker.com" && strings.Contains(r.URL.Path, big.Layers[0].String()) {
+			once.Do(func() { close(half); <-stopping })
+		}
+		return false
+	})
+	pulled, upgraded := make(chan error, 1), make(chan error, 1)
+	go func() { pulled <- docker.TryPull("acme/big:1") }()
+	<-half
+	go func() {
+		var err error
+		out, err = node.Output(newer, "install")
+		upgraded <- err
+	}()
+	if err := lab.Eventually(nil, func(context.Context) error {
+		if state := node.Run("systemctl", "show", "-P", "ActiveState", "weir"); strings.TrimSpace(state) != "deactivating" {
+			return fmt.Errorf("the service is %s", state)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	pull() // the old one ends
+	close(stopping)
+	for upgrading := true; upgrading; pull() {
+		select {
+		case err := <-upgraded:
+			if upgrading = false; err != nil {
+				t.Fatal(err)
+			}
+		default:
+		}
+	}
+	if err := <-pulled; err != nil {
+		t.Errorf("the pull that ran: %v", err)
+	}
+	docker.Same("acme/big:1", big)
+	if !strings.Contains(out, "is installed, and runs") || service() == first {
+		t.Errorf("the upgrade says\n%s\nand the service is process %s, was %s", out, service(), first)
+	}
+	if node.Run("cmp", newer, "/usr/local/bin/weir") != "" {
+		t.Error("another binary is installed")
+	}
+
+	out = node.Run("/usr/local/bin/weir", "uninstall")
+	if !strings.Contains(out, "weir is gone") {
+		t.Error(out)
+	}
+	if out := git("status", "--porcelain", "--untracked-files=all"); out != "" {
+		t.Errorf("left in /etc:\n%s", out)
+	}
+	for _, path := range []string{"/usr/local/bin/weir", "/var/lib/weir", "/run/weir", filepath.Dir(atBoot)} {
+		if _, err := node.File(path); !os.IsNotExist(err) {
+			t.Errorf("%s is left (%v)", path, err)
+		}
+	}
+	if out, err := node.Output("systemctl", "status", "weir"); err == nil || !strings.Contains(out, "could not be found") {
+		t.Errorf("the service is left: %v\n%s", err, out)
+	}
+	pull()
+	containerd.Pull(flyway)
+	node.Run(lab.Weir(t), "uninstall") // again: nothing to do
+}
