@@ -33,6 +33,11 @@ type kind struct {
 	// settings are the directories with what a user has given it for a
 	// registry: more CAs, and certificates to show there.
 	settings []string
+	// userSettings are the same of the user who runs it, below that user's
+	// directory of settings.
+	userSettings []string
+	// builds says that it runs the steps of a build.
+	builds bool
 	// sockets are where it listens, when its command line names no other.
 	sockets []string
 	// contentStore says that it keeps blobs that weir may read: containerd.
@@ -49,33 +54,39 @@ type kind struct {
 // repository is in use (25 and later), and a connection doesn't say which of
 // the two it comes from.
 var kinds = []*kind{
-	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker,
-		settings: []string{trust.DockerCertsD},
-		sockets:  []string{"/run/docker.sock", "/var/run/docker.sock"}},
+	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker, builds: true,
+		settings:     []string{trust.DockerCertsD},
+		userSettings: []string{trust.UserDockerCertsD},
+		sockets:      []string{"/run/docker.sock", "/var/run/docker.sock"}},
 	{name: "containerd", programs: []string{"containerd"}, ask: askCRI, contentStore: true,
 		certsD:  []string{trust.ContainerdCertsD, trust.ContainerdPairCertsD},
 		sockets: []string{"/run/containerd/containerd.sock", "/var/run/docker/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"}},
 	{name: "cri-o", programs: []string{"crio"}, ask: askCRI,
 		certsD:   []string{trust.ContainersCertsD},
-		settings: containersSettings,
-		sockets:  []string{"/run/crio/crio.sock"}},
-	{name: "buildkitd", programs: []string{"buildkitd"}},
-	{name: "podman", programs: []string{"podman"}, oneShot: true, settings: containersSettings},
-	{name: "buildah", programs: []string{"buildah"}, oneShot: true, settings: containersSettings},
-	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true, settings: containersSettings},
-	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, pullsThrough: "containerd"},
+		settings: containersSettings, userSettings: containersUserSettings,
+		sockets: []string{"/run/crio/crio.sock"}},
+	{name: "buildkitd", programs: []string{"buildkitd"}, builds: true},
+	{name: "podman", programs: []string{"podman"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
+	{name: "buildah", programs: []string{"buildah"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
+	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true, settings: containersSettings, userSettings: containersUserSettings},
+	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, pullsThrough: "containerd",
+		settings:     []string{trust.ContainerdCertsD, trust.DockerCertsD},
+		userSettings: []string{trust.UserContainerdCertsD, trust.UserDockerCertsD}},
 	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd"},
 	{name: "crane", programs: []string{"crane", "gcrane", "krane"}, oneShot: true},
 	{name: "oras", programs: []string{"oras"}, oneShot: true},
 	{name: "regctl", programs: []string{"regctl", "regsync"}, oneShot: true},
-	{name: "kaniko", programs: []string{"executor"}, oneShot: true},
+	{name: "kaniko", programs: []string{"executor"}, oneShot: true, builds: true},
 	{name: "helm", programs: []string{"helm"}, oneShot: true},
 	{name: "cosign", programs: []string{"cosign"}, oneShot: true},
 	{name: "trivy", programs: []string{"trivy"}, oneShot: true},
 }
 
-// containersSettings is what containers/image reads: containers-certs.d(5).
-var containersSettings = []string{trust.ContainersCertsD, trust.DockerCertsD}
+// What containers/image reads: containers-certs.d(5).
+var (
+	containersSettings     = []string{trust.ContainersCertsD, trust.DockerCertsD}
+	containersUserSettings = []string{trust.UserContainersCertsD}
+)
 
 // programs are all executables' names, for the kernel side.
 func programs() (names []string) {

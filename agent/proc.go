@@ -22,10 +22,11 @@ var past = time.Unix(1, 0)
 
 // process is what /proc tells of a process.
 type process struct {
-	pid   int
-	start time.Duration // after boot; tells it from a later one with its pid
-	comm  string
-	exe   string // base name of the program's file
+	pid    int
+	parent int
+	start  time.Duration // after boot; tells it from a later one with its pid
+	comm   string
+	exe    string // base name of the program's file
 }
 
 // clockTick is the unit of starttime in /proc/PID/stat: USER_HZ, which is 100
@@ -64,9 +65,12 @@ func parseStat(b []byte) (p process, err error) {
 	}
 	p.comm = string(b[open+1 : end])
 	fields := strings.Fields(string(b[end+1:]))
-	const starttime = 22 - 3 // the first field after the name is the third
+	const ppid, starttime = 4 - 3, 22 - 3 // the first field after the name is the third
 	if len(fields) <= starttime {
 		return p, errors.New("no start time in /proc/PID/stat")
+	}
+	if p.parent, err = strconv.Atoi(fields[ppid]); err != nil {
+		return p, fmt.Errorf("parent in /proc/PID/stat: %w", err)
 	}
 	ticks, err := strconv.ParseUint(fields[starttime], 10, 63)
 	if err != nil || ticks > uint64(1<<62)/uint64(clockTick) {
@@ -132,12 +136,6 @@ func processesIn(cgroup string) (pids []int, err error) {
 		return nil
 	})
 	return pids, err
-}
-
-// ownedByRoot says whether a process runs as root.
-func ownedByRoot(pid int) bool {
-	var st unix.Stat_t
-	return unix.Stat("/proc/"+strconv.Itoa(pid), &st) == nil && st.Uid == 0
 }
 
 // connections counts a process's TCP connections to the given ports of others,

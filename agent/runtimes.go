@@ -335,14 +335,12 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 	}
 	defer root.Close()
 
-	// A process chooses its environment: only root's may say where root writes.
-	var environ []string
-	if ownedByRoot(rt.pid) {
-		environ = nulSeparated(rt.pid, "environ")
-	}
-	places := trust.Places{System: trust.SystemDirs(environ)}
 	host := rs.a.lasting[root.ID()]
-	res := rs.a.ca.Install(root, places, nil)
+	if host == "" && inBuild(rt, root) {
+		rs.passThrough(rt, "it runs in a step of a build: the CA would come to be in the image", "nothing to do")
+		return
+	}
+	res := rs.install(rt, root)
 	rs.record(host, res)
 	system := res.System
 	if system == nil && host != "" {
@@ -372,6 +370,36 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 	rs.prove(rt, root, host, system)
 }
 
+// install puts the CA where a runtime reads the system's roots.
+func (rs *runtimes) install(rt *runtimeProc, root *trust.Root) trust.Result {
+	places, err := placesOf(rt.pid)
+	if err != nil {
+		return trust.Result{System: err}
+	}
+	res := rs.a.ca.Install(root, places, nil)
+	if !errors.Is(res.System, trust.ErrOthers) {
+		return res
+	}
+	// Maybe it is the node's own directory, as an ordinary user sees it: that
+	// one gets the CA, though not on this user's account.
+	usual, _ := trust.SystemPlaces(nil)
+	for _, name := range rs.a.lasting {
+		r, err := trust.OpenRootDir(name)
+		if err != nil {
+			continue
+		}
+		if slices.ContainsFunc(usual.System, func(dir string) bool { return r.Same(root, dir) }) {
+			node := rs.a.ca.Install(r, usual, nil)
+			rs.record(name, node)
+			if node.System == nil {
+				rs.state.installed(name, len(node.Files) > 0)
+			}
+		}
+		r.Close()
+	}
+	return rs.a.ca.Install(root, places, nil)
+}
+
 // record notes what was installed in a root file system that outlives its
 // runtimes. What is in a container's goes with it.
 func (rs *runtimes) record(host string, res trust.Result) {
@@ -390,11 +418,13 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 	if rs.a.kernel.Early(rt.pid) {
 		why = "it connected somewhere before the CA was installed"
 	}
+	step := rt.restartStep()
 	if system != nil {
 		why = "the CA can't be installed: " + system.Error()
+		step = "see to that; its next start is then intercepted"
 	}
 	if rt.kind.ask == nil {
-		rs.passThrough(rt, why+"; it can't be asked to prove otherwise", rt.restartStep())
+		rs.passThrough(rt, why+"; it can't be asked to prove otherwise", step)
 		return
 	}
 	rs.passThrough(rt, "it is being asked whether it trusts the CA", "wait a moment")
@@ -419,16 +449,20 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 		return
 	}
 	if errors.Is(perr, errDistrusts) || perr == nil {
-		rs.passThrough(rt, why, rt.restartStep())
+		rs.passThrough(rt, why, step)
 		return
 	}
-	rs.passThrough(rt, why+"; asked to prove otherwise: "+perr.Error(), rt.restartStep())
+	rs.passThrough(rt, why+"; asked to prove otherwise: "+perr.Error(), step)
 }
 
 // proveCertsD tries the directories that the runtime reads at each pull, one
 // after the other, and leaves the CA only in the one that it does read. fresh
 // says that it wasn't there before.
 func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (coverage trust.Coverage, fresh bool, err error) {
+	// Its configuration says where: only root's may say where root writes.
+	if uid, err := userOf(rt.pid); err != nil || uid != 0 {
+		return nil, false, errors.Join(errors.New("its certs.d is not root's"), err)
+	}
 	var last error
 	for _, dir := range certsDOf(rt, root) {
 		place := trust.Places{CertsD: []string{dir}}

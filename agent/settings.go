@@ -38,7 +38,11 @@ func settings(rt *runtimeProc, known registry.Known, host string) (s proxy.Setti
 	if known.Name != "" {
 		names = append(names, known.Name)
 	}
-	dirs := slices.Clone(rt.kind.settings)
+	uid, err := userOf(rt.pid)
+	if err != nil {
+		return s, err
+	}
+	dirs := slices.Concat(rt.userSettings(), rt.kind.settings)
 	if rt.kind.contentStore {
 		dirs = append(dirs, certsDOf(rt, root)...)
 	}
@@ -47,6 +51,11 @@ func settings(rt *runtimeProc, known registry.Known, host string) (s proxy.Setti
 		for _, name := range names {
 			if err := readSettings(&s, root, filepath.Join(dir, name), key.Write); err != nil {
 				return proxy.Settings{}, err
+			}
+			// weir reads as root: it must not show a registry what the
+			// runtime's user may not read.
+			if uid != 0 && len(s.Certificates) > 0 {
+				return proxy.Settings{}, fmt.Errorf("%s has a client certificate, and the process is not root's", filepath.Join(dir, name))
 			}
 		}
 	}

@@ -39,6 +39,20 @@ var (
 	ErrForeign = errors.New("there is a file of that name that is not weir's")
 )
 
+// Why the CA is not among the roots that a process reads.
+var (
+	// ErrNoRoots: the process has no roots at all. weir's would be all that it
+	// has, and a program that was built with roots of its own to fall back on
+	// takes those only while the system has none: SetFallbackRoots in
+	// crypto/x509/root.go, and likewise packages that look whether
+	// SystemCertPool is empty. With the CA there it could not verify anybody
+	// but weir. And who has none, nor brings any, can't pull anyhow.
+	ErrNoRoots = errors.New("there are no root certificates")
+
+	// ErrOthers: [Places.Owners] doesn't allow to write there.
+	ErrOthers = errors.New("the directory isn't its own")
+)
+
 // hides are the directories whose entry for a registry a runtime doesn't read
 // if there is one in the first: containers/image and nerdctl look for the
 // first that exists, containerd with its default config_path too.
@@ -85,7 +99,7 @@ type Result struct {
 // An older certificate of weir is replaced; no other file is.
 func (ca *CA) Install(r *Root, p Places, hosts []string) Result {
 	in := installer{ca: ca, root: r, current: make(map[inode]bool), users: make(map[string]bool)}
-	in.res.System = in.system(p.System)
+	in.res.System = in.system(p)
 
 	wanted := slices.Clone(hosts)
 	if slices.Contains(wanted, "registry-1.docker.io") || slices.Contains(wanted, "index.docker.io") {
@@ -119,9 +133,13 @@ type installer struct {
 	users map[string]bool
 }
 
-func (in *installer) system(dirs []string) error {
+func (in *installer) system(p Places) error {
+	dirs := p.System
 	if len(dirs) == 0 {
 		return errors.New("no directory to install the CA into: SSL_CERT_DIR of the process names none")
+	}
+	if !in.hasRoots(p) {
+		return explain("install CA in "+dirs[0], ErrNoRoots)
 	}
 	var failed []error
 	for _, name := range dirs {
@@ -130,7 +148,7 @@ func (in *installer) system(dirs []string) error {
 			continue
 		}
 		if err == nil {
-			err = in.systemDir(d)
+			err = in.systemDir(d, p.Owners)
 			d.close()
 		}
 		if err == nil {
@@ -141,20 +159,62 @@ func (in *installer) system(dirs []string) error {
 	if len(failed) > 0 {
 		return errors.Join(failed...)
 	}
+	if p.Owners != nil { // whose would the new one be?
+		return explain("install CA in "+dirs[0], ErrOthers)
+	}
 	d, made, err := in.root.makeDir(dirs[0])
 	in.res.Dirs = append(in.res.Dirs, made...)
 	if err != nil {
 		return explain("install CA in "+dirs[0], err)
 	}
 	defer d.close()
-	if err := in.systemDir(d); err != nil {
+	if err := in.systemDir(d, nil); err != nil {
 		return explain("install CA in "+dirs[0], err)
 	}
 	return nil
 }
 
-func (in *installer) systemDir(d *dir) error {
+// hasRoots reports whether a process has roots but for weir's.
+func (in *installer) hasRoots(p Places) bool {
+	for _, name := range p.Bundles {
+		if size, err := in.root.size(name); err == nil {
+			// The first that is there counts, as in crypto/x509.
+			if size > 0 {
+				return true
+			}
+			break
+		}
+	}
+	for _, name := range p.System {
+		d, err := in.root.openDir(name)
+		if err != nil {
+			continue
+		}
+		// Few are weir's: the file, links of c_rehash to it, files aside.
+		names, _ := d.names(8)
+		has := slices.ContainsFunc(names, func(n string) bool {
+			if n == systemFile || strings.HasPrefix(n, asidePrefix) {
+				return false
+			}
+			var target [len(systemFile) + 1]byte
+			l, err := unix.Readlinkat(d.fd, n, target[:])
+			return err != nil || string(target[:l]) != systemFile
+		})
+		d.close()
+		if has {
+			return true
+		}
+	}
+	return false
+}
+
+func (in *installer) systemDir(d *dir, owners func(uint32) bool) error {
 	return in.put(d, systemFile, func() (*staged, func(), error) {
+		if owners != nil {
+			if st, err := d.stat("."); err != nil || !owners(st.Uid) {
+				return nil, nil, errors.Join(ErrOthers, err)
+			}
+		}
 		// Unresolved: ".." is to be that of what d really is.
 		parent, err := in.root.openDir(d.path + "/..")
 		if err == nil {
@@ -434,8 +494,14 @@ func explain(what string, err error) error {
 		do = "remove them, or add the CA to them"
 	case errors.Is(err, ErrForeign):
 		do = "move it away"
+	case errors.Is(err, ErrNoRoots):
+		do = "add those of the world (ca-certificates) to the image, unless it brings its own"
+	case errors.Is(err, ErrOthers):
+		do = "only its owner or root may let weir's CA be there"
 	case errors.Is(err, unix.EROFS):
 		do = "the file system is read-only: mount a writable directory there, or put the CA into the image"
+	case errors.Is(err, unix.EOVERFLOW):
+		do = "the file system is of a user namespace in which the node's root is nobody: put the CA into the image"
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		do = "make room"
 	case errors.Is(err, fs.ErrPermission):

@@ -46,7 +46,12 @@ func dialAsRuntime(addr string) int {
 	return 0
 }
 
-var usual = UsualPlaces()
+// usual are the usual places, but for a process that has roots in /ca.pem.
+var usual = func() Places {
+	p := UsualPlaces()
+	p.Bundles = []string{"/ca.pem"}
+	return p
+}()
 
 // usersTree is what a host may look like: settings of a user everywhere.
 var usersTree = []string{
@@ -168,10 +173,11 @@ func TestInstallUninstall(t *testing.T) {
 	}
 }
 
-// An image with nothing in it: all directories are made, and without a ledger
-// those that are weir's own beyond doubt go.
-func TestInstallIntoEmptyRoot(t *testing.T) {
+// An image with a bundle of roots and nothing else: all directories are made,
+// and without a ledger those that are weir's own beyond doubt go.
+func TestInstallIntoBareRoot(t *testing.T) {
 	ca, dir := newCA(t), t.TempDir()
+	build(t, dir, "ca.pem=x")
 	r := openDirRoot(t, dir)
 	res := ca.Install(r, usual, []string{"ghcr.io", "192.0.2.7:5000"})
 	if res.System != nil {
@@ -194,6 +200,96 @@ func TestInstallIntoEmptyRoot(t *testing.T) {
 	}
 }
 
+// weir's CA is never the only root that a process has.
+func TestInstallBesideRoots(t *testing.T) {
+	for _, tt := range []struct {
+		name, environ string
+		tree          []string
+		in            string // where the CA then is; empty for nowhere
+	}{
+		{name: "Debian", tree: []string{"etc/ssl/certs/ca-certificates.crt=x"}, in: "etc/ssl/certs"},
+		{name: "Alpine", tree: []string{"etc/ssl/certs/ca-certificates.crt=x", "etc/ssl/cert.pem->certs/ca-certificates.crt"}, in: "etc/ssl/certs"},
+		{name: "Alpine's bundle alone", tree: []string{"etc/ssl/cert.pem=x"}, in: "etc/ssl/certs"},
+		{name: "Fedora", tree: []string{"etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem=x", "etc/pki/tls/certs/ca-bundle.crt->../../ca-trust/extracted/pem/tls-ca-bundle.pem",
+			"etc/ssl/certs->../pki/tls/certs"}, in: "etc/pki/tls/certs"},
+		{name: "SUSE", tree: []string{"etc/ssl/ca-bundle.pem->../../var/lib/ca-certificates/ca-bundle.pem", "var/lib/ca-certificates/ca-bundle.pem=x",
+			"etc/ssl/certs->../../var/lib/ca-certificates/pem", "var/lib/ca-certificates/pem/"}, in: "var/lib/ca-certificates/pem"},
+		{name: "one root", tree: []string{"etc/ssl/certs/company.pem=x"}, in: "etc/ssl/certs"},
+		{name: "a mounted secret", tree: []string{"etc/ssl/certs/company.pem->..data/company.pem", "etc/ssl/certs/..data->..1", "etc/ssl/certs/..1/company.pem=x"}, in: "etc/ssl/certs"},
+		{name: "SSL_CERT_DIR", environ: "SSL_CERT_DIR=/kaniko/ssl/certs", tree: []string{"kaniko/ssl/certs/ca-certificates.crt=x"}, in: "kaniko/ssl/certs"},
+		{name: "SSL_CERT_DIR of which one is there", environ: "SSL_CERT_DIR=rel:/no:/yes", tree: []string{"yes/a.pem=x"}, in: "yes"},
+		{name: "SSL_CERT_FILE", environ: "SSL_CERT_FILE=/ca.pem", tree: []string{"ca.pem=x"}, in: "etc/ssl/certs"},
+
+		{name: "nothing"},
+		{name: "an empty directory", tree: []string{"etc/ssl/certs/"}},
+		{name: "an empty bundle", tree: []string{"etc/ssl/certs/", "etc/ssl/cert.pem="}},
+		{name: "a bundle that is a directory", tree: []string{"etc/ssl/cert.pem/"}},
+		{name: "a bundle that leads nowhere", tree: []string{"etc/ssl/cert.pem->/no"}},
+		{name: "only weir's", tree: []string{"etc/ssl/certs/0c3a2d19.0->weir-ca.pem", "etc/ssl/certs/.weir-ca-A=half"}},
+		{name: "SSL_CERT_FILE that isn't there", environ: "SSL_CERT_FILE=/no", tree: []string{"etc/ssl/cert.pem=x", "etc/ssl/certs/"}},
+		{name: "SSL_CERT_DIR without roots", environ: "SSL_CERT_DIR=/empty", tree: []string{"empty/", "etc/ssl/certs/a.pem=x"}},
+		{name: "a relative SSL_CERT_DIR", environ: "SSL_CERT_DIR=certs", tree: []string{"etc/ssl/certs/ca-certificates.crt=x"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ca, dir := newCA(t), t.TempDir()
+			build(t, dir, tt.tree...)
+			before := listing(t, dir)
+			r := openDirRoot(t, dir)
+			places, err := SystemPlaces([]string{"PATH=/bin", tt.environ})
+			if err != nil {
+				t.Fatal(err)
+			}
+			res := ca.Install(r, places, nil)
+			if tt.in == "" {
+				if res.System == nil || listing(t, dir) != before {
+					t.Errorf("%v\n%s\nbefore:\n%s", res.System, listing(t, dir), before)
+				}
+				return
+			}
+			if res.System != nil {
+				t.Fatal(res.System)
+			}
+			mustHold(t, filepath.Join(dir, tt.in, systemFile), ca.PEM())
+			// What it has put there isn't taken for somebody else's roots.
+			if again := ca.Install(r, places, nil); again.System != nil || len(again.Files) > 0 {
+				t.Errorf("again: %+v", again)
+			}
+		})
+	}
+}
+
+// Only directories of the owners that are named are written to; what is there
+// counts whoever has it.
+func TestInstallOwners(t *testing.T) {
+	needRoot(t)
+	ca, dir := newCA(t), t.TempDir()
+	build(t, dir, "etc/ssl/certs/a.pem=x", "etc/pki/tls/certs/")
+	r := openDirRoot(t, dir)
+	places, _ := SystemPlaces(nil)
+	places.Owners = func(uid uint32) bool { return uid == 1000 }
+	if res := ca.Install(r, places, nil); !errors.Is(res.System, ErrOthers) || len(res.Files) > 0 {
+		t.Errorf("%+v", res)
+	}
+	if err := os.Chown(filepath.Join(dir, "etc/pki/tls/certs"), 1000, 1000); err != nil {
+		t.Fatal(err)
+	}
+	if res := ca.Install(r, places, nil); res.System != nil || !slices.Equal(res.Files, []string{"/etc/pki/tls/certs/weir-ca.pem"}) {
+		t.Errorf("%+v", res)
+	}
+	places.Owners = func(uint32) bool { return false }
+	if res := ca.Install(r, places, nil); res.System != nil || len(res.Files) > 0 {
+		t.Errorf("it is there, and %+v", res)
+	}
+	// None is made for them.
+	if err := os.RemoveAll(filepath.Join(dir, "etc")); err != nil {
+		t.Fatal(err)
+	}
+	build(t, dir, "etc/ssl/cert.pem=x")
+	if res := ca.Install(r, places, nil); !errors.Is(res.System, ErrOthers) || len(res.Dirs) > 0 {
+		t.Errorf("%+v", res)
+	}
+}
+
 // Links that a hostile container has planted where weir writes.
 func TestInstallHostileLinks(t *testing.T) {
 	for _, target := range []string{"OUTSIDE", "../../../../../../../../../../OUTSIDE", "/proc/self/root/OUTSIDE", "/proc/1/cwd", "loop"} {
@@ -201,7 +297,7 @@ func TestInstallHostileLinks(t *testing.T) {
 			"etc/ssl/certs/weir-ca.pem", "etc/docker/certs.d/ghcr.io/weir-ca.crt"} {
 			t.Run(link+"->"+target, func(t *testing.T) {
 				base := t.TempDir()
-				build(t, base, "outside/certs/", "outside/ghcr.io/", "root/")
+				build(t, base, "outside/certs/", "outside/ghcr.io/", "root/ca.pem=x")
 				out := filepath.Join(base, "outside")
 				build(t, base, "root/"+link+"->"+strings.Replace(target, "/OUTSIDE", out, 1))
 				before := listing(t, out)
@@ -216,10 +312,10 @@ func TestInstallHostileLinks(t *testing.T) {
 	}
 	t.Run("links within work", func(t *testing.T) {
 		ca, dir := newCA(t), t.TempDir()
-		build(t, dir, "etc/pki/tls/certs/", "etc/ssl/certs->../pki/tls/certs", "etc/docker/certs.d->/srv/certs", "srv/certs/")
+		build(t, dir, "ca.pem=x", "etc/pki/tls/certs/", "etc/ssl/certs->../pki/tls/certs", "etc/docker/certs.d->/srv/certs", "srv/certs/")
 		before := listing(t, dir)
 		r := openDirRoot(t, dir)
-		res := ca.Install(r, Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"ghcr.io"})
+		res := ca.Install(r, Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}, []string{"ghcr.io"})
 		if res.System != nil {
 			t.Errorf("System: %v", res.System)
 		}
@@ -257,7 +353,7 @@ func TestInstallLeavesForeign(t *testing.T) {
 	for name, f := range put {
 		t.Run(name, func(t *testing.T) {
 			ca, dir := newCA(t), t.TempDir()
-			build(t, dir, "etc/ssl/certs/", "etc/docker/certs.d/ghcr.io/")
+			build(t, dir, "ca.pem=x", "etc/ssl/certs/", "etc/docker/certs.d/ghcr.io/")
 			for _, n := range []string{"etc/ssl/certs/weir-ca.pem", "etc/docker/certs.d/ghcr.io/weir-ca.crt"} {
 				if err := f(filepath.Join(dir, n)); err != nil {
 					t.Fatal(err)
@@ -266,7 +362,7 @@ func TestInstallLeavesForeign(t *testing.T) {
 			before := listing(t, dir)
 			r := openDirRoot(t, dir)
 			within(t, "Install", func() {
-				res := ca.Install(r, Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"ghcr.io"})
+				res := ca.Install(r, Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}, []string{"ghcr.io"})
 				if !errors.Is(res.System, ErrForeign) {
 					t.Errorf("System: %v", res.System)
 				}
@@ -288,8 +384,9 @@ func TestInstallReplacesGenerations(t *testing.T) {
 	caDir, dir := t.TempDir(), t.TempDir()
 	first := openCA(t, caDir, testHosts, testProbes)
 	second := openCA(t, caDir, append([]string{"quay.io"}, testHosts...), testProbes)
+	build(t, dir, "ca.pem=x")
 	r := openDirRoot(t, dir)
-	p := Places{System: usual.System, CertsD: []string{DockerCertsD}}
+	p := Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}
 	first.Install(r, p, []string{"ghcr.io", "docker.io"})
 	// What a power failure leaves.
 	if err := os.Truncate(filepath.Join(dir, "etc/ssl/certs/weir-ca.pem"), 0); err != nil {
@@ -409,7 +506,7 @@ func TestInstallWithdraws(t *testing.T) {
 func TestInstallReadOnly(t *testing.T) {
 	needRoot(t)
 	ca, dir := newCA(t), t.TempDir()
-	build(t, dir, "etc/ssl/certs/", "etc/pki/tls/certs/", "etc/docker/certs.d/")
+	build(t, dir, "ca.pem=x", "etc/ssl/certs/", "etc/pki/tls/certs/", "etc/docker/certs.d/")
 	ro := filepath.Join(dir, "etc/ssl/certs")
 	bind := func(p string) {
 		if err := unix.Mount(p, p, "", unix.MS_BIND, ""); err != nil {
@@ -421,14 +518,14 @@ func TestInstallReadOnly(t *testing.T) {
 		}
 	}
 	bind(ro)
-	p := Places{System: usual.System, CertsD: []string{DockerCertsD}}
+	p := Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}
 	if res := ca.Install(openDirRoot(t, dir), p, []string{"ghcr.io"}); res.System != nil {
 		t.Errorf("the second directory was not taken: %v", res.System)
 	}
 	bind(dir)
 	before := listing(t, dir)
 	r := openDirRoot(t, dir)
-	res := ca.Install(r, Places{System: []string{"/etc/ssl/certs"}, CertsD: []string{DockerCertsD, ContainersCertsD}}, []string{"docker.io"})
+	res := ca.Install(r, Places{System: []string{"/etc/ssl/certs"}, Bundles: usual.Bundles, CertsD: []string{DockerCertsD, ContainersCertsD}}, []string{"docker.io"})
 	for what, err := range map[string]error{"System": res.System, "docker": res.CertsD[DockerCertsD]["docker.io"], "containers": res.CertsD[ContainersCertsD]["docker.io"]} {
 		if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "mount a writable directory") {
 			t.Errorf("%s: %v", what, err)
@@ -447,7 +544,7 @@ func TestInstallAcrossMounts(t *testing.T) {
 	needRoot(t)
 	for _, noTmpfile := range []bool{false, true} {
 		ca, dir := newCA(t), t.TempDir()
-		build(t, dir, "etc/ssl/certs/", "etc/docker/certs.d/ghcr.io/")
+		build(t, dir, "ca.pem=x", "etc/ssl/certs/", "etc/docker/certs.d/ghcr.io/")
 		for _, p := range []string{"etc/ssl/certs", "etc/docker/certs.d/ghcr.io"} {
 			p = filepath.Join(dir, p)
 			if err := unix.Mount("none", p, "tmpfs", 0, "size=1m"); err != nil {
@@ -457,7 +554,7 @@ func TestInstallAcrossMounts(t *testing.T) {
 		}
 		r := openDirRoot(t, dir)
 		r.noTmpfile = noTmpfile
-		res := ca.Install(r, Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"docker.io", "ghcr.io"})
+		res := ca.Install(r, Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}, []string{"docker.io", "ghcr.io"})
 		if res.System != nil {
 			t.Errorf("System: %v", res.System)
 		}
@@ -473,13 +570,13 @@ func TestInstallAcrossMounts(t *testing.T) {
 func TestInstallNoSpace(t *testing.T) {
 	needRoot(t)
 	ca, dir := newCA(t), t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, "size=4k"); err != nil {
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=8k"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
-	build(t, dir, "etc/docker/certs.d/", "etc/ssl/certs/", "filler="+strings.Repeat("x", 4096))
+	build(t, dir, "ca.pem=x", "etc/docker/certs.d/", "etc/ssl/certs/", "filler="+strings.Repeat("x", 4096))
 	before := listing(t, dir)
-	res := ca.Install(openDirRoot(t, dir), Places{System: usual.System, CertsD: []string{DockerCertsD}}, []string{"docker.io"})
+	res := ca.Install(openDirRoot(t, dir), Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}, []string{"docker.io"})
 	if !errors.Is(res.System, unix.ENOSPC) {
 		t.Errorf("System: %v", res.System)
 	}
@@ -497,6 +594,7 @@ func TestInstallConcurrently(t *testing.T) {
 	for _, noTmpfile := range []bool{false, true} {
 		t.Run(fmt.Sprintf("noTmpfile=%v", noTmpfile), func(t *testing.T) {
 			dir := t.TempDir()
+			build(t, dir, "ca.pem=x")
 			r := openDirRoot(t, dir)
 			r.noTmpfile = noTmpfile
 			stop := make(chan struct{})
@@ -528,7 +626,7 @@ func TestInstallConcurrently(t *testing.T) {
 					}
 				}
 			})
-			p := Places{System: usual.System, CertsD: []string{DockerCertsD}}
+			p := Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}
 			for range 50 {
 				var wg sync.WaitGroup
 				for i := range 4 {
@@ -561,6 +659,7 @@ func TestInstallConcurrently(t *testing.T) {
 func TestInstalledIsTrusted(t *testing.T) {
 	needRoot(t)
 	ca, dir := newCA(t), t.TempDir()
+	build(t, dir, "etc/ssl/cert.pem=x", "opt/bundle.pem=x")
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -608,7 +707,11 @@ func TestInstalledIsTrusted(t *testing.T) {
 	}
 	env := []string{"SSL_CERT_DIR=/opt/certs", "SSL_CERT_FILE=/opt/bundle.pem"}
 	for _, e := range [][]string{nil, env} {
-		if res := ca.Install(r, Places{System: SystemDirs(e)}, nil); res.System != nil {
+		places, err := SystemPlaces(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res := ca.Install(r, places, nil); res.System != nil {
 			t.Fatal(res.System)
 		}
 		for _, name := range []string{"ghcr.io", "auth.docker.io", "198.18.0.1"} {
@@ -617,7 +720,7 @@ func TestInstalledIsTrusted(t *testing.T) {
 			}
 		}
 	}
-	if _, err := Uninstall(r, Places{System: append(SystemDirs(nil), SystemDirs(env)...)}, nil); err != nil {
+	if _, err := Uninstall(r, Places{System: append([]string{"/opt/certs"}, usual.System...)}, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, e := range [][]string{nil, env} {
@@ -627,36 +730,46 @@ func TestInstalledIsTrusted(t *testing.T) {
 	}
 }
 
-func TestSystemDirs(t *testing.T) {
-	def := []string{"/etc/ssl/certs", "/etc/pki/tls/certs"}
+func TestSystemPlaces(t *testing.T) {
+	usual, _ := SystemPlaces(nil)
 	tests := []struct {
-		environ []string
-		want    []string
+		environ      []string
+		dirs, bundle []string
 	}{
-		{nil, def},
-		{[]string{"PATH=/bin", "SSL_CERT_FILE=/x.pem"}, def},
-		{[]string{"SSL_CERT_DIR="}, def},
-		{[]string{"SSL_CERT_DIR=/a"}, []string{"/a"}},
-		{[]string{"SSL_CERT_DIR=/a:/b//c/../d"}, []string{"/a", "/b/d"}},
-		{[]string{"SSL_CERT_DIR=:/a:rel:"}, []string{"/a"}},
-		{[]string{"SSL_CERT_DIR=rel"}, nil},
-		{[]string{"SSL_CERT_DIR=/a", "SSL_CERT_DIR=/b"}, []string{"/a"}},
-		{[]string{"XSSL_CERT_DIR=/a", "SSL_CERT_DIR"}, def},
+		{nil, usual.System, usual.Bundles},
+		{[]string{"PATH=/bin", "SSL_CERT_FILE=/x.pem"}, usual.System, []string{"/x.pem"}},
+		{[]string{"SSL_CERT_FILE=x.pem"}, usual.System, nil},
+		{[]string{"SSL_CERT_DIR=", "SSL_CERT_FILE="}, usual.System, usual.Bundles},
+		{[]string{"SSL_CERT_DIR=/a"}, []string{"/a"}, usual.Bundles},
+		{[]string{"SSL_CERT_DIR=/a:/b//c/../d"}, []string{"/a", "/b/d"}, usual.Bundles},
+		{[]string{"SSL_CERT_DIR=:/a:rel:"}, []string{"/a"}, usual.Bundles},
+		{[]string{"SSL_CERT_DIR=rel"}, nil, usual.Bundles},
+		{[]string{"SSL_CERT_DIR=/a", "SSL_CERT_DIR=/b"}, []string{"/a"}, usual.Bundles},
+		{[]string{"XSSL_CERT_DIR=/a", "SSL_CERT_DIR"}, usual.System, usual.Bundles},
 	}
 	for _, tt := range tests {
-		if got := SystemDirs(tt.environ); !slices.Equal(got, tt.want) {
-			t.Errorf("SystemDirs(%q) = %q, want %q", tt.environ, got, tt.want)
+		if got, err := SystemPlaces(tt.environ); !slices.Equal(got.System, tt.dirs) || !slices.Equal(got.Bundles, tt.bundle) || err != nil {
+			t.Errorf("SystemPlaces(%q) = %q, %q, %v; want %q, %q", tt.environ, got.System, got.Bundles, err, tt.dirs, tt.bundle)
 		}
+	}
+	if _, err := SystemPlaces([]string{"GODEBUG=netdns=go,x509usefallbackroots=1"}); !errors.Is(err, ErrFallbackRoots) {
+		t.Error(err)
 	}
 	if res := newCA(t).Install(openDirRoot(t, t.TempDir()), Places{}, nil); res.System == nil {
 		t.Error("nowhere to install is no error")
+	}
+	if got := UserConfigs([]string{"HOME=/home/a", "XDG_CONFIG_HOME=/x/"}); !slices.Equal(got, []string{"/x", "/home/a/.config"}) {
+		t.Errorf("%q", got)
+	}
+	if got := UserConfigs([]string{"HOME=", "XDG_CONFIG_HOME=rel"}); len(got) > 0 {
+		t.Errorf("%q", got)
 	}
 }
 
 // Installing runs whenever a runtime starts, most often with nothing to do.
 func BenchmarkInstallAgain(b *testing.B) {
 	ca, dir := newCA(b), b.TempDir()
-	build(b, dir, "etc/docker/certs.d/ghcr.io/ca.crt=x")
+	build(b, dir, "ca.pem=x", "etc/docker/certs.d/ghcr.io/ca.crt=x")
 	r := openDirRoot(b, dir)
 	var hosts []string
 	for i := range 20 {
@@ -665,7 +778,7 @@ func BenchmarkInstallAgain(b *testing.B) {
 	for _, p := range []struct {
 		name   string
 		places Places
-	}{{"system", Places{System: usual.System}}, {"docker", Places{System: usual.System, CertsD: []string{DockerCertsD}}}, {"all", usual}} {
+	}{{"system", Places{System: usual.System, Bundles: usual.Bundles}}, {"docker", Places{System: usual.System, Bundles: usual.Bundles, CertsD: []string{DockerCertsD}}}, {"all", usual}} {
 		ca.Install(r, p.places, hosts)
 		b.Run(p.name, func(b *testing.B) {
 			for b.Loop() {

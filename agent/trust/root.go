@@ -92,6 +92,23 @@ func (r *Root) Close() error { return r.f.Close() }
 // ID tells whether two processes see the same files. It is comparable.
 func (r *Root) ID() RootID { return r.id }
 
+// Same reports whether the directory name is the same one below both roots.
+func (r *Root) Same(other *Root, name string) bool {
+	var st [2]unix.Stat_t
+	for i, root := range []*Root{r, other} {
+		d, err := root.openDir(name)
+		if err != nil {
+			return false
+		}
+		st[i], err = d.stat(".")
+		d.close()
+		if err != nil {
+			return false
+		}
+	}
+	return st[0].Dev == st[1].Dev && st[0].Ino == st[1].Ino
+}
+
 // Exists reports whether name exists, following symbolic links. It is an error
 // if that can't be told.
 func (r *Root) Exists(name string) (bool, error) {
@@ -104,6 +121,23 @@ func (r *Root) Exists(name string) (bool, error) {
 	}
 	unix.Close(fd)
 	return true, nil
+}
+
+// size returns the size of the regular file name, following symbolic links.
+func (r *Root) size(name string) (int64, error) {
+	fd, err := r.open(name, unix.O_PATH)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return 0, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return 0, errors.New("not a regular file")
+	}
+	return st.Size, nil
 }
 
 // ReadFile returns the content of the regular file name, following symbolic

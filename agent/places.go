@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"weir/agent/trust"
+)
+
+// placesOf returns where a process reads its roots, and whose directories may
+// be written to for it. root has no bounds. Any other user could lead weir, by
+// its environment or by mounts in a user namespace of its own, to a directory
+// that it can't write to itself:
+//
+//   - what its SSL_CERT_DIR names has to be its own;
+//   - the usual directories have to belong to a user of its user namespace. In
+//     the first one, where all are, only root can have mounted something there;
+//     the root file system of a container with a user namespace belongs to that;
+//     and what an ordinary user sees in one of its own is somebody else's.
+func placesOf(pid int) (trust.Places, error) {
+	environ := nulSeparated(pid, "environ")
+	places, err := trust.SystemPlaces(environ)
+	if err != nil {
+		return places, err
+	}
+	uid, err := userOf(pid)
+	switch {
+	case err != nil:
+		return places, err
+	case uid == 0:
+	case trust.NamesDirs(environ):
+		places.Owners = func(owner uint32) bool { return owner == uid }
+	default:
+		mapped, err := usersOf(pid)
+		if err != nil {
+			return places, err
+		}
+		places.Owners = mapped.has
+	}
+	return places, nil
+}
+
+// userOf returns the user who started a process, proc_pid_status(5). The owner
+// of /proc/PID says less: it is root for a process that can't be dumped, which
+// everybody can make.
+func userOf(pid int) (uint32, error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
+			var real uint32
+			_, err := fmt.Sscan(ids, &real)
+			return real, err
+		}
+	}
+	return 0, fmt.Errorf("process %d: no Uid in its status", pid)
+}
+
+// users are ranges of user ids.
+type users []struct{ first, count uint32 }
+
+func (u users) has(uid uint32) bool {
+	for _, r := range u {
+		if uid >= r.first && uid-r.first < r.count {
+			return true
+		}
+	}
+	return false
+}
+
+// usersOf returns the users of the user namespace that a process is in,
+// user_namespaces(7), by the ids that the agent's has for them.
+func usersOf(pid int) (users, error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/uid_map")
+	if err != nil {
+		return nil, err
+	}
+	return parseUsers(string(b))
+}
+
+func parseUsers(uidMap string) (u users, err error) {
+	for line := range strings.Lines(uidMap) {
+		var inside, first, count uint32
+		if _, err := fmt.Sscan(line, &inside, &first, &count); err != nil {
+			return nil, fmt.Errorf("uid_map: %q: %w", line, err)
+		}
+		u = append(u, struct{ first, count uint32 }{first, count})
+	}
+	return u, nil
+}
+
+// inBuild says whether a process runs in a step of a build: what is written
+// into its root file system then comes to be in the image. Its ancestors lead to
+// the builder past runc alone, where those of a container that is run lead to
+// its shim. Kaniko runs steps in its own root file system, the others don't.
+func inBuild(rt *runtimeProc, root *trust.Root) bool {
+	for pid := rt.parent; pid > 1; {
+		p, err := readProcess(pid)
+		if err != nil || strings.HasPrefix(p.comm, "containerd-shim") || p.comm == "conmon" {
+			return false
+		}
+		if k := kindOf(p.comm, p.exe); k != nil && k.builds {
+			r, err := trust.OpenRoot(pid)
+			if err != nil {
+				return false
+			}
+			same := r.ID() == root.ID()
+			r.Close()
+			return !same || k.name == "kaniko"
+		}
+		pid = p.parent
+	}
+	return false
+}
+
+// userSettings are the certs.d directories of the user who runs a runtime.
+func (rt *runtimeProc) userSettings() (dirs []string) {
+	for _, config := range trust.UserConfigs(nulSeparated(rt.pid, "environ")) {
+		for _, d := range rt.kind.userSettings {
+			dirs = append(dirs, filepath.Join(config, d))
+		}
+	}
+	return dirs
+}
