@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"net"
@@ -114,6 +115,17 @@ func client(what string, args []string) error {
 		return push(args[0], args[1], size)
 	case "liar": // KEYFILE KIND PEER DIGEST=SIZE...
 		return lie(args[0], args[1], args[2], args[3:])
+	case "fallback": // FILE, and another scenario; with its own roots to fall back on
+		pem, err := os.ReadFile(args[0])
+		if err != nil {
+			return err
+		}
+		roots := x509.NewCertPool()
+		roots.AppendCertsFromPEM(pem)
+		x509.SetFallbackRoots(roots)
+		return client(args[1], args[2:])
+	case "stay": // until it is killed
+		time.Sleep(time.Hour)
 	case "raw": // registry, repository, "blobs" or "manifests", reference; without credentials
 		c := http.Client{Timeout: 20 * time.Second}
 		resp, err := c.Get("https://" + args[0] + "/v2/" + args[1] + "/" + args[2] + "/" + args[3])

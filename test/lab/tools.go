@@ -5,11 +5,13 @@ package lab
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -29,6 +31,9 @@ var tools = map[string]string{
 	"ctr":                     "github.com/containerd/containerd/v2/cmd/ctr@v2.4.2",
 	"containerd-shim-runc-v2": "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v2.4.2",
 	"helm":                    "helm.sh/helm/v4/cmd/helm@v4.3.1",
+	"regctl":                  "github.com/regclient/regclient/cmd/regctl@v0.11.7",
+	"buildx":                  "github.com/docker/buildx/cmd/buildx@v0.38.2",
+	"cosign":                  "github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3",
 }
 
 // Programs of these modules can't be installed from outside, because their
@@ -38,6 +43,8 @@ const (
 	buildkit     = "github.com/moby/buildkit"
 	kubernetes   = "k8s.io/kubernetes"
 	containerdV1 = "github.com/containerd/containerd"
+	kaniko       = "github.com/GoogleContainerTools/kaniko"
+	nerdctl      = "github.com/containerd/nerdctl/v2"
 )
 
 func init() {
@@ -45,6 +52,8 @@ func init() {
 		tools[name] = buildkit + "/cmd/" + name + "@v0.34.2"
 	}
 	tools["containerd-1.7"] = containerdV1 + "/cmd/containerd@v1.7.35"
+	tools["executor"] = kaniko + "/cmd/executor@v1.24.0"
+	tools["nerdctl"] = nerdctl + "/cmd/nerdctl@v2.2.1"
 	for _, name := range []string{"kubelet", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"} {
 		tools[name] = kubernetes + "/cmd/" + name + "@v1.34.2"
 	}
@@ -76,8 +85,20 @@ func scratch(t testing.TB, module, version string) (dir string) {
 			mod += fmt.Sprintf("replace %[1]s => %[1]s %[2]s\n", m[1], "v0"+strings.TrimPrefix(version, "v1"))
 		}
 	}
-	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte(mod), 0o644); err != nil {
-		t.Fatal(err)
+	files := map[string]string{"go.mod": mod}
+	if module == nerdctl {
+		// It replaces a module for tests by one in its own repository, and its
+		// command needs one declaration of that.
+		const tests = "github.com/containerd/nerdctl/mod/tigron"
+		files["go.mod"] += "replace " + tests + " => ./tests\n"
+		files["tests/go.mod"] = "module " + tests + "\n\ngo 1.26\n"
+		files["tests/tig/tig.go"] = "package tig\n\ntype T interface {\n\tLog(...any)\n\tFailNow()\n}\n"
+	}
+	for name, content := range files {
+		name = filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(content), 0o644)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return dir
 }
@@ -87,7 +108,7 @@ func install(t testing.TB, name, dir, out string) *exec.Cmd {
 	program, version, _ := strings.Cut(tools[name], "@")
 	env := append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
 	cmd := exec.Command("go", "install", tools[name])
-	if module, _, _ := strings.Cut(program, "/cmd/"); module == buildkit || module == kubernetes || module == containerdV1 {
+	if module, _, _ := strings.Cut(program, "/cmd/"); slices.Contains([]string{buildkit, kubernetes, containerdV1, kaniko, nerdctl}, module) {
 		dir = scratch(t, module, version)
 		flags := "-s -w"
 		if module == kubernetes { // it tells clients which one it is
