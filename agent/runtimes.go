@@ -16,7 +16,7 @@ import (
 	"sync"
 	"time"
 
-	introspection "github.com/containerd/containerd/api/services/introspection/v1"
+	containerd "github.com/containerd/containerd/v2/client"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/proxy/registry"
@@ -665,8 +665,11 @@ func contentDir(rt *runtimeProc) (string, error) {
 	defer conn.Close()
 	ctx, cancel := context.WithTimeout(rt.ctx, 10*time.Second)
 	defer cancel()
-	resp, err := introspection.NewIntrospectionClient(conn).Plugins(ctx, &introspection.PluginsRequest{
-		Filters: []string{"type==io.containerd.content.v1,id==content"}})
+	c, err := containerd.NewWithConn(conn)
+	if err != nil {
+		return "", err
+	}
+	resp, err := c.IntrospectionService().Plugins(ctx, "type==io.containerd.content.v1,id==content")
 	if err != nil {
 		return "", fmt.Errorf("asking containerd (process %d) for its plugins: %w", rt.pid, err)
 	}
