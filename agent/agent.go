@@ -123,6 +123,7 @@ type Agent struct {
 	explicit []*listener   // the mirror and the forward proxy
 	peers    *peers        // nil without a swarm key
 	history  history
+	heard    heard // from peers
 }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
@@ -179,7 +180,6 @@ func (a *Agent) start() (err error) {
 		options.Peers = a.peers
 	}
 	a.registry = registry.New(options)
-	a.peers.serve(a.registry)
 	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
 	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
 	if err := a.listenExplicit(ups); err != nil {
@@ -205,6 +205,7 @@ func (a *Agent) start() (err error) {
 	for _, l := range a.explicit {
 		go func() { _ = l.server.Serve(l.l) }()
 	}
+	a.peers.serve(a.registry, a.tell)
 	a.own = ups.NewOwnEgress()
 	a.admin = &http.Server{Handler: a.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = a.admin.Serve(a.adminL) }()

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"weir/p2p"
 	"weir/proxy/registry"
 )
 
@@ -22,7 +23,10 @@ var pageFiles embed.FS
 
 var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMap{
 	"bytes":   BytesText,
-	"percent": percentText,
+	"percent": PercentText,
+	"traffic": trafficOf,
+	"seconds": SecondsText,
+	"host":    PeerText,
 }).ParseFS(pageFiles, "page/page.html"))
 
 // BytesText is a number of bytes for people.
@@ -38,12 +42,49 @@ func BytesText(n int64) string {
 	return fmt.Sprintf("%.1f %ciB", v, units[i])
 }
 
-// percentText is part of whole in percent, for people.
-func percentText(part, whole int64) string {
-	if whole <= 0 {
+// PercentText is part of whole in percent, for people: a dash of nothing, and
+// neither 0 nor 100 of what is a little more or less.
+func PercentText(part, whole int64) string {
+	switch p := 100 * float64(part) / float64(whole); {
+	case whole <= 0:
 		return "–"
+	case part > 0 && p < 1:
+		return "<1 %"
+	case part < whole && p > 99:
+		return ">99 %"
+	default:
+		return fmt.Sprintf("%.0f %%", p)
 	}
-	return fmt.Sprintf("%.0f %%", 100*float64(part)/float64(whole))
+}
+
+// SecondsText is a time for people.
+func SecondsText(s float64) string {
+	switch {
+	case s <= 0:
+		return "–"
+	case s < 0.05:
+		return "<0.1 s"
+	case s < 100:
+		return fmt.Sprintf("%.1f s", s)
+	}
+	return (time.Duration(s) * time.Second).String()
+}
+
+// AloneText is how long a pull would have taken from its registry alone. It is
+// empty when that isn't known, and when that was the way it went.
+func AloneText(p registry.Pull) string {
+	if p.UpstreamSeconds <= 0 || p.BytesFromStore+p.BytesFromPeers == 0 {
+		return ""
+	}
+	return "about " + SecondsText(p.UpstreamSeconds)
+}
+
+// PeerText is a peer's address without the port, which is that of a connection.
+func PeerText(address string) string {
+	if host, _, err := net.SplitHostPort(address); err == nil {
+		return host
+	}
+	return address
 }
 
 const (
@@ -52,18 +93,43 @@ const (
 )
 
 // traffic is what runtimes have got, by where it came from.
-type traffic struct{ store, peers, upstream int64 }
+type traffic struct {
+	BytesFromStore    int64 `json:"bytes_from_store"`
+	BytesFromPeers    int64 `json:"bytes_from_peers"`
+	BytesFromUpstream int64 `json:"bytes_from_upstream"`
+}
 
-func (t traffic) sum() int64 { return t.store + t.peers + t.upstream }
+func (t *traffic) add(o traffic) {
+	t.BytesFromStore += o.BytesFromStore
+	t.BytesFromPeers += o.BytesFromPeers
+	t.BytesFromUpstream += o.BytesFromUpstream
+}
+
+func (t traffic) minus(o traffic) traffic {
+	return traffic{t.BytesFromStore - o.BytesFromStore, t.BytesFromPeers - o.BytesFromPeers, t.BytesFromUpstream - o.BytesFromUpstream}
+}
+
+// Saved are the bytes that came from no registry, All those that came at all.
+func (t traffic) Saved() int64 { return t.BytesFromStore + t.BytesFromPeers }
+func (t traffic) All() int64   { return t.BytesFromStore + t.BytesFromPeers + t.BytesFromUpstream }
 
 func trafficOf(all []registry.Stats) (t traffic) {
 	for _, r := range all {
-		t.store += r.BytesFromStore
-		t.peers += r.BytesFromPeers
-		t.upstream += r.BytesFromUpstream
+		t.add(traffic{r.BytesFromStore, r.BytesFromPeers, r.BytesFromUpstream})
 	}
 	return t
 }
+
+// Step is what runtimes got in a quarter of an hour.
+type Step struct {
+	At time.Time `json:"at"` // its beginning
+	traffic
+}
+
+// stepOf is the number of a time's step since the Unix epoch.
+func stepOf(t time.Time) int64 { return t.Unix() / int64(historyStep/time.Second) }
+
+func stepStart(n int64) time.Time { return time.Unix(n*int64(historyStep/time.Second), 0).UTC() }
 
 // history is the traffic of the last day.
 type history struct {
@@ -77,26 +143,26 @@ type history struct {
 func (h *history) add(now time.Time, total traffic) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	step := now.UnixNano() / int64(historyStep)
+	step := stepOf(now)
 	for n := max(h.last+1, step-historySteps+1); n <= step; n++ {
 		h.steps[n%historySteps] = traffic{}
 	}
 	h.last = max(h.last, step)
-	s := &h.steps[h.last%historySteps]
-	s.store += total.store - h.seen.store
-	s.peers += total.peers - h.seen.peers
-	s.upstream += total.upstream - h.seen.upstream
+	h.steps[h.last%historySteps].add(total.minus(h.seen))
 	h.seen = total
 }
 
-// all returns the steps, the oldest first, and when the oldest began.
-func (h *history) all() (steps []traffic, since time.Time) {
+// list returns the steps in which there was something, the oldest first.
+func (h *history) list() (steps []Step) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for i := range int64(historySteps) {
-		steps = append(steps, h.steps[(h.last+1+i)%historySteps])
+		n := h.last + 1 - historySteps + i
+		if t := h.steps[(n+historySteps)%historySteps]; t != (traffic{}) {
+			steps = append(steps, Step{stepStart(n), t})
+		}
 	}
-	return steps, time.Unix(0, (h.last-historySteps+1)*int64(historyStep))
+	return steps
 }
 
 // bar is a part of a bar of the page's picture.
@@ -106,47 +172,60 @@ type bar struct {
 	Y, Height    float64
 }
 
-// bars draws the history in a box of 960 by 100.
-func (h *history) bars() (all []bar, highest int64) {
-	steps, since := h.all()
+// bars draws the last day in a box of 960 by 100, and says what the highest are.
+func bars(steps []Step, now time.Time) (all []bar, highest int64) {
+	oldest := stepOf(now) - historySteps + 1
 	for _, s := range steps {
-		highest = max(highest, s.sum())
+		highest = max(highest, s.All())
 	}
-	if highest == 0 {
-		return nil, 0
-	}
-	for i, s := range steps {
-		y := 100.0
+	for _, s := range steps {
+		i, y := stepOf(s.At)-oldest, 100.0
+		if i < 0 || i >= historySteps {
+			continue
+		}
 		for _, part := range []struct {
 			class, from string
 			n           int64
-		}{{"store", "the store", s.store}, {"peers", "peers", s.peers}, {"upstream", "registries", s.upstream}} {
+		}{{"store", "the store", s.BytesFromStore}, {"peers", "peers", s.BytesFromPeers}, {"upstream", "registries", s.BytesFromUpstream}} {
 			if part.n <= 0 {
 				continue
 			}
 			height := 96 * float64(part.n) / float64(highest)
 			y -= height
-			all = append(all, bar{part.class, fmt.Sprintf("%s: %s from %s", since.Add(time.Duration(i)*historyStep).Format("15:04"), BytesText(part.n), part.from), 10*i + 1, y, height})
+			all = append(all, bar{part.class, fmt.Sprintf("%s: %s from %s", s.At.Local().Format("15:04"), BytesText(part.n), part.from), int(10*i + 1), y, height})
 		}
 	}
 	return all, highest
 }
 
-// pageData is what the page shows: nothing that isn't in /api/status or
-// /api/pulls.
+// pageData is what the page shows: nothing that isn't in /api/.
 type pageData struct {
+	Host    string
+	Version string
+	Started time.Time
+	Uptime  time.Duration
+	// Peers is nil without a swarm key.
+	Peers *p2p.Status
+	// What both pages have, of the node or of the cluster.
+	Figures
+	Total      traffic
+	Since      time.Time // when the picture begins
+	Bars       []bar
+	Highest    int64
+	Registries []pageRegistry
+	// Node is nil on the page of the cluster, and Cluster on the node's.
+	Node    *pageNode
+	Cluster *Cluster
+}
+
+type pageNode struct {
 	Status
-	Host                       string
-	Uptime                     time.Duration
-	Saved, FromUpstream, Total int64
-	Intercepting               int
-	Bars                       []bar
-	Highest                    int64
-	Registries                 []pageRegistry
-	Pulls                      []pagePull
+	Pulls []pagePull
 }
 
 type pageRegistry struct{ registry.Stats }
+
+func (r pageRegistry) Name() string { return RegistryText(r.Registry) }
 
 func (r pageRegistry) Asked() int64 { return r.Hits + r.Misses }
 
@@ -154,17 +233,23 @@ type pagePull struct{ registry.Pull }
 
 func (p pagePull) Name() string { return PullName(p.Pull) }
 
+func (p pagePull) Alone() string { return AloneText(p.Pull) }
+
 func (p pagePull) Running() bool { return p.Ended.IsZero() }
 
 func (p pagePull) Max() int64 { return max(p.Size, 1) }
 
+// RegistryText is what people call a registry.
+func RegistryText(host string) string {
+	if host == registry.DockerHub {
+		return DefaultMirror
+	}
+	return host
+}
+
 // PullName is the name of a pull's image, as far as it is known.
 func PullName(p registry.Pull) string {
-	host := p.Registry
-	if host == registry.DockerHub {
-		host = "docker.io" // as people call it
-	}
-	name := host + "/" + p.Repository
+	name := RegistryText(p.Registry) + "/" + p.Repository
 	switch {
 	case p.Reference == "":
 	case len(p.Reference) > 7 && p.Reference[:7] == "sha256:":
@@ -175,25 +260,30 @@ func PullName(p registry.Pull) string {
 	return name
 }
 
-func (a *Agent) page(w http.ResponseWriter, _ *http.Request) {
-	d := pageData{Status: a.Status(), Uptime: time.Since(a.started).Round(time.Second)}
+func (a *Agent) page(w http.ResponseWriter, r *http.Request) {
+	d := pageData{Version: a.conf.Version, Started: a.started, Uptime: time.Since(a.started).Round(time.Second)}
 	d.Host, _ = os.Hostname()
-	t := trafficOf(d.Status.Registries)
-	a.history.add(time.Now(), t)
-	d.Saved, d.FromUpstream, d.Total = t.store+t.peers, t.upstream, t.sum()
-	for _, r := range d.Runtimes {
-		if r.Reach == ReachIntercepted {
-			d.Intercepting++
+	if a.peers != nil {
+		s := a.peers.Status()
+		d.Peers = &s
+	}
+	if r.URL.Query().Has("cluster") {
+		c := a.Cluster()
+		d.Cluster, d.Figures = &c, c.Figures
+	} else {
+		d.Node, d.Figures = &pageNode{Status: a.Status()}, a.figures().Figures
+		pulls := a.registry.Pulls()
+		for _, p := range pulls[:min(20, len(pulls))] {
+			d.Node.Pulls = append(d.Node.Pulls, pagePull{p})
 		}
 	}
-	for _, r := range d.Status.Registries {
-		d.Registries = append(d.Registries, pageRegistry{r})
+	for _, s := range d.Figures.Registries {
+		d.Registries = append(d.Registries, pageRegistry{s})
 	}
-	pulls := a.registry.Pulls()
-	for _, p := range pulls[:min(20, len(pulls))] {
-		d.Pulls = append(d.Pulls, pagePull{p})
-	}
-	d.Bars, d.Highest = a.history.bars()
+	d.Total = trafficOf(d.Figures.Registries)
+	now := time.Now()
+	d.Since = stepStart(stepOf(now) - historySteps + 1).Local()
+	d.Bars, d.Highest = bars(d.History, now)
 	var b bytes.Buffer
 	if err := pageTemplate.Execute(&b, d); err != nil {
 		a.log.Error("the page can't be made", "err", err)

@@ -7,40 +7,39 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"weir/p2p"
+	"weir/proxy"
 	"weir/proxy/registry"
 )
 
 func TestHistory(t *testing.T) {
 	var h history
-	if bars, _ := h.bars(); bars != nil {
-		t.Errorf("an empty history has bars: %v", bars)
+	if steps := h.list(); steps != nil {
+		t.Errorf("an empty history has %v", steps)
 	}
 	now := time.Date(2026, 1, 2, 3, 0, 0, 0, time.UTC)
-	h.add(now, traffic{store: 10, upstream: 5})
-	h.add(now.Add(time.Minute), traffic{store: 30, upstream: 5})
-	h.add(now.Add(historyStep), traffic{store: 30, peers: 100, upstream: 5})
-	steps, since := h.all()
-	if n := len(steps); n != historySteps || steps[n-1] != (traffic{peers: 100}) || steps[n-2] != (traffic{store: 30, upstream: 5}) || steps[n-3] != (traffic{}) {
-		t.Errorf("%v", steps[len(steps)-3:])
+	h.add(now, traffic{10, 0, 5})
+	h.add(now.Add(time.Minute), traffic{30, 0, 5})
+	h.add(now.Add(historyStep), traffic{30, 100, 5})
+	want := []Step{{now, traffic{30, 0, 5}}, {now.Add(historyStep), traffic{0, 100, 0}}}
+	if steps := h.list(); !slices.Equal(steps, want) {
+		t.Errorf("%v, want %v", steps, want)
 	}
-	if want := now.Add(-(historySteps - 2) * historyStep); !since.Equal(want) {
-		t.Errorf("it begins at %v, want %v", since, want)
-	}
-	bars, highest := h.bars()
-	if highest != 100 || len(bars) != 3 {
-		t.Errorf("%v, %d", bars, highest)
+	drawn, highest := bars(h.list(), now.Add(historyStep))
+	if highest != 100 || len(drawn) != 3 || drawn[2].X != 10*(historySteps-1)+1 || drawn[0].X != drawn[2].X-10 {
+		t.Errorf("%v, %d", drawn, highest)
 	}
 	// After a long pause nothing of before is left, and a clock that goes
 	// backwards loses nothing.
-	h.add(now.Add(30*time.Hour), traffic{store: 31, peers: 100, upstream: 5})
-	h.add(now, traffic{store: 33, peers: 100, upstream: 5})
-	if _, highest := h.bars(); highest != 3 {
-		t.Errorf("the highest is %d, want 3", highest)
+	h.add(now.Add(30*time.Hour), traffic{31, 100, 5})
+	h.add(now, traffic{33, 100, 5})
+	if steps := h.list(); len(steps) != 1 || steps[0].All() != 3 {
+		t.Errorf("%v, want one of 3 bytes", steps)
 	}
 }
 
@@ -50,8 +49,20 @@ func TestTexts(t *testing.T) {
 			t.Errorf("%d is %q, want %q", n, got, want)
 		}
 	}
-	if got := percentText(0, 0) + percentText(1, 3); got != "–33 %" {
-		t.Errorf("%q", got)
+	for want, n := range map[string][2]int64{"–": {0, 0}, "0 %": {0, 3}, "33 %": {1, 3}, "<1 %": {1, 1000}, ">99 %": {999, 1000}, "99 %": {99, 100}, "100 %": {3, 3}} {
+		if got := PercentText(n[0], n[1]); got != want {
+			t.Errorf("%v is %q, want %q", n, got, want)
+		}
+	}
+	for s, want := range map[float64]string{0: "–", 0.01: "<0.1 s", 0.25: "0.2 s", 99: "99.0 s", 754.6: "12m34s"} {
+		if got := SecondsText(s); got != want {
+			t.Errorf("%v is %q, want %q", s, got, want)
+		}
+	}
+	for want, p := range map[string]registry.Pull{"": {UpstreamSeconds: 2, BytesFromUpstream: 9}, "about 2.0 s": {UpstreamSeconds: 2, BytesFromPeers: 1, BytesFromUpstream: 9}} {
+		if got := AloneText(p); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 	for want, p := range map[string]registry.Pull{
 		"ghcr.io/a/b":                     {Registry: "ghcr.io", Repository: "a/b"},
@@ -67,10 +78,12 @@ func TestTexts(t *testing.T) {
 // What comes from outside is text on the page, and nothing else.
 func TestPageEscapes(t *testing.T) {
 	const evil = `<script>alert(1)</script>"'`
-	d := pageData{Status: Status{Runtimes: []RuntimeStatus{{Kind: evil, Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
-		Peers: &p2p.Status{Peers: []p2p.Peer{{Address: evil}}}},
+	d := pageData{Host: evil, Version: evil, Peers: &p2p.Status{},
+		Node: &pageNode{Status: Status{Runtimes: []RuntimeStatus{{Kind: evil, Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
+			UnknownHosts: []proxy.Unknown{{Host: evil, Registry: true}}, Peers: &p2p.Status{Peers: []p2p.Peer{{Address: evil}}}},
+			Pulls: []pagePull{{registry.Pull{Registry: evil, Repository: evil, Reference: evil, Client: evil}}}},
+		Cluster:    &Cluster{Nodes: []NodeFigures{{Address: evil, Version: evil}}},
 		Registries: []pageRegistry{{registry.Stats{Registry: evil}}},
-		Pulls:      []pagePull{{registry.Pull{Registry: evil, Repository: evil, Reference: evil, Client: evil}}},
 		Bars:       []bar{{Class: "store", Title: evil}}}
 	var b bytes.Buffer
 	if err := pageTemplate.Execute(&b, d); err != nil {

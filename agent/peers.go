@@ -25,8 +25,9 @@ type peers struct {
 	*p2p.Node
 	ctx   context.Context
 	store *store.Store
-	ready chan struct{} // closed once the registry is set
+	ready chan struct{} // closed once what follows is set
 	known *registry.Handler
+	tell  func() []byte // this node's figures
 
 	mu      sync.Mutex
 	changes []change
@@ -73,10 +74,11 @@ func newPeers(ctx context.Context, s *store.Store, o p2p.Options) (*peers, error
 	return p, nil
 }
 
-// serve lets peers ask for what the registries' handler knows.
-func (p *peers) serve(h *registry.Handler) {
+// serve lets peers ask for what the registries' handler knows, and for this
+// node's figures.
+func (p *peers) serve(h *registry.Handler, figures func() []byte) {
 	if p != nil {
-		p.known = h
+		p.known, p.tell = h, figures
 		close(p.ready)
 	}
 }
@@ -171,7 +173,7 @@ func (p *peers) Want(ctx context.Context, d digest.Digest, pace int64) registry.
 	return nil
 }
 
-// content is what peers get: p2p.Content has a Recall as registry.Peers has.
+// content is what peers get: p2p.Content has names in common with p2p.Node.
 type content struct{ *peers }
 
 // Recall implements p2p.Content.
@@ -179,6 +181,16 @@ func (c content) Recall(hash string) []byte {
 	select {
 	case <-c.ready:
 		return c.known.Recall(hash)
+	default:
+		return nil
+	}
+}
+
+// Figures implements p2p.Content.
+func (c content) Figures() []byte {
+	select {
+	case <-c.ready:
+		return c.tell()
 	default:
 		return nil
 	}

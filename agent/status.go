@@ -69,14 +69,16 @@ func (a *Agent) adminHandler() http.Handler {
 	mux.HandleFunc("GET /healthz", ok)
 	// It listens once it serves, and stops serving when it stops listening.
 	mux.HandleFunc("GET /readyz", ok)
-	mux.HandleFunc("GET /api/status", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(a.Status())
-	})
-	mux.HandleFunc("GET /api/pulls", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(append([]registry.Pull{}, a.registry.Pulls()...))
-	})
+	for path, get := range map[string]func() any{
+		"status":  func() any { return a.Status() },
+		"pulls":   func() any { return append([]registry.Pull{}, a.registry.Pulls()...) },
+		"cluster": func() any { return a.Cluster() },
+	} {
+		mux.HandleFunc("GET /api/"+path, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			_ = json.NewEncoder(w).Encode(get())
+		})
+	}
 	// For weir prefetch, which isn't one of the programs that are redirected.
 	mux.Handle("GET /v2/", onLoopback(a.proxy.Mirror(a.own, DefaultMirror)))
 	mux.HandleFunc("GET /{$}", a.page)

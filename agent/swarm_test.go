@@ -138,7 +138,7 @@ func newSwarmNode(t testing.TB, o *origin, l *link, others ...string) *swarmNode
 		t.Fatal(err)
 	}
 	h := registry.New(registry.Options{Store: s, Peers: n.peers, Log: log})
-	n.peers.serve(h)
+	n.peers.serve(h, func() []byte { return nil })
 	tr := o.Client().Transport.(*http.Transport).Clone()
 	tr.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
 		c, err := (&net.Dialer{}).DialContext(ctx, network, addr)

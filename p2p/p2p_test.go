@@ -29,6 +29,7 @@ type shelf struct {
 	mu    sync.Mutex
 	blobs map[digest.Digest][]byte
 	names map[string][]byte
+	says  func() []byte // of itself
 	// open, if it isn't nil, opens blobs instead.
 	open func(context.Context, digest.Digest) (*Blob, error)
 }
@@ -67,6 +68,13 @@ func (s *shelf) Recall(name string) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.names[name]
+}
+
+func (s *shelf) Figures() []byte {
+	if s.says == nil {
+		return nil
+	}
+	return s.says()
 }
 
 type nopCloser struct{ io.ReadSeeker }
@@ -355,6 +363,10 @@ func TestStranger(t *testing.T) {
 		}
 		c.Close()
 	}
+	all[0].says = func() []byte { return []byte(`{}`) }
+	if b, err := stranger.figuresOf(ctx, source{ID: all[0].host.ID(), Addrs: []string{all[0].addr()}}); err == nil {
+		t.Errorf("a stranger is told %q", b)
+	}
 	if s := stranger.Want(t.Context(), d, 0); s != nil {
 		t.Error("a stranger gets a lease")
 	}
@@ -373,6 +385,31 @@ func TestNames(t *testing.T) {
 	})
 	if got := all[1].Node.Recall(t.Context(), "another"); len(got) != 0 {
 		t.Errorf("%q", got)
+	}
+}
+
+// Figures are asked of each peer that is connected. One that says nothing, or too
+// much, keeps nobody from the others'.
+func TestFigures(t *testing.T) {
+	all := swarm(t, 4)
+	size := MaxFigures
+	all[1].says = func() []byte { return []byte(`{"a":1}`) }
+	all[2].says = func() []byte { return bytes.Repeat([]byte{'x'}, size) }
+	got := all[0].Node.Figures(t.Context())
+	if len(got) != 2 || string(got[all[1].ID()]) != `{"a":1}` || len(got[all[2].ID()]) != size {
+		t.Errorf("%d say something", len(got))
+	}
+	size++
+	if got := all[0].Node.Figures(t.Context()); len(got) != 1 {
+		t.Errorf("with one that says too much, %d say something", len(got))
+	}
+	// One that takes forever has its time.
+	forever := make(chan struct{})
+	defer close(forever)
+	all[3].says = func() []byte { <-forever; return nil }
+	start := time.Now()
+	if got := all[0].Node.Figures(t.Context()); len(got) != 1 || time.Since(start) > figuresTime+patience/2 {
+		t.Errorf("after %v, %d say something", time.Since(start), len(got))
 	}
 }
 

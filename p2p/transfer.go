@@ -37,6 +37,9 @@ type Content interface {
 	// Recall returns what is known under a name that was given to
 	// [Node.ProvideName] as its hash, hexadecimal, or nil.
 	Recall(name string) []byte
+	// Figures returns what peers are told of this node, at most [MaxFigures]
+	// bytes of JSON, or nil when there is nothing to say yet.
+	Figures() []byte
 }
 
 // Blob is an open blob of a [Content].
@@ -146,6 +149,7 @@ func (n *Node) serveTransfers() {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /blobs/{digest}", n.sendBlob)
 	mux.HandleFunc("GET /blobs/{digest}/state", n.sendState)
+	mux.HandleFunc("GET /figures", n.sendFigures)
 	mux.HandleFunc("GET /names/{name}", func(w http.ResponseWriter, r *http.Request) {
 		if raw, err := hex.DecodeString(r.PathValue("name")); err != nil || len(raw) != 32 {
 			http.Error(w, "not the hash of a name", http.StatusBadRequest)

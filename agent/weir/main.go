@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -273,22 +274,24 @@ func pullsCommand() *cobra.Command {
 
 // show fetches something from the agent and prints it, once or each second.
 func show[T any](cmd *cobra.Command, admin, path string, asJSON, watch bool, write func(io.Writer, T) error) error {
-	for {
+	out := cmd.OutOrStdout()
+	for shown := false; ; shown = true {
 		var v T
 		raw, err := fetch(cmd.Context(), admin, path, &v)
-		if err != nil {
+		switch {
+		case err != nil && shown && cmd.Context().Err() == nil: // it may come back
+			fmt.Fprintln(cmd.ErrOrStderr(), err)
+		case err != nil && !shown:
 			return err
-		}
-		out := cmd.OutOrStdout()
-		if watch && !asJSON {
-			fmt.Fprint(out, "\x1b[H\x1b[2J")
-		}
-		if asJSON {
+		case asJSON:
 			_, err = out.Write(raw)
-		} else {
+		default:
+			if watch {
+				fmt.Fprint(out, "\x1b[H\x1b[2J")
+			}
 			err = write(out, v)
 		}
-		if err != nil || !watch {
+		if !watch {
 			return err
 		}
 		select {
@@ -335,17 +338,13 @@ func printPulls(w io.Writer, all []registry.Pull) error {
 		progress := "done"
 		switch {
 		case p.Ended.IsZero():
-			progress = progressBar(p.Bytes, p.Size)
+			progress = progressBar(p.Bytes, p.Size) + " " + agent.PercentText(p.Bytes, p.Size)
 		case p.Failed > 0:
 			progress = fmt.Sprintf("%d broke off", p.Failed)
 		}
-		alone := ""
-		if p.UpstreamSeconds > 0 {
-			alone = fmt.Sprintf("about %.1f s", p.UpstreamSeconds)
-		}
-		part := func(n int64) string { return fmt.Sprintf("%.0f %%", 100*float64(n)/float64(max(p.Bytes, 1))) }
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%.1f s\t%s\n", agent.PullName(p), p.Client, progress, agent.BytesText(p.Bytes),
-			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), p.Seconds, alone)
+		part := func(n int64) string { return agent.PercentText(n, p.Bytes) }
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", agent.PullName(p), p.Client, progress, agent.BytesText(p.Bytes),
+			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), agent.SecondsText(p.Seconds), agent.AloneText(p))
 	}
 	if len(all) == 0 {
 		fmt.Fprintln(t, "none yet")
@@ -372,16 +371,16 @@ func printStatus(w io.Writer, s agent.Status) error {
 		if r.Step != "" {
 			fmt.Fprintf(t, "\t\t\t→ %s\n", r.Step)
 		}
-		for host, reason := range r.Except {
-			fmt.Fprintf(t, "\t\t\tbut not %s: %s\n", host, reason)
+		for _, host := range slices.Sorted(maps.Keys(r.Except)) {
+			fmt.Fprintf(t, "\t\t\tbut not %s: %s\n", host, r.Except[host])
 		}
 	}
 	if len(s.Runtimes) == 0 {
 		fmt.Fprintln(t, "none is running")
 	}
-	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHITS\tMISSES\tFROM STORE\tFROM PEERS\tFROM UPSTREAM")
+	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHIT RATE\tFROM STORE\tFROM PEERS\tFROM REGISTRY\tNO ANSWER")
 	for _, r := range s.Registries {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", r.Registry, r.Requests, r.Hits, r.Misses, agent.BytesText(r.BytesFromStore), agent.BytesText(r.BytesFromPeers), agent.BytesText(r.BytesFromUpstream))
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", agent.RegistryText(r.Registry), r.Requests, agent.PercentText(r.Hits, r.Hits+r.Misses), agent.BytesText(r.BytesFromStore), agent.BytesText(r.BytesFromPeers), agent.BytesText(r.BytesFromUpstream), r.Errors)
 	}
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
@@ -392,7 +391,7 @@ func printStatus(w io.Writer, s agent.Status) error {
 	if len(s.UnknownHosts) > 0 {
 		fmt.Fprintln(t, "\nPASSED THROUGH\tCONNECTIONS\tWHAT IT IS")
 		for _, u := range s.UnknownHosts {
-			what := ""
+			what := "not known as a registry"
 			switch {
 			case u.Registry:
 				what = "a registry: `weir agent --registry " + u.Host + "` has it cached"
@@ -403,14 +402,19 @@ func printStatus(w io.Writer, s agent.Status) error {
 		}
 	}
 	if p := s.Peers; p != nil {
-		fmt.Fprintf(t, "\nPEERS\t%d connected; %s sent, %d blobs being sent; %d strangers turned away; this node is %s\n", len(p.Peers), agent.BytesText(p.Sent), p.Sending, p.Strangers, p.ID)
+		fmt.Fprintf(t, "\nPEER\tRECEIVED\tNOTE\n")
 		for _, peer := range p.Peers {
 			note := ""
 			if peer.Shunned {
-				note = "; it sent wrong bytes, and nothing is read from it for a while"
+				note = "it sent wrong bytes; nothing is read from it for a while"
 			}
-			fmt.Fprintf(t, "\t%s\t%s received%s\n", peer.Address, agent.BytesText(peer.Received), note)
+			fmt.Fprintf(t, "%s\t%s\t%s\n", agent.PeerText(peer.Address), agent.BytesText(peer.Received), note)
 		}
+		if len(p.Peers) == 0 {
+			fmt.Fprintln(t, "none is connected")
+		}
+		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d strangers turned away\n", len(p.Peers), agent.BytesText(p.Sent), p.Sending, p.Strangers)
+		fmt.Fprintf(t, "THIS NODE\t%s", p.ID)
 	}
 	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, agent.BytesText(s.Store.Bytes), agent.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
 	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedOn, s.Connections.Failed)

@@ -9,14 +9,18 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	"weir/agent"
 )
 
@@ -25,7 +29,7 @@ func prefetchCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "prefetch IMAGE...",
 		Short: "Get images into the store before they are pulled",
-		Long:  "Get images into the store of this node, and so into the reach of its peers, before\nthey are pulled. They are fetched as somebody without a name: what needs a login can't\nbe prefetched.",
+		Long:  "Get images into the store of this node, and so into the reach of its peers, before\nthey are pulled. What needs a login is asked for with what `docker login` has kept for\nthe user who runs this (~/.docker/config.json, or in $DOCKER_CONFIG).",
 	}
 	adminFlag(c.Flags(), &admin)
 	c.Flags().StringVar(&platform, "platform", "linux/"+runtime.GOARCH, "`OS/ARCHITECTURE` that is taken of images for several")
@@ -36,8 +40,8 @@ func prefetchCommand() *cobra.Command {
 		return nil
 	}
 	c.RunE = func(cmd *cobra.Command, args []string) error {
-		p := prefetcher{admin: admin, platform: platform, out: cmd.OutOrStdout()}
-		if os, arch, ok := strings.Cut(platform, "/"); !ok || os == "" || arch == "" {
+		p := &prefetcher{admin: admin, platform: platform, out: cmd.OutOrStdout(), tokens: make(map[string]string)}
+		if name, arch, ok := strings.Cut(platform, "/"); !ok || name == "" || arch == "" {
 			return usageError{fmt.Errorf("--platform: %q is not OS/ARCHITECTURE, such as linux/arm64", platform)}
 		}
 		var refs []reference.Named
@@ -64,6 +68,9 @@ func prefetchCommand() *cobra.Command {
 type prefetcher struct {
 	admin, platform string
 	out             io.Writer
+
+	mu     sync.Mutex
+	tokens map[string]string // Authorization headers, by repository
 }
 
 // document is a manifest or an index (OCI image spec, Docker's schema 2).
@@ -87,7 +94,7 @@ var documentTypes = []string{
 	"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
 }
 
-func (p prefetcher) image(ctx context.Context, ref reference.Named) error {
+func (p *prefetcher) image(ctx context.Context, ref reference.Named) error {
 	name := "latest"
 	switch r := ref.(type) {
 	case reference.Digested:
@@ -123,6 +130,10 @@ func (p prefetcher) image(ctx context.Context, ref reference.Named) error {
 		size += b.Size
 	}
 	var got, done, here atomic.Int64
+	line := func() string {
+		return fmt.Sprintf("%s  %s %s of %s, %d of %d blobs", ref, progressBar(got.Load(), size), agent.BytesText(got.Load()), agent.BytesText(size), done.Load(), len(blobs))
+	}
+	stop := p.progress(line)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(3) // as runtimes do
 	for _, b := range blobs {
@@ -132,7 +143,7 @@ func (p prefetcher) image(ctx context.Context, ref reference.Named) error {
 				return err
 			}
 			defer resp.Body.Close()
-			n, err := io.Copy(io.Discard, resp.Body)
+			n, err := io.Copy(counter{&got}, resp.Body)
 			if err == nil && n != b.Size {
 				err = fmt.Errorf("%s has %d bytes, and should have %d", b.Digest, n, b.Size)
 			}
@@ -142,18 +153,55 @@ func (p prefetcher) image(ctx context.Context, ref reference.Named) error {
 			if strings.Contains(resp.Header.Get("Cache-Status"), "; hit") {
 				here.Add(n)
 			}
-			fmt.Fprintf(p.out, "%s  %s %s, %d of %d blobs\n", ref, progressBar(got.Add(n), size), agent.BytesText(got.Load()), done.Add(1), len(blobs))
+			done.Add(1)
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
+	err = g.Wait()
+	stop()
+	if err != nil {
 		return err
 	}
 	fmt.Fprintf(p.out, "%s  is there: %s, of which %s had been there or came from a peer\n", ref, agent.BytesText(size), agent.BytesText(here.Load()))
 	return nil
 }
 
-func (p prefetcher) document(ctx context.Context, ref reference.Named, name string) (doc document, err error) {
+// counter counts what is thrown away.
+type counter struct{ n *atomic.Int64 }
+
+func (c counter) Write(b []byte) (int, error) {
+	c.n.Add(int64(len(b)))
+	return len(b), nil
+}
+
+// progress shows a line, until it is stopped: on a terminal always the newest in
+// the place of the one before, and else a new one each few seconds, for logs.
+func (p *prefetcher) progress(line func() string) (stop func()) {
+	before, after, every := "", "\n", 5*time.Second
+	if f, ok := p.out.(*os.File); ok {
+		if _, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err == nil {
+			before, after, every = "\r\x1b[K", "", 200*time.Millisecond
+		}
+	}
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		t := time.NewTicker(every)
+		defer t.Stop()
+		for {
+			select {
+			case <-t.C:
+				fmt.Fprint(p.out, before, line(), after)
+			case <-done:
+				fmt.Fprint(p.out, before, line(), "\n")
+				return
+			}
+		}
+	})
+	return func() { close(done); wg.Wait() }
+}
+
+func (p *prefetcher) document(ctx context.Context, ref reference.Named, name string) (doc document, err error) {
 	resp, err := p.get(ctx, ref, "manifests/"+name)
 	if err != nil {
 		return doc, err
@@ -177,25 +225,38 @@ func (p prefetcher) document(ctx context.Context, ref reference.Named, name stri
 	return doc, nil
 }
 
-// get asks the agent, which asks the registry where it has to.
-func (p prefetcher) get(ctx context.Context, ref reference.Named, path string) (*http.Response, error) {
-	url := "http://" + p.admin + "/v2/" + reference.Path(ref) + "/" + path + "?ns=" + reference.Domain(ref)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return nil, usageError{fmt.Errorf("--admin: %w", err)}
+// get asks the agent, which asks the registry where it has to. What the registry
+// refuses to somebody without a name is asked for again with the user's login.
+func (p *prefetcher) get(ctx context.Context, ref reference.Named, path string) (*http.Response, error) {
+	p.mu.Lock()
+	was := p.tokens[ref.Name()]
+	p.mu.Unlock()
+	resp, err := p.ask(ctx, ref, path, was)
+	if err != nil || resp.StatusCode == http.StatusOK {
+		return resp, err
 	}
-	req.Header["Accept"] = documentTypes
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return nil, noAgent(p.admin)
-	}
-	if resp.StatusCode == http.StatusOK {
-		return resp, nil
+	login := "nobody is logged in there (`docker login " + reference.Domain(ref) + "` as the user who runs this)"
+	if resp.StatusCode == http.StatusUnauthorized || resp.Header.Get("WWW-Authenticate") != "" {
+		c, err := loggedIn(ctx, reference.Domain(ref))
+		if err == nil && c != nil {
+			resp.Body.Close()
+			var token string
+			if token, err = c.authorize(ctx, resp.Header, reference.Domain(ref)); err == nil {
+				p.mu.Lock()
+				p.tokens[ref.Name()] = token
+				p.mu.Unlock()
+				resp, err = p.ask(ctx, ref, path, token)
+			}
+			login = "the login that `docker login` has kept isn't enough"
+		}
+		if err != nil || resp.StatusCode == http.StatusOK {
+			return resp, err
+		}
 	}
 	defer resp.Body.Close()
 	switch resp.StatusCode {
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return nil, errors.New("the registry gives it to those only who log in, or it isn't there; prefetch can get what everybody may")
+		return nil, fmt.Errorf("the registry doesn't give it, or has none of that name; %s", login)
 	case http.StatusNotFound:
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 		var refusal struct {
@@ -208,6 +269,23 @@ func (p prefetcher) get(ctx context.Context, ref reference.Named, path string) (
 	default:
 		return nil, fmt.Errorf("%s answers with %s", reference.Domain(ref), resp.Status)
 	}
+}
+
+func (p *prefetcher) ask(ctx context.Context, ref reference.Named, path, authorization string) (*http.Response, error) {
+	url := "http://" + p.admin + "/v2/" + reference.Path(ref) + "/" + path + "?ns=" + reference.Domain(ref)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--admin: %w", err)}
+	}
+	req.Header["Accept"] = documentTypes
+	if authorization != "" {
+		req.Header.Set("Authorization", authorization)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, noAgent(p.admin)
+	}
+	return resp, nil
 }
 
 func noAgent(admin string) error {

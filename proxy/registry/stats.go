@@ -23,6 +23,19 @@ type Stats struct {
 	BytesFromUpstream int64  `json:"bytes_from_upstream"`
 }
 
+// Add adds another registry's figures, or another node's of this one.
+func (s *Stats) Add(o Stats) {
+	s.Requests += o.Requests
+	s.Hits += o.Hits
+	s.Misses += o.Misses
+	s.Errors += o.Errors
+	s.Stale += o.Stale
+	s.Pushed += o.Pushed
+	s.BytesFromStore += o.BytesFromStore
+	s.BytesFromPeers += o.BytesFromPeers
+	s.BytesFromUpstream += o.BytesFromUpstream
+}
+
 type counters struct {
 	requests, hits, misses, errors, stale, pushed, fromStore, fromPeers, fromUpstream atomic.Int64
 	// pace is what the upstream gives, in bytes per second, 0 if not known.
@@ -32,6 +45,9 @@ type counters struct {
 // maxStats bounds the registries that are counted each for itself: clients can
 // make up as many names as they like.
 const maxStats = 500
+
+// Other stands for the registries above such a bound.
+const Other = "other"
 
 type statsTable struct {
 	m sync.Map // registry → *counters
@@ -44,7 +60,7 @@ func (t *statsTable) of(registry string) *counters {
 	}
 	if t.n.Add(1) > maxStats {
 		t.n.Add(-1)
-		registry = "other"
+		registry = Other
 	}
 	c, _ := t.m.LoadOrStore(registry, &counters{})
 	return c.(*counters)

@@ -382,6 +382,9 @@ func (l *liar) Progress(d digest.Digest) (int64, int64, bool, error) {
 // Recall implements p2p.Content.
 func (*liar) Recall(string) []byte { return nil }
 
+// Figures implements p2p.Content.
+func (*liar) Figures() []byte { return nil }
+
 // cutReader breaks off.
 type cutReader struct {
 	io.ReadSeeker

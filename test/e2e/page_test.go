@@ -3,22 +3,31 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
+	"weir/agent"
 	"weir/proxy/registry"
 	"weir/test/lab"
 )
 
+const page = "http://127.0.0.1:5050/"
+
 // What a pull got, and from where, as `weir pulls` and the page show it. The
-// page is looked at with a browser. WEIR_SCREENSHOTS names a directory that
-// pictures of it go to.
+// page is looked at with a browser.
 func TestPage(t *testing.T) {
 	w := newWorld(t)
+	w.ghcr.Push("acme/later:1", lab.Image{Layers: []int{1000}, Seed: 3})
 	node := w.Node()
 	a := node.Agent()
 	docker := node.Docker()
@@ -48,29 +57,24 @@ func TestPage(t *testing.T) {
 		t.Error(out)
 	}
 
-	browser := lab.Debian(t, "/usr/bin/chromium", "chromium")
-	look := func(args ...string) string {
-		t.Helper()
-		out, err := node.Output(append([]string{"sh", "-c", `exec "$0" "$@" 2>/dev/null`, browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-			"--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--user-data-dir=" + t.TempDir(), "--timeout=20000"}, append(args, "http://127.0.0.1:5050/")...)...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
-	dom := look("--dump-dom", "--virtual-time-budget=6000")
-	for _, want := range []string{"docker.io/" + flyway, renovate, "intercepted", "dockerd", "not fetched from a registry", `<rect class="store"`, "</html>"} {
+	b := node.Browser()
+	b.Screen(1200, 1400, "light")
+	b.Open(page, `!!document.querySelector("main svg rect.store")`)
+	dom := b.Eval("document.documentElement.outerHTML").(string)
+	for _, want := range []string{"docker.io/" + flyway, renovate, "intercepted", "dockerd", "not fetched from a registry"} {
 		if !strings.Contains(dom, want) {
 			t.Errorf("the page has no %q:\n%s", want, dom)
 		}
 	}
-	if strings.Contains(dom, `class="gone"`) {
-		t.Error("the page's script could not reach the agent")
-	}
-	if dir := os.Getenv("WEIR_SCREENSHOTS"); dir != "" {
-		for name, args := range map[string][]string{"wide": {"--window-size=1200,1400"}, "phone": {"--window-size=500,1400"}, "dark": {"--window-size=1200,1400", "--force-dark-mode", "--blink-settings=preferredColorScheme=0"}} {
-			look(append(args, "--screenshot="+filepath.Join(dir, name+".png"))...)
-		}
+	// The script shows what is new by itself, and says so when it can't.
+	containerd.Pull("ghcr.io/acme/later:1")
+	b.Until(`document.body.innerText.includes("ghcr.io/acme/later:1")`)
+	a.Kill()
+	b.Until(`document.body.className == "gone"`)
+	a.Start()
+	b.Until(`document.body.className == ""`)
+	if got := b.Eval(`document.querySelectorAll("nav").length`); got != 0.0 {
+		t.Errorf("without peers it offers a cluster: %v", got)
 	}
 	for _, path := range []string{"/page.css", "/page.js", "/api/pulls"} {
 		if b, err := a.Get(context.Background(), path); err != nil || len(b) == 0 {
@@ -79,6 +83,116 @@ func TestPage(t *testing.T) {
 	}
 	if b, err := a.Get(context.Background(), "/../ca/ca.key"); err == nil {
 		t.Errorf("%d bytes of a file that is nobody's business", len(b))
+	}
+}
+
+// The whole cluster on one node's page, and as JSON: what each node says of
+// itself, added up, and nobody's images. On a phone nothing is wider than the
+// screen. WEIR_SCREENSHOTS names a directory that pictures go to.
+func TestPageOfCluster(t *testing.T) {
+	w := newWorld(t)
+	large := w.hub.Push("acme/large:1", lab.Image{Layers: []int{40 << 20, 10 << 20, 6 << 20}, Seed: 9})
+	nodes, agents := cluster(t, w, 3)
+	dockers := []*lab.Docker{nodes[0].Docker(), nodes[1].Docker(), nodes[2].Docker()}
+	dockers[0].Pull(flyway)
+	dockers[1].Pull(flyway)
+	dockers[1].Remove(flyway)
+	dockers[1].Pull(flyway)
+	dockers[2].Pull(renovate)
+
+	var c agent.Cluster
+	ask := func(ctx context.Context, ok func() bool) error {
+		b, err := agents[0].Get(ctx, "/api/cluster")
+		for _, secret := range []string{"flyway/", "renovatebot", "10.11.0", w.flyway.Digest.Encoded()} {
+			if bytes.Contains(b, []byte(secret)) {
+				t.Errorf("nodes tell each other %q: %s", secret, b)
+			}
+		}
+		c = agent.Cluster{}
+		if err = errors.Join(err, json.Unmarshal(b, &c)); err == nil && !ok() {
+			err = fmt.Errorf("%s", b)
+		}
+		return err
+	}
+	// What peers said is some seconds old.
+	if err := lab.Eventually(nil, func(ctx context.Context) error {
+		return ask(ctx, func() bool { return len(c.Nodes) == 3 && len(c.Registries) == 2 && c.Pulling == 0 })
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var want []registry.Stats
+	for _, a := range agents {
+		for _, r := range a.Status().Registries {
+			if i := slices.IndexFunc(want, func(o registry.Stats) bool { return o.Registry == r.Registry }); i >= 0 {
+				want[i].Add(r)
+			} else {
+				want = append(want, r)
+			}
+		}
+	}
+	slices.SortFunc(want, func(a, b registry.Stats) int { return strings.Compare(a.Registry, b.Registry) })
+	if !slices.Equal(c.Registries, want) {
+		t.Errorf("%+v, want %+v", c.Registries, want)
+	}
+	if hub := c.Registries[1]; hub.BytesFromPeers < w.flyway.Bytes || hub.BytesFromStore < w.flyway.Bytes || hub.BytesFromUpstream > 2*w.flyway.Bytes {
+		t.Errorf("%+v of an image of %d", hub, w.flyway.Bytes)
+	}
+	if c.Silent != 0 || c.Runtimes < 3 || c.Intercepted < 3 || len(c.History) == 0 {
+		t.Errorf("%+v", c)
+	}
+
+	// A pull that runs while somebody looks.
+	nodes[0].Shape(20)
+	running := make(chan error, 1)
+	go func() { running <- dockers[0].TryPull("acme/large:1") }()
+	b := nodes[0].Browser()
+	pictures := os.Getenv("WEIR_SCREENSHOTS")
+	for _, of := range []struct{ name, url, until string }{
+		{"node", page, `!!document.querySelector("progress") && document.body.innerText.includes("acme/large:1")`},
+		{"cluster", page + "?cluster", `document.body.innerText.includes("Nodes") && document.querySelectorAll("main table:last-of-type tr").length == 4`},
+	} {
+		for _, screen := range []struct {
+			name, colours string
+			width, height int
+		}{{"desktop", "light", 1200, 1000}, {"desktop-dark", "dark", 1200, 1000}, {"phone", "light", 360, 780}, {"phone-dark", "dark", 390, 844}} {
+			b.Screen(screen.width, screen.height, screen.colours)
+			b.Open(of.url, of.until)
+			if got := b.Eval("document.documentElement.scrollWidth"); got != float64(screen.width) {
+				t.Errorf("%s on a screen of %d pixels is %v wide; too wide are %v", of.url, screen.width, got,
+					b.Eval(`[...document.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 200))`))
+			}
+			if background := b.Eval("getComputedStyle(document.body).backgroundColor"); (background == "rgb(255, 255, 255)") != (screen.colours == "light") {
+				t.Errorf("in %s colours the background is %v", screen.colours, background)
+			}
+			if pictures != "" {
+				b.Screenshot(filepath.Join(pictures, of.name+"-"+screen.name+".png"))
+			}
+		}
+	}
+	if pictures != "" {
+		for name, args := range map[string][]string{"status": {"status"}, "pulls": {"pulls"}} {
+			if err := os.WriteFile(filepath.Join(pictures, name+".txt"), []byte(nodes[0].Run(append([]string{lab.Weir(t)}, args...)...)), 0o644); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	nodes[0].Shape(10_000)
+	if err := <-running; err != nil {
+		t.Error(err)
+	}
+	dockers[0].Same("acme/large:1", large)
+
+	// A node that is gone is in the sums no longer; one that hangs keeps nobody
+	// from looking.
+	agents[1].Kill()
+	agents[2].Signal(syscall.SIGSTOP)
+	defer agents[2].Signal(syscall.SIGCONT)
+	if err := lab.Eventually(nil, func(ctx context.Context) error {
+		return ask(ctx, func() bool {
+			return !slices.ContainsFunc(c.Nodes, func(n agent.NodeFigures) bool { return strings.HasPrefix(n.Address, nodes[1].Addr().String()+":") })
+		})
+	}); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -106,9 +220,38 @@ func TestPrefetch(t *testing.T) {
 			t.Errorf("%s was asked for %d blobs:\n%s", r.Host, n, r.Log)
 		}
 	}
+	// With the user's login a private image too, by what is in the file itself
+	// or by a helper. It is served to nobody else for that.
+	w.hub.Push("acme/secret:2", lab.Image{Layers: []int{600_000}, Seed: 4})
+	login := func(password string) string {
+		return `{"auths":{"https://index.docker.io/v1/":{"auth":"` + base64.StdEncoding.EncodeToString([]byte("alice:"+password)) + `"}}}`
+	}
+	node.WriteFile("/var/lib/home/.docker/config.json", login("wonderland"))
+	node.Run(lab.Weir(t), "prefetch", "acme/secret:1")
+	node.WriteFile("/var/lib/home/bin/docker-credential-lab", "#!/bin/sh\necho '{\"Username\":\"alice\",\"Secret\":\"wonderland\"}'\n")
+	node.Run("chmod", "+x", "/var/lib/home/bin/docker-credential-lab")
+	node.WriteFile("/var/lib/home/.docker/config.json", `{"credHelpers":{"docker.io":"lab"}}`)
+	node.Run("env", "PATH=/var/lib/home/bin:/usr/bin:/bin", lab.Weir(t), "prefetch", "acme/secret:2")
+	w.forget()
+	for _, ref := range []string{"acme/secret:1", "acme/secret:2"} {
+		for who, login := range map[string][]string{"nobody": nil, "another": {"mallory", "guess"}} {
+			if docker.TryPull(ref, login...) == nil {
+				t.Errorf("%s got %s, which was prefetched for alice", who, ref)
+			}
+		}
+		docker.Pull(ref, "alice", "wonderland")
+	}
+	if n := w.hub.Log.BlobGETs(); n > 0 {
+		t.Errorf("%d blobs were fetched:\n%s", n, w.hub.Log)
+	}
+	node.WriteFile("/var/lib/home/.docker/config.json", login("guess"))
+	if out, err := node.Output(lab.Weir(t), "prefetch", "acme/secret:1"); err == nil || !strings.Contains(out, "logging in at") || strings.Contains(out, "guess") {
+		t.Errorf("with a wrong password: %v\n%s", err, out)
+	}
+	node.Run("rm", "/var/lib/home/.docker/config.json")
 	// What can't be had is said, and doesn't keep the rest.
 	for ref, want := range map[string]string{
-		"acme/secret:1":                   "log in",
+		"acme/secret:1":                   "docker login docker.io",
 		"flyway/nothing:1":                "flyway/nothing",
 		"registry.nowhere.example/a/b:1":  "is not a registry that weir knows",
 		flyway + " --platform=plan9/mips": "there is none for plan9/mips",

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/containerd/errdefs"
@@ -270,11 +271,20 @@ func (a *Agent) Start() {
 	a.Process = a.node.start("weir", a.Env, a.args...)
 	p := a.Process
 	a.node.t.Cleanup(func() {
-		// Whatever a test is about: no log has a secret in it.
-		log := p.Log(64 << 20)
+		// Whatever a test is about: no log has a secret in it, and no page.
+		said := map[string]string{"log": p.Log(64 << 20)}
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		for _, path := range []string{"/", "/?cluster", "/api/status", "/api/pulls", "/api/cluster", "/metrics"} {
+			if b, err := a.Get(ctx, path); err == nil { // it may have ended
+				said[path] = string(b)
+			}
+		}
 		for _, secret := range a.node.in.secrets() {
-			if strings.Contains(log, secret) {
-				a.node.t.Errorf("weir's log has %q, a token or a password", secret)
+			for what, text := range said {
+				if strings.Contains(text, secret) {
+					a.node.t.Errorf("weir's %s has %q, a token or a password", what, secret)
+				}
 			}
 		}
 	})
