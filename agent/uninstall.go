@@ -36,7 +36,9 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 	if err != nil {
 		errs = append(errs, err)
 	}
-	clean := func(open func() (*trust.Root, error), name string, made []trust.Made) {
+	// Without it, whatever is a weir's.
+	own, _ := os.ReadFile(filepath.Join(conf.DataDir, "ca", "ca.crt"))
+	clean := func(open func() (*trust.Root, error), name string, uninstall func(*trust.Root) ([]string, error)) {
 		r, err := open()
 		if errors.Is(err, fs.ErrNotExist) {
 			return
@@ -46,7 +48,7 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 			return
 		}
 		defer r.Close()
-		gone, err := trust.Uninstall(r, trust.UsualPlaces(), made)
+		gone, err := uninstall(r)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("in the root file system %s: %w", name, err))
 		}
@@ -60,7 +62,9 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 		if ledger != nil {
 			made = ledger.Made(name)
 		}
-		clean(func() (*trust.Root, error) { return trust.OpenRootDir(name) }, name, made)
+		clean(func() (*trust.Root, error) { return trust.OpenRootDir(name) }, name, func(r *trust.Root) ([]string, error) {
+			return trust.Uninstall(r, trust.UsualPlaces(), made)
+		})
 	}
 	// Containers: their processes lead to their root file systems.
 	procs, _ := os.ReadDir("/proc")
@@ -80,7 +84,12 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 		}
 		name := "/proc/" + p.Name() + "/root"
 		seen[id] = name
-		clean(func() (*trust.Root, error) { return trust.OpenRoot(pid) }, name, nil)
+		clean(func() (*trust.Root, error) { return trust.OpenRoot(pid) }, name, func(r *trust.Root) ([]string, error) {
+			if len(own) == 0 {
+				return trust.Uninstall(r, trust.UsualPlaces(), nil)
+			}
+			return trust.UninstallOf(own, r, trust.UsualPlaces())
+		})
 	}
 	if ledger != nil {
 		ledger.Close()

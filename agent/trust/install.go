@@ -525,7 +525,25 @@ func explain(what string, err error) error {
 //
 // It goes on after a failure, and returns what it removed and all errors.
 func Uninstall(r *Root, p Places, made []Made) (removed []string, err error) {
-	u := uninstaller{root: r, ledger: len(made) > 0, dirs: make(map[string]bool)}
+	return uninstall(r, p, made, isOurs)
+}
+
+// UninstallOf is Uninstall for a container, which may have the CA of another
+// node: it may be one itself, or of one, such as those that kind makes. It
+// removes only what is of the CA that cert, as PEM, is a certificate of.
+func UninstallOf(cert []byte, r *Root, p Places) (removed []string, err error) {
+	mine, err := parseCert(cert)
+	if err != nil {
+		return nil, fmt.Errorf("the node's own CA: %w", err)
+	}
+	return uninstall(r, p, nil, func(b []byte) bool {
+		c, err := parseCert(b)
+		return len(b) == 0 || err == nil && bytes.Equal(c.RawSubject, mine.RawSubject) // which has the key's id
+	})
+}
+
+func uninstall(r *Root, p Places, made []Made, ours func([]byte) bool) (removed []string, err error) {
+	u := uninstaller{root: r, ours: ours, ledger: len(made) > 0, dirs: make(map[string]bool)}
 	for _, m := range made {
 		if m.Dir {
 			u.dirs[m.Path] = true
@@ -554,6 +572,7 @@ func Uninstall(r *Root, p Places, made []Made) (removed []string, err error) {
 
 type uninstaller struct {
 	root    *Root
+	ours    func([]byte) bool // says whether a file has the CA that is to go
 	ledger  bool
 	dirs    map[string]bool // weir made them
 	removed []string
@@ -592,7 +611,7 @@ func (u *uninstaller) file(name string) bool {
 		return false
 	}
 	// A file aside that was left is incomplete.
-	if !isOurs(b) && !strings.HasPrefix(base, asidePrefix) {
+	if !u.ours(b) && !strings.HasPrefix(base, asidePrefix) {
 		return false
 	}
 	err = unix.Unlinkat(d.fd, base, 0)

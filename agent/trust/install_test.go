@@ -173,6 +173,27 @@ func TestInstallUninstall(t *testing.T) {
 	}
 }
 
+// A container that is another node: each node's CA is taken out by itself alone,
+// whichever generation of its certificate is there.
+func TestUninstallOf(t *testing.T) {
+	ca, another, dir := newCA(t), newCA(t), t.TempDir()
+	build(t, dir, "etc/ssl/certs/ca-certificates.crt=x")
+	r := openDirRoot(t, dir)
+	if res := ca.Install(r, usual, nil); res.System != nil {
+		t.Fatal(res.System)
+	}
+	was := listing(t, dir)
+	if removed, err := UninstallOf(another.PEM(), r, usual); len(removed) > 0 || err != nil || listing(t, dir) != was {
+		t.Errorf("another node removed %v, %v", removed, err)
+	}
+	if removed, err := UninstallOf(ca.PEM(), r, usual); len(removed) == 0 || err != nil {
+		t.Errorf("the node removed %v, %v", removed, err)
+	}
+	if _, err := UninstallOf([]byte("no certificate"), r, usual); err == nil {
+		t.Error("no error for what is no certificate")
+	}
+}
+
 // An image with a bundle of roots and nothing else: all directories are made,
 // and without a ledger those that are weir's own beyond doubt go.
 func TestInstallIntoBareRoot(t *testing.T) {
