@@ -18,39 +18,47 @@ import (
 	"weir/test/lab"
 )
 
-// dockerRun is the line of the README that runs weir.
-func dockerRun(t *testing.T) string {
+// dockerRun are the lines of the README that run weir in a container, and that
+// take it off.
+func dockerRun(t *testing.T) (run, remove, uninstall string) {
 	t.Helper()
-	b, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
+	for _, c := range lab.Commands(t, "../../README.md") {
+		switch {
+		case strings.HasPrefix(c, "docker run --detach --name=weir "):
+			run = c
+		case strings.HasPrefix(c, "docker rm "):
+			remove = c
+		case strings.HasPrefix(c, "docker run --rm ") && strings.HasSuffix(c, " uninstall"):
+			uninstall = c
+		}
 	}
-	line := regexp.MustCompile(`(?m)^docker run (.*\\\n)*.* weir$`).FindString(string(b))
-	if line == "" {
-		t.Fatal("the README doesn't say how to run weir with docker")
+	if run == "" || remove == "" || uninstall == "" {
+		t.Fatal("the README doesn't say how to run weir with docker, and how to take it off")
 	}
-	return line
+	return run, remove, uninstall
 }
 
-// The agent in a container of its own, started by the
-// README's line: it serves the
-// dockerd that runs it once that is restarted, a containerd beside it, and a
-// dockerd in another container; and leaves nothing when it is uninstalled.
-func TestAgentInContainer(t *testing.T) {
-	w := newWorld(t)
-	node := w.Node()
-	docker := node.Docker()
-	// What the Dockerfile makes: the binary, and the roots of the world.
+// image makes what the Dockerfile makes: the binary, and the roots of the world.
+// Its agent is for the node alone.
+func image(t *testing.T, node *lab.Node) {
+	t.Helper()
 	node.Run("sh", "-ec", fmt.Sprintf(`
 mkdir -p /var/lib/home/image/etc/ssl/certs
 cp %s /var/lib/home/image/weir
 cp /etc/ssl/certs/ca-certificates.crt /var/lib/home/image/etc/ssl/certs/
-tar -C /var/lib/home/image -c . | %simport --change 'ENTRYPOINT ["/weir"]' --change 'CMD ["agent"]' - weir:test`, lab.Weir(t), outerDocker))
-	line := dockerRun(t)
-	to := func(line string) string {
-		return strings.Replace(line, "docker run ", outerDocker+"run --cgroup-parent="+filepath.Base(node.Cgroup())+" ", 1)
-	}
-	id := strings.TrimSpace(node.Run("sh", "-ec", to(line)+":test agent --cgroup "+node.Cgroup()))
+tar -C /var/lib/home/image -c . | docker import --change 'ENTRYPOINT ["/weir"]' --change 'CMD ["agent"]' --change 'ENV WEIR_CGROUP=%s' - weir`, lab.Weir(t), node.Cgroup()))
+}
+
+// The agent in a container of its own, started and taken off by the
+// README's lines: it serves the dockerd that runs it once that is restarted, a containerd beside it, and a
+// dockerd in another container; and leaves nothing when it is uninstalled.
+func TestAgentInContainer(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	docker := node.Docker("--cgroup-parent=" + filepath.Base(node.Cgroup()))
+	image(t, node)
+	run, remove, uninstall := dockerRun(t)
+	id := strings.TrimSpace(node.Run("sh", "-ec", run))
 	t.Cleanup(func() { _, _ = node.Output("sh", "-c", outerDocker+"rm -f weir") })
 	status := func() (s agent.Status, err error) {
 		out, err := node.Output(lab.Weir(t), "status", "--json")
@@ -100,8 +108,8 @@ tar -C /var/lib/home/image -c . | %simport --change 'ENTRYPOINT ["/weir"]' --cha
 	w.forget()
 	docker.Pull(flyway)
 	w.nothingFetched(t)
-	node.Run("sh", "-ec", outerDocker+"rm -f weir")
-	node.Run("sh", "-ec", to(strings.Replace(line, "--detach --name=weir --restart=always", "--rm", 1))+":test uninstall")
+	node.Run("sh", "-ec", remove)
+	node.Run("sh", "-ec", uninstall)
 	for _, n := range []*lab.Node{node, box} {
 		for _, f := range n.Listing("/etc") {
 			if strings.Contains(f, "weir") {

@@ -169,7 +169,7 @@ func buildWeir(t testing.TB) string {
 	name := fmt.Sprintf("weir-%.8x", sha256.Sum256(root))
 	return locked(t, name, func(dir string) string {
 		path := filepath.Join(dir, name, "weir")
-		cmd := exec.Command("go", "build", "-o", path, "weir/agent/weir")
+		cmd := exec.Command("go", "build", "-trimpath", "-o", path, "weir/agent/weir") // as the Makefile, and so from one cache
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if b, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("building weir: %v\n%s", err, b)

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"weir/test/lab"
+)
+
+// documents have commands that people type.
+var documents = []string{"README.md", "deploy/README.md", "deploy/API.md", ".github/CONTRIBUTING.md"}
+
+// elsewhere are the commands of the documents that TestCommands doesn't run, by
+// how they begin, each with the test that does or what it would take.
+var elsewhere = map[string]string{
+	"make test":                "this test is a part of it, and CI runs it",
+	"make lint":                "takes minutes; changes nothing on a node",
+	"make demo":                "TestDemo",
+	"go test ":                 "this is one",
+	"docker build -t weir ":    "needs golang's image from Docker Hub",
+	"helm install ":            "TestChart",
+	"helm upgrade ":            "TestChart",
+	"helm uninstall ":          "TestChart",
+	"sudo bin/weir install":    "TestInstall, with systemd",
+	"weir install":             "TestInstall, with systemd",
+	"kubectl ":                 "needs a cluster: TestChart has one, and waits and looks in its own way",
+	"systemctl restart docker": "a lab's node has no systemd: TestRunningBefore and TestAgentInContainer restart dockerd",
+}
+
+// listed is how a command begins that is run elsewhere.
+func listed(command string) string {
+	for start := range elsewhere {
+		if strings.HasPrefix(command, start) {
+			return start
+		}
+	}
+	return ""
+}
+
+// Each command of the documents is run as it is written there, on a node, from
+// top to bottom, or is one that is listed above.
+func TestCommands(t *testing.T) {
+	w := newWorld(t)
+	w.Registry("registry.example.com")
+	w.hub.Push("library/debian:12", lab.Image{Layers: []int{500_000}, Seed: 7})
+	node := w.Node()
+	docker := node.Docker("--cgroup-parent=" + filepath.Base(node.Cgroup()))
+	image(t, node)
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	goroot, err := exec.Command("go", "env", "GOROOT", "GOCACHE", "GOMODCACHE").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dirs := strings.Fields(string(goroot))
+	env := []string{"WEIR_CGROUP=" + node.Cgroup(), "PATH=" + filepath.Dir(lab.Weir(t)) + ":" + dirs[0] + "/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"GOCACHE=" + dirs[1], "GOMODCACHE=" + dirs[2], "GOPROXY=off",
+		// A node's /var/lib is its own, and which packages there are is this machine's.
+		fmt.Sprintf("DPKG_ADMINDIR=/proc/%d/root/var/lib/dpkg", os.Getpid())}
+	shell := func(command string) []string {
+		dir := "/var/lib/home"
+		if strings.HasPrefix(strings.TrimPrefix(command, "exec "), "make ") {
+			dir = root
+		}
+		return append(append([]string{"env"}, env...), "sh", "-ec", "cd "+dir+"\n"+command)
+	}
+	// It may take longer than a node's commands.
+	if out, err := exec.Command("make", "-C", root, "build").CombinedOutput(); err != nil {
+		t.Fatalf("make build: %v\n%s", err, out)
+	}
+	// What the documents suppose to be there.
+	node.WriteFile("/etc/ca.pem", w.Roots())
+	node.WriteFile("/etc/weir/registries", "registry.example.com\n")
+
+	var agent *lab.Process
+	stop := func() {
+		if agent != nil {
+			agent.Stop()
+			agent = nil
+		}
+	}
+	serves := func(command string) {
+		t.Helper()
+		if err := lab.Eventually(nil, func(context.Context) error { _, err := node.Output(lab.Weir(t), "status"); return err }); err != nil {
+			log := ""
+			if agent != nil {
+				log = agent.Log(4 << 10)
+			}
+			t.Fatalf("%s: %v\n%s", command, err, log)
+		}
+	}
+	needed := make(map[string]bool)
+	for _, file := range documents {
+		for _, command := range lab.Commands(t, filepath.Join(root, file)) {
+			if start := listed(command); start != "" {
+				needed[start] = true
+				continue
+			}
+			t.Logf("%s: %s", file, command)
+			switch {
+			case command == "make run", strings.HasPrefix(command, "weir agent"):
+				stop()
+				agent = node.Spawn("weir", shell("exec "+command)...)
+				serves(command)
+			case strings.HasPrefix(command, "docker run --detach --name=weir "):
+				stop()
+				node.Run(shell(command)...)
+				serves(command)
+			case strings.Contains(command, "--watch"):
+				p := node.Spawn("weir", shell("exec "+command)...)
+				if err := lab.Eventually(nil, func(context.Context) error {
+					if p.Log(1) == "" {
+						return fmt.Errorf("%s shows nothing", command)
+					}
+					return nil
+				}); err != nil {
+					t.Error(err)
+				}
+				p.Stop()
+			default:
+				if out, err := node.Output(shell(command)...); err != nil {
+					t.Errorf("%s: %s: %v\n%s", file, command, err, out)
+				}
+			}
+		}
+	}
+	stop()
+	for start, why := range elsewhere {
+		if !needed[start] {
+			t.Errorf("no document has a command that begins with %q (%s)", start, why)
+		}
+	}
+	docker.Pull(flyway) // and nothing is in the way
+}
+
+// Every test that a document names is there, and each row of the table of
+// threats names one.
+func TestDocumentsNameTests(t *testing.T) {
+	have := tests(t, "../..")
+	for _, file := range documents {
+		b, err := os.ReadFile("../../" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range regexp.MustCompile(`\bTest[A-Z]\w+`).FindAllString(string(b), -1) {
+			if !have[name] {
+				t.Errorf("%s names %s, which isn't there", file, name)
+			}
+		}
+	}
+	b, err := os.ReadFile("../../deploy/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, found := strings.Cut(string(b), "| who | may | may not | test |\n|---|---|---|---|\n")
+	table, _, _ = strings.Cut(table, "\n\n")
+	if rows := strings.Split(table, "\n"); !found || len(rows) < 10 {
+		t.Errorf("the table of threats isn't found: %q", table)
+	} else {
+		for _, row := range rows {
+			if !regexp.MustCompile(`\| (Test\w+(, )?)+ \|$`).MatchString(row) {
+				t.Errorf("no test is named for %s", row)
+			}
+		}
+	}
+}
