@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 	"weir/agent/trust"
@@ -143,23 +142,11 @@ func removeOwn(dir string) (removed []string, err error) {
 
 // stopAgent stops the agent that holds the pid file, and waits for its end.
 func stopAgent(ctx context.Context, path string) error {
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	pid, running := pidFileHolder(path)
+	if !running {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
-		return nil // nobody has it: left over from one that was killed
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil {
+	if pid == 0 {
 		return fmt.Errorf("%s names no process; stop the running agent and try again", path)
 	}
 	pidfd, err := unix.PidfdOpen(pid, 0)

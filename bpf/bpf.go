@@ -204,6 +204,13 @@ func (k *Kernel) attach(cgroup *os.File) error {
 		// A link and nothing else: link.AttachCgroup falls back to an
 		// attachment that would stay when this process is killed.
 		l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(cgroup.Fd()), Program: a.p, Attach: a.to})
+		if errors.Is(err, unix.EPERM) {
+			// Loading them was permitted: somebody has the place to himself.
+			if there := attached(cgroup, a.to); len(there) > 0 {
+				return fmt.Errorf("attaching %s to %s: %s is attached there or above, without BPF_F_ALLOW_MULTI, which lets no other program beside it; take it off, or have it attached with that flag",
+					a.to, cgroup.Name(), strings.Join(there, ", "))
+			}
+		}
 		if err != nil {
 			return explain(fmt.Sprintf("attaching %s to %s", a.to, cgroup.Name()), err)
 		}
@@ -492,6 +499,40 @@ func cgroupHint() string {
 		return root
 	}
 	return "a cgroup2 mount (mount -t cgroup2 none /sys/fs/cgroup/unified)"
+}
+
+// attached returns the names of the programs, other than weir's, that are run for
+// a cgroup at an attach point: its own, and those above.
+func attached(cgroup *os.File, to ebpf.AttachType) (names []string) {
+	all, err := link.QueryPrograms(link.QueryOptions{Target: int(cgroup.Fd()), Attach: to, QueryFlags: unix.BPF_F_QUERY_EFFECTIVE})
+	if err != nil {
+		return nil
+	}
+	for _, a := range all.Programs {
+		p, err := ebpf.NewProgramFromID(a.ID)
+		if err != nil {
+			continue
+		}
+		if info, err := p.Info(); err == nil && !strings.HasPrefix(info.Name, "weir_") {
+			names = append(names, info.Name)
+		}
+		p.Close()
+	}
+	return names
+}
+
+// Others returns the names of programs, other than weir's, that have a say in
+// where processes of a cgroup connect to.
+func Others(cgroup string) (names []string, err error) {
+	dir, err := openCgroup(cgroup)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	for _, to := range []ebpf.AttachType{ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect} {
+		names = append(names, attached(dir, to)...)
+	}
+	return names, nil
 }
 
 // Check tries out whether the kernel side can work on this machine, below a

@@ -134,6 +134,16 @@ func adminFlag(f *pflag.FlagSet, admin *string) {
 	f.StringVar(admin, "admin", agent.DefaultAdmin, "`address` of status, metrics and health")
 }
 
+func registryFlags(f *pflag.FlagSet, c *agent.Config) {
+	f.StringSliceVar(&c.Registries, "registry", nil, "a further registry, `HOST[:PORT][=CA.pem]`; may be repeated")
+	f.StringVar(&c.RegistryFile, "registry-file", "", "`file` with further registries, one a line; read again when it changes")
+}
+
+func peerFlags(f *pflag.FlagSet, c *agent.Config) {
+	f.StringVar(&c.PeerListen, "peer-listen", agent.DefaultPeers, "`address` that peers connect to")
+	f.StringVar(&c.SwarmKey, "swarm-key", "", "`file` with the key that all peers share; without one there is no peer traffic")
+}
+
 func agentCommand() *cobra.Command {
 	var conf agent.Config
 	var ports []uint
@@ -151,17 +161,15 @@ func agentCommand() *cobra.Command {
 		ports = append(ports, uint(p))
 	}
 	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
-	f.StringSliceVar(&conf.Registries, "registry", nil, "a further registry, `HOST[:PORT][=CA.pem]`; may be repeated")
-	f.StringVar(&conf.RegistryFile, "registry-file", "", "`file` with further registries, one a line; read again when it changes")
+	registryFlags(f, &conf)
 	f.StringVar(&conf.MirrorListen, "mirror-listen", "", "`address` of a mirror endpoint for dockerd's registry-mirrors or containerd's hosts.toml (default: none; without a host: loopback)")
 	f.StringVar(&conf.MirrorDefault, "mirror-default", agent.DefaultMirror, "the `registry` of requests to the mirror that name none")
 	f.StringVar(&conf.ProxyListen, "proxy-listen", "", "`address` of a forward proxy for HTTPS_PROXY, for clients that trust weir's CA (default: none; without a host: loopback)")
 	f.StringVar(&size, "store-size", "", "bound of the store, such as 50GiB (default: a tenth of the file system)")
 	f.DurationVar(&conf.RightsTTL, "rights-ttl", registry.DefaultRightsTTL, "how long a registry's word that a client may read a repository is good")
 	f.DurationVar(&conf.StaleIfError, "stale-if-error", registry.DefaultStaleIfError, "for how long a registry's last answer is good while it gives no other; 0 is never")
-	f.StringVar(&conf.PeerListen, "peer-listen", agent.DefaultPeers, "`address` that peers connect to")
+	peerFlags(f, &conf)
 	f.StringSliceVar(&conf.Peers, "peer", nil, "where peers are found, `HOST[:PORT]`; a name stands for all its addresses; may be repeated (default: by multicast DNS)")
-	f.StringVar(&conf.SwarmKey, "swarm-key", "", "`file` with the key that all peers share; without one there is no peer traffic")
 	f.StringVar(&upload, "peer-upload", "", "bound of what is sent to peers in a second, such as 50MiB (default: none)")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
@@ -430,20 +438,26 @@ func doctorCommand() *cobra.Command {
 	dirFlags(f, &conf)
 	adminFlag(f, &conf.Admin)
 	f.StringVar(&conf.Cgroup, "cgroup", "", "cgroup2 `directory` whose processes are served (default: the cgroup2 mount)")
+	registryFlags(f, &conf)
+	peerFlags(f, &conf)
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		findings := agent.Doctor(cmd.Context(), conf)
-		out := cmd.OutOrStdout()
-		failed := 0
+		out, text := cmd.OutOrStdout(), cmd.OutOrStdout()
 		if asJSON {
 			if err := json.NewEncoder(out).Encode(findings); err != nil {
 				return err
 			}
-			failed = printFindings(io.Discard, findings)
-		} else if failed = printFindings(out, findings); failed == 0 {
-			fmt.Fprintln(out, "\nweir can work on this node.")
-		} else {
-			fmt.Fprintf(out, "\nweir can't work on this node until what is marked FAIL is mended (%d).\n", failed)
+			text = io.Discard
+		}
+		failed, warned := printFindings(text, findings)
+		switch {
+		case failed > 0:
+			fmt.Fprintf(text, "\nweir can't work on this node until what is marked FAIL is mended (%d).\n", failed)
+		case warned > 0:
+			fmt.Fprintf(text, "\nweir can work on this node; what is marked warn is worth a look (%d).\n", warned)
+		default:
+			fmt.Fprintln(text, "\nweir can work on this node.")
 		}
 		if failed > 0 {
 			return silentError{errors.New("the node is not ready")}
@@ -453,13 +467,15 @@ func doctorCommand() *cobra.Command {
 	return c
 }
 
-// printFindings returns how many of them keep weir from working.
-func printFindings(w io.Writer, findings []agent.Finding) (failed int) {
+// printFindings returns how many of them keep weir from working, and how many are
+// worth a look.
+func printFindings(w io.Writer, findings []agent.Finding) (failed, warned int) {
 	for _, f := range findings {
 		switch {
 		case f.Problem == "":
 			fmt.Fprintf(w, "ok    %s\n", f.What)
 		case f.Warning:
+			warned++
 			fmt.Fprintf(w, "warn  %s: %s\n", f.What, f.Problem)
 		default:
 			failed++
@@ -469,7 +485,7 @@ func printFindings(w io.Writer, findings []agent.Finding) (failed int) {
 			fmt.Fprintf(w, "      → %s\n", f.Step)
 		}
 	}
-	return failed
+	return failed, warned
 }
 
 func installCommand() *cobra.Command {
@@ -489,7 +505,7 @@ func installCommand() *cobra.Command {
 		out := cmd.OutOrStdout()
 		findings := agent.Doctor(cmd.Context(), agent.Config{Admin: admin, Cgroup: setting("CGROUP", ""),
 			DataDir: setting("DATA_DIR", agent.DefaultDataDir), RunDir: setting("RUN_DIR", agent.DefaultRunDir)})
-		if failed := printFindings(out, slices.DeleteFunc(findings, func(f agent.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
+		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f agent.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
 			return fmt.Errorf("not installed: this machine isn't fit for weir until what is marked FAIL is mended (%d)", failed)
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)
