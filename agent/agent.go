@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sys/unix"
 	"weir/agent/trust"
 	"weir/bpf"
@@ -123,7 +124,8 @@ type Agent struct {
 	explicit []*listener   // the mirror and the forward proxy
 	peers    *peers        // nil without a swarm key
 	history  history
-	heard    heard // from peers
+	heard    heard                    // from peers
+	traces   *sdktrace.TracerProvider // nil when nobody wants any
 }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
@@ -178,6 +180,12 @@ func (a *Agent) start() (err error) {
 	}
 	if a.peers != nil {
 		options.Peers = a.peers
+	}
+	if a.traces, err = newTraces(a.ctx, a.conf.Version, a.log); err != nil {
+		return err
+	}
+	if a.traces != nil {
+		options.Tracer = a.traces.Tracer("weir")
 	}
 	a.registry = registry.New(options)
 	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
@@ -418,6 +426,11 @@ func (a *Agent) close() {
 	}
 	if a.registry != nil {
 		a.registry.Close()
+	}
+	if a.traces != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), flushTime)
+		_ = a.traces.Shutdown(ctx)
+		cancel()
 	}
 	a.peers.close()
 	if a.store != nil {

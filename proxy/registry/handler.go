@@ -31,6 +31,8 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
+	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/trace/noop"
 	"golang.org/x/sync/semaphore"
 	"weir/proxy/store"
 )
@@ -91,7 +93,9 @@ type Options struct {
 	Peers Peers
 	// File keeps what is known of tags over restarts. Empty means nowhere.
 	File string
-	Log  *slog.Logger // nil means slog.Default()
+	// Tracer gets a span for each pull and each of its parts. Nil means none.
+	Tracer trace.Tracer
+	Log    *slog.Logger // nil means slog.Default()
 }
 
 // Defaults of [Options].
@@ -133,7 +137,10 @@ func New(o Options) *Handler {
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
-	h := &Handler{store: o.Store, rights: newRights(o.RightsTTL, o.StaleIfError), tags: newTags(),
+	if o.Tracer == nil {
+		o.Tracer = noop.Tracer{}
+	}
+	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer}, rights: newRights(o.RightsTTL, o.StaleIfError), tags: newTags(),
 		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, asking: semaphore.NewWeighted(4)}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {
@@ -168,6 +175,7 @@ func (h *Handler) Close() {
 	h.cancel()
 	h.wg.Wait()
 	h.sessions.close()
+	h.pulls.close()
 	h.save()
 }
 

@@ -4,6 +4,7 @@ package registry
 
 import (
 	"cmp"
+	"context"
 	"io"
 	"net/http"
 	"slices"
@@ -12,6 +13,10 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Pull is what one client has got of one repository, without a longer pause.
@@ -53,6 +58,8 @@ const (
 
 // pulls are the running and the latest pulls, the latest first.
 type pulls struct {
+	tracer trace.Tracer
+
 	mu  sync.Mutex
 	all []*pull
 }
@@ -63,6 +70,7 @@ type pull struct {
 	begun   time.Time // when the first of the running answers began
 	running []*delivery
 	pace    *atomic.Int64
+	trace   context.Context // with the span of the pull, of which those of its answers are parts
 }
 
 // delivery counts the body of an answer.
@@ -91,6 +99,8 @@ func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
 	})
 	if i < 0 {
 		p := &pull{Pull: Pull{Registry: x.asker.registry, Repository: x.asker.name, Client: x.up.Client, Started: now}, pace: &x.stats.pace}
+		p.trace, _ = ps.tracer.Start(context.Background(), "pull", trace.WithTimestamp(now), trace.WithAttributes(
+			attribute.String("weir.registry", p.Registry), attribute.String("weir.repository", p.Repository), attribute.String("weir.client", p.Client)))
 		ps.all = slices.Insert(ps.all, 0, p)
 		ps.drop()
 		i = 0
@@ -100,9 +110,12 @@ func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
 		p.begun = now
 	}
 	p.running = append(p.running, a)
+	_, span := ps.tracer.Start(p.trace, spanName(a), trace.WithTimestamp(now))
 	return a, func(complete bool) {
 		ps.mu.Lock()
 		defer ps.mu.Unlock()
+		defer span.End()
+		a.describe(span, x.target, complete)
 		p.running = slices.DeleteFunc(p.running, func(b *delivery) bool { return b == a })
 		p.add(a, !complete || a.bytes.Load() < a.size.Load())
 		p.Ended = time.Now()
@@ -117,7 +130,71 @@ func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
 		if p.Blobs+p.Manifests == 0 && p.Reference == "" { // it was refused
 			ps.all = slices.DeleteFunc(ps.all, func(q *pull) bool { return q == p })
 		}
+		if trace.SpanFromContext(p.trace).IsRecording() {
+			time.AfterFunc(pullPause, func() { ps.over(p, pullPause) })
+		}
 	}
+}
+
+// over ends the span of a pull that has paused for so long.
+func (ps *pulls) over(p *pull, pause time.Duration) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if len(p.running) > 0 || time.Since(p.Ended) < pause {
+		return
+	}
+	span := trace.SpanFromContext(p.trace)
+	span.SetAttributes(attribute.String("weir.reference", p.Reference), attribute.Int64("weir.bytes", p.Bytes))
+	span.End(trace.WithTimestamp(p.Ended))
+}
+
+// close ends the spans of all pulls.
+func (ps *pulls) close() {
+	ps.mu.Lock()
+	all := slices.Clone(ps.all)
+	ps.mu.Unlock()
+	for _, p := range all {
+		ps.over(p, 0)
+	}
+}
+
+// spanName is what an answer is in a trace.
+func spanName(a *delivery) string {
+	switch {
+	case a.head:
+		return "resolve"
+	case a.manifest:
+		return "manifest"
+	}
+	return "blob"
+}
+
+// describe says in a trace what became of an answer.
+func (a *delivery) describe(span trace.Span, t target, complete bool) {
+	if !span.IsRecording() {
+		return
+	}
+	span.SetAttributes(attribute.String("weir.digest", t.digest.String()), attribute.String("weir.tag", t.tag), attribute.Int64("weir.bytes", a.bytes.Load()))
+	from := a.from.Load()
+	if from == nil {
+		span.SetStatus(codes.Error, "refused, or not modified")
+		return
+	}
+	span.SetAttributes(attribute.String("weir.source", sourceOf(*from)))
+	if !complete || a.bytes.Load() < a.size.Load() && !a.head {
+		span.SetStatus(codes.Error, "it broke off")
+	}
+}
+
+// sourceOf says where an answer came from, by its Cache-Status.
+func sourceOf(status string) string {
+	switch {
+	case strings.Contains(status, "detail=peer"):
+		return "peer"
+	case strings.Contains(status, "; hit"):
+		return "store"
+	}
+	return "upstream"
 }
 
 // drop forgets the oldest of the ended pulls above the bound.
@@ -171,10 +248,10 @@ func (p *Pull) add(a *delivery, failed bool) {
 	if failed && (a.size.Load() == 0 || n < a.size.Load()) {
 		p.Failed++
 	}
-	switch {
-	case strings.Contains(*from, "detail=peer"):
+	switch sourceOf(*from) {
+	case "peer":
 		p.BytesFromPeers += n
-	case strings.Contains(*from, "; hit"):
+	case "store":
 		p.BytesFromStore += n
 	default:
 		p.BytesFromUpstream += n

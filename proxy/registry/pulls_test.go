@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"go.opentelemetry.io/otel/trace/noop"
 	"weir/proxy/store"
 )
 
@@ -96,7 +97,7 @@ func (s *side) eventually(so func([]Pull) bool) {
 // No more than the latest pulls are remembered, and a client that asks without
 // end takes no more memory.
 func TestPullsAreBounded(t *testing.T) {
-	var ps pulls
+	ps := pulls{tracer: noop.Tracer{}}
 	x := &exchange{stats: new(counters), target: target{kind: blob}, r: &http.Request{Method: http.MethodGet}}
 	for i := range 3 * maxPulls {
 		x.target = target{kind: manifest, tag: "a"}
