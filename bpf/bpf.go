@@ -4,6 +4,10 @@
 // runtimes of a cgroup2 subtree and send their connections to registries to a
 // listener of the agent, a door, in the runtime's own network namespace.
 //
+// The agent hears of each network namespace when the first process is forked in
+// it, or starts a program there ([Kernel.NextArrival]), and so can have a door
+// there before a runtime comes.
+//
 // A process is tracked from its exec on, when its program has one of the given
 // names. A tracked process's connection to one of the given ports is
 // redirected, and only then, when there is a door for it at that moment: the
@@ -81,9 +85,10 @@ type Options struct {
 // Kernel is the kernel side, loaded and attached. Its methods may be called
 // concurrently.
 type Kernel struct {
-	objs   kernelObjects
-	beat   *ebpf.Memory // shared with the programs
-	events *ringbuf.Reader
+	objs     kernelObjects
+	beat     *ebpf.Memory // shared with the programs
+	events   *ringbuf.Reader
+	arrivals *ringbuf.Reader
 
 	mu    sync.Mutex
 	links []link.Link
@@ -179,12 +184,15 @@ func (k *Kernel) setUp(o Options, cgroup *os.File) error {
 	if k.events, err = ringbuf.NewReader(k.objs.Events); err != nil {
 		return fmt.Errorf("reading the kernel side's events: %w", err)
 	}
+	if k.arrivals, err = ringbuf.NewReader(k.objs.Arrivals); err != nil {
+		return fmt.Errorf("reading the kernel side's news of network namespaces: %w", err)
+	}
 	return nil
 }
 
 func (k *Kernel) attach(cgroup *os.File) error {
 	// Processes first: who starts meanwhile is new, and what escapes is noted.
-	for name, p := range map[string]*ebpf.Program{"exec": k.objs.WeirExec, "exit": k.objs.WeirExit} {
+	for name, p := range map[string]*ebpf.Program{"fork": k.objs.WeirFork, "exec": k.objs.WeirExec, "exit": k.objs.WeirExit} {
 		l, err := link.AttachTracing(link.TracingOptions{Program: p})
 		if err != nil {
 			return explain("following processes' "+name, err)
@@ -240,8 +248,10 @@ func (k *Kernel) Detach() error {
 // Close detaches and unloads everything.
 func (k *Kernel) Close() error {
 	err := k.Detach()
-	if k.events != nil {
-		err = errors.Join(err, k.events.Close())
+	for _, r := range []*ringbuf.Reader{k.events, k.arrivals} {
+		if r != nil {
+			err = errors.Join(err, r.Close())
+		}
 	}
 	return errors.Join(err, k.objs.Close())
 }
@@ -258,8 +268,9 @@ func (k *Kernel) Beat() {
 
 // OpenDoor has tracked processes of a network namespace redirected to the
 // given listeners, which must be in that namespace, at 127.0.0.1 and ::1. The
-// second may be nil. A door that was open there is replaced. It returns the
-// namespace's cookie.
+// second may be nil. They are redirected only while these addresses work, so the
+// listeners may be there before the loopback interface is up. A door that was
+// open there is replaced. It returns the namespace's cookie.
 func (k *Kernel) OpenDoor(l4, l6 *net.TCPListener) (cookie uint64, err error) {
 	d := kernelDoor{Port4: uint16(l4.Addr().(*net.TCPAddr).Port)}
 	err = withFD(l4, func(fd int) error {
@@ -279,8 +290,26 @@ func (k *Kernel) OpenDoor(l4, l6 *net.TCPListener) (cookie uint64, err error) {
 	return cookie, nil
 }
 
+// ShutDoor has nobody more redirected to a door for now, or again.
+func (k *Kernel) ShutDoor(cookie uint64, shut bool) error {
+	var d kernelDoor
+	err := k.objs.Doors.Lookup(cookie, &d)
+	if err == nil {
+		d.Shut = 0
+		if shut {
+			d.Shut = 1
+		}
+		err = k.objs.Doors.Update(cookie, d, ebpf.UpdateExist)
+	}
+	if err != nil {
+		return fmt.Errorf("shutting a door: %w", err)
+	}
+	return nil
+}
+
 // CloseDoor ends redirecting in a network namespace. It is called before the
-// listeners are closed.
+// listeners are closed, and for an [Arrival] that gets no door: the next process
+// that is started there is an arrival again.
 func (k *Kernel) CloseDoor(cookie uint64) error {
 	if err := k.objs.Doors.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("closing a door: %w", err)
@@ -391,31 +420,75 @@ const (
 	Exec EventKind = iota + 1
 	// Exit: a tracked process has ended, or started another program.
 	Exit
+	// Gone: a watched process has ended.
+	Gone
 )
 
 // Event is news of a process.
 type Event struct {
 	Kind EventKind
-	PID  int    // in the initial PID namespace
-	Name string // of an Exec: which of the names it was
-	Comm string // the process's name at that moment
+	PID  int           // in the initial PID namespace
+	Time time.Duration // since boot
+	Name string        // of an Exec: which of the names it was
+	Comm string        // the process's name at that moment
 }
 
 // Next waits for the next event. The error is [ErrClosed] once the kernel side
 // is closed. Only one goroutine may call it.
 func (k *Kernel) Next() (Event, error) {
-	r, err := k.events.Read()
+	e, err := read[kernelEvent](k.events)
 	if err != nil {
-		if errors.Is(err, ringbuf.ErrClosed) {
-			return Event{}, ErrClosed
-		}
-		return Event{}, fmt.Errorf("reading the kernel side's events: %w", err)
+		return Event{}, err
 	}
-	if len(r.RawSample) < int(unsafe.Sizeof(kernelEvent{})) {
-		return Event{}, fmt.Errorf("an event of %d bytes from the kernel side", len(r.RawSample))
+	return Event{Kind: EventKind(e.Kind), PID: int(e.Tgid), Time: time.Duration(e.Time), Name: text(e.Name), Comm: text(e.Comm)}, nil
+}
+
+// Arrival is news of a network namespace without a door: a process has been
+// forked in it, or has started a program there.
+type Arrival struct {
+	Netns  uint64 // cookie
+	PID    int    // of the process, in the initial PID namespace
+	Parent int    // of its parent, if that is in there too; else 0
+}
+
+// NextArrival waits for the next network namespace. Each is reported once, until
+// its door is closed ([Kernel.CloseDoor]). The error is [ErrClosed] once the
+// kernel side is closed. Only one goroutine may call it.
+func (k *Kernel) NextArrival() (Arrival, error) {
+	a, err := read[kernelArrival](k.arrivals)
+	if err != nil {
+		return Arrival{}, err
 	}
-	e := (*kernelEvent)(unsafe.Pointer(&r.RawSample[0]))
-	return Event{Kind: EventKind(e.Kind), PID: int(e.Tgid), Name: text(e.Name), Comm: text(e.Comm)}, nil
+	return Arrival{Netns: a.Netns, PID: int(a.Tgid), Parent: int(a.Parent)}, nil
+}
+
+// read takes the next record out of a ring buffer.
+func read[T any](from *ringbuf.Reader) (v T, err error) {
+	r, err := from.Read()
+	if errors.Is(err, ringbuf.ErrClosed) {
+		return v, ErrClosed
+	}
+	if err == nil && len(r.RawSample) < int(unsafe.Sizeof(v)) {
+		err = fmt.Errorf("%d bytes are too few", len(r.RawSample))
+	}
+	if err != nil {
+		return v, fmt.Errorf("reading the kernel side's events: %w", err)
+	}
+	return *(*T)(unsafe.Pointer(&r.RawSample[0])), nil
+}
+
+// Watch has the end of a process reported, as [Gone]. That of one that has
+// begun to end may not be.
+func (k *Kernel) Watch(pid int) error {
+	if err := k.objs.Watched.Put(uint32(pid), uint8(1)); err != nil {
+		return fmt.Errorf("watching process %d: %w", pid, err)
+	}
+	return nil
+}
+
+// Unwatch takes Watch back.
+func (k *Kernel) Unwatch(pid int) {
+	_ = k.objs.Watched.Delete(uint32(pid)) // or it has ended
 }
 
 func text(c [16]int8) string {
@@ -427,17 +500,21 @@ func text(c [16]int8) string {
 // since they were loaded.
 type Stats struct {
 	Redirected uint64 `json:"redirected"`
-	NoDoor     uint64 `json:"no_door"`     // went direct: there was no door
+	NoDoor     uint64 `json:"no_door"`     // went direct: there was no door, it was shut or full, or loopback was down
 	StaleBeat  uint64 `json:"stale_beat"`  // went direct: no heartbeat
 	Unfit      uint64 `json:"unfit"`       // went direct: not plain TCP, or bound to a device
 	Early      uint64 `json:"early"`       // connections of new processes that went direct
 	NoOrigin   uint64 `json:"no_origin"`   // came to a door without having been redirected
 	EventsLost uint64 `json:"events_lost"` // because Next was not called often enough
+	Knocked    uint64 `json:"knocked"`     // refused: came to a door's port by themselves
+	// ArrivalsLost are network namespaces that were not reported at first,
+	// because NextArrival was not called often enough.
+	ArrivalsLost uint64 `json:"arrivals_lost"`
 }
 
 // Stats returns the counts.
 func (k *Kernel) Stats() (s Stats, err error) {
-	for i, n := range []*uint64{&s.Redirected, &s.NoDoor, &s.StaleBeat, &s.Unfit, &s.Early, &s.NoOrigin, &s.EventsLost} {
+	for i, n := range []*uint64{&s.Redirected, &s.NoDoor, &s.StaleBeat, &s.Unfit, &s.Early, &s.NoOrigin, &s.EventsLost, &s.Knocked, &s.ArrivalsLost} {
 		var perCPU []uint64
 		if err := k.objs.Counters.Lookup(uint32(i), &perCPU); err != nil {
 			return s, fmt.Errorf("reading the kernel side's counts: %w", err)

@@ -13,10 +13,18 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type kernelArrival struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Tgid   uint32
+	Parent uint32
+}
+
 type kernelDoor struct {
 	_     structs.HostLayout
 	Port4 uint16
 	Port6 uint16
+	Shut  uint32
 }
 
 type kernelEndpoint struct {
@@ -29,6 +37,7 @@ type kernelEndpoint struct {
 
 type kernelEvent struct {
 	_    structs.HostLayout
+	Time uint64
 	Kind uint32
 	Tgid uint32
 	Name [16]int8
@@ -52,6 +61,7 @@ type kernelOrigin struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	kernelMapAccepted          = "accepted"
+	kernelMapArrivals          = "arrivals"
 	kernelMapCounters          = "counters"
 	kernelMapDialled           = "dialled"
 	kernelMapDoors             = "doors"
@@ -63,10 +73,12 @@ const (
 	kernelMapNames             = "names"
 	kernelMapSubtree           = "subtree"
 	kernelMapTracked           = "tracked"
+	kernelMapWatched           = "watched"
 	kernelProgWeirConnect4     = "weir_connect4"
 	kernelProgWeirConnect6     = "weir_connect6"
 	kernelProgWeirExec         = "weir_exec"
 	kernelProgWeirExit         = "weir_exit"
+	kernelProgWeirFork         = "weir_fork"
 	kernelProgWeirGetpeername4 = "weir_getpeername4"
 	kernelProgWeirGetpeername6 = "weir_getpeername6"
 	kernelProgWeirSockops      = "weir_sockops"
@@ -74,6 +86,7 @@ const (
 	kernelVarMaxAge            = "max_age"
 	kernelVarPorts             = "ports"
 	kernelVarProbes            = "probes"
+	kernelVarUnusedArrival     = "unused_arrival"
 	kernelVarUnusedEvent       = "unused_event"
 )
 
@@ -123,6 +136,7 @@ type kernelProgramSpecs struct {
 	WeirConnect6     *ebpf.ProgramSpec `ebpf:"weir_connect6"`
 	WeirExec         *ebpf.ProgramSpec `ebpf:"weir_exec"`
 	WeirExit         *ebpf.ProgramSpec `ebpf:"weir_exit"`
+	WeirFork         *ebpf.ProgramSpec `ebpf:"weir_fork"`
 	WeirGetpeername4 *ebpf.ProgramSpec `ebpf:"weir_getpeername4"`
 	WeirGetpeername6 *ebpf.ProgramSpec `ebpf:"weir_getpeername6"`
 	WeirSockops      *ebpf.ProgramSpec `ebpf:"weir_sockops"`
@@ -133,6 +147,7 @@ type kernelProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelMapSpecs struct {
 	Accepted  *ebpf.MapSpec `ebpf:"accepted"`
+	Arrivals  *ebpf.MapSpec `ebpf:"arrivals"`
 	Counters  *ebpf.MapSpec `ebpf:"counters"`
 	Dialled   *ebpf.MapSpec `ebpf:"dialled"`
 	Doors     *ebpf.MapSpec `ebpf:"doors"`
@@ -144,17 +159,19 @@ type kernelMapSpecs struct {
 	Names     *ebpf.MapSpec `ebpf:"names"`
 	Subtree   *ebpf.MapSpec `ebpf:"subtree"`
 	Tracked   *ebpf.MapSpec `ebpf:"tracked"`
+	Watched   *ebpf.MapSpec `ebpf:"watched"`
 }
 
 // kernelVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelVariableSpecs struct {
-	AgentPid    *ebpf.VariableSpec `ebpf:"agent_pid"`
-	MaxAge      *ebpf.VariableSpec `ebpf:"max_age"`
-	Ports       *ebpf.VariableSpec `ebpf:"ports"`
-	Probes      *ebpf.VariableSpec `ebpf:"probes"`
-	UnusedEvent *ebpf.VariableSpec `ebpf:"unused_event"`
+	AgentPid      *ebpf.VariableSpec `ebpf:"agent_pid"`
+	MaxAge        *ebpf.VariableSpec `ebpf:"max_age"`
+	Ports         *ebpf.VariableSpec `ebpf:"ports"`
+	Probes        *ebpf.VariableSpec `ebpf:"probes"`
+	UnusedArrival *ebpf.VariableSpec `ebpf:"unused_arrival"`
+	UnusedEvent   *ebpf.VariableSpec `ebpf:"unused_event"`
 }
 
 // kernelObjects contains all objects after they have been loaded into the kernel.
@@ -178,6 +195,7 @@ func (o *kernelObjects) Close() error {
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelMaps struct {
 	Accepted  *ebpf.Map `ebpf:"accepted"`
+	Arrivals  *ebpf.Map `ebpf:"arrivals"`
 	Counters  *ebpf.Map `ebpf:"counters"`
 	Dialled   *ebpf.Map `ebpf:"dialled"`
 	Doors     *ebpf.Map `ebpf:"doors"`
@@ -189,11 +207,13 @@ type kernelMaps struct {
 	Names     *ebpf.Map `ebpf:"names"`
 	Subtree   *ebpf.Map `ebpf:"subtree"`
 	Tracked   *ebpf.Map `ebpf:"tracked"`
+	Watched   *ebpf.Map `ebpf:"watched"`
 }
 
 func (m *kernelMaps) Close() error {
 	return _KernelClose(
 		m.Accepted,
+		m.Arrivals,
 		m.Counters,
 		m.Dialled,
 		m.Doors,
@@ -205,6 +225,7 @@ func (m *kernelMaps) Close() error {
 		m.Names,
 		m.Subtree,
 		m.Tracked,
+		m.Watched,
 	)
 }
 
@@ -212,11 +233,12 @@ func (m *kernelMaps) Close() error {
 //
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelVariables struct {
-	AgentPid    *ebpf.Variable `ebpf:"agent_pid"`
-	MaxAge      *ebpf.Variable `ebpf:"max_age"`
-	Ports       *ebpf.Variable `ebpf:"ports"`
-	Probes      *ebpf.Variable `ebpf:"probes"`
-	UnusedEvent *ebpf.Variable `ebpf:"unused_event"`
+	AgentPid      *ebpf.Variable `ebpf:"agent_pid"`
+	MaxAge        *ebpf.Variable `ebpf:"max_age"`
+	Ports         *ebpf.Variable `ebpf:"ports"`
+	Probes        *ebpf.Variable `ebpf:"probes"`
+	UnusedArrival *ebpf.Variable `ebpf:"unused_arrival"`
+	UnusedEvent   *ebpf.Variable `ebpf:"unused_event"`
 }
 
 // kernelPrograms contains all programs after they have been loaded into the kernel.
@@ -227,6 +249,7 @@ type kernelPrograms struct {
 	WeirConnect6     *ebpf.Program `ebpf:"weir_connect6"`
 	WeirExec         *ebpf.Program `ebpf:"weir_exec"`
 	WeirExit         *ebpf.Program `ebpf:"weir_exit"`
+	WeirFork         *ebpf.Program `ebpf:"weir_fork"`
 	WeirGetpeername4 *ebpf.Program `ebpf:"weir_getpeername4"`
 	WeirGetpeername6 *ebpf.Program `ebpf:"weir_getpeername6"`
 	WeirSockops      *ebpf.Program `ebpf:"weir_sockops"`
@@ -238,6 +261,7 @@ func (p *kernelPrograms) Close() error {
 		p.WeirConnect6,
 		p.WeirExec,
 		p.WeirExit,
+		p.WeirFork,
 		p.WeirGetpeername4,
 		p.WeirGetpeername6,
 		p.WeirSockops,

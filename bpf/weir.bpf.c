@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 //go:build ignore
 
-// The kernel side of weir: it follows container runtimes (exec, exit), sends
-// their connections to registries to the agent's listener in their own network
-// namespace (connect4/6), and tells the agent where they wanted to go
-// (sockops). Whatever goes wrong, the connection is left as it is.
+// The kernel side of weir: it tells the agent of network namespaces (fork,
+// exec), so that the agent listens there before a runtime comes; follows
+// container runtimes (exec, exit), sends their connections to registries to the
+// agent's listener in their own network namespace (connect4/6), and tells the
+// agent where they wanted to go (sockops). Whatever goes wrong, the connection
+// is left as it is.
 
 #include <linux/bpf.h>
 #include <linux/in.h>
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
@@ -22,6 +25,8 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define NAME_LEN 16 // TASK_COMM_LEN
 #define MAX_PORTS 16
 #define MAX_PROBES 4
+#define MAX_LOOPBACK6 8 // addresses of lo that are looked at
+#define IFF_UP 1
 #define LOOPBACK4 bpf_htonl(0x7f000001)
 #define MAPPED bpf_htonl(0xffff) // third word of ::ffff:a.b.c.d
 
@@ -58,15 +63,26 @@ struct endpoint {
 	__u32 pad;
 };
 
-// The agent's listeners in a network namespace; host order, 0 for none.
+// The agent's listeners in a network namespace; host order, 0 for none. Both
+// are 0 from when the agent has been told of the namespace until it listens.
 struct door {
 	__u16 port4;
 	__u16 port6;
+	__u32 shut; // nobody more is sent there for now
 };
 
-enum event_kind { EVENT_EXEC = 1, EVENT_EXIT };
+// News of a network namespace without a door.
+struct arrival {
+	__u64 netns;  // cookie
+	__u32 tgid;   // a process in it
+	__u32 parent; // another one in it; 0 for none
+};
+const struct arrival *unused_arrival __attribute__((unused)); // has bpf2go make the type
+
+enum event_kind { EVENT_EXEC = 1, EVENT_EXIT, EVENT_GONE };
 
 struct event {
+	__u64 time; // since boot, ns
 	__u32 kind;
 	__u32 tgid;
 	char name[NAME_LEN]; // which of names it was
@@ -75,7 +91,7 @@ struct event {
 const struct event *unused_event __attribute__((unused)); // has bpf2go make the type
 
 // Keep with Stats in Go.
-enum counter { REDIRECTED, NO_DOOR, STALE_BEAT, UNFIT, EARLY, NO_ORIGIN, EVENTS_LOST, COUNTERS };
+enum counter { REDIRECTED, NO_DOOR, STALE_BEAT, UNFIT, EARLY, NO_ORIGIN, EVENTS_LOST, KNOCKED, ARRIVALS_LOST, COUNTERS };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -114,6 +130,14 @@ struct {
 	__type(key, __u64); // network namespace cookie
 	__type(value, struct door);
 } doors SEC(".maps");
+
+// Processes whose end the agent wants to hear of.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32); // tgid
+	__type(value, __u8);
+} watched SEC(".maps");
 
 // On the agent's listeners: nobody else can put it there, so a process that
 // happens to listen on a door's port is not taken for one.
@@ -160,6 +184,12 @@ struct {
 	__uint(max_entries, 1 << 18);
 } events SEC(".maps");
 
+// Apart from the events, so that a storm of namespaces can't push those out.
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 16);
+} arrivals SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, COUNTERS);
@@ -174,6 +204,71 @@ static __always_inline void count(__u32 which)
 	if (n)
 		*n += 1;
 }
+
+// What is read of the kernel's own structures, wherever they are in this kernel.
+#define CORE __attribute__((preserve_access_index))
+typedef struct {
+	int counter;
+} atomic_t;
+struct qstr {
+	const unsigned char *name;
+} CORE;
+struct dentry {
+	struct qstr d_name;
+} CORE;
+struct path {
+	struct dentry *dentry;
+} CORE;
+struct file {
+	struct path f_path;
+} CORE;
+struct linux_binprm {
+	struct file *file;
+} CORE;
+struct signal_struct {
+	atomic_t live;
+} CORE;
+struct list_head {
+	struct list_head *next;
+} CORE;
+struct ip6 {
+	__u32 word[4];
+};
+struct inet6_ifaddr {
+	struct ip6 addr;
+	struct list_head if_list;
+} CORE;
+struct inet6_dev {
+	struct list_head addr_list;
+} CORE;
+struct net_device {
+	unsigned int flags;
+	struct inet6_dev *ip6_ptr;
+} CORE;
+struct net {
+	__u64 net_cookie;
+	struct net_device *loopback_dev;
+} CORE;
+typedef struct {
+	struct net *net;
+} possible_net_t;
+struct sock_common {
+	possible_net_t skc_net;
+} CORE;
+struct sock {
+	struct sock_common __sk_common;
+	__u32 sk_ack_backlog;
+	__u32 sk_max_ack_backlog;
+} CORE;
+struct nsproxy {
+	struct net *net_ns;
+} CORE;
+struct task_struct {
+	int pid;
+	int tgid;
+	struct signal_struct *signal;
+	struct nsproxy *nsproxy;
+} CORE;
 
 // ---- connections ----
 
@@ -209,10 +304,49 @@ static __always_inline int is_alive(void)
 	return beat && bpf_ktime_get_ns() - *beat <= max_age;
 }
 
-static __always_inline int is_marked(struct bpf_sock *sk)
+// works says whether 127.0.0.1 or ::1 is there in a socket's network namespace:
+// a listener is also where it isn't, and nobody could connect to it.
+static __always_inline int works(struct bpf_sock *sk, int v6)
+{
+	struct sock *s = (struct sock *)bpf_skc_to_tcp_sock(sk);
+	struct list_head *head, *at;
+	struct net_device *lo;
+	struct ip6 ip;
+
+	if (!s)
+		return 0;
+	lo = s->__sk_common.skc_net.net->loopback_dev;
+	if (!(lo->flags & IFF_UP))
+		return 0;
+	if (!v6)
+		return 1;
+	if (!bpf_core_field_exists(struct inet6_ifaddr, if_list))
+		return 0;
+	head = __builtin_preserve_access_index(&lo->ip6_ptr->addr_list);
+	at = BPF_CORE_READ(lo, ip6_ptr, addr_list.next);
+#pragma unroll
+	for (int i = 0; i < MAX_LOOPBACK6; i++) {
+		void *ifa = (void *)at - bpf_core_field_offset(struct inet6_ifaddr, if_list);
+
+		if (!at || at == head)
+			return 0;
+		if (bpf_probe_read_kernel(&ip, sizeof(ip), ifa + bpf_core_field_offset(struct inet6_ifaddr, addr)))
+			return 0;
+		if (!ip.word[0] && !ip.word[1] && !ip.word[2] && ip.word[3] == bpf_htonl(1))
+			return 1;
+		at = BPF_CORE_READ(at, next);
+	}
+	return 0;
+}
+
+static __always_inline int is_ready(struct bpf_sock *sk)
 {
 	int ok = sk->state == BPF_TCP_LISTEN && bpf_sk_storage_get(&marks, sk, 0, 0);
+	struct sock *s = (struct sock *)bpf_skc_to_tcp_sock(sk);
 
+	// When it is full, connections to it would wait for a second and more.
+	if (s && s->sk_ack_backlog > s->sk_max_ack_backlog / 2)
+		ok = 0;
 	bpf_sk_release(sk);
 	return ok;
 }
@@ -236,7 +370,7 @@ static __always_inline int is_open(struct bpf_sock_addr *ctx, int v6, __u16 port
 		t.ipv4.dport = bpf_htons(port);
 		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv4), BPF_F_CURRENT_NETNS, 0);
 	}
-	return sk ? is_marked(sk) : 0;
+	return sk ? is_ready(sk) : 0;
 }
 
 // divert decides whether a connection is redirected. If so it remembers the
@@ -269,7 +403,7 @@ static __always_inline __u16 divert(struct bpf_sock_addr *ctx, __u32 tgid, __u32
 		return 0;
 	}
 	port = v6 ? door->port6 : door->port4;
-	if (!is_open(ctx, v6, port)) {
+	if (door->shut || !works(sk, v6) || !is_open(ctx, v6, port)) {
 		count(NO_DOOR);
 		return 0;
 	}
@@ -302,6 +436,21 @@ static __always_inline void escaped(__u32 tgid, __u32 mode, __u32 user_port)
 	count(EARLY);
 }
 
+// may_knock says whether a process may connect to a port of its loopback
+// interface by itself. Nobody but weir listens on a door's, and it has nothing
+// to say to who was not sent there.
+static __always_inline int may_knock(struct bpf_sock_addr *ctx, int v6)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	struct door *door = bpf_map_lookup_elem(&doors, &netns);
+	__u16 port = bpf_ntohs((__u16)ctx->user_port);
+
+	if (!door || !port || port != (v6 ? door->port6 : door->port4))
+		return 1;
+	count(KNOCKED);
+	return 0;
+}
+
 static __always_inline int is_loopback4(__u32 ip)
 {
 	return !ip || (ip & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
@@ -315,11 +464,13 @@ int weir_connect4(struct bpf_sock_addr *ctx)
 
 	if (ctx->type != SOCK_STREAM)
 		return 1;
+	ip = ctx->user_ip4;
+	if (ip == LOOPBACK4 || !ip)
+		return may_knock(ctx, 0);
 	tgid = bpf_get_current_pid_tgid() >> 32;
 	mode = bpf_map_lookup_elem(&tracked, &tgid);
 	if (!mode)
 		return 1;
-	ip = ctx->user_ip4;
 	if (is_loopback4(ip))
 		return 1;
 	via = divert(ctx, tgid, *mode, 0, 0, 0, MAPPED, ip);
@@ -341,16 +492,20 @@ int weir_connect6(struct bpf_sock_addr *ctx)
 
 	if (ctx->type != SOCK_STREAM)
 		return 1;
-	tgid = bpf_get_current_pid_tgid() >> 32;
-	mode = bpf_map_lookup_elem(&tracked, &tgid);
-	if (!mode)
-		return 1;
 	a = ctx->user_ip6[0];
 	b = ctx->user_ip6[1];
 	c = ctx->user_ip6[2];
 	d = ctx->user_ip6[3];
 	mapped = !a && !b && c == MAPPED;
-	if (mapped ? is_loopback4(d) : (!a && !b && !c && (!d || d == bpf_htonl(1))))
+	if (mapped && (d == LOOPBACK4 || !d))
+		return may_knock(ctx, 0);
+	if (!a && !b && !c && (!d || d == bpf_htonl(1)))
+		return may_knock(ctx, 1);
+	tgid = bpf_get_current_pid_tgid() >> 32;
+	mode = bpf_map_lookup_elem(&tracked, &tgid);
+	if (!mode)
+		return 1;
+	if (mapped && is_loopback4(d))
 		return 1;
 	// A mapped address stays one: the socket may be IPv6-only otherwise.
 	via = mapped ? divert(ctx, tgid, *mode, 0, a, b, c, d) : divert(ctx, tgid, *mode, 1, a, b, c, d);
@@ -484,34 +639,6 @@ int weir_getpeername6(struct bpf_sock_addr *ctx)
 
 // ---- processes ----
 
-// What is read of the kernel's own structures, wherever they are in this kernel.
-#define CORE __attribute__((preserve_access_index))
-typedef struct {
-	int counter;
-} atomic_t;
-struct qstr {
-	const unsigned char *name;
-} CORE;
-struct dentry {
-	struct qstr d_name;
-} CORE;
-struct path {
-	struct dentry *dentry;
-} CORE;
-struct file {
-	struct path f_path;
-} CORE;
-struct linux_binprm {
-	struct file *file;
-} CORE;
-struct signal_struct {
-	atomic_t live;
-} CORE;
-struct task_struct {
-	int tgid;
-	struct signal_struct *signal;
-} CORE;
-
 static __always_inline void report(__u32 kind, __u32 tgid, const char *name)
 {
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
@@ -520,6 +647,7 @@ static __always_inline void report(__u32 kind, __u32 tgid, const char *name)
 		count(EVENTS_LOST);
 		return;
 	}
+	e->time = bpf_ktime_get_boot_ns();
 	e->kind = kind;
 	e->tgid = tgid;
 	__builtin_memcpy(e->name, name, NAME_LEN);
@@ -537,6 +665,40 @@ static __always_inline void forget(__u32 tgid)
 	report(EVENT_EXIT, tgid, none);
 }
 
+// announce tells the agent of a process's network namespace, unless it has been
+// told. parent is another process there, or 0.
+static __always_inline void announce(struct task_struct *task, __u32 parent)
+{
+	__u64 netns = task->nsproxy->net_ns->net_cookie;
+	struct door none = {};
+	struct arrival *a;
+
+	if (!netns || bpf_map_lookup_elem(&doors, &netns) || bpf_current_task_under_cgroup(&subtree, 0) != 1)
+		return;
+	if (bpf_map_update_elem(&doors, &netns, &none, BPF_NOEXIST))
+		return; // another was faster, or there is no room
+	a = bpf_ringbuf_reserve(&arrivals, sizeof(*a), 0);
+	if (!a) {
+		bpf_map_delete_elem(&doors, &netns); // the next process will tell
+		count(ARRIVALS_LOST);
+		return;
+	}
+	a->netns = netns;
+	a->tgid = task->tgid;
+	a->parent = parent;
+	bpf_ringbuf_submit(a, 0);
+}
+
+// The child is not running yet. Container managers make a namespace and then
+// fork in it, to set the container up, long before its program is started.
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(weir_fork, struct task_struct *parent, struct task_struct *child)
+{
+	if (child->pid == child->tgid) // not a thread
+		announce(child, parent->nsproxy->net_ns == child->nsproxy->net_ns ? parent->tgid : 0);
+	return 0;
+}
+
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
 {
@@ -551,6 +713,7 @@ int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binp
 		bpf_probe_read_kernel_str(name, sizeof(name), bprm->file->f_path.dentry->d_name.name);
 		if (name[NAME_LEN - 1] || !bpf_map_lookup_elem(&names, name)) {
 			forget(tgid);
+			announce(task, 0); // it may have come here without a fork: unshare(1), nsenter(1)
 			return 0;
 		}
 	}
@@ -567,9 +730,14 @@ int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binp
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(weir_exit, struct task_struct *task)
 {
+	__u32 tgid = task->tgid;
+	char none[NAME_LEN] = {};
+
 	if (task->signal->live.counter) // not the last thread
 		return 0;
-	forget(task->tgid);
+	forget(tgid);
+	if (!bpf_map_delete_elem(&watched, &tgid))
+		report(EVENT_GONE, tgid, none);
 	/* The agent's files are closed after this: first connections, so that
 	 * runtimes dial again, and then doors and programs. What they dial goes
 	 * direct. */
