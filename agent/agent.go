@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package agent is weir's node agent. It finds the container runtimes of the
-// node, opens a door for their connections in each network namespace that has
-// one, establishes which of them trust the node's CA, and has the proxy carry
-// what comes through the doors.
+// Package agent is weir's node agent. It opens a door in each network namespace
+// of the node, finds the container runtimes whose connections come through it,
+// establishes which of them trust the node's CA, and has the proxy carry what
+// comes.
 //
 // The order of things is what keeps the promise that nothing breaks. At start
 // the kernel side is attached before /proc is searched, so that no runtime is
@@ -202,11 +202,15 @@ func (a *Agent) start() (err error) {
 	if err != nil {
 		return fmt.Errorf("%w; `weir doctor` tells more", err)
 	}
-	a.doors = &doors{kernel: a.kernel, ups: ups, serve: a.serve, log: a.log, open: make(map[uint64]*door)}
+	a.doors = newDoors(a.kernel, ups, a.serve, a.log)
 	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
 	a.kernel.Beat()
 	go a.beat()
 	go a.follow()
+	go a.doors.ahead(a.ctx)
+	if err := a.doors.enter(os.Getpid()); err != nil {
+		return err
+	}
 	if err := a.runtimes.seed(a.conf.Cgroup); err != nil {
 		return err
 	}
@@ -329,6 +333,7 @@ func (a *Agent) beat() {
 			a.kernel.Beat()
 		case <-tidy.C:
 			a.runtimes.reconcile()
+			a.doors.reconcile()
 			a.history.add(time.Now(), trafficOf(a.registry.Stats()))
 		case <-registries.C:
 			a.regs.reload(a.ca.Permits, a.log)
@@ -353,6 +358,8 @@ func (a *Agent) follow() {
 			a.runtimes.started(ev)
 		case bpf.Exit:
 			a.runtimes.ended(ev.PID)
+		case bpf.Gone:
+			a.doors.gone(ev.PID)
 		}
 	}
 }

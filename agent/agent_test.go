@@ -166,6 +166,23 @@ func inNewNetns(t *testing.T, loUp bool) int {
 	return cmd.Process.Pid
 }
 
+func listenIn(t *testing.T, ns *netns, addr string) (l *net.TCPListener) {
+	t.Helper()
+	if err := ns.do(func() error {
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(false)
+		any, err := lc.Listen(context.Background(), "tcp", addr)
+		if err == nil {
+			l = any.(*net.TCPListener)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
 func TestNetns(t *testing.T) {
 	ns, err := openNetns(inNewNetns(t, true))
 	if err != nil {
@@ -175,14 +192,7 @@ func TestNetns(t *testing.T) {
 	if ns.own {
 		t.Error("another namespace is taken for the own one")
 	}
-	if up, err := ns.loopbackUp(); err != nil || !up {
-		t.Errorf("loopback up: %v, %v", up, err)
-	}
-	l, err := ns.listen("tcp", "203.0.113.7:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
+	l := listenIn(t, ns, "203.0.113.7:0")
 	addr := netip.MustParseAddrPort(l.Addr().String())
 	// It is there, and only there.
 	go func() {
@@ -239,11 +249,7 @@ func TestNetnsDialCancelled(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ns.Close()
-	l, err := ns.listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
+	l := listenIn(t, ns, "127.0.0.1:0")
 	// Nobody accepts: once the backlog is full, SYNs get no answer.
 	raw, _ := l.SyscallConn()
 	_ = raw.Control(func(fd uintptr) { _ = unix.Listen(int(fd), 0) })
@@ -263,14 +269,40 @@ func TestNetnsDialCancelled(t *testing.T) {
 	}
 }
 
-func TestLoopbackDown(t *testing.T) {
-	ns, err := openNetns(inNewNetns(t, false))
+// A door's listeners are there before the loopback interface is, and are reached
+// once it is up; their ports are none that a program is given.
+func TestListenBeforeLoopback(t *testing.T) {
+	pid := inNewNetns(t, false)
+	ns, err := openNetns(pid)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ns.Close()
-	if up, err := ns.loopbackUp(); err != nil || up {
-		t.Errorf("loopback up: %v, %v", up, err)
+	l4, l6, err := ns.listen()
+	if err != nil || l6 == nil {
+		t.Fatal(l6, err)
+	}
+	defer l4.Close()
+	defer l6.Close()
+	for _, l := range []*net.TCPListener{l4, l6} {
+		addr := l.Addr().(*net.TCPAddr).AddrPort()
+		if p := addr.Port(); p < firstDoorPort || p > lastDoorPort {
+			t.Errorf("port %d", p)
+		}
+		if c, err := ns.dial(t.Context(), addr); err == nil {
+			c.Close()
+			t.Errorf("%s can be reached while the interface is down", addr)
+		}
+	}
+	if out, err := exec.Command("nsenter", "-n", "-t", fmt.Sprint(pid), "ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+		t.Fatal(err, string(out))
+	}
+	for _, l := range []*net.TCPListener{l4, l6} {
+		c, err := ns.dial(t.Context(), l.Addr().(*net.TCPAddr).AddrPort())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
 	}
 }
 
@@ -371,11 +403,12 @@ func TestDoorsGiveBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l, err := ns.listen("tcp", "127.0.0.1:0")
+		l4, l6, err := ns.listen()
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.Close()
+		l4.Close()
+		l6.Close()
 		ns.Close()
 	}
 	if after := count(); after > before {

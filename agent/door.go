@@ -6,19 +6,27 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"golang.org/x/time/rate"
 	"weir/bpf"
 	"weir/proxy"
 )
 
-// doors are the listeners that redirected connections come to: one pair in
-// each network namespace that has a runtime.
+// doors are the listeners that redirected connections come to: one pair in each
+// network namespace that has a process, so that it is there before a runtime
+// is. One is opened when the namespace's first process appears, and closed with
+// the last of the processes that it was opened for, since it would keep the
+// namespace from going. If others are left there, the next program that one of
+// them starts has it opened again.
 type doors struct {
 	kernel *bpf.Kernel
 	ups    proxy.Upstreams
@@ -27,71 +35,163 @@ type doors struct {
 
 	mu   sync.Mutex
 	open map[uint64]*door // by the namespace's inode
+	at   map[int]*door    // by the processes that they are open for
+	over bool             // none is opened any more
 	wg   sync.WaitGroup
+}
+
+func newDoors(k *bpf.Kernel, ups proxy.Upstreams, serve func(*door, *net.TCPConn), log *slog.Logger) *doors {
+	return &doors{kernel: k, ups: ups, serve: serve, log: log, open: make(map[uint64]*door), at: make(map[int]*door)}
 }
 
 // door is where the runtimes of one network namespace are redirected to.
 type door struct {
 	ns     *netns
 	cookie uint64
-	l4, l6 *net.TCPListener // l6 is nil where there is no ::1
+	l4, l6 *net.TCPListener // l6 is nil where there is no IPv6
 	egress *proxy.Egress
-	pids   map[int]struct{} // guarded by doors.mu
+	pids   int // how many of doors.at are its own
 
 	accepted atomic.Int64
 	// The egress and the namespace outlive the door until the last
 	// connection is done with them.
 	users sync.WaitGroup
+
+	flow   sync.Mutex
+	active int  // connections that are being served
+	shut   bool // there are too many
 }
 
-// errNoLoopback says that a namespace's loopback interface is down.
-var errNoLoopback = errors.New("the loopback interface of its network namespace is down")
+const (
+	// maxActive is how many connections of one network namespace are served at
+	// a time. What is beyond goes direct, so that one pod can't take the
+	// agent's memory from the others: each has a buffer of 64 KiB at most
+	// before it is known for what it is. A runtime has some tens.
+	maxActive = 1024
+	// maxAhead is how many doors there are when none is opened any more where
+	// no runtime is.
+	maxAhead = 1000
+	// aheadRate, a second, and aheadBurst bound how often doors are opened
+	// where no runtime is, so that sandboxes which come and go by the thousand
+	// cost little: one takes some 200 µs of processor time. The burst lets a
+	// node's pods start all at once.
+	aheadRate, aheadBurst = 50, 250
+)
 
-// enter opens the door of the namespace that a runtime is in, if it isn't open,
-// and keeps it open until leave.
-func (ds *doors) enter(pid int) (*door, error) {
+var errStopping = errors.New("the agent is stopping")
+
+// ahead opens doors where processes appear, until the kernel side is closed.
+func (ds *doors) ahead(ctx context.Context) {
+	limit := rate.NewLimiter(aheadRate, aheadBurst)
+	for {
+		n, err := ds.kernel.NextArrival()
+		if err != nil {
+			if ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
+				ds.log.Error("no more news of network namespaces; restart the agent", "err", err)
+			}
+			return
+		}
+		// What is gone already costs no more than this look.
+		if _, err := netnsOf(n.PID); err == nil && limit.Wait(ctx) != nil {
+			return
+		}
+		ds.arrived(n)
+	}
+}
+
+// arrived opens the door that an arrival asks for.
+func (ds *doors) arrived(n bpf.Arrival) {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	there := false
+	for _, pid := range []int{n.PID, n.Parent} {
+		if pid == 0 || len(ds.open) >= maxAhead {
+			continue
+		}
+		d, err := ds.enterLocked(pid)
+		if err == nil {
+			there = there || d.cookie == n.Netns
+		} else if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errStopping) {
+			ds.log.Warn("opening a door where a process has appeared", "pid", pid, "err", err)
+		}
+	}
+	if !there { // the processes are gone, or elsewhere
+		for _, d := range ds.open {
+			there = there || d.cookie == n.Netns
+		}
+	}
+	if !there {
+		if err := ds.kernel.CloseDoor(n.Netns); err != nil {
+			ds.log.Warn("forgetting a network namespace", "err", err)
+		}
+	}
+}
+
+// enter opens the door of the namespace that a process is in, if it isn't open,
+// and keeps it open until the process ends. The error is fs.ErrNotExist if it
+// has.
+func (ds *doors) enter(pid int) error {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	_, err := ds.enterLocked(pid)
+	return err
+}
+
+func (ds *doors) enterLocked(pid int) (*door, error) {
+	if ds.over {
+		return nil, errStopping
+	}
+	// Its end is watched before it is found alive; and as the caller holds
+	// ds.mu, that isn't taken in before it is among ds.at.
+	if err := ds.kernel.Watch(pid); err != nil {
+		return nil, err
+	}
+	d, err := ds.find(pid)
+	if err != nil {
+		ds.goneLocked(pid)
+		ds.kernel.Unwatch(pid)
+		return nil, err
+	}
+	if ds.at[pid] != d {
+		ds.goneLocked(pid) // it was in another namespace
+		ds.at[pid] = d
+		d.pids++
+	}
+	return d, nil
+}
+
+// find returns the door of the namespace that a process is in, and opens it if
+// it isn't open. The caller holds ds.mu.
+func (ds *doors) find(pid int) (*door, error) {
 	ns, err := openNetns(pid)
 	if err != nil {
 		return nil, err
 	}
-	ds.mu.Lock()
-	defer ds.mu.Unlock()
 	if d, ok := ds.open[ns.ino]; ok {
 		ns.Close()
-		d.pids[pid] = struct{}{}
 		return d, nil
 	}
 	d, err := ds.make(ns)
 	if err != nil {
 		ns.Close()
-		return nil, err
+		return nil, fmt.Errorf("opening a door: %w", err)
 	}
-	d.pids[pid] = struct{}{}
 	ds.open[ns.ino] = d
 	return d, nil
 }
 
 func (ds *doors) make(ns *netns) (*door, error) {
-	if up, err := ns.loopbackUp(); err != nil {
-		return nil, fmt.Errorf("looking at the loopback interface: %w", err)
-	} else if !up {
-		return nil, errNoLoopback
-	}
-	l4, err := ns.listen("tcp4", "127.0.0.1:0")
+	l4, l6, err := ns.listen()
 	if err != nil {
-		return nil, fmt.Errorf("opening a door: %w", err)
+		return nil, err
 	}
-	l6, err := ns.listen("tcp6", "[::1]:0")
-	if err != nil {
-		l6 = nil // no IPv6 here
-	}
-	d := &door{ns: ns, l4: l4, l6: l6, pids: make(map[int]struct{}), egress: ds.ups.NewEgress(ns.dial)}
+	d := &door{ns: ns, l4: l4, l6: l6, egress: ds.ups.NewEgress(ns.dial)}
 	if d.cookie, err = ds.kernel.OpenDoor(l4, l6); err != nil {
 		l4.Close()
 		if l6 != nil {
 			l6.Close()
 		}
-		return nil, fmt.Errorf("opening a door: %w", err)
+		return nil, err
 	}
 	for _, l := range []*net.TCPListener{l4, l6} {
 		if l != nil {
@@ -117,25 +217,67 @@ func (ds *doors) accept(d *door, l *net.TCPListener) {
 		}
 		d.accepted.Add(1)
 		d.users.Add(1)
+		ds.count(d, 1)
 		ds.wg.Go(func() {
 			defer d.users.Done()
+			defer ds.count(d, -1)
 			ds.serve(d, c)
 		})
 	}
 }
 
-// leave says that a process is gone; the door of its namespace closes with the
+// count counts a door's connections, and has no more of them sent to it while
+// there are too many.
+func (ds *doors) count(d *door, n int) {
+	d.flow.Lock()
+	defer d.flow.Unlock()
+	d.active += n
+	shut := d.active >= maxActive || d.shut && d.active > maxActive*3/4
+	if shut == d.shut {
+		return
+	}
+	d.shut = shut
+	if err := ds.kernel.ShutDoor(d.cookie, shut); err != nil {
+		if !errors.Is(err, ebpf.ErrKeyNotExist) { // it has been closed
+			ds.log.Error("bounding a network namespace's connections", "netns", d.ns.ino, "err", err)
+		}
+		return
+	}
+	if shut {
+		ds.log.Warn("a network namespace has too many connections; further ones go direct", "netns", d.ns.ino, "served", d.active)
+	} else {
+		ds.log.Info("a network namespace's connections are served again", "netns", d.ns.ino, "served", d.active)
+	}
+}
+
+// gone says that a process has ended; the door of its namespace closes with the
 // last one.
-func (ds *doors) leave(pid int) {
+func (ds *doors) gone(pid int) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
-	for ino, d := range ds.open {
-		if _, in := d.pids[pid]; !in {
-			continue
-		}
-		delete(d.pids, pid)
-		if len(d.pids) == 0 {
-			ds.close(ino, d)
+	ds.goneLocked(pid)
+}
+
+func (ds *doors) goneLocked(pid int) {
+	d, ok := ds.at[pid]
+	if !ok {
+		return
+	}
+	delete(ds.at, pid)
+	if d.pids--; d.pids == 0 {
+		ds.close(d.ns.ino, d)
+	}
+}
+
+// reconcile notices processes that have ended, or have gone elsewhere, without a
+// word.
+func (ds *doors) reconcile() {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	for pid, d := range ds.at {
+		if ino, err := netnsOf(pid); err != nil || ino != d.ns.ino {
+			ds.goneLocked(pid)
+			ds.kernel.Unwatch(pid)
 		}
 	}
 }
@@ -160,13 +302,15 @@ func (ds *doors) close(ino uint64, d *door) {
 	ds.log.Debug("door closed", "netns", ino)
 }
 
-// closeAll closes all doors; connections that came through them go on.
+// closeAll closes all doors for good; connections that came through them go on.
 func (ds *doors) closeAll() {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	for ino, d := range ds.open {
 		ds.close(ino, d)
 	}
+	clear(ds.at)
+	ds.over = true
 }
 
 // wait waits until no connection is being served, or ctx is done.
@@ -183,7 +327,7 @@ func (ds *doors) wait(ctx context.Context) {
 type DoorStatus struct {
 	Netns    uint64   `json:"netns"` // the namespace's inode
 	Addrs    []string `json:"addrs"`
-	PIDs     []int    `json:"pids"`
+	PIDs     []int    `json:"pids"`     // of the processes that it is open for
 	Accepted int64    `json:"accepted"` // connections since it was opened
 }
 
@@ -196,8 +340,10 @@ func (ds *doors) status() []DoorStatus {
 		if d.l6 != nil {
 			s.Addrs = append(s.Addrs, d.l6.Addr().String())
 		}
-		for pid := range d.pids {
-			s.PIDs = append(s.PIDs, pid)
+		for pid, at := range ds.at {
+			if at == d {
+				s.PIDs = append(s.PIDs, pid)
+			}
 		}
 		slices.Sort(s.PIDs)
 		all = append(all, s)

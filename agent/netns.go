@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -17,7 +18,7 @@ import (
 )
 
 // netns is a network namespace, held by descriptor. Holding one keeps it
-// alive, so it is closed with the last runtime in it.
+// alive, so it is closed with the last process that a door is open for.
 type netns struct {
 	file *os.File
 	ino  uint64
@@ -82,29 +83,44 @@ func (n *netns) inside(f func() error) error {
 	return err
 }
 
-// loopbackUp says whether connections to 127.0.0.1 can work in the namespace:
-// a listener there can be had also when they can't.
-func (n *netns) loopbackUp() (up bool, err error) {
-	err = n.do(func() error {
-		lo, err := net.InterfaceByName("lo")
-		up = err == nil && lo.Flags&net.FlagUp != 0
-		return err
+// A door's port is one of those that are assigned to nothing (IANA) and that the
+// kernel doesn't give out by itself, so that no program finds its own taken.
+const firstDoorPort, lastDoorPort = 29170, 29998
+
+// listen opens listeners on 127.0.0.1 and ::1, the second of which may be nil.
+// They can be had before the loopback interface is up.
+func (n *netns) listen() (l4, l6 *net.TCPListener, err error) {
+	err = n.do(func() (err error) {
+		if l4, err = listenOn("tcp4", "127.0.0.1"); err != nil {
+			return err
+		}
+		l6, _ = listenOn("tcp6", "::1") // there may be no IPv6 here
+		return nil
 	})
-	return up, err
+	return l4, l6, err
 }
 
-// listen opens a listener on an address of the namespace.
-func (n *netns) listen(network, addr string) (l *net.TCPListener, err error) {
-	err = n.do(func() error {
-		var lc net.ListenConfig
-		lc.SetMultipathTCP(false) // the kernel side marks plain TCP sockets
-		ln, err := lc.Listen(context.Background(), network, addr)
-		if err == nil {
-			l = ln.(*net.TCPListener)
+// listenOn listens on a free port of a door's.
+func listenOn(network, host string) (*net.TCPListener, error) {
+	lc := net.ListenConfig{Control: func(network, _ string, c syscall.RawConn) (err error) {
+		if network != "tcp6" {
+			return nil
 		}
-		return err
-	})
-	return l, err
+		// ::1 appears when the interface comes up.
+		cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_FREEBIND, 1) })
+		return errors.Join(cerr, err)
+	}}
+	lc.SetMultipathTCP(false) // the kernel side marks plain TCP sockets
+	for try := 0; ; try++ {
+		port := firstDoorPort + rand.IntN(lastDoorPort-firstDoorPort+1)
+		l, err := lc.Listen(context.Background(), network, net.JoinHostPort(host, strconv.Itoa(port)))
+		if err == nil {
+			return l.(*net.TCPListener), nil
+		}
+		if !errors.Is(err, unix.EADDRINUSE) || try == 20 {
+			return nil, err
+		}
+	}
 }
 
 // dial connects to addr from inside the namespace. Only the socket's creation

@@ -102,17 +102,24 @@ func newRuntimes(a *Agent, state *stateFile) *runtimes {
 	return &runtimes{a: a, state: state, all: make(map[int]*runtimeProc), paused: make(map[string]map[int]struct{})}
 }
 
-// seed takes in what is running already. Those that start meanwhile are the
-// kernel side's to report.
+// seed takes in what is running already: the runtimes, and for doors the oldest
+// process of each network namespace. What starts meanwhile is the kernel side's
+// to report.
 func (rs *runtimes) seed(cgroup string) error {
 	pids, err := processesIn(cgroup)
 	if err != nil {
 		return fmt.Errorf("listing the processes in %s: %w", cgroup, err)
 	}
+	oldest := make(map[uint64]process) // by network namespace
 	for _, pid := range pids {
 		p, err := readProcess(pid)
 		if err != nil {
 			continue
+		}
+		if ino, err := netnsOf(pid); err == nil {
+			if o, ok := oldest[ino]; !ok || p.start < o.start {
+				oldest[ino] = p
+			}
 		}
 		k := kindOf(p.comm, p.exe)
 		if k == nil {
@@ -131,6 +138,9 @@ func (rs *runtimes) seed(cgroup string) error {
 		rs.mu.Lock()
 		rs.add(p, k, true)
 		rs.mu.Unlock()
+	}
+	for _, p := range oldest {
+		rs.a.doors.arrived(bpf.Arrival{PID: p.pid})
 	}
 	return nil
 }
@@ -188,7 +198,6 @@ func (rs *runtimes) ended(pid int) {
 		return
 	}
 	rt.cancel()
-	rs.a.doors.leave(pid)
 	rs.state.forget(pid)
 }
 
@@ -314,13 +323,9 @@ func (rt *runtimeProc) restartStep() string {
 // establish opens a door for a runtime, puts the CA where it reads
 // certificates, and finds out whether it trusts it.
 func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
-	// The door first: as long as it isn't there a new process goes direct,
+	// The door first, if it isn't there: until then a new process goes direct,
 	// and the kernel side notes that it may have read its roots.
-	_, err := rs.a.doors.enter(rt.pid)
-	if err == nil && rt.ctx.Err() != nil { // it ended meanwhile, maybe before it entered
-		rs.a.doors.leave(rt.pid)
-	}
-	if err != nil {
+	if err := rs.a.doors.enter(rt.pid); err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			rs.passThrough(rt, "no door could be opened for it: "+err.Error(), "see the agent's log")
 		}

@@ -172,7 +172,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 
 func collectKernel(s bpf.Stats, count func(*prometheus.Desc, float64, ...string)) {
 	for decision, n := range map[string]uint64{
-		"redirected": s.Redirected, "no_door": s.NoDoor, "stale_heartbeat": s.StaleBeat, "unfit": s.Unfit, "early": s.Early, "no_origin": s.NoOrigin,
+		"redirected": s.Redirected, "no_door": s.NoDoor, "stale_heartbeat": s.StaleBeat, "unfit": s.Unfit, "early": s.Early, "no_origin": s.NoOrigin, "knocked": s.Knocked,
 	} {
 		count(descKernel, float64(n), decision)
 	}
