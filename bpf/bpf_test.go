@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -661,12 +662,27 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
-// Who comes to the door by itself has no origin.
+// Who comes to the door by itself is refused, and has no origin if the programs
+// don't see it.
 func TestSquatter(t *testing.T) {
 	s := newStage(t)
 	s.openDoor()
-	p := s.start("bash", true)
-	p.do("dial", "tcp4", s.door[0].Addr().String())
+	addr4, addr6 := s.door[0].Addr().String(), s.door[1].Addr().String()
+	_, port, _ := net.SplitHostPort(addr4)
+	s.serve("tcp4", "127.0.0.2:"+port) // its port alone is not the door
+	for _, name := range []string{"bash", "dockerd"} {
+		p := s.start(name, true)
+		for _, to := range [][2]string{{"tcp4", addr4}, {"tcp6", addr6}, {"mapped", addr4}, {"tcp4", "0.0.0.0:" + port}} {
+			if got := p.do("dial", to[0], to[1]); !strings.Contains(got, "not permitted") {
+				t.Errorf("%s, %v: %s", name, to, got)
+			}
+		}
+		p.direct("tcp4", "127.0.0.2:"+port)
+	}
+	if st, _ := s.k.Stats(); st.Knocked != 8 {
+		t.Errorf("%+v", st)
+	}
+	s.start("bash", false).do("dial", "tcp4", addr4)
 	select {
 	case d := <-s.direct:
 		if !strings.Contains(d, ErrNoOrigin.Error()) {
@@ -676,6 +692,190 @@ func TestSquatter(t *testing.T) {
 		t.Errorf("%+v", o)
 	case <-time.After(patience):
 		t.Error("nothing came")
+	}
+}
+
+// Where there is no loopback interface to reach the door by, or no ::1 on it,
+// connections go direct; so do those to a door that is shut.
+func TestDoorOutOfReach(t *testing.T) {
+	s := newStage(t)
+	s.openDoor()
+	ip := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("nsenter", append([]string{"-n", "-t", fmt.Sprint(s.pid), "ip"}, args...)...).CombinedOutput(); err != nil {
+			t.Fatal(err, string(out))
+		}
+	}
+	p := s.start("dockerd", true)
+	p.redirected("tcp4", "203.0.113.9:443")
+	p.redirected("tcp6", "[2001:db8::9]:443")
+	s.serve("tcp6", "[2001:db8::9]:443")
+	ip("addr", "del", "::1/128", "dev", "lo")
+	p.redirected("tcp4", "203.0.113.9:443")
+	p.direct("tcp6", "[2001:db8::9]:443")
+	ip("addr", "add", "::1/128", "dev", "lo")
+	p.redirected("tcp6", "[2001:db8::9]:443")
+
+	was, err := s.k.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip("link", "set", "lo", "down")
+	p.direct("tcp4", "192.0.2.77:443") // and fails as it does without weir
+	if now, _ := s.k.Stats(); now.NoDoor != was.NoDoor+1 {
+		t.Errorf("%+v, %+v before", now, was)
+	}
+	ip("link", "set", "lo", "up")
+	p.redirected("tcp4", "203.0.113.9:443")
+
+	s.serve("tcp4", "203.0.113.9:443")
+	if err := s.k.ShutDoor(s.cookie, true); err != nil {
+		t.Fatal(err)
+	}
+	p.direct("tcp4", "203.0.113.9:443")
+	if err := s.k.ShutDoor(s.cookie, false); err != nil {
+		t.Fatal(err)
+	}
+	p.redirected("tcp4", "203.0.113.9:443")
+	if err := s.k.CloseDoor(s.cookie); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.k.ShutDoor(s.cookie, false); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Error("a door that is closed was opened:", err)
+	}
+}
+
+// A door whose queue is half full gets no more: who comes next would wait.
+func TestFullDoor(t *testing.T) {
+	s := newStage(t)
+	l := s.listen("tcp4", "127.0.0.1:0")
+	raw, err := l.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) { _ = unix.Listen(int(fd), 4) })
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.k.OpenDoor(l, nil); err != nil {
+		t.Fatal(err)
+	}
+	s.serve("tcp4", "203.0.113.9:443")
+	p := s.start("dockerd", true)
+	for range 3 {
+		if got := p.do("hold", "tcp4", "203.0.113.9:443"); got != "203.0.113.9:443" {
+			t.Error(got)
+		}
+	}
+	p.direct("tcp4", "203.0.113.9:443")
+}
+
+// arrival waits until a network namespace is reported by one of the processes,
+// or whichever, if none is given.
+func (s *stage) arrival(pids ...int) Arrival {
+	s.t.Helper()
+	stuck := time.AfterFunc(patience, func() { s.k.Close() })
+	defer stuck.Stop()
+	for {
+		a, err := s.k.NextArrival()
+		if err != nil {
+			s.t.Fatalf("no arrival of %v: %v", pids, err)
+		}
+		if len(pids) == 0 || slices.Contains(pids, a.PID) {
+			return a
+		}
+	}
+}
+
+// A network namespace is reported when a process is forked in it, or comes there
+// and starts a program; once, until its door is closed.
+func TestArrivals(t *testing.T) {
+	s := newStage(t)
+	p := s.start("bash", true) // by nsenter, which doesn't fork
+	a := s.arrival(p.pid())
+	if a.Parent != 0 {
+		t.Errorf("%+v", a)
+	}
+	s.openDoor()
+	if s.cookie != a.Netns {
+		t.Errorf("the door is in %d, announced was %d", s.cookie, a.Netns)
+	}
+	s.start("bash", true)
+	if err := s.k.CloseDoor(s.cookie); err != nil {
+		t.Fatal(err)
+	}
+	s.start("bash", false) // not below the cgroup
+	q := s.start("bash", true)
+	if a := s.arrival(); a.PID != q.pid() || a.Netns != s.cookie {
+		t.Errorf("%+v; the second is %d", a, q.pid())
+	}
+	// A child has its namespace before it runs anything.
+	cmd := exec.Command("sleep", "1000")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
+	if a := s.arrival(); a.PID != cmd.Process.Pid || a.Parent != 0 || a.Netns == s.cookie {
+		t.Errorf("%+v; the child is %d", a, cmd.Process.Pid)
+	}
+}
+
+// The end of what is watched is reported, whatever program it has become, and
+// not that of others.
+func TestWatch(t *testing.T) {
+	s := newStage(t)
+	p, q := s.start("bash", true), s.start("bash", true)
+	for _, w := range []*proc{p, q} {
+		if err := s.k.Watch(w.pid()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.k.Unwatch(p.pid())
+	fmt.Fprintln(q.in, "exec")
+	p.end()
+	q.end()
+	stuck := time.AfterFunc(patience, func() { s.k.Close() })
+	defer stuck.Stop()
+	for {
+		ev, err := s.k.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ev.Kind == Gone && ev.PID == p.pid() {
+			t.Error("told of what is not watched")
+		}
+		if ev.Kind == Gone && ev.PID == q.pid() {
+			return
+		}
+	}
+}
+
+// A storm of namespaces overflows the news of them. What isn't told leaves
+// nothing.
+func TestArrivalsLost(t *testing.T) {
+	s := newStage(t)
+	// As many as there is room for, and some.
+	out, err := exec.Command("sh", "-c", "for i in $(seq 2900); do unshare -n /bin/true || exit 1; done").CombinedOutput()
+	if err != nil {
+		t.Fatal(err, string(out))
+	}
+	st, err := s.k.Stats()
+	if err != nil || st.ArrivalsLost == 0 {
+		t.Errorf("%+v %v", st, err)
+	}
+	var netns uint64
+	var d kernelDoor
+	told := 0
+	for it := s.k.objs.Doors.Iterate(); it.Next(&netns, &d); {
+		told++
+	}
+	for range told {
+		if err := s.k.CloseDoor(s.arrival().Netns); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.k.objs.Doors.NextKey(nil, &netns); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Errorf("something is left of namespaces that are gone: %d, %v", netns, err)
 	}
 }
 
@@ -916,3 +1116,18 @@ func BenchmarkConnectUntracked(b *testing.B) {
 func BenchmarkConnectTracked(b *testing.B) {
 	connects(b, func(s *stage, pid int) string { _ = s.k.SetMode(pid, ModeRedirect); return "203.0.113.9:443" })
 }
+
+// starts measures fork, exec and the end of a program.
+func starts(b *testing.B, setUp func(*stage)) {
+	s := newStage(b)
+	setUp(s)
+	for b.Loop() {
+		if err := exec.Command("/bin/true").Run(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkStartWithoutPrograms(b *testing.B) { starts(b, func(s *stage) { _ = s.k.Detach() }) }
+
+func BenchmarkStart(b *testing.B) { starts(b, func(*stage) {}) }
