@@ -24,6 +24,11 @@ type kind struct {
 	programs []string
 	// oneShot programs end with their pull: there is nothing to restart.
 	oneShot bool
+	// eager says that it may read its roots before it connects to a registry:
+	// its source says so, or nobody has looked. Others read them when they
+	// verify a registry's answer, as Go programs do by themselves, and so never
+	// before the proxy has seen to the CA, however late that is.
+	eager bool
 	// ask makes a running one pull an image, to see whether it trusts the CA.
 	// Nil means that it can't be asked.
 	ask func(ctx context.Context, rt *runtimeProc, image string) error
@@ -53,6 +58,10 @@ type kind struct {
 // it at start (20.10 to 24) or keeps what it has read for as long as the
 // repository is in use (25 and later), and a connection doesn't say which of
 // the two it comes from.
+//
+// kaniko reads its roots as it starts (pkg/util/transport_util.go). The strace
+// of podman, buildah, skopeo, crane and oras shows none read before the first
+// connection.
 var kinds = []*kind{
 	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker, builds: true,
 		settings:     []string{trust.DockerCertsD},
@@ -69,17 +78,17 @@ var kinds = []*kind{
 	{name: "podman", programs: []string{"podman"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
 	{name: "buildah", programs: []string{"buildah"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
 	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true, settings: containersSettings, userSettings: containersUserSettings},
-	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, pullsThrough: "containerd",
+	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, eager: true, pullsThrough: "containerd",
 		settings:     []string{trust.ContainerdCertsD, trust.DockerCertsD},
 		userSettings: []string{trust.UserContainerdCertsD, trust.UserDockerCertsD}},
 	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd"},
 	{name: "crane", programs: []string{"crane", "gcrane", "krane"}, oneShot: true},
 	{name: "oras", programs: []string{"oras"}, oneShot: true},
-	{name: "regctl", programs: []string{"regctl", "regsync"}, oneShot: true},
-	{name: "kaniko", programs: []string{"executor"}, oneShot: true, builds: true},
-	{name: "helm", programs: []string{"helm"}, oneShot: true},
-	{name: "cosign", programs: []string{"cosign"}, oneShot: true},
-	{name: "trivy", programs: []string{"trivy"}, oneShot: true},
+	{name: "regctl", programs: []string{"regctl", "regsync"}, oneShot: true, eager: true},
+	{name: "kaniko", programs: []string{"executor"}, oneShot: true, eager: true, builds: true},
+	{name: "helm", programs: []string{"helm"}, oneShot: true, eager: true},
+	{name: "cosign", programs: []string{"cosign"}, oneShot: true, eager: true},
+	{name: "trivy", programs: []string{"trivy"}, oneShot: true, eager: true},
 }
 
 // What containers/image reads: containers-certs.d(5).

@@ -67,6 +67,7 @@ type RuntimeStatus struct {
 type runtimeProc struct {
 	process
 	kind   *kind
+	execed time.Duration // after boot; 0 if it isn't known
 	netns  uint64
 	ctx    context.Context // ends with the process
 	cancel context.CancelFunc
@@ -136,7 +137,7 @@ func (rs *runtimes) seed(cgroup string) error {
 			continue
 		}
 		rs.mu.Lock()
-		rs.add(p, k, true)
+		rs.add(p, k, 0, true)
 		rs.mu.Unlock()
 	}
 	for _, p := range oldest {
@@ -158,13 +159,13 @@ func (rs *runtimes) started(ev bpf.Event) {
 			rt.unheard = false // its connection was faster than this news
 			return
 		}
-		rs.add(p, k, false)
+		rs.add(p, k, ev.Time, false)
 	}
 }
 
 // add takes in a process. The caller holds rs.mu.
-func (rs *runtimes) add(p process, k *kind, seeded bool) *runtimeProc {
-	rt := &runtimeProc{process: p, kind: k, reach: ReachStarting,
+func (rs *runtimes) add(p process, k *kind, execed time.Duration, seeded bool) *runtimeProc {
+	rt := &runtimeProc{process: p, kind: k, execed: execed, reach: ReachStarting,
 		settled: make(chan struct{}), verdicts: make(map[netip.Addr]chan error)}
 	rt.netns, _ = netnsOf(p.pid)
 	rt.ctx, rt.cancel = context.WithCancel(rs.a.ctx)
@@ -233,7 +234,7 @@ func (rs *runtimes) find(pid int) *runtimeProc {
 	if mode, tracked := rs.a.kernel.Mode(pid); k == nil || !tracked || mode != bpf.ModeNew {
 		return nil
 	}
-	rt := rs.add(p, k, false)
+	rt := rs.add(p, k, 0, false)
 	rt.unheard = true
 	return rt
 }
@@ -352,18 +353,24 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 		rs.state.installed(host, len(res.Files) > 0)
 	}
 
+	why := "it was running before the CA was installed, and has read its roots"
 	if system == nil {
 		switch {
 		case seeded && rs.state.remembers(rt) == rememberedRefusal:
 			rs.passThrough(rt, "it refused weir's certificate before the agent's own restart", rt.restartStep())
 			return
-		case !seeded && !rs.a.kernel.Early(rt.pid):
+		case !seeded && rs.a.kernel.Early(rt.pid):
+			why = "it connected somewhere before the CA was installed"
+		case !seeded && mayHaveRead(rt, root, res.Since):
+			why = "it may have read its roots as it started, just before the CA was installed"
+		case !seeded:
 			// No connection of its has left unseen, so it can't have
 			// verified anything yet, and will find the CA when it does.
 			rs.intercept(rt, trustByStart, nil)
 			if !rs.a.kernel.Early(rt.pid) { // between the question and the answer
 				return
 			}
+			why = "it connected somewhere before the CA was installed"
 		case seeded && host != "" && rs.state.installedBefore(host, rt.start):
 			rs.intercept(rt, trustByStart, nil)
 			return
@@ -372,7 +379,27 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 			return
 		}
 	}
-	rs.prove(rt, root, host, system)
+	rs.prove(rt, root, host, system, why)
+}
+
+// earliestRead is how soon after its exec an eager program can read its roots.
+// kaniko doesn't within 12 ms, nor a Go program of no other purpose within 0.5.
+const earliestRead = 2 * time.Millisecond
+
+// mayHaveRead says whether a process that has just started can have read its
+// roots before the CA was there: it is one of the eager ones, or has settings in
+// a certs.d, which are added to the roots before it connects.
+func mayHaveRead(rt *runtimeProc, root *trust.Root, since time.Time) bool {
+	eager := rt.kind.eager
+	for _, dir := range slices.Concat(rt.userSettings(), rt.kind.settings, rt.kind.certsD) {
+		names, err := root.ReadDir(dir)
+		eager = eager || len(names) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist)
+	}
+	if !eager {
+		return false
+	}
+	execed := time.Now().Add(rt.execed - sinceBoot())
+	return rt.execed == 0 || since.After(execed.Add(earliestRead))
 }
 
 // install puts the CA where a runtime reads the system's roots.
@@ -417,12 +444,8 @@ func (rs *runtimes) record(host string, res trust.Result) {
 }
 
 // prove finds out whether a running runtime trusts the CA, by having it pull
-// from a probe address.
-func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system error) {
-	why := "it was running before the CA was installed, and has read its roots"
-	if rs.a.kernel.Early(rt.pid) {
-		why = "it connected somewhere before the CA was installed"
-	}
+// from a probe address. why is what speaks against it.
+func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system error, why string) {
 	step := rt.restartStep()
 	if system != nil {
 		why = "the CA can't be installed: " + system.Error()

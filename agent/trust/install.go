@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -77,6 +78,9 @@ type Result struct {
 	// System is nil if the CA is in one of Places.System: one is enough, as
 	// Go reads all of them.
 	System error
+
+	// Since is when the CA was in that place at the latest.
+	Since time.Time
 
 	// CertsD has an entry for each of Places.CertsD.
 	CertsD map[string]Coverage
@@ -425,8 +429,9 @@ func (c *certsD) withdraw(d *dir, name string) (bool, error) {
 func (in *installer) put(d *dir, name string, file func() (*staged, func(), error)) error {
 	// Twice again if another process put or removed it just then.
 	for try := 0; ; try++ {
-		there, ours, err := in.look(d, name)
-		if err != nil || ours {
+		there, since, err := in.look(d, name)
+		if err != nil || !since.IsZero() {
+			in.res.Since = since
 			return err
 		}
 		s, done, err := file()
@@ -436,6 +441,7 @@ func (in *installer) put(d *dir, name string, file func() (*staged, func(), erro
 		err = s.place(d, name, there)
 		done()
 		if err == nil {
+			in.res.Since = time.Now()
 			in.res.Files = append(in.res.Files, path.Join(d.path, name))
 			return nil
 		}
@@ -445,38 +451,44 @@ func (in *installer) put(d *dir, name string, file func() (*staged, func(), erro
 	}
 }
 
-// look reports whether name is in d, and whether it is the current certificate.
-// It fails with ErrForeign if what is there is not weir's to replace.
-func (in *installer) look(d *dir, name string) (there, current bool, err error) {
+// fileClock is how far the clock of files may be behind: a tick, of which there
+// are at least 100 a second.
+const fileClock = 10 * time.Millisecond
+
+// look reports whether name is in d, and if it is the current certificate, since
+// when at the latest: a file that is linked or renamed is changed by that. It
+// fails with ErrForeign if what is there is not weir's to replace.
+func (in *installer) look(d *dir, name string) (there bool, since time.Time, err error) {
 	st, err := d.stat(name)
 	if errors.Is(err, unix.ENOENT) {
-		return false, false, nil
+		return false, since, nil
 	}
 	if err != nil {
-		return false, false, err
+		return false, since, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > maxPEM {
-		return true, false, ErrForeign
+		return true, since, ErrForeign
 	}
+	changed := time.Unix(st.Ctim.Unix()).Add(fileClock)
 	id := inode{st.Dev, st.Ino}
 	if in.current[id] {
-		return true, true, nil
+		return true, changed, nil
 	}
 	b, err := d.read(name, maxPEM)
 	if errors.Is(err, unix.ENOENT) {
-		return false, false, nil
+		return false, since, nil
 	}
 	if err != nil {
-		return true, false, err
+		return true, since, err
 	}
 	if bytes.Equal(b, in.ca.pem) {
 		in.current[id] = true
-		return true, true, nil
+		return true, changed, nil
 	}
 	if !isOurs(b) {
-		return true, false, ErrForeign
+		return true, since, ErrForeign
 	}
-	return true, false, nil
+	return true, since, nil
 }
 
 // isOurs reports whether b, found under one of weir's names, is weir's: a CA
