@@ -101,6 +101,33 @@ func client(what string, args []string) error {
 		}
 		defer c.Close()
 		fmt.Println(c.RemoteAddr())
+	case "eager": // URL; verified with the roots of the program's start
+		roots, err := x509.SystemCertPool()
+		if err != nil {
+			return err
+		}
+		c := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
+		resp, err := c.Get(args[0])
+		if err != nil {
+			return err
+		}
+		resp.Body.Close()
+	case "flood": // address, how many connections; keeps them
+		n, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		for range n {
+			c, err := net.DialTimeout("tcp", args[0], 20*time.Second)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, _ = c.Write([]byte("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")) // half a ClientHello
+		}
+		fmt.Println("flooded")
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		time.Sleep(time.Hour)
 	case "hostile": // host
 		return hostile(args[0] + ":443")
 	case "pull": // registry, repository, tag

@@ -144,6 +144,17 @@ func (n *Node) Plug(pid int) (addr string) {
 	return net + "2"
 }
 
+// Bridge makes a bridge br0 with a network of its own, as Docker has one, and
+// returns the first half of the network's addresses, as in "10.201.". The first
+// address is the bridge's.
+func (n *Node) Bridge() string {
+	n.t.Helper()
+	net := fmt.Sprintf("10.%d.", 200+n.number)
+	n.Run("sh", "-ec", "ip link add br0 type bridge; ip addr add "+net+"0.1/16 dev br0; ip link set br0 up")
+	n.in.router.Run("ip", "route", "add", net+"0.0/16", "via", fmt.Sprintf("10.77.%d.2", n.number))
+	return net
+}
+
 // Spawn starts a program that runs until it is stopped.
 func (n *Node) Spawn(name string, args ...string) *Process {
 	n.t.Helper()
