@@ -106,7 +106,7 @@ func client(what string, args []string) error {
 		if err != nil {
 			return err
 		}
-		c := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
+		c := http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
 		resp, err := c.Get(args[0])
 		if err != nil {
 			return err

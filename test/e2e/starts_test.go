@@ -358,6 +358,33 @@ func TestContainersLeaveNothing(t *testing.T) {
 	t.Logf("after 3 containers %+v, after %d %+v", first, count, last)
 }
 
+// Network namespaces without any runtime come and go, as sandboxes make them:
+// nothing of them is left either.
+func TestNamespacesLeaveNothing(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	came := func(n int) {
+		t.Helper()
+		node.Run("sh", "-ec", fmt.Sprintf("for i in $(seq %d); do unshare --net sh -ec 'ip link set lo up; true & wait'; done", n))
+	}
+	left := func() holdings {
+		t.Helper()
+		return settled(t, agent, func(h holdings) error {
+			if h.doors > 1 || h.namespaces > 1 {
+				return errors.New("some are still there")
+			}
+			return nil
+		})
+	}
+	came(10)
+	first := left()
+	came(300) // more than are opened at once
+	if last := left(); last.entries > first.entries || last.descriptors > first.descriptors+4 || last.goroutines > first.goroutines+4 {
+		t.Errorf("after 10 %+v, after 310 %+v", first, last)
+	}
+}
+
 func settled(t *testing.T, a *lab.Agent, ok func(holdings) error) (h holdings) {
 	t.Helper()
 	if err := lab.Eventually(nil, func(context.Context) error {

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"weir/agent/trust"
+	"weir/bpf"
+	"weir/proxy"
+)
+
+// watchedDoors are doors as an agent has them, for a cgroup of the test's own.
+func watchedDoors(t *testing.T) (ds *doors, cgroup *os.File) {
+	t.Helper()
+	needRoot(t)
+	root, err := bpf.CgroupRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp(root, fmt.Sprintf("weir-doors-%d-", os.Getpid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		until(t, "removing the cgroup", func() bool { return os.Remove(dir) == nil })
+	})
+	if cgroup, err = os.Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cgroup.Close() })
+	k, err := bpf.Load(bpf.Options{Cgroup: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ds = newDoors(k, proxy.Upstreams{}, func(_ *door, c *net.TCPConn) { c.Close() }, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() {
+		ds.closeAll()
+		ds.wg.Wait()
+		k.Close()
+	})
+	go ds.ahead(t.Context())
+	go func() {
+		for {
+			ev, err := k.Next()
+			if err != nil {
+				return
+			}
+			if ev.Kind == bpf.Gone {
+				ds.gone(ev.PID)
+			}
+		}
+	}()
+	return ds, cgroup
+}
+
+func until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal(what, " doesn't come to an end")
+		}
+	}
+}
+
+func (ds *doors) of(ino uint64) *door {
+	ds.mu.Lock()
+	defer ds.mu.Unlock()
+	return ds.open[ino]
+}
+
+// A shell in a network namespace of its own, whose loopback interface is down.
+func shellIn(t *testing.T, cgroup *os.File) (pid int, say func(string) string) {
+	t.Helper()
+	cmd := exec.Command("sh")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: unix.SIGKILL, UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	lines := bufio.NewReader(out)
+	return cmd.Process.Pid, func(s string) string {
+		t.Helper()
+		_, _ = io.WriteString(in, s+"\n")
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			t.Fatalf("%q: %v", s, err)
+		}
+		return line
+	}
+}
+
+// A namespace has a door from its first process on, the same until the last one
+// that it is open for has ended, and nothing is left then.
+func TestDoorAhead(t *testing.T) {
+	ds, cgroup := watchedDoors(t)
+	pid, say := shellIn(t, cgroup)
+	ino, err := netnsOf(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "waiting for a door", func() bool { return ds.of(ino) != nil })
+	d := ds.of(ino)
+	for range 5 {
+		say("sh -c true; echo")
+	}
+	if ds.of(ino) != d {
+		t.Error("the door didn't stay")
+	}
+	// It is closed with this shell, and opened again by what another program
+	// that has stayed there starts.
+	var stayed int
+	if _, err := fmt.Sscan(say("sh -c 'while sleep 0.01; do :; done' >/dev/null & echo $!"), &stayed); err != nil {
+		t.Fatal(err)
+	}
+	stop := sync.OnceFunc(func() { _ = syscall.Kill(stayed, syscall.SIGKILL) })
+	t.Cleanup(stop)
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "waiting for another door", func() bool { now := ds.of(ino); return now != nil && now != d })
+	stop()
+	until(t, "closing the door", func() bool {
+		ds.mu.Lock()
+		defer ds.mu.Unlock()
+		return len(ds.open)+len(ds.at) == 0
+	})
+}
+
+// A process that has gone elsewhere, or ended without a word, keeps no door.
+func TestDoorReconcile(t *testing.T) {
+	ds, cgroup := watchedDoors(t)
+	pid, say := shellIn(t, cgroup)
+	if err := ds.enter(pid); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := netnsOf(pid)
+	say("echo; exec unshare -n sh")
+	until(t, "going elsewhere", func() bool { now, err := netnsOf(pid); return err == nil && now != before })
+	say("echo")
+	until(t, "noticing that it has gone", func() bool { ds.reconcile(); return ds.of(before) == nil })
+	if err := ds.enter(1 << 22); err == nil {
+		t.Error("a process that isn't there has a door")
+	}
+	ds.arrived(bpf.Arrival{Netns: 1 << 40, PID: 1 << 22})
+}
+
+// What may have read its roots before the CA came isn't taken to trust it.
+func TestMayHaveRead(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	root, err := trust.OpenRootDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	now := sinceBoot()
+	for _, c := range []struct {
+		kind  *kind
+		since time.Duration // after its exec
+		known bool
+		dir   string
+		may   bool
+	}{
+		{kindOf("crane"), time.Second, true, "", false},
+		{kindOf("executor"), time.Second, true, "", true},
+		{kindOf("executor"), -time.Second, true, "", false},
+		{kindOf("executor"), -time.Second, false, "", true},
+		{kindOf("skopeo"), time.Second, true, "", false},
+		{kindOf("skopeo"), time.Second, true, trust.DockerCertsD + "/example.com", true},
+		{kindOf("skopeo"), -time.Second, true, trust.DockerCertsD + "/example.com", false},
+	} {
+		if c.dir != "" {
+			if err := os.MkdirAll(filepath.Join(dir, c.dir), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rt := &runtimeProc{kind: c.kind}
+		if c.known {
+			rt.execed = now - time.Minute
+		}
+		since := time.Now().Add(c.since - (sinceBoot() - now) - time.Minute)
+		if may := mayHaveRead(rt, root, since); may != c.may {
+			t.Errorf("%s, CA %s after its exec (known: %v), settings %q: %v", c.kind.name, c.since, c.known, c.dir, may)
+		}
+	}
+}
