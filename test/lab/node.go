@@ -150,7 +150,9 @@ func (n *Node) Plug(pid int) (addr string) {
 func (n *Node) Bridge() string {
 	n.t.Helper()
 	net := fmt.Sprintf("10.%d.", 200+n.number)
-	n.Run("sh", "-ec", "ip link add br0 type bridge; ip addr add "+net+"0.1/16 dev br0; ip link set br0 up")
+	// Without an address of its own it would take that of a port, which comes and
+	// goes, and be somebody else to those that know it.
+	n.Run("sh", "-ec", "ip link add br0 address 02:00:00:00:00:01 type bridge; ip addr add "+net+"0.1/16 dev br0; ip link set br0 up")
 	n.in.router.Run("ip", "route", "add", net+"0.0/16", "via", fmt.Sprintf("10.77.%d.2", n.number))
 	return net
 }
