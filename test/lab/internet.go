@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -20,6 +21,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -199,7 +201,6 @@ func (in *Internet) caPEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: in.ca.Raw})
 }
 
-// certificate issues a certificate for a host.
 // Roots are those that the machines of this internet trust, as PEM.
 func (in *Internet) Roots() string {
 	in.t.Helper()
@@ -210,6 +211,33 @@ func (in *Internet) Roots() string {
 	return string(world) + string(in.caPEM())
 }
 
+// CertificateFiles issues a certificate for a host, and returns the names of
+// files with it and its key, as PEM.
+func (in *Internet) CertificateFiles(host string) (cert, key string) {
+	t := in.t
+	t.Helper()
+	c := in.certificate(host)
+	der, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	err = errors.Join(os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Certificate[0]}), 0o644),
+		os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert, key
+}
+
+// Spawn starts a program among the hosts that runs until it is stopped.
+func (in *Internet) Spawn(name string, args ...string) *Process {
+	in.t.Helper()
+	return in.space.start(name, nil, args...)
+}
+
+// certificate issues a certificate for a host.
 func (in *Internet) certificate(host string) tls.Certificate {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
