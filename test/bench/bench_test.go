@@ -396,4 +396,3 @@ func BenchmarkAgent(b *testing.B) {
 	s.row("start with 20,000 blobs", fmt.Sprintf("%.2f s (%.2f–%.2f)", quantile(starts, 0.5), quantile(starts, 0), quantile(starts, 1)), "< 1 s", reached(quantile(starts, 0.5) < 1))
 	s.report(b)
 }
-
