@@ -2,6 +2,7 @@
 
 SHELL := /bin/bash
 GO ?= go
+BENCH ?= .
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
@@ -12,11 +13,11 @@ RUN_PACKAGES = ca-certificates
 TEST_PACKAGES = docker.io containerd runc skopeo podman buildah iproute2 iptables openssl systemd gcc libc6-dev chromium curl
 KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static prometheus
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
-BENCH_PACKAGES = nginx-light wrk
+BENCH_PACKAGES = nginx-light wrk docker-registry
 CYCLONEDX = github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist run test test-kubernetes manifest bench soak scale lint generate check-generated fuzz demo clean
+.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak scale lint generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,8 +55,12 @@ test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6
 manifest: ## make deploy/weir.yaml from deploy/chart
 	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -run '^TestManifest$$' ./test/kubernetes -update
 
-bench: build ## measure: connect(), time to first byte, throughput, CPU, memory
+bench: ## measure weir beside nginx and others, and write test/bench/RESULTS.md (20 minutes, alone on the machine; BENCH=Blobs for a part)
 	@$(call need,$(TEST_PACKAGES) $(BENCH_PACKAGES))
+	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 60m ./test/bench -results .
+
+bench-parts: ## measure single functions, bursts of nodes, and a job's pod
+	@$(call need,$(TEST_PACKAGES))
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 2s ./bpf/... ./proxy/... ./p2p/...
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x ./agent
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/e2e

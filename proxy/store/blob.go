@@ -144,39 +144,46 @@ func (r *BlobReader) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	i := r.off / chunkSize
-	if r.chunk != i {
-		if err := r.load(i); err != nil {
+	i, at := r.off/chunkSize, r.off%chunkSize
+	size := min(chunkSize, r.blob.size-i*chunkSize) // of the chunk
+	if at == 0 && int64(len(p)) >= size {           // it needs no copy
+		if err := r.load(i, p[:size]); err != nil {
 			return 0, err
 		}
+		r.off += size
+		return int(size), nil
 	}
-	n := copy(p, r.buf[r.off-i*chunkSize:])
+	if r.chunk != i {
+		if int64(cap(r.buf)) < size {
+			r.buf = make([]byte, size)
+		}
+		r.buf, r.chunk = r.buf[:size], -1
+		if err := r.load(i, r.buf); err != nil {
+			return 0, err
+		}
+		r.chunk = i
+	}
+	n := copy(p, r.buf[at:])
 	r.off += int64(n)
 	return n, nil
 }
 
-func (r *BlobReader) load(i int64) error {
+// load reads a chunk into b and checks it.
+func (r *BlobReader) load(i int64, b []byte) error {
 	s, err := r.blob.checksums()
 	if err != nil {
 		return err
 	}
-	start := i * chunkSize
-	n := min(chunkSize, r.blob.size-start)
-	if int64(cap(r.buf)) < n {
-		r.buf = make([]byte, n)
-	}
-	r.buf, r.chunk = r.buf[:n], -1
-	if _, err := r.blob.file.ReadAt(r.buf, start); err != nil {
+	if _, err := r.blob.file.ReadAt(b, i*chunkSize); err != nil {
 		if errors.Is(err, os.ErrClosed) {
 			return err
 		}
 		// A file that got shorter, or a disk that can't be read there.
 		return errors.Join(err, r.blob.corrupt())
 	}
-	if !s.ok(i, r.buf) {
+	if !s.ok(i, b) {
 		return r.blob.corrupt()
 	}
-	r.chunk = i
 	return nil
 }
 

@@ -9,7 +9,7 @@
 // can take a forged blob for a whole one.
 //
 // A blob that is kept has a file of checksums beside it, one CRC-32C for each
-// 256 KiB. Each read is checked against them, which costs next to nothing, and
+// 64 KiB. Each read is checked against them, which costs next to nothing, and
 // so a damaged file is noticed at the damaged place before a byte of it has
 // left. That is also what makes the store safe against crashes without a
 // single fsync: whatever a power cut leaves behind, it either matches its
@@ -99,6 +99,8 @@ type Store struct {
 	recent  *list.List                      // most recently used first
 	running map[digest.Digest]*Transfer
 	foreign []string
+	// promised are the bytes of running transfers that are not on the disk yet.
+	promised int64
 }
 
 type entry struct {
@@ -188,18 +190,18 @@ func (s *Store) load() error {
 			found = append(found, &entry{d, info.Size(), info.ModTime()})
 		}
 	}
-	for _, alg := range algorithms {
-		names, _ := os.ReadDir(s.path("sums", alg.Name()))
-		for _, n := range names { // of blobs that are gone
-			if _, err := os.Lstat(s.path("blobs", alg.Name(), n.Name())); errors.Is(err, fs.ErrNotExist) {
-				os.Remove(s.path("sums", alg.Name(), n.Name()))
-			}
-		}
-	}
 	slices.SortFunc(found, func(a, b *entry) int { return b.touched.Compare(a.touched) })
 	for _, e := range found {
 		s.index[e.digest] = s.recent.PushBack(e)
 		s.stats.Bytes += e.size
+	}
+	for _, alg := range algorithms {
+		names, _ := os.ReadDir(s.path("sums", alg.Name()))
+		for _, n := range names {
+			if _, ok := s.index[digest.NewDigestFromEncoded(digest.Algorithm(alg.Name()), n.Name())]; !ok {
+				os.Remove(s.path("sums", alg.Name(), n.Name())) // of a blob that is gone
+			}
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -457,14 +459,15 @@ func (s *Store) makeRoom(size int64) bool {
 	}
 }
 
-// free is how many bytes the file system has left, or MinFree's bound lifted
-// when it doesn't say.
+// free is how many bytes the file system has left beside what running transfers
+// will need, or MinFree's bound lifted when it doesn't say. The caller holds
+// s.mu.
 func (s *Store) free() int64 {
 	var st unix.Statfs_t
 	if err := unix.Statfs(s.dir, &st); err != nil {
 		return 1 << 62
 	}
-	return int64(st.Bavail) * st.Bsize
+	return int64(st.Bavail)*st.Bsize - s.promised
 }
 
 func (s *Store) path(elem ...string) string {

@@ -10,8 +10,9 @@ import (
 	"os"
 )
 
-// chunkSize is the unit in which a blob's bytes are checked when they are read.
-const chunkSize = 256 << 10
+// chunkSize is the unit in which a blob's bytes are checked when they are read,
+// and so what an answer needs of memory.
+const chunkSize = 64 << 10
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
@@ -49,7 +50,7 @@ func (s *sums) ok(i int64, b []byte) bool {
 
 // The file: a magic, the blob's size, the checksums, and a checksum of all
 // this, in little-endian order.
-const sumsMagic = "weirsum1"
+const sumsMagic = "weirsum2"
 
 func (s *sums) marshal() []byte {
 	b := make([]byte, 0, len(sumsMagic)+8+4*len(s.chunks)+4)

@@ -29,6 +29,8 @@ const (
 	// attempts is how many times in a row a source may fail without a byte
 	// in between.
 	attempts = 3
+	// allocateSize is how much of a file is allocated at a time.
+	allocateSize = 16 << 20
 	// holdTime is how long bytes are held back that nothing vouches for but the
 	// digest, at most. Clients give a registry a minute to send something.
 	holdTime = 20 * time.Second
@@ -63,6 +65,10 @@ type Transfer struct {
 	readers int
 	linger  *time.Timer
 	ended   func(kept bool)
+
+	// Of the writer alone.
+	allocated int64 // bytes of file
+	promised  int64 // bytes that it will need more, see [Store.free]
 }
 
 type transferState int
@@ -130,9 +136,11 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Transfer
 func (t *Transfer) BeginUnproven(size int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	// Kept blobs don't make room for what may be nothing, if there is any.
 	s, reserved := t.store, int64(0)
+	s.mu.Lock()
 	if s.opts.MinFree > 0 && s.free()-size < s.opts.MinFree || s.opts.MaxBytes > 0 && size > s.opts.MaxBytes {
 		reserved = max(size, 0)
 	}
+	s.mu.Unlock()
 	return t.begin(size, reserved, body, more, again)
 }
 
@@ -149,11 +157,13 @@ func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, 
 		return nil, err
 	}
 	f, err := os.CreateTemp(s.path("ingest"), t.digest.Encoded()+".")
-	if err == nil && size > 0 {
+	if err == nil {
+		t.mu.Lock()
+		t.size, t.file = size, f
+		t.mu.Unlock()
 		// Find out now, and not in the middle, that the disk is full.
-		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, size)
-		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
-			err = nil
+		if err = t.allocate(1); err == nil && !t.promise(size-t.allocated) {
+			err = unix.ENOSPC
 		}
 		if err != nil {
 			os.Remove(f.Name())
@@ -161,6 +171,7 @@ func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, 
 		}
 	}
 	if err != nil {
+		t.promise(0)
 		s.release(reserved)
 		s.mu.Lock()
 		s.stats.NotKept++
@@ -172,7 +183,7 @@ func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, 
 
 	t.mu.Lock()
 	t.ctx, t.cancel = context.WithCancel(s.ctx)
-	t.state, t.size, t.file, t.refs = running, size, f, 1
+	t.state, t.refs = running, 1
 	if more != nil {
 		t.sources = append(t.sources, more)
 	}
@@ -186,6 +197,33 @@ func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, 
 
 	s.wg.Go(func() { t.run(body, reserved) })
 	return r, nil
+}
+
+// allocate has the file's blocks allocated up to an offset, if its size is
+// known, and some of those that follow: all at once would take as long as
+// writing zeros where there are no extents, in memory for one.
+func (t *Transfer) allocate(to int64) error {
+	for t.allocated < min(to, t.size) {
+		n := min(allocateSize, t.size-t.allocated)
+		err := unix.Fallocate(int(t.file.Fd()), unix.FALLOC_FL_KEEP_SIZE, t.allocated, n)
+		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOSYS) {
+			return err
+		}
+		t.allocated += n
+		t.promise(t.size - t.allocated)
+	}
+	return nil
+}
+
+// promise takes in how many bytes the transfer will still need of the disk, and
+// says whether they are there.
+func (t *Transfer) promise(n int64) bool {
+	n = max(n, 0)
+	t.store.mu.Lock()
+	defer t.store.mu.Unlock()
+	t.store.promised += n - t.promised
+	t.promised = n
+	return t.store.free() >= 0
 }
 
 // Follow returns a reader of a running transfer for somebody who verifies the
@@ -283,6 +321,7 @@ func (t *Transfer) run(body io.ReadCloser, reserved int64) {
 	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
 		sum, err = t.takeIn(body)
 	}
+	t.promise(0)
 	name := t.file.Name()
 	stored := err == nil
 	if err == nil {
@@ -353,6 +392,8 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	t.round++
 	t.change.Broadcast()
 	t.mu.Unlock()
+	t.allocated = 0
+	t.promise(size)
 	return t.file.Truncate(0) == nil
 }
 
@@ -396,6 +437,9 @@ func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, e
 		if k > 0 {
 			if t.size >= 0 && t.written+int64(k) > t.size {
 				return n, fmt.Errorf("%s: more than the announced %d bytes: %w", t.digest, t.size, ErrCorrupt)
+			}
+			if err := t.allocate(t.written + int64(k)); err != nil {
+				return n, &writeError{err}
 			}
 			if _, err := t.file.WriteAt(buf[:k], t.written); err != nil {
 				return n, &writeError{err}
