@@ -226,7 +226,12 @@ func hold(base, path string, count int) (r fetched, err error) {
 func pull(base, repo, tag string) (r fetched, err error) {
 	c := newClient(64 << 10)
 	start := time.Now()
-	resp, err := c.Get(base + "/v2/" + repo + "/manifests/" + tag)
+	req, err := http.NewRequest(http.MethodGet, base+"/v2/"+repo+"/manifests/"+tag, nil)
+	if err != nil {
+		return r, err
+	}
+	req.Header.Set("Accept", manifestType)
+	resp, err := c.Do(req)
 	if err != nil {
 		return r, err
 	}

@@ -129,8 +129,7 @@ user root;
 pid %[1]s/nginx.pid;
 error_log stderr warn;
 worker_processes %[2]d;
-worker_rlimit_nofile 60000;
-events { worker_connections 25000; }
+events { worker_connections 15000; }
 http {
 access_log off;
 sendfile on;
@@ -147,6 +146,11 @@ open_file_cache max=10000 inactive=600s;
 		b.Fatal(err)
 	}
 	return conf
+}
+
+// nginxCommand is one whose workers end with it, however it ends.
+func nginxCommand(processor int, conf string) []string {
+	return pinned(processor, "unshare", "--fork", "--pid", "--kill-child", "/usr/sbin/nginx", "-c", conf)
 }
 
 // pinned is a command on one processor.
@@ -176,7 +180,7 @@ func newWorld(b *testing.B, c *content) *world {
 		v4, v6 := w.Host(host)
 		listen[host] = []string{v4.String() + ":443", "[" + v6.String() + "]:443"}
 	}
-	w.Spawn("nginx", "/usr/sbin/nginx", "-c", c.nginx(b, w.CertificateFiles, 2, listen))
+	w.Spawn("nginx", nginxCommand(shared, c.nginx(b, w.CertificateFiles, 2, listen))...)
 	w.node = w.Node()
 	w.crane, w.plain = program(b, w.node, "crane"), program(b, w.node, "someprogram")
 	w.client = &http.Client{Transport: &http.Transport{DialContext: w.node.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
@@ -229,7 +233,7 @@ func (w *world) nearNginx(b *testing.B, processor int) (base string, p *lab.Proc
 	if processor != shared {
 		workers = 1
 	}
-	p = w.node.Spawn("nginx", pinned(processor, "/usr/sbin/nginx", "-c", w.content.nginx(b, w.CertificateFiles, workers, map[string][]string{"nginx.test": {addr}}))...)
+	p = w.node.Spawn("nginx", nginxCommand(processor, w.content.nginx(b, w.CertificateFiles, workers, map[string][]string{"nginx.test": {addr}}))...)
 	w.answers(b, "https://"+addr)
 	return "https://nginx.test:" + nearPort, p
 }
