@@ -31,6 +31,7 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
 	"golang.org/x/sync/semaphore"
@@ -114,6 +115,7 @@ type Handler struct {
 	tokens   *tokens
 	peers    Peers
 	names    names
+	types    *lru.Cache[digest.Digest, string] // media types of manifests that are kept
 	file     string
 	log      *slog.Logger
 	stats    statsTable
@@ -142,6 +144,7 @@ func New(o Options) *Handler {
 	}
 	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer}, rights: newRights(o.RightsTTL, o.StaleIfError), tags: newTags(),
 		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, asking: semaphore.NewWeighted(4)}
+	h.types, _ = lru.New[digest.Digest, string](4096)
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {
 		return h

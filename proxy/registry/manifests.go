@@ -127,7 +127,11 @@ func (x *exchange) keptManifest(d digest.Digest) ([]byte, string, bool) {
 	if err != nil {
 		return nil, "", false
 	}
-	mt := mediaTypeOf(body)
+	mt, ok := x.h.types.Get(d)
+	if !ok {
+		mt = mediaTypeOf(body)
+		x.h.types.Add(d, mt)
+	}
 	return body, mt, mt != "" && accepts(x.r, mt)
 }
 

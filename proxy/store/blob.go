@@ -14,6 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// smallBlob is a blob whose file of checksums takes as long to read as itself.
+const smallBlob = 1 << 20
+
 // fileID tells whether a file is still the same one.
 type fileID struct {
 	dev, ino     uint64
@@ -78,8 +81,15 @@ func (b *Blob) Reader() *BlobReader { return &BlobReader{blob: b, chunk: -1} }
 func (b *Blob) checksums() (*sums, error) {
 	b.once.Do(func() {
 		if !b.foreign {
+			if s, ok := b.store.small.Get(b.id); ok {
+				b.sums = s
+				return
+			}
 			if raw, err := os.ReadFile(b.store.sumsPath(b.digest)); err == nil {
 				if s, err := parseSums(raw); err == nil && s.size == b.size {
+					if b.size <= smallBlob {
+						b.store.small.Add(b.id, s)
+					}
 					b.sums = s
 					return
 				}

@@ -92,6 +92,7 @@ type Store struct {
 
 	verifying singleflight.Group
 	memo      *lru.Cache[fileID, *sums] // checksums of files that have none beside them
+	small     *lru.Cache[fileID, *sums] // of small blobs, which are read again and again
 
 	mu      sync.Mutex
 	stats   Stats
@@ -137,8 +138,10 @@ func Open(dir string, opts Options) (*Store, error) {
 	}
 	s.stats.MaxBytes = opts.MaxBytes
 	var err error
-	if s.memo, err = lru.New[fileID, *sums](4096); err != nil {
-		return nil, err
+	for _, cache := range []**lru.Cache[fileID, *sums]{&s.memo, &s.small} {
+		if *cache, err = lru.New[fileID, *sums](4096); err != nil {
+			return nil, err
+		}
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the store's directory: %w", err)
