@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -14,12 +15,20 @@ import (
 	"testing"
 	"time"
 
-	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/core/pnet"
+	"github.com/libp2p/go-libp2p/core/sec"
+	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
+	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
+	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	"github.com/libp2p/go-libp2p/p2p/net/upgrader"
 	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
+	ma "github.com/multiformats/go-multiaddr"
 	"github.com/opencontainers/go-digest"
 	"weir/p2p"
 )
@@ -94,6 +103,9 @@ func (nothing) Progress(digest.Digest) (int64, int64, bool, error) {
 // Recall implements p2p.Content.
 func (nothing) Recall(string) []byte { return nil }
 
+// Figures implements p2p.Content.
+func (nothing) Figures() []byte { return nil }
+
 // peerClient reads a blob a number of times, as weir does from a peer or from
 // a stream of libp2p.
 func peerClient(args []string) (r fetched, err error) {
@@ -130,7 +142,7 @@ func peerClient(args []string) (r fetched, err error) {
 			return &shareBody{body, share}, nil
 		}
 	} else {
-		h, err := libp2p.New(libp2p.PrivateNetwork(key), libp2p.Transport(tcp.NewTCPTransport), libp2p.Security(libp2ptls.ID, libp2ptls.New), libp2p.NoListenAddrs, libp2p.DisableMetrics())
+		h, err := streamHost(key)
 		if err != nil {
 			return r, err
 		}
@@ -194,14 +206,67 @@ func (s *shareBody) Close() error {
 	return s.ReadCloser.Close()
 }
 
+// streamHost makes a host of libp2p as weir does, but with libp2p's own TCP
+// transport.
+func streamHost(key []byte) (host.Host, error) {
+	priv, public, err := crypto.GenerateEd25519Key(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	id, err := peer.IDFromPublicKey(public)
+	if err != nil {
+		return nil, err
+	}
+	known, err := pstoremem.NewPeerstore()
+	if err == nil {
+		err = errors.Join(known.AddPrivKey(id, priv), known.AddPubKey(id, public))
+	}
+	if err != nil {
+		return nil, err
+	}
+	events := eventbus.NewBus()
+	net, err := swarm.NewSwarm(id, known, events)
+	if err != nil {
+		return nil, err
+	}
+	h, err := basichost.NewHost(net, &basichost.HostOpts{EventBus: events})
+	if err != nil {
+		return nil, err
+	}
+	muxers := []upgrader.StreamMuxer{{ID: yamux.ID, Muxer: yamux.DefaultTransport}}
+	secure, err := libp2ptls.New(libp2ptls.ID, priv, muxers)
+	if err != nil {
+		return nil, err
+	}
+	up, err := upgrader.New([]sec.SecureTransport{secure}, muxers, key, &network.NullResourceManager{}, nil)
+	if err != nil {
+		return nil, err
+	}
+	transport, err := tcp.NewTCPTransport(up, &network.NullResourceManager{}, nil)
+	if err == nil {
+		err = net.AddTransport(transport)
+	}
+	if err != nil {
+		return nil, err
+	}
+	h.Start()
+	return h, nil
+}
+
 // peerServer sends a file by streams of libp2p.
 func peerServer(args []string) error {
 	key, err := p2p.ReadSwarmKey(args[0])
 	if err != nil {
 		return err
 	}
-	h, err := libp2p.New(libp2p.PrivateNetwork(pnet.PSK(key)), libp2p.Transport(tcp.NewTCPTransport), libp2p.Security(libp2ptls.ID, libp2ptls.New),
-		libp2p.ListenAddrStrings("/ip4/"+args[1]+"/tcp/5054"), libp2p.DisableMetrics())
+	h, err := streamHost(key)
+	if err != nil {
+		return err
+	}
+	at, err := ma.NewMultiaddr("/ip4/" + args[1] + "/tcp/5054")
+	if err == nil {
+		err = h.Network().Listen(at)
+	}
 	if err != nil {
 		return err
 	}
@@ -215,6 +280,6 @@ func peerServer(args []string) error {
 		defer f.Close()
 		_, _ = io.CopyBuffer(struct{ io.Writer }{s}, struct{ io.Reader }{f}, make([]byte, 256<<10))
 	})
-	fmt.Printf("%s/p2p/%s\nready\n", h.Addrs()[0], h.ID())
+	fmt.Printf("%s/p2p/%s\nready\n", at, h.ID())
 	select {}
 }
