@@ -25,13 +25,15 @@ help: ## list the targets
 build: ## build bin/weir, a static binary
 	$(BUILD) -o bin/weir ./agent/weir
 
-dist: ## build what a release has: binaries for amd64 and arm64, what they are made of (CycloneDX), their sums
+dist: ## build what a release has: binaries for amd64 and arm64, what they are made of (CycloneDX), the image, sums
 	rm -rf dist && mkdir dist
 	for arch in amd64 arm64; do \
 		GOARCH=$$arch $(BUILD) -o dist/weir-linux-$$arch ./agent/weir && \
 		$(GO) run $(CYCLONEDX) bin -json -noserial -version $(VERSION) -output dist/weir-linux-$$arch.cdx.json dist/weir-linux-$$arch && \
 		sed -i '/^    "timestamp": /d' dist/weir-linux-$$arch.cdx.json || exit 1; \
 	done
+	$(GO) run ./deploy/image -out dist/image dist/weir-linux-amd64 dist/weir-linux-arm64
+	tar -C dist/image --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf dist/weir-image.oci.tar . && rm -r dist/image
 	cd dist && sha256sum weir-* > SHA256SUMS
 
 run: build ## install what is missing, and run the agent on this machine
