@@ -96,24 +96,27 @@ func parseUsers(uidMap string) (u users, err error) {
 	return u, nil
 }
 
-// inBuild says whether a process runs in a step of a build: what is written
-// into its root file system then comes to be in the image. Its ancestors lead to
-// the builder past runc alone, where those of a container that is run lead to
-// its shim. Kaniko runs steps in its own root file system, the others don't.
-func inBuild(rt *runtimeProc, root *trust.Root) bool {
+// inImage says whether a process's root file system is an image's in the
+// making: what is written there comes to be in the image. The process runs in a
+// step of a build, or unpacks a layer, for which dockerd, podman and the like
+// run themselves once more. Its ancestors lead to the builder past runc alone,
+// where those of a container that is run lead to its shim. Kaniko builds in its
+// own root file system, the others don't.
+func inImage(rt *runtimeProc, root *trust.Root) bool {
 	for pid := rt.parent; pid > 1; {
 		p, err := readProcess(pid)
 		if err != nil || strings.HasPrefix(p.comm, "containerd-shim") || p.comm == "conmon" {
 			return false
 		}
-		if k := kindOf(p.comm, p.exe); k != nil && k.builds {
+		if k := kindOf(p.comm, p.exe); k != nil && (k.builds || k == rt.kind) {
 			r, err := trust.OpenRoot(pid)
 			if err != nil {
 				return false
 			}
-			same := r.ID() == root.ID()
+			builder, own := r.ID(), root.ID()
 			r.Close()
-			return !same || k.name == "kaniko"
+			// In another mount namespace it is still the same directory.
+			return k.name == "kaniko" || builder.Dev != own.Dev || builder.Ino != own.Ino
 		}
 		pid = p.parent
 	}

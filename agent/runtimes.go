@@ -342,8 +342,8 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 	defer root.Close()
 
 	host := rs.a.lasting[root.ID()]
-	if host == "" && inBuild(rt, root) {
-		rs.passThrough(rt, "it runs in a step of a build: the CA would come to be in the image", "nothing to do")
+	if host == "" && inImage(rt, root) {
+		rs.passThrough(rt, "its root file system is an image's that is being made: the CA would come to be in that", "nothing to do")
 		return
 	}
 	res := rs.install(rt, root)
