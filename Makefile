@@ -10,7 +10,8 @@ APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 # Debian packages: what running needs, what the tests drive, what generates and checks.
 RUN_PACKAGES = ca-certificates
-TEST_PACKAGES = docker.io containerd runc skopeo podman buildah iproute2 iptables openssl systemd gcc libc6-dev chromium curl
+TEST_PACKAGES = docker.io containerd runc skopeo podman buildah iproute2 iptables openssl systemd gcc libc6-dev chromium curl \
+	rootlesskit slirp4netns uidmap
 KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static prometheus
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk docker-registry
@@ -48,7 +49,7 @@ test: ## run all tests (as root; installs what they need)
 	$(GO) vet ./...
 	$(GO) vet -tags scale ./p2p
 	$(SUDO) env PATH="$$PATH" $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
-	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 18m ./test/e2e ./test/lab
+	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 40m ./test/e2e ./test/lab # most of it for building the tools, once
 
 test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6 minutes, once)
 	@$(call need,$(TEST_PACKAGES) $(KUBERNETES_PACKAGES))

@@ -3,13 +3,16 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"weir/agent"
 	"weir/test/lab"
 )
 
@@ -31,13 +34,16 @@ func TestMoreTools(t *testing.T) {
 		w.forget()
 		before := agent.Status().Connections.Intercepted
 		node.Run(pull...)
-		w.nothingFetched(t)
+		// cosign asks for the manifests of signatures too, which aren't there.
+		if n := w.hub.Log.BlobGETs() + w.ghcr.Log.BlobGETs(); n > 0 {
+			t.Errorf("%s: %d blobs were fetched", name, n)
+		}
 		if n := agent.Status().Connections.Intercepted - before; n == 0 {
 			t.Errorf("%s was not intercepted", name)
 		}
 	}
 	// A chart.
-	node.Run("sh", "-ec", "cd /var/lib/home && "+helm+" create chart && "+helm+" package chart && "+helm+" push chart-0.1.0.tgz oci://ghcr.io/acme")
+	node.Run("sh", "-ec", "cd /var/lib/home && "+helm+" create chart && "+helm+" package chart && "+helm+" push chart-0.1.0.tgz oci://ghcr.io/acme && mkdir pulled")
 	w.forget()
 	node.Run(helm, "pull", "oci://ghcr.io/acme/chart", "--version=0.1.0", "--destination=/var/lib/home/pulled")
 	w.nothingFetched(t)
@@ -75,10 +81,7 @@ func TestNerdctl(t *testing.T) {
 // second job gets the base from the node. Nothing of weir's is in the image.
 func TestKaniko(t *testing.T) {
 	w := newWorld(t)
-	crane, roots := filepath.Join(t.TempDir(), "crane"), filepath.Join(t.TempDir(), "roots.pem")
-	if err := errors.Join(os.Symlink(lab.Tool(t, "crane"), crane), os.WriteFile(roots, []byte(w.Roots()), 0o644)); err != nil {
-		t.Fatal(err)
-	}
+	crane, roots := craneAndRoots(t, w)
 	w.hub.Push("acme/base:1", lab.Image{Layers: []int{700_000}, Seed: 71, Program: crane, Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": roots}})
 	node := w.Node()
 	agent := node.Agent()
@@ -106,15 +109,136 @@ exec env -i HOME=/root USER=root PATH=/usr/local/bin:/kaniko SSL_CERT_DIR=/kanik
 		if n := w.hub.Log.BlobGETs(); (n == 0) != (i == 1) {
 			t.Errorf("job %d: %d blobs were fetched\n%s", i, n, out)
 		}
-		files := node.Run("sh", "-ec", fmt.Sprintf("%s export ghcr.io/acme/kaniko:%d - | tar -t", crane, i))
-		if strings.Contains(files, "weir") || !strings.Contains(files, "ca-certificates.crt\n") || !strings.Contains(files, "\na\n") || !strings.Contains(files, "renovate.tar\n") {
-			t.Errorf("the image has %q", files)
-		}
-		if !strings.Contains(agent.Log(1<<20), "it runs in a step of a build") {
-			t.Error("the step was not seen to be one")
-		}
+		nothingOfWeirs(t, node, fmt.Sprintf("ghcr.io/acme/kaniko:%d", i), "a", "renovate.tar", "etc/ssl/certs/ca-certificates.crt")
 	}
 	if s := agent.Status(); s.Connections.Intercepted == 0 || s.Connections.Failed > 0 {
 		t.Errorf("%+v", s.Connections)
+	}
+	seenToBeSteps(t, agent, 2)
+}
+
+// buildx with its docker-container driver: the buildkitd is in a container of the
+// node's dockerd, with a network of its own, and a fresh one for each job. A step
+// of the build pulls too; nothing of weir's is in the image.
+func TestBuildx(t *testing.T) {
+	w := newWorld(t)
+	crane, roots := craneAndRoots(t, w)
+	w.ghcr.Push("acme/base:1", lab.Image{Layers: []int{700_000}, Seed: 72, Program: crane, Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": roots}})
+	buildkitd := filepath.Join(t.TempDir(), "buildkitd")
+	if err := os.Symlink(lab.Tool(t, "buildkitd"), buildkitd); err != nil {
+		t.Fatal(err)
+	}
+	const lib = "/lib/x86_64-linux-gnu/"
+	w.hub.Push("moby/buildkit:buildx-stable-1", lab.Image{Seed: 73, Program: buildkitd, Files: map[string]string{
+		"/usr/bin/buildctl": lab.Tool(t, "buildctl"), "/etc/ssl/certs/ca-certificates.crt": roots, "/etc/passwd": "/etc/passwd", "/tmp/passwd": "/etc/passwd",
+		"/usr/bin/runc": lab.Debian(t, "/usr/sbin/runc", "runc"), lib + "libseccomp.so.2": lib + "libseccomp.so.2",
+		lib + "libc.so.6": lib + "libc.so.6", "/lib64/ld-linux-x86-64.so.2": "/lib64/ld-linux-x86-64.so.2"}})
+	node := w.Node()
+	agent := node.Agent()
+	// A privileged container gets all capabilities, of which a test's machine may
+	// not have all.
+	node.WriteFile("/var/lib/home/runc", `#!/bin/bash
+for ((i = 1; i < $#; i++)); do
+	j=$((i + 1))
+	case ${!i} in
+	--bundle) config=${!j}/config.json ;;
+	--process) config=${!j} ;;
+	*) continue ;;
+	esac
+	have=,$(setpriv --dump | sed -n 's/^Capability bounding set: //p'),
+	for c in $(grep -o '"CAP_[A-Z_]*"' "$config" | sort -u | tr -d '"'); do
+		n=${c#CAP_}
+		[[ $have = *,${n,,},* ]] || sed -i "s/\"$c\",\?//g; s/,]/]/g" "$config"
+	done
+done
+exec /usr/sbin/runc "$@"
+`)
+	node.Run("chmod", "+x", "/var/lib/home/runc")
+	node.Docker("--add-runtime=lab=/var/lib/home/runc", "--default-runtime=lab")
+	buildx := func(args ...string) string {
+		t.Helper()
+		return node.Run(append([]string{"env", "DOCKER_HOST=unix:///run/docker.sock", lab.Tool(t, "buildx")}, args...)...)
+	}
+	node.WriteFile("/var/lib/home/build/Dockerfile", fmt.Sprintf("FROM ghcr.io/acme/base:1\nCOPY Dockerfile /a\nRUN [\"/crane\", \"pull\", %q, \"/flyway.tar\"]\n", flyway))
+	for i := range 2 {
+		name := fmt.Sprintf("job%d", i)
+		buildx("create", "--name="+name, "--driver=docker-container", "--driver-opt=network=none,cgroup-parent="+filepath.Base(node.Cgroup()), "--buildkitd-flags=--oci-worker-snapshotter=native --oci-worker-net=host")
+		buildx("inspect", "--bootstrap", name)
+		var pid int
+		if _, err := fmt.Sscan(node.Run("sh", "-ec", outerDocker+"inspect --format '{{.State.Pid}}' buildx_buildkit_"+name+"0"), &pid); err != nil {
+			t.Fatal(err)
+		}
+		node.Plug(pid)
+		node.Run("sh", "-ec", fmt.Sprintf("for f in hosts resolv.conf; do cat /etc/$f > /proc/%d/root/etc/$f; done", pid))
+		if rt := ofKind(t, agent, "buildkitd"); rt.Reach != "intercepted" {
+			t.Errorf("%+v", rt)
+		}
+		w.forget()
+		args := []string{"build", "--builder=" + name, "--progress=plain", fmt.Sprintf("--output=type=image,name=ghcr.io/acme/buildx:%d,push=true", i), "/var/lib/home/build"}
+		for _, host := range []string{"index.docker.io", "auth.docker.io", "production.cloudflare.docker.com"} {
+			v4, _ := w.Host(host)
+			args = append(args, "--add-host="+host+":"+v4.String())
+		}
+		out := buildx(args...)
+		if n := w.ghcr.Log.BlobGETs(); (n == 0) != (i == 1) {
+			t.Errorf("job %d: %d blobs were fetched\n%s", i, n, out)
+		}
+		nothingOfWeirs(t, node, fmt.Sprintf("ghcr.io/acme/buildx:%d", i), "a", "flyway.tar", "etc/ssl/certs/ca-certificates.crt")
+		buildx("rm", "--force", name)
+	}
+	seenToBeSteps(t, agent, 2)
+}
+
+// seenToBeSteps fails the test unless programs that ran in a step of a build were
+// left alone for that.
+func seenToBeSteps(t *testing.T, a *lab.Agent, want int) {
+	t.Helper()
+	if n := strings.Count(a.Log(1<<20), `runtime=crane`); n < want || n != strings.Count(a.Log(1<<20), "an image's that is being made") {
+		t.Errorf("%d cranes, not all of them left alone, or not %d", n, want)
+	}
+}
+
+// ofKind waits until a runtime of a kind is in the status, and is settled.
+func ofKind(t *testing.T, a *lab.Agent, kind string) agent.RuntimeStatus {
+	t.Helper()
+	var pid int
+	if err := lab.Eventually(nil, func(context.Context) error {
+		s := a.Status()
+		i := slices.IndexFunc(s.Runtimes, func(r agent.RuntimeStatus) bool { return r.Kind == kind })
+		if i < 0 {
+			return fmt.Errorf("no %s is in the status: %+v", kind, s.Runtimes)
+		}
+		pid = s.Runtimes[i].PID
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return a.Runtime(pid)
+}
+
+// craneAndRoots are files for images: a crane, and the roots that it needs.
+func craneAndRoots(t *testing.T, w *world) (crane, roots string) {
+	t.Helper()
+	crane, roots = filepath.Join(t.TempDir(), "crane"), filepath.Join(t.TempDir(), "roots.pem")
+	if err := errors.Join(os.Symlink(lab.Tool(t, "crane"), crane), os.WriteFile(roots, []byte(w.Roots()), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	return crane, roots
+}
+
+// nothingOfWeirs fails the test when an image has a file of weir's, or not those
+// that it should have.
+func nothingOfWeirs(t *testing.T, node *lab.Node, image string, want ...string) {
+	t.Helper()
+	files := strings.Fields(node.Run("sh", "-ec", lab.Tool(t, "crane")+" export "+image+" - | tar -t"))
+	for _, f := range want {
+		if !slices.ContainsFunc(files, func(g string) bool { return strings.TrimPrefix(g, "/") == f }) {
+			t.Errorf("%s has no %s, but %q", image, f, files)
+		}
+	}
+	for _, f := range files {
+		if strings.Contains(f, "weir") {
+			t.Errorf("%s has %s", image, f)
+		}
 	}
 }
