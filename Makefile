@@ -92,7 +92,8 @@ check-generated: generate # the committed programs are those of the source
 
 demo: build ## show the main job without internet: cold and warm pulls, and where the bytes came from
 	@$(call need,$(TEST_PACKAGES))
-	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -run '^TestDemo$$' -v ./test/e2e
+	@echo "building the demo and what it pulls with; that takes some minutes the first time"
+	@$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -run '^TestDemo$$' -v ./test/e2e
 
 clean: ## remove what was built
 	rm -rf bin

@@ -161,6 +161,10 @@ func TestPageOfCluster(t *testing.T) {
 				t.Errorf("%s on a screen of %d pixels is %v wide; too wide are %v", of.url, screen.width, got,
 					b.Eval(`[...document.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 200))`))
 			}
+			// Nothing has a label and no value.
+			if got := b.Eval(`[...document.querySelectorAll("td[data-l]")].filter(e => e.offsetHeight && !e.textContent.trim()).map(e => e.dataset.l).join()`); got != "" && screen.width < 600 {
+				t.Errorf("%s has nothing to say for %v", of.url, got)
+			}
 			if background := b.Eval("getComputedStyle(document.body).backgroundColor"); (background == "rgb(255, 255, 255)") != (screen.colours == "light") {
 				t.Errorf("in %s colours the background is %v", screen.colours, background)
 			}

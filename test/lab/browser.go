@@ -137,11 +137,12 @@ func (b *Browser) Screen(width, height int, colours string) {
 	b.call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": colours}}}, nil)
 }
 
-// Open opens a page and waits until an expression is true there.
+// Open opens a page and waits until it is there with all that belongs to it, and
+// an expression is true.
 func (b *Browser) Open(url, until string) {
 	b.t.Helper()
 	b.call("Page.navigate", map[string]any{"url": url}, nil)
-	b.Until(until)
+	b.Until(`document.readyState == "complete" && ` + until)
 }
 
 // Until waits until an expression is true.
