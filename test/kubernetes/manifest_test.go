@@ -82,6 +82,7 @@ func TestValues(t *testing.T) {
 		{[]string{image, "--set=store.size=large"}, "/store/size"},
 		{[]string{image, "--set=peers.port=0"}, "/peers/port"},
 		{[]string{image, "--set=env.LD_PRELOAD=x"}, "LD_PRELOAD"},
+		{[]string{image, "--set=env.OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318"}, `{name: OTEL_EXPORTER_OTLP_ENDPOINT, value: "http://collector:4318"}`},
 		{[]string{image, "--set=stroe.size=1GiB"}, "stroe"},
 		{[]string{image, "--kube-version=1.29.0"}, "container.apparmor.security.beta.kubernetes.io/weir: unconfined"},
 		{[]string{image, "--kube-version=1.24.0"}, "kubeVersion"},
