@@ -545,7 +545,7 @@ func uninstallCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Stop the agent and remove every trace of weir from this node",
-		Long:  "Stop the agent, take its CA out of every place where a runtime reads certificates,\nand remove the store and the CA's key.",
+		Long:  "Stop the agent, and the service that `weir install` made; take its CA out of every place\nwhere a runtime reads certificates, and remove the store and the CA's key.",
 	}
 	dirFlags(c.Flags(), &conf)
 	c.Flags().BoolVar(&stay, "stay", false, "run on when all is removed, until told to end, as a DaemonSet's pods have to")
