@@ -230,11 +230,13 @@ func TestContainerdsContent(t *testing.T) {
 	agent := node.Agent()
 	docker := node.Docker()
 	agent.Runtime(docker.PID())
-	w.forget()
-	docker.Pull(flyway)
-	docker.Same(flyway, w.flyway)
-	if n := w.hub.Log.BlobGETs(); n > 0 {
-		t.Errorf("%d blobs were fetched:\n%s", n, w.hub.Log)
+	for _, d := range []*lab.Docker{docker, node.Box().Docker()} { // beside it, and a dind
+		w.forget()
+		d.Pull(flyway)
+		d.Same(flyway, w.flyway)
+		if n := w.hub.Log.BlobGETs(); n > 0 {
+			t.Errorf("%d blobs were fetched:\n%s", n, w.hub.Log)
+		}
 	}
 	if s := agent.Status(); s.Store.Bytes > 100_000 {
 		t.Errorf("blobs were copied: %+v", s.Store)
@@ -263,12 +265,17 @@ func TestDockerInBox(t *testing.T) {
 		t.Errorf("dockerd is %+v", rt)
 	}
 	// The next job starts with an empty disk, and gets it from the node.
-	next := node.Box().Docker()
-	w.forget()
-	next.Pull(flyway)
-	next.Same(flyway, w.flyway)
-	if n := w.hub.Log.BlobGETs(); n > 0 {
-		t.Errorf("%d blobs were fetched:\n%s", n, w.hub.Log)
+	// So does one with a containerd image store.
+	for _, next := range []*lab.Docker{node.Box().Docker(), node.Box().NewestDocker()} {
+		w.forget()
+		next.Pull(flyway)
+		next.Same(flyway, w.flyway)
+		if n := w.hub.Log.BlobGETs(); n > 0 {
+			t.Errorf("%d blobs were fetched:\n%s", n, w.hub.Log)
+		}
+		if rt := agent.Runtime(next.PID()); rt.Reach != "intercepted" {
+			t.Errorf("%+v", rt)
+		}
 	}
 }
 

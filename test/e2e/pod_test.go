@@ -40,14 +40,16 @@ tar -C $root -c . | `+outerDocker+`import - pod`)
 
 func newPod(t testing.TB, node *lab.Node, name string, flags ...string) *pod {
 	t.Helper()
-	return newPodOf(t, node, "pod", name, flags...)
+	p := newPodOf(t, node, "pod", "none", name, flags...)
+	node.Plug(p.pid)
+	return p
 }
 
-// newPodOf makes a pod of an image.
-func newPodOf(t testing.TB, node *lab.Node, image, name string, flags ...string) *pod {
+// newPodOf makes a pod of an image, in one of docker's networks.
+func newPodOf(t testing.TB, node *lab.Node, image, network, name string, flags ...string) *pod {
 	t.Helper()
 	p := &pod{t: t, node: node, name: name}
-	node.Run("sh", "-ec", outerDocker+"run --detach --name="+name+" --network=none --cgroup-parent="+filepath.Base(node.Cgroup())+" "+
+	node.Run("sh", "-ec", outerDocker+"run --detach --name="+name+" --network="+network+" --cgroup-parent="+filepath.Base(node.Cgroup())+" "+
 		// What --privileged would give, but for what a test's machine may not have.
 		"--cap-add=SYS_ADMIN --cap-add=NET_ADMIN --security-opt=apparmor=unconfined --security-opt=seccomp=unconfined --security-opt=systempaths=unconfined "+
 		"-v /usr:/usr:ro -v /etc/hosts:/etc/hosts:ro -v "+name+"-socket:/run/shared -v /var/lib/docker "+
@@ -62,7 +64,6 @@ func newPodOf(t testing.TB, node *lab.Node, image, name string, flags ...string)
 	if _, err := fmt.Sscan(node.Run("sh", "-ec", outerDocker+"inspect --format '{{.State.Pid}}' "+name), &p.pid); err != nil {
 		t.Fatal(err)
 	}
-	node.Plug(p.pid)
 	return p
 }
 
@@ -162,6 +163,35 @@ func TestPodsAtOnce(t *testing.T) {
 	}
 }
 
+// What a pod has pulled stays when the pod is gone: for the node, for a pod in
+// the node's own network, and for the node's peers.
+func TestPodsShare(t *testing.T) {
+	w := newWorld(t)
+	nodes, agents := cluster(t, w, 2)
+	docker := nodes[0].Docker()
+	podImage(nodes[0])
+	first := newPod(t, nodes[0], "first")
+	first.job("docker pull -q " + flyway + "; docker pull -q " + renovate)
+	first.remove()
+	w.forget()
+	docker.Pull(flyway)
+	docker.Pull(renovate)
+	docker.Same(flyway, w.flyway)
+	host := newPodOf(t, nodes[0], "pod", "host", "host")
+	host.job("docker pull -q " + flyway + "; docker pull -q " + renovate)
+	if rt := agents[0].Runtime(host.pid); rt.Reach != "intercepted" || rt.Netns != agents[0].Runtime(docker.PID()).Netns {
+		t.Errorf("%+v", rt)
+	}
+	peer := nodes[1].Containerd()
+	peer.Pull(flyway)
+	peer.Pull(renovate)
+	peer.Same(flyway, w.flyway)
+	w.nothingFetched(t)
+	if n := bytesFromPeers(agents[1]); n < 6<<20 {
+		t.Errorf("%d bytes came from the peer", n)
+	}
+}
+
 // BenchmarkPod is the time of a job that pulls an image of 120 MiB, in a fresh
 // pod each time, over an uplink of 100 Mbit/s: without weir, and with it for the
 // first and for the second time.
@@ -210,7 +240,8 @@ ln -s %[2]s /var/lib/home/%[1]s/etc/ssl/certs
 ln -s %[2]s /var/lib/home/%[1]s/etc/docker/certs.d
 cp /etc/ssl/certs/ca-certificates.crt /var/lib/home/%[1]s/etc/ssl/cert.pem
 tar -C /var/lib/home/%[1]s -c . | `+outerDocker+`import - %[1]s`, name, link))
-		p := newPodOf(t, node, name, name)
+		p := newPodOf(t, node, name, "none", name)
+		node.Plug(p.pid)
 		p.job("docker pull -q " + flyway)
 		if rt := agent.Runtime(p.pid); rt.Reach != "passthrough" || !strings.Contains(rt.Reason, "the CA can't be installed") {
 			t.Errorf("%s: %+v", link, rt)
