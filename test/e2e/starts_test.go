@@ -140,13 +140,26 @@ exec %s pull %s /dev/null
 	after := agent.Status()
 	// A pull of this image takes 4 blobs, and each of them is a redirect.
 	if passed := w.hub.Log.BlobGETs() / 8; passed > 0 {
-		t.Errorf("%d of %d starts were not intercepted:\n%s\n%+v", passed, starts, w.hub.Log, after.Kernel)
+		t.Errorf("%d of %d starts were not intercepted:\n%s", passed, starts, why(agent))
 	}
 	n := after.Connections.Intercepted - before
 	if n < starts {
 		t.Errorf("%d of %d starts were intercepted: %+v", n, starts, after.Kernel)
 	}
 	t.Logf("%d starts, %d connections intercepted; %+v", starts, n, after.Kernel)
+}
+
+// why is what the agent's log has of each runtime that was passed through, and
+// what was before.
+func why(agent *lab.Agent) string {
+	lines := strings.Split(agent.Log(64<<20), "\n")
+	var b strings.Builder
+	for i, line := range lines {
+		if strings.Contains(line, "a runtime is passed through") {
+			b.WriteString(strings.Join(lines[max(0, i-20):i+1], "\n") + "\n\n")
+		}
+	}
+	return b.String()
 }
 
 // While the agent gets hardly any processor time, programs that start succeed,
