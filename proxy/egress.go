@@ -57,6 +57,18 @@ type Settings struct {
 	Key string
 }
 
+// withoutRoots are the same settings where the registry is one that the node
+// trusts.
+func (s Settings) withoutRoots() Settings {
+	if len(s.Certificates) == 0 {
+		return Settings{}
+	}
+	if s.Roots != nil {
+		s.Roots, s.Key = nil, s.Key+", without its roots"
+	}
+	return s
+}
+
 // Egress is the way out for the clients of one network namespace: connections
 // are made in their namespace, so that they have their routes, policies and
 // source address, and those to a registry are kept open for the next request.

@@ -260,15 +260,24 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 			return up, "the runtime's settings for the registry can't be used"
 		}
 	}
-	egress := f.Egress.under(s)
-	if err := egress.verify(ctx, host, f.Dst); err != nil {
-		p.log.Info("a registry can't be verified; passed through", "registry", host, "dst", f.Dst, "err", err)
-		return up, "the registry can't be verified"
-	}
-	up = registry.Upstream{Host: host, Client: f.Client, Transport: egress.transport}
+	up = registry.Upstream{Host: host, Client: f.Client}
 	if len(s.Certificates) > 0 {
 		up.As = s.Key
 	}
+	// Who is trusted by this node is the registry of that name for everybody;
+	// who is trusted by the runtime alone, only for those with the same settings.
+	egress := f.Egress.under(s.withoutRoots())
+	err := egress.verify(ctx, host, f.Dst)
+	if err != nil && s.Roots != nil && badCertificate(err) {
+		up.Own = s.Key
+		egress = f.Egress.under(s)
+		err = egress.verify(ctx, host, f.Dst)
+	}
+	if err != nil {
+		p.log.Info("a registry can't be verified; passed through", "registry", host, "dst", f.Dst, "err", err)
+		return up, "the registry can't be verified"
+	}
+	up.Transport = egress.transport
 	return up, ""
 }
 

@@ -591,3 +591,91 @@ func FuzzPeek(f *testing.F) {
 		}
 	})
 }
+
+// A pod has a CA of its own in its runtime's settings, and somebody who answers
+// as a registry that this node knows, with a certificate of that CA. He is
+// another registry: what he says gives nothing of what the real one's clients
+// have got, and is believed of no other client's.
+func TestOwnRootsAreAnotherRegistry(t *testing.T) {
+	real, fake := listen(t), listen(t)
+	s := newStage(t, real)
+	secret := []byte("only for those whom the registry lets read it")
+	d := digest.FromBytes(secret)
+	blob := "/v2/acme/secret/blobs/" + d.String()
+	s.serveTLS(real, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer right" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		_, _ = w.Write(secret)
+	}))
+	mallory := newAuthority(t, "mallory")
+	var lied atomic.Int64
+	lies := &http.Server{
+		TLSConfig: &tls.Config{GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) { return mallory.Leaf(chi.ServerName) }},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			lied.Add(1)
+			w.Header().Set("Docker-Content-Digest", d.String())
+			w.Header().Set("Content-Length", fmt.Sprint(len(secret)))
+			_, _ = w.Write(make([]byte, len(secret)))
+		}),
+	}
+	go func() { _ = lies.ServeTLS(fake, "", "") }()
+	defer lies.Close()
+	get := func(auth string) (int, string) {
+		t.Helper()
+		c := tls.Client(s.dial(), &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool, NextProtos: []string{"http/1.1"}})
+		defer c.Close()
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: registry.test:%d\r\nAuthorization: %s\r\nConnection: close\r\n\r\n", blob, s.dst.Port(), auth)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			return 0, "" // it broke off
+		}
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode, string(b)
+	}
+	if code, body := get("Bearer right"); code != 200 || body != string(secret) {
+		t.Fatalf("%d %q", code, body)
+	}
+	// The port is part of a registry's name, so he has to be at the real one's.
+	pod := func(to net.Addr) *Egress {
+		e := Upstreams{Roots: func(string) *x509.CertPool { return s.world.pool }}.NewEgress(func(context.Context, netip.AddrPort) (*net.TCPConn, error) {
+			c, err := net.Dial(to.Network(), to.String())
+			if err != nil {
+				return nil, err
+			}
+			return c.(*net.TCPConn), nil
+		})
+		t.Cleanup(e.Close)
+		return e
+	}
+	pool := s.world.pool.Clone()
+	pool.AddCert(mallory.cert)
+	own := func(e *Egress) {
+		s.change(func(f *Flow) {
+			f.Egress = e
+			f.Settings = func(registry.Known, string) (Settings, error) { return Settings{Roots: pool, Key: "mallory"}, nil }
+		})
+	}
+	own(pod(fake.Addr()))
+	for _, auth := range []string{"Bearer right", "Bearer none"} {
+		if _, body := get(auth); strings.Contains(body, "only for") {
+			t.Errorf("the pod got the secret, with %q", auth)
+		}
+	}
+	if lied.Load() == 0 {
+		t.Error("nobody asked mallory")
+	}
+	// The real one again, for somebody without a right.
+	s.change(func(*Flow) {})
+	if code, body := get("Bearer none"); code != http.StatusUnauthorized {
+		t.Errorf("%d %q, because of what another registry said", code, body)
+	}
+	// With the same settings, at the real one: it is that one for everybody.
+	own(pod(real.Addr()))
+	asked := s.proxy.opts.Registry.Stats()
+	if code, body := get("Bearer right"); code != 200 || body != string(secret) || len(s.proxy.opts.Registry.Stats()) != len(asked) {
+		t.Errorf("%d %q, %+v", code, body, s.proxy.opts.Registry.Stats())
+	}
+}

@@ -128,7 +128,7 @@ func (x *exchange) wonder(resp *http.Response) {
 		x.h.tags.changed.Store(true)
 		return
 	}
-	if x.up.Plain != "" || !x.h.asking.TryAcquire(1) {
+	if !x.up.believed() || !x.h.asking.TryAcquire(1) {
 		return
 	}
 	x.h.rights.setPublic(repo, false) // until it is known; others needn't ask

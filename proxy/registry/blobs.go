@@ -72,7 +72,7 @@ func (x *exchange) blob() {
 			x.serve(c, x.hit())
 			return
 		}
-		if x.up.Plain == "" {
+		if x.up.believed() {
 			x.forward()
 			return
 		}
@@ -80,7 +80,7 @@ func (x *exchange) blob() {
 	switch {
 	case x.r.Method == http.MethodHead:
 		x.forward()
-	case x.up.Plain != "":
+	case !x.up.believed():
 		x.prove()
 	default:
 		x.miss()

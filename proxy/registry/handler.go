@@ -47,6 +47,11 @@ type Upstream struct {
 	// is part of the registry's identity, and such a registry's word that it
 	// has a blob is not taken: it has to send it once.
 	Plain string
+	// Own stands for the certificates that the client's runtime verifies the
+	// registry with where this node doesn't trust it, and is empty for all
+	// others. Whoever has the runtime can say by them that he is any registry.
+	// So they are part of the registry's identity too, and its word isn't taken.
+	Own string
 	// As tells clients apart that the registry knows by something that isn't
 	// in their requests, such as a TLS certificate. Empty means nothing.
 	As string
@@ -63,11 +68,19 @@ func (u Upstream) ID() string {
 	if u.Plain != "" {
 		return "http://" + u.Host + "@" + u.Plain
 	}
-	if u.Host == dockerHubIndex {
-		return DockerHub
+	host := u.Host
+	if host == dockerHubIndex {
+		host = DockerHub
 	}
-	return u.Host
+	if u.Own != "" {
+		return host + "#" + u.Own
+	}
+	return host
 }
+
+// believed says whether the upstream's word is enough that it has a blob. Any
+// other may say so of somebody else's secret: it has to send it once.
+func (u Upstream) believed() bool { return u.Plain == "" && u.Own == "" }
 
 // base is where requests go.
 func (u Upstream) base() *url.URL {
@@ -244,7 +257,7 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 
 // learn takes in an upstream's answer to a request to read.
 func (x *exchange) learn(resp *http.Response) {
-	x.h.rights.learn(x.asker, x.target, resp, x.up.Plain == "")
+	x.h.rights.learn(x.asker, x.target, resp, x.up.believed())
 }
 
 // permitted says whether the asker may have the target's digest, asking the

@@ -88,7 +88,7 @@ func (x *exchange) tag() {
 	if ok {
 		body, mediaType, ok = x.keptManifest(d)
 	}
-	if !ok || mediaType != resp.Header.Get("Content-Type") || x.up.Plain != "" && !x.h.rights.allows(x.asker, d) {
+	if !ok || mediaType != resp.Header.Get("Content-Type") || !x.up.believed() && !x.h.rights.allows(x.asker, d) {
 		x.stats.misses.Add(1)
 		x.forward()
 		return

@@ -194,7 +194,7 @@ func (p *push) answered(x *exchange, resp *http.Response) {
 	case code == http.StatusCreated && p.digest != "":
 		p.pushedBlob(x)
 	case code == http.StatusCreated && p.mount != "":
-		if x.up.Plain == "" {
+		if x.up.believed() {
 			x.h.rights.contains(x.asker.repository, p.mount)
 		}
 	case code == http.StatusAccepted && x.r.Method != http.MethodDelete:
