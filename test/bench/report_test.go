@@ -112,12 +112,18 @@ the least and the greatest.
 		first("/usr/sbin/dockerd", "--version"))
 }
 
+// revision names what is measured: a commit, and whether more than the results
+// was changed since.
 func revision() string {
-	out, err := exec.Command("git", "describe", "--always", "--dirty", "--exclude", "*").Output()
+	commit, err := exec.Command("git", "rev-parse", "--short", "HEAD").Output()
 	if err != nil {
 		return "of an unknown revision"
 	}
-	return strings.TrimSpace(string(out))
+	changes, err := exec.Command("git", "status", "--porcelain", "--", ":/", ":(exclude)*.svg", ":(exclude)RESULTS.md").Output()
+	if err != nil || len(changes) > 0 {
+		return strings.TrimSpace(string(commit)) + " with changes"
+	}
+	return strings.TrimSpace(string(commit))
 }
 
 // sample is one measurement: those of its fields that it is about.
