@@ -50,7 +50,7 @@ func (s *section) report(b *testing.B) {
 	for _, p := range s.plots {
 		fmt.Fprintf(&t, "\n![%s](%s)\n", p.title, p.file)
 	}
-	fmt.Fprintf(&t, "\nMeasured %s by `make bench BENCH=%s`, weir %s.\n", time.Now().UTC().Format("2006-01-02 15:04 UTC"), strings.TrimPrefix(b.Name(), "Benchmark"), revision())
+	fmt.Fprintf(&t, "\nMeasured until %s by `make bench BENCH=%s`, weir %s.%s\n", time.Now().UTC().Format("2006-01-02 15:04 UTC"), strings.TrimPrefix(b.Name(), "Benchmark"), revision(), company)
 	fmt.Println("\n" + t.String())
 	if *results == "" {
 		return
@@ -78,6 +78,18 @@ func (s *section) report(b *testing.B) {
 		b.Fatal(err)
 	}
 }
+
+// company says what else the machine did when the measurements began.
+var company = func() string {
+	var load float64
+	if raw, err := os.ReadFile("/proc/loadavg"); err == nil {
+		fmt.Sscan(string(raw), &load)
+	}
+	if load < float64(runtime.NumCPU()) {
+		return ""
+	}
+	return fmt.Sprintf(" The machine was **not** alone with it: its load was %.0f before.", load)
+}()
 
 // header says on what the figures were measured.
 func header() string {
