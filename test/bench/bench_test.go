@@ -52,7 +52,7 @@ nginx are on the node itself, with TLS, and have the image as files. Bound: weir
 		for _, f := range hosts { // once before: into weir's store, and the page cache
 			f()
 		}
-		r := turns(rounds(4), hosts...)
+		r := turns(rounds(3), hosts...)
 		ratio := compare(r[0], r[1], seconds)
 		s.row(runtime, f2(median(r[0], seconds)), f2(median(r[1], seconds)), f2(median(r[2], seconds)),
 			ratio, compare(r[0], r[2], seconds), reached(quantile(ratio, 0.5) <= 1.10))
