@@ -30,7 +30,7 @@ const (
 	// in between.
 	attempts = 3
 	// allocateSize is how much of a file is allocated at a time.
-	allocateSize = 16 << 20
+	allocateSize = 4 << 20
 	// holdTime is how long bytes are held back that nothing vouches for but the
 	// digest, at most. Clients give a registry a minute to send something.
 	holdTime = 20 * time.Second
