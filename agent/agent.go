@@ -318,11 +318,14 @@ func (a *Agent) certsDHosts() (hosts []string) {
 	return hosts
 }
 
-// beat tells the kernel side that the agent is alive. When it stops, connections
-// go direct.
+// beat tells the kernel side that the agent is alive. When it stops, or is out
+// of descriptors, connections go direct.
 func (a *Agent) beat() {
 	t := time.NewTicker(100 * time.Millisecond)
 	defer t.Stop()
+	look := time.NewTicker(200 * time.Millisecond)
+	defer look.Stop()
+	full := false
 	tidy := time.NewTicker(30 * time.Second)
 	defer tidy.Stop()
 	registries := time.NewTicker(registryFileInterval)
@@ -330,7 +333,18 @@ func (a *Agent) beat() {
 	for {
 		select {
 		case <-t.C:
-			a.kernel.Beat()
+			if !full {
+				a.kernel.Beat()
+			}
+		case <-look.C:
+			if crowded() == full {
+				continue
+			}
+			if full = !full; full {
+				a.log.Warn("few descriptors are left: new connections go direct until there are more; LimitNOFILE of the unit (ulimit -n) is their bound")
+			} else {
+				a.log.Info("there are descriptors again: connections are redirected")
+			}
 		case <-tidy.C:
 			a.runtimes.reconcile()
 			a.doors.reconcile()
