@@ -83,3 +83,19 @@ func TestNameservers(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
+
+func FuzzNameservers(f *testing.F) {
+	f.Add([]byte("nameserver 10.96.0.10\nsearch svc.cluster.local\noptions ndots:5\n"))
+	f.Add([]byte("nameserver fe80::1%eth0\nnameserver [::1]:5353\n"))
+	file := filepath.Join(f.TempDir(), "resolv.conf")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if err := os.WriteFile(file, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, addr := range nameservers(file) {
+			if _, port, err := net.SplitHostPort(addr); err == nil && port == "" {
+				t.Errorf("%q has no port", addr)
+			}
+		}
+	})
+}

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -211,13 +212,21 @@ func (p *prefetcher) document(ctx context.Context, ref reference.Named, name str
 	if err == nil && len(b) > maxDocument {
 		err = errors.New("its manifest is larger than 4 MiB")
 	}
-	if err == nil {
-		err = json.Unmarshal(b, &doc)
-	}
 	if err != nil {
 		return doc, fmt.Errorf("reading its manifest: %w", err)
 	}
-	for _, d := range append(append([]descriptor{}, doc.Layers...), doc.Manifests...) {
+	return parseDocument(b)
+}
+
+func parseDocument(b []byte) (doc document, err error) {
+	if err := json.Unmarshal(b, &doc); err != nil {
+		return doc, fmt.Errorf("reading its manifest: %w", err)
+	}
+	all := slices.Concat(doc.Layers, doc.Manifests)
+	if doc.Config != nil {
+		all = append(all, *doc.Config)
+	}
+	for _, d := range all {
 		if err := d.Digest.Validate(); err != nil || d.Size < 0 {
 			return doc, fmt.Errorf("its manifest names %q with %d bytes, which can't be", d.Digest, d.Size)
 		}

@@ -106,11 +106,11 @@ func (h *Hosts) Find(host string) (Known, bool) {
 func Canonical(hostport string) string {
 	h := strings.ToLower(hostport)
 	if host, port, err := net.SplitHostPort(h); err == nil {
-		host = strings.TrimSuffix(host, ".")
+		host = strings.TrimRight(host, ".")
 		if port == "443" {
 			return host
 		}
 		return net.JoinHostPort(host, port)
 	}
-	return strings.TrimSuffix(strings.Trim(h, "[]"), ".")
+	return strings.TrimRight(strings.Trim(h, "[]"), ".")
 }

@@ -667,6 +667,18 @@ func TestParseSize(t *testing.T) {
 	}
 }
 
+func FuzzParseSize(f *testing.F) {
+	f.Add("20GiB")
+	f.Add("9223372036854775807B")
+	f.Add("+1KB")
+	f.Fuzz(func(t *testing.T, text string) {
+		n, err := ParseSize(text)
+		if err == nil && (n < 0 || n > 1<<62) {
+			t.Errorf("%q is %d", text, n)
+		}
+	})
+}
+
 func FuzzSums(f *testing.F) {
 	for _, n := range []int{0, 1, chunkSize, chunkSize + 1} {
 		s := newSums()
