@@ -18,7 +18,7 @@ BENCH_PACKAGES = nginx-light wrk docker-registry
 CYCLONEDX = github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak scale lint generate check-generated fuzz demo clean
+.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos scale lint generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,15 +68,20 @@ bench-parts: ## measure single functions, bursts of nodes, and a job's pod
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x ./agent
 	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/e2e
 
-soak: ## the long tests: 100 pulls for each fault among peers, 1,000 starts, 500 containers
+soak: ## the long tests: 100 pulls for each fault among peers, 1,000 starts, 500 containers; and an hour that ends in test/SOAK.md
 	@$(call need,$(TEST_PACKAGES))
 	$(SUDO) env PATH="$$PATH" WEIR_FAULT_PULLS=100 WEIR_STARTS=1000 WEIR_CONTAINERS=500 \
 		$(GO) test -count=1 -v -timeout 90m -run '^Test(Fault|Starts|ContainersLeave)' ./test/e2e
+	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -v -timeout 90m -run '^TestSoak$$' ./test/e2e -soak.for 60m -soak.out ..
+
+chaos: ## break whatever can break while runtimes pull, a thousand times, and write test/CHAOS.md (20 minutes)
+	@$(call need,$(TEST_PACKAGES))
+	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -v -timeout 60m -run '^TestChaos$$' ./test/e2e -chaos.all -chaos.pulls 5 -chaos.stop 30s -chaos.out ../CHAOS.md
 
 scale: ## simulate swarms of 10 to 1,000 nodes, and write test/SCALE.md (35 minutes, 18 GiB)
 	GOMEMLIMIT=18GiB $(GO) test -tags scale -count=1 -v -timeout 60m -run '^TestScale$$' ./p2p -scale.nodes 10,100,250,1000 -scale.out ../test/SCALE.md
 
-fuzz: ## fuzz each parser of outside bytes for a minute
+fuzz: ## fuzz each parser of outside bytes for a minute, or FUZZTIME
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
 		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $${FUZZTIME:-60s} $$p || exit 1; done; done
 

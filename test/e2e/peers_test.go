@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,7 +19,7 @@ import (
 const swarmKey = "/key/swarm/psk/1.0.0/\n/base16/\n%s\n"
 
 // cluster makes nodes whose agents are peers of each other.
-func cluster(t testing.TB, w *world, count int) (nodes []*lab.Node, agents []*lab.Agent) {
+func cluster(t testing.TB, w *world, count int, args ...string) (nodes []*lab.Node, agents []*lab.Agent) {
 	t.Helper()
 	var peers []string
 	for range count {
@@ -28,7 +29,7 @@ func cluster(t testing.TB, w *world, count int) (nodes []*lab.Node, agents []*la
 		peers = append(peers, "--peer", n.Addr().String())
 	}
 	for _, n := range nodes {
-		agents = append(agents, n.Agent(append([]string{"--swarm-key", "/etc/weir.key"}, peers...)...))
+		agents = append(agents, n.Agent(slices.Concat([]string{"--swarm-key", "/etc/weir.key"}, peers, args)...))
 	}
 	if err := known(agents); err != nil {
 		t.Fatal(err)

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"weir/test/lab"
 )
 
@@ -276,64 +274,6 @@ func TestFlood(t *testing.T) {
 	}
 }
 
-// holdings is what an agent holds of the kernel and of Go.
-type holdings struct {
-	descriptors, namespaces, goroutines, entries, doors, runtimes int
-}
-
-func held(t *testing.T, a *lab.Agent) (h holdings) {
-	t.Helper()
-	dir := fmt.Sprintf("/proc/%d", a.PID())
-	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, fd := range fds {
-		to, err := os.Readlink(filepath.Join(dir, "fd", fd.Name()))
-		if err != nil {
-			continue
-		}
-		h.descriptors++
-		if strings.HasPrefix(to, "net:") || strings.HasPrefix(to, "mnt:") {
-			h.namespaces++
-		}
-		info, _ := os.ReadFile(filepath.Join(dir, "fdinfo", fd.Name()))
-		if id := regexp.MustCompile(`map_id:\s+(\d+)`).FindSubmatch(info); id != nil {
-			n, _ := strconv.Atoi(string(id[1]))
-			h.entries += mapEntries(t, ebpf.MapID(n))
-		}
-	}
-	page, err := a.Get(t.Context(), "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := regexp.MustCompile(`(?m)^go_goroutines (\d+)`).FindSubmatch(page)
-	if n == nil {
-		t.Fatal("no go_goroutines in the metrics")
-	}
-	h.goroutines, _ = strconv.Atoi(string(n[1]))
-	s := a.Status()
-	h.doors, h.runtimes = len(s.Doors), len(s.Runtimes)
-	return h
-}
-
-func mapEntries(t *testing.T, id ebpf.MapID) (n int) {
-	t.Helper()
-	m, err := ebpf.NewMapFromID(id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
-	if m.Type() != ebpf.Hash {
-		return 0 // others keep nothing of what has ended, or are bounded by design
-	}
-	var k, v []byte
-	for it := m.Iterate(); it.Next(&k, &v); {
-		n++
-	}
-	return n
-}
-
 // Containers with a dockerd in them come and go: nothing of them is left.
 // WEIR_CONTAINERS is how many there are.
 func TestContainersLeaveNothing(t *testing.T) {
@@ -341,7 +281,7 @@ func TestContainersLeaveNothing(t *testing.T) {
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
-	var first holdings
+	var first lab.Holdings
 	for i := range count {
 		box := node.Box()
 		c := box.NewestContainerd()
@@ -353,17 +293,17 @@ func TestContainersLeaveNothing(t *testing.T) {
 		}
 		box.End()
 		if i == 2 {
-			first = settled(t, agent, func(h holdings) error {
-				if h.doors > 1 || h.runtimes > 0 { // the node's own door is left
+			first = settled(t, agent, func(h lab.Holdings) error {
+				if h.Doors > 1 || h.Runtimes > 0 { // the node's own door is left
 					return fmt.Errorf("%+v", h)
 				}
 				return nil
 			})
 		}
 	}
-	last := settled(t, agent, func(h holdings) error {
+	last := settled(t, agent, func(h lab.Holdings) error {
 		// Go keeps a few goroutines and pipes for what comes next.
-		if h.doors > 1 || h.runtimes > 0 || h.entries > first.entries || h.namespaces > first.namespaces || h.descriptors > first.descriptors+4 || h.goroutines > first.goroutines+4 {
+		if h.Doors > 1 || h.Runtimes > 0 || h.Entries > first.Entries || h.Namespaces > first.Namespaces || h.Descriptors > first.Descriptors+4 || h.Goroutines > first.Goroutines+4 {
 			return errors.New("more than before")
 		}
 		return nil
@@ -381,10 +321,10 @@ func TestNamespacesLeaveNothing(t *testing.T) {
 		t.Helper()
 		node.Run("sh", "-ec", fmt.Sprintf("for i in $(seq %d); do unshare --net sh -ec 'ip link set lo up; true & wait'; done", n))
 	}
-	left := func() holdings {
+	left := func() lab.Holdings {
 		t.Helper()
-		return settled(t, agent, func(h holdings) error {
-			if h.doors > 1 || h.namespaces > 1 {
+		return settled(t, agent, func(h lab.Holdings) error {
+			if h.Doors > 1 || h.Namespaces > 1 {
 				return errors.New("some are still there")
 			}
 			return nil
@@ -393,15 +333,17 @@ func TestNamespacesLeaveNothing(t *testing.T) {
 	came(10)
 	first := left()
 	came(300) // more than are opened at once
-	if last := left(); last.entries > first.entries || last.descriptors > first.descriptors+4 || last.goroutines > first.goroutines+4 {
+	if last := left(); last.Entries > first.Entries || last.Descriptors > first.Descriptors+4 || last.Goroutines > first.Goroutines+4 {
 		t.Errorf("after 10 %+v, after 310 %+v", first, last)
 	}
 }
 
-func settled(t *testing.T, a *lab.Agent, ok func(holdings) error) (h holdings) {
+func settled(t *testing.T, a *lab.Agent, ok func(lab.Holdings) error) (h lab.Holdings) {
 	t.Helper()
-	if err := lab.Eventually(nil, func(context.Context) error {
-		h = held(t, a)
+	if err := lab.Eventually(nil, func(ctx context.Context) (err error) {
+		if h, err = a.Holdings(ctx); err != nil {
+			return err
+		}
 		return ok(h)
 	}); err != nil {
 		t.Errorf("%v: %+v", err, h)

@@ -158,6 +158,20 @@ func (in *Internet) Part(nodes ...*Node) (mend func()) {
 	}
 }
 
+// Refuse has the network reset what is sent between two nodes. What it returns
+// mends it.
+func (in *Internet) Refuse(a, b *Node) (mend func()) {
+	in.t.Helper()
+	rules := func(do string) {
+		in.t.Helper()
+		for _, n := range [][2]*Node{{a, b}, {b, a}} {
+			in.router.Run("iptables", do, "FORWARD", "-p", "tcp", "-s", n[0].Addr().String(), "-d", n[1].Addr().String(), "-j", "REJECT", "--reject-with", "tcp-reset")
+		}
+	}
+	rules("-I")
+	return func() { rules("-D") }
+}
+
 // LAN puts nodes on one more network, on which they hear each other's
 // multicasts.
 func (in *Internet) LAN(nodes ...*Node) {

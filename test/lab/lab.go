@@ -246,6 +246,9 @@ func (s *space) start(name string, env []string, args ...string) *Process {
 // PID is the program's process id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
+// Ended is closed when the program has ended.
+func (p *Process) Ended() <-chan struct{} { return p.done }
+
 // Log returns the last n bytes of what the program has printed.
 func (p *Process) Log(n int) string {
 	b, _ := os.ReadFile(p.log.Name())

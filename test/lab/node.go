@@ -96,6 +96,14 @@ func (n *Node) Shape(mbit int) {
 	shape(n.in.router, fmt.Sprintf("node%d", n.number), mbit)
 }
 
+// ShapeOut limits the rate at which the node sends to the internet and to other
+// nodes. What it returns takes the limit away.
+func (n *Node) ShapeOut(mbit int) (lift func()) {
+	n.t.Helper()
+	shape(n.space, "eth0", mbit)
+	return func() { n.Run("tc", "qdisc", "del", "dev", "eth0", "root") }
+}
+
 // Box makes a network and a mount namespace on the node, as a container with a
 // dockerd in it has. A box may have boxes.
 func (n *Node) Box() *Node {
@@ -275,6 +283,11 @@ func (n *Node) Agent(args ...string) *Agent {
 	n.t.Cleanup(a.http.CloseIdleConnections)
 	a.args = append([]string{Weir(n.t), "agent", "--cgroup", n.dir, "--log-level", "debug"}, args...)
 	a.Start()
+	ready, err := a.Holdings(context.Background())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { a.leaves(ready) })
 	return a
 }
 
@@ -284,8 +297,10 @@ func (a *Agent) Start() {
 	a.Process = a.node.start("weir", a.Env, a.args...)
 	p := a.Process
 	a.node.t.Cleanup(func() {
-		// Whatever a test is about: no log has a secret in it, and no page.
-		said := map[string]string{"log": p.Log(64 << 20)}
+		// Whatever a test is about: no log has a secret in it, and no page; nor
+		// has a log a data race.
+		log := p.Log(64 << 20)
+		said := map[string]string{"log": log}
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		for _, path := range []string{"/", "/?cluster", "/api/status", "/api/pulls", "/api/cluster", "/metrics"} {
@@ -293,18 +308,51 @@ func (a *Agent) Start() {
 				said[path] = string(b)
 			}
 		}
-		for _, secret := range a.node.in.secrets() {
-			for what, text := range said {
-				if strings.Contains(text, secret) {
-					a.node.t.Errorf("weir's %s has %q, a token or a password", what, secret)
-				}
+		for what, text := range said {
+			for _, secret := range leaked(text, a.node.in.secrets()) {
+				a.node.t.Errorf("weir's %s has %q, a token or a password", what, secret)
 			}
+		}
+		if i := strings.Index(log, "WARNING: DATA RACE"); i >= 0 {
+			a.node.t.Errorf("weir's log has a data race:\n%.4000s", log[i:])
 		}
 	})
 	a.until("getting ready", func(ctx context.Context) error {
 		_, err := a.Get(ctx, "/readyz")
 		return err
 	})
+}
+
+// Upgrade stops the agent, and starts another version of it.
+func (a *Agent) Upgrade(program string) {
+	a.node.t.Helper()
+	a.Stop()
+	a.args[0] = program
+	a.Start()
+}
+
+// leaked returns those secrets that a log has. There may be thousands: all that
+// end alike are looked for at the same time.
+func leaked(log string, secrets []string) (found []string) {
+	const end = 8
+	byEnd := make(map[string][]string)
+	for _, s := range secrets {
+		if len(s) < end {
+			if strings.Contains(log, s) {
+				found = append(found, s)
+			}
+			continue
+		}
+		byEnd[s[len(s)-end:]] = append(byEnd[s[len(s)-end:]], s)
+	}
+	for i := end; i <= len(log); i++ {
+		for _, s := range byEnd[log[i-end:i]] {
+			if strings.HasSuffix(log[:i], s) {
+				found = append(found, s)
+			}
+		}
+	}
+	return found
 }
 
 // Get gets a page of the admin address.

@@ -145,32 +145,54 @@ func Tool(t testing.TB, name string) string {
 
 var weir struct {
 	sync.Mutex
-	path string
+	paths map[string]string // by version
 }
 
-// Weir returns the path of the weir binary built from this tree.
+// Weir returns the path of the weir binary built from this tree. With WEIR_RACE in
+// the environment it has the race detector in it, and a test fails whose agent
+// prints what that finds.
 func Weir(t testing.TB) string {
+	t.Helper()
+	return weirVersion(t, "devel")
+}
+
+// NextWeir returns the path of another one, whose version is "next".
+func NextWeir(t testing.TB) string {
+	t.Helper()
+	return weirVersion(t, "next")
+}
+
+func weirVersion(t testing.TB, version string) string {
 	t.Helper()
 	weir.Lock()
 	defer weir.Unlock()
-	if weir.path == "" {
-		weir.path = buildWeir(t)
+	if weir.paths == nil {
+		weir.paths = make(map[string]string)
 	}
-	return weir.path
+	if weir.paths[version] == "" {
+		weir.paths[version] = buildWeir(t, version)
+	}
+	return weir.paths[version]
 }
 
-func buildWeir(t testing.TB) string {
+func buildWeir(t testing.TB, version string) string {
 	t.Helper()
 	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "weir").Output()
 	if err != nil {
 		t.Fatalf("finding weir's source: %v", err)
 	}
 	// One for each checkout, whose tests may run at the same time.
-	name := fmt.Sprintf("weir-%.8x", sha256.Sum256(root))
+	name := fmt.Sprintf("weir-%.8x-%s", sha256.Sum256(root), version)
+	// As the Makefile has it, and so from one cache.
+	args, env := []string{"build", "-trimpath", "-ldflags", "-X main.version=" + version}, "CGO_ENABLED=0"
+	if os.Getenv("WEIR_RACE") != "" {
+		name += "-race"
+		args, env = append(args, "-race"), "CGO_ENABLED=1"
+	}
 	return locked(t, name, func(dir string) string {
 		path := filepath.Join(dir, name, "weir")
-		cmd := exec.Command("go", "build", "-trimpath", "-o", path, "weir/agent/weir") // as the Makefile, and so from one cache
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		cmd := exec.Command("go", append(args, "-o", path, "weir/agent/weir")...)
+		cmd.Env = append(os.Environ(), env)
 		if b, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("building weir: %v\n%s", err, b)
 		}

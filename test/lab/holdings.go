@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/cilium/ebpf"
+	"weir/agent"
+)
+
+// Holdings is what an agent holds of the kernel and of Go.
+type Holdings struct {
+	// Descriptors are all but pipes: Go keeps those that splice(2) went through
+	// for the next one, until two garbage collections have passed. Namespaces
+	// are those of network and mount namespaces.
+	Descriptors, Namespaces int
+	Goroutines              int
+	Entries                 int // of the kernel side's maps
+	Doors, Runtimes, Peers  int
+	Resident                int64 // bytes of memory
+}
+
+var (
+	goroutinesRE = regexp.MustCompile(`(?m)^go_goroutines (\d+)`)
+	mapRE        = regexp.MustCompile(`map_id:\s+(\d+)`)
+)
+
+// Holdings looks at what the agent holds at the moment.
+func (a *Agent) Holdings(ctx context.Context) (h Holdings, err error) {
+	dir := fmt.Sprintf("/proc/%d", a.PID())
+	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
+	if err != nil {
+		return h, err
+	}
+	for _, fd := range fds {
+		to, err := os.Readlink(filepath.Join(dir, "fd", fd.Name()))
+		if err != nil {
+			continue // it is closed by now
+		}
+		if strings.HasPrefix(to, "pipe:") {
+			continue
+		}
+		h.Descriptors++
+		if strings.HasPrefix(to, "net:") || strings.HasPrefix(to, "mnt:") {
+			h.Namespaces++
+		}
+	}
+	maps, err := a.mapIDs()
+	if err != nil {
+		return h, err
+	}
+	for _, id := range maps {
+		n, err := mapEntries(id)
+		if err != nil {
+			return h, err
+		}
+		h.Entries += n
+	}
+	if h.Resident, err = resident(a.PID()); err != nil {
+		return h, err
+	}
+	page, err := a.Get(ctx, "/metrics")
+	if err != nil {
+		return h, err
+	}
+	n := goroutinesRE.FindSubmatch(page)
+	if n == nil {
+		return h, errors.New("no go_goroutines in the metrics")
+	}
+	h.Goroutines, _ = strconv.Atoi(string(n[1]))
+	page, err = a.Get(ctx, "/api/status")
+	if err != nil {
+		return h, err
+	}
+	var s agent.Status
+	err = json.Unmarshal(page, &s)
+	h.Doors, h.Runtimes = len(s.Doors), len(s.Runtimes)
+	if s.Peers != nil {
+		h.Peers = len(s.Peers.Peers)
+	}
+	return h, err
+}
+
+// noMoreThan says what the agent holds for nothing: beside what it held when it
+// was ready, it may hold something for each runtime, each door and each peer,
+// and a little that comes and goes.
+func (h Holdings) noMoreThan(ready Holdings) error {
+	var errs []error
+	for _, x := range []struct {
+		what      string
+		n, before int
+		each      int // of a runtime or a door
+		peer      int
+		spare     int
+	}{
+		{"descriptors", h.Descriptors, ready.Descriptors, 4, 3, 12},
+		{"namespaces", h.Namespaces, ready.Namespaces, 1, 0, 0},
+		{"goroutines", h.Goroutines, ready.Goroutines, 6, 30, 20},
+		{"map entries", h.Entries, ready.Entries, 2, 0, 0},
+	} {
+		if most := x.before + x.each*(h.Runtimes+h.Doors) + x.peer*h.Peers + x.spare; x.n > most {
+			errs = append(errs, fmt.Errorf("%d %s, want at most %d", x.n, x.what, most))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("%+v, and when it was ready %+v: %w", h, ready, err)
+	}
+	return nil
+}
+
+// leaves fails the test when the agent, if it still runs, goes on holding more
+// than when it was ready. By then those runtimes are gone that were started
+// after it.
+func (a *Agent) leaves(ready Holdings) {
+	a.node.t.Helper()
+	select {
+	case <-a.done:
+		return
+	default:
+	}
+	err := Eventually(a.done, func(ctx context.Context) error {
+		h, err := a.Holdings(ctx)
+		if err != nil {
+			return err
+		}
+		return h.noMoreThan(ready)
+	})
+	if err == nil {
+		return
+	}
+	fds, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", a.PID()))
+	var open []string
+	for _, fd := range fds {
+		to, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", a.PID(), fd.Name()))
+		open = append(open, to)
+	}
+	a.Signal(syscall.SIGQUIT) // it prints its goroutines
+	<-a.done
+	a.node.t.Errorf("the agent holds something for nothing: %v\n%s\n%s", err, strings.Join(open, "\n"), a.Log(64<<10))
+}
+
+// mapIDs are the maps that the agent has open.
+func (a *Agent) mapIDs() (ids []ebpf.MapID, err error) {
+	infos, err := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", a.PID()))
+	for _, f := range infos {
+		b, _ := os.ReadFile(f)
+		if id := mapRE.FindSubmatch(b); id != nil {
+			n, _ := strconv.Atoi(string(id[1]))
+			ids = append(ids, ebpf.MapID(n))
+		}
+	}
+	return ids, err
+}
+
+// mapEntries counts what is in a map that something has to be deleted from.
+func mapEntries(id ebpf.MapID) (n int, err error) {
+	m, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return 0, err
+	}
+	defer m.Close()
+	if m.Type() != ebpf.Hash {
+		return 0, nil // others keep nothing of what has ended, or are bounded by design
+	}
+	var k, v []byte
+	for it := m.Iterate(); it.Next(&k, &v); {
+		n++
+	}
+	return n, nil
+}
+
+// resident is a process's memory, in bytes.
+func resident(pid int) (int64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		return 0, err
+	}
+	var size, pages int64
+	_, err = fmt.Sscan(string(b), &size, &pages)
+	return pages * int64(os.Getpagesize()), err
+}
