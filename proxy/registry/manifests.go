@@ -64,6 +64,9 @@ func (x *exchange) tag() {
 	}
 	resp, err := x.head(!known || usable())
 	if failed(resp, err) {
+		// That it has just refused the asker was the beginning of another pull:
+		// while it is silent, nobody is told to come with a token.
+		x.h.rights.refused.Remove(x.asker)
 		x.recallFromPeers()
 		was, body, mediaType, known = x.knownTag(true)
 	}

@@ -187,6 +187,10 @@ func TestStaleIfError(t *testing.T) {
 				}
 			}
 			s.settle()
+			// Somebody begins without a token, just before.
+			if a := s.do("GET", "/v2/library/p/blobs/"+images["library/p"].layer.String(), ""); a.StatusCode != 401 {
+				t.Fatal(a.Status)
+			}
 			u.mu.Lock()
 			u.fault = fault
 			u.mu.Unlock()
