@@ -74,11 +74,12 @@ func nameservers(path string) (addrs []string) {
 	defer f.Close()
 	for s := bufio.NewScanner(f); s.Scan(); {
 		if fields := strings.Fields(s.Text()); len(fields) > 1 && fields[0] == "nameserver" {
-			host, port, err := net.SplitHostPort(fields[1])
-			if err != nil {
-				host, port = fields[1], "53"
+			// Others than addresses don't count, as for libc.
+			if ip, err := netip.ParseAddr(fields[1]); err == nil {
+				addrs = append(addrs, netip.AddrPortFrom(ip, 53).String())
+			} else if addr, err := netip.ParseAddrPort(fields[1]); err == nil {
+				addrs = append(addrs, addr.String())
 			}
-			addrs = append(addrs, net.JoinHostPort(host, port))
 		}
 	}
 	return addrs

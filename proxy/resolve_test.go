@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -93,8 +94,8 @@ func FuzzNameservers(f *testing.F) {
 			t.Fatal(err)
 		}
 		for _, addr := range nameservers(file) {
-			if _, port, err := net.SplitHostPort(addr); err == nil && port == "" {
-				t.Errorf("%q has no port", addr)
+			if _, err := netip.ParseAddrPort(addr); err != nil {
+				t.Errorf("%q: %v", addr, err)
 			}
 		}
 	})
