@@ -113,8 +113,17 @@ func TestChaos(t *testing.T) {
 			return nil
 		}},
 		{name: "the agent has no descriptors left", set: func() func() {
+			// All at once, where else they are used up one by one.
 			lift := c.agent.LimitDescriptors(0)
-			c.bypassed()
+			if err := lab.Eventually(nil, func(context.Context) error {
+				if !strings.Contains(c.agent.Log(1<<20), "few descriptors are left") {
+					return errors.New("it hasn't noticed")
+				}
+				return nil
+			}); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(time.Second) // its last heartbeat gets too old
 			return lift
 		}},
 		{name: "the agent's memory is at its limit, and it is killed", running: true, cut: true, set: func() func() {
