@@ -254,7 +254,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 	if x.target.tag != "" {
 		x.h.tags.forget(repo, x.target.tag)
 	}
-	if err := x.h.store.Put(d, body); err != nil {
+	if err := x.h.keep(d, body); err != nil {
 		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.ID(), "repository", repo.name, "digest", d, "err", err)
 		return
 	}
