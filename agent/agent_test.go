@@ -171,9 +171,9 @@ func listenIn(t *testing.T, ns *netns, addr string) (l *net.TCPListener) {
 	if err := ns.do(func() error {
 		var lc net.ListenConfig
 		lc.SetMultipathTCP(false)
-		any, err := lc.Listen(context.Background(), "tcp", addr)
+		ln, err := lc.Listen(context.Background(), "tcp", addr)
 		if err == nil {
-			l = any.(*net.TCPListener)
+			l = ln.(*net.TCPListener)
 		}
 		return err
 	}); err != nil {

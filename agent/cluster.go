@@ -144,7 +144,7 @@ func (a *Agent) Cluster() Cluster {
 	c := Cluster{Nodes: []NodeFigures{a.figures()}}
 	if a.peers != nil {
 		var others []NodeFigures
-		others, c.Silent = a.heard.from(time.Now(), a.peers.Status().Peers, func() map[string][]byte { return a.peers.Node.Figures(a.ctx) })
+		others, c.Silent = a.heard.from(time.Now(), a.peers.Status().Peers, func() map[string][]byte { return a.peers.Figures(a.ctx) })
 		c.Nodes = append(c.Nodes, others...)
 	}
 	c.Figures = sum(c.Nodes)

@@ -55,9 +55,9 @@ func userOf(pid int) (uint32, error) {
 	}
 	for line := range strings.Lines(string(b)) {
 		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
-			var real uint32
-			_, err := fmt.Sscan(ids, &real)
-			return real, err
+			var uid uint32 // the real one comes first
+			_, err := fmt.Sscan(ids, &uid)
+			return uid, err
 		}
 	}
 	return 0, fmt.Errorf("process %d: no Uid in its status", pid)

@@ -597,12 +597,12 @@ func FuzzPeek(f *testing.F) {
 // another registry: what he says gives nothing of what the real one's clients
 // have got, and is believed of no other client's.
 func TestOwnRootsAreAnotherRegistry(t *testing.T) {
-	real, fake := listen(t), listen(t)
-	s := newStage(t, real)
+	genuine, fake := listen(t), listen(t)
+	s := newStage(t, genuine)
 	secret := []byte("only for those whom the registry lets read it")
 	d := digest.FromBytes(secret)
 	blob := "/v2/acme/secret/blobs/" + d.String()
-	s.serveTLS(real, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.serveTLS(genuine, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "Bearer right" {
 			w.WriteHeader(http.StatusUnauthorized)
 			return
@@ -673,7 +673,7 @@ func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 		t.Errorf("%d %q, because of what another registry said", code, body)
 	}
 	// With the same settings, at the real one: it is that one for everybody.
-	own(pod(real.Addr()))
+	own(pod(genuine.Addr()))
 	asked := s.proxy.opts.Registry.Stats()
 	if code, body := get("Bearer right"); code != 200 || body != string(secret) || len(s.proxy.opts.Registry.Stats()) != len(asked) {
 		t.Errorf("%d %q, %+v", code, body, s.proxy.opts.Registry.Stats())

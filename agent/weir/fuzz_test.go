@@ -2,7 +2,10 @@
 
 package main
 
-import "testing"
+import (
+	"slices"
+	"testing"
+)
 
 // FuzzDocument reads what a registry gives as a manifest or an index.
 func FuzzDocument(f *testing.F) {
@@ -15,7 +18,7 @@ func FuzzDocument(f *testing.F) {
 		if err != nil {
 			return
 		}
-		all := append(doc.Layers, doc.Manifests...)
+		all := slices.Concat(doc.Layers, doc.Manifests)
 		if doc.Config != nil {
 			all = append(all, *doc.Config)
 		}
