@@ -15,9 +15,9 @@ import (
 	"weir/agent/trust"
 )
 
-// Uninstall ends the service that [Install] made and any other running agent, takes the CA out of every root file system
-// that a runtime of this node may read it from, and removes what weir has kept.
-// It returns what it removed.
+// Uninstall ends the service that [Install] made and any other running agent,
+// takes this node's CA out of every root file system that a runtime of the node
+// may read it from, and removes what weir has kept. It returns what it removed.
 func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("weir uninstall must run as root: it removes files that root has installed; use sudo")
@@ -35,7 +35,6 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 	if err != nil {
 		errs = append(errs, err)
 	}
-	// Without it, whatever is a weir's.
 	own, _ := os.ReadFile(filepath.Join(conf.DataDir, "ca", "ca.crt"))
 	clean := func(open func() (*trust.Root, error), name string, uninstall func(*trust.Root) ([]string, error)) {
 		r, err := open()
@@ -65,8 +64,13 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 			return trust.Uninstall(r, trust.UsualPlaces(), made)
 		})
 	}
-	// Containers: their processes lead to their root file systems.
-	procs, _ := os.ReadDir("/proc")
+	// Containers: their processes lead to their root file systems. A container
+	// may be, or be of, another node with a weir of its own: without this node's
+	// CA, whose the certificate there is can't be told.
+	var procs []os.DirEntry
+	if len(own) > 0 {
+		procs, _ = os.ReadDir("/proc")
+	}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
 		if err != nil {
@@ -84,9 +88,6 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 		name := "/proc/" + p.Name() + "/root"
 		seen[id] = name
 		clean(func() (*trust.Root, error) { return trust.OpenRoot(pid) }, name, func(r *trust.Root) ([]string, error) {
-			if len(own) == 0 {
-				return trust.Uninstall(r, trust.UsualPlaces(), nil)
-			}
 			return trust.UninstallOf(own, r, trust.UsualPlaces())
 		})
 	}
