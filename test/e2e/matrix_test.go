@@ -24,7 +24,10 @@ func TestMoreTools(t *testing.T) {
 	agent := node.Agent()
 	tool := func(name string) string { return node.As(lab.Tool(t, name), name) }
 	regctl, helm, cosign := tool("regctl"), tool("helm"), tool("cosign")
-	node.Spawn("door", node.As(lab.Tool(t, "crane"), "crane"), "registry", "serve", "--address=127.0.0.1:0") // keeps the door open
+	// The first on the node, with which the CA comes there: regctl may read its
+	// roots as it starts, and would be passed through.
+	first := node.Spawn("first", node.As(lab.Tool(t, "crane"), "crane"), "registry", "serve", "--address=127.0.0.1:0")
+	agent.Runtime(first.PID())
 	node.Run(regctl, "image", "copy", flyway, "ocidir:///var/lib/home/regctl:1")
 	node.Run(regctl, "image", "copy", renovate, "ocidir:///var/lib/home/regctl:2")
 	for name, pull := range map[string][]string{
