@@ -46,9 +46,7 @@ func TestParseUsers(t *testing.T) {
 
 // A user whose process can't be dumped is still not root.
 func TestUserOf(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	needRoot(t)
 	sleep := filepath.Join(t.TempDir(), "sleep")
 	b, err := os.ReadFile("/bin/sleep")
 	if err := errors.Join(err, os.WriteFile(sleep, b, 0o111), os.Chmod(filepath.Dir(filepath.Dir(sleep)), 0o755)); err != nil {
@@ -72,9 +70,7 @@ func TestUserOf(t *testing.T) {
 // What a user has given a runtime counts, but weir doesn't show a registry a
 // client certificate that the runtime's user may not be able to read.
 func TestUserSettings(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	needRoot(t)
 	home := t.TempDir()
 	dir := filepath.Join(home, ".config", trust.UserContainersCertsD, "registry.test")
 	cert, key := selfSigned(t)

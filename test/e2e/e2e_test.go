@@ -445,21 +445,29 @@ func TestHang(t *testing.T) {
 	}
 }
 
+// held pushes acme/big:1, whose layer the hub doesn't send to the first who asks
+// for it: half is closed when it is asked for, and whoever closes resume has it
+// sent.
+func (w *world) held() (big lab.Pushed, half <-chan struct{}, resume chan<- struct{}) {
+	big = w.hub.Push("acme/big:1", lab.Image{Layers: []int{4 << 20}, Seed: 20})
+	asked, send := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	w.hub.Fault(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Host == "production.cloudflare.docker.com" && strings.Contains(r.URL.Path, big.Layers[0].String()) {
+			once.Do(func() { close(asked); <-send })
+		}
+		return false
+	})
+	return big, asked, send
+}
+
 // SIGTERM detaches first, and what runs is finished.
 func TestDrain(t *testing.T) {
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
 	docker := node.Docker()
-	big := w.hub.Push("acme/big:1", lab.Image{Layers: []int{4 << 20}, Seed: 20})
-	half, stopping := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
-		if r.Host == "production.cloudflare.docker.com" && strings.Contains(r.URL.Path, big.Layers[0].String()) {
-			once.Do(func() { close(half); <-stopping })
-		}
-		return false
-	})
+	big, half, stopping := w.held()
 	pulled := make(chan error, 1)
 	go func() { pulled <- docker.TryPull("acme/big:1") }()
 	<-half

@@ -5,12 +5,10 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 
 	"weir/test/lab"
@@ -85,15 +83,7 @@ func TestInstall(t *testing.T) {
 	// The next version, while a pull stands in the middle and others begin.
 	newer := "/var/lib/home/weir"
 	node.Run("sh", "-ec", "cp "+lab.Weir(t)+" "+newer+" && echo newer >> "+newer)
-	big := w.hub.Push("acme/big:1", lab.Image{Layers: []int{4 << 20}, Seed: 20})
-	half, stopping := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
-		if r.Host == "production.cloudflare.docker.com" && strings.Contains(r.URL.Path, big.Layers[0].String()) {
-			once.Do(func() { close(half); <-stopping })
-		}
-		return false
-	})
+	big, half, stopping := w.held()
 	pulled, upgraded := make(chan error, 1), make(chan error, 1)
 	go func() { pulled <- docker.TryPull("acme/big:1") }()
 	<-half
