@@ -114,13 +114,15 @@ func TestSoak(t *testing.T) {
 		wg.Go(func() { s.work(p) })
 	}
 	wg.Go(s.breakThings)
-	wg.Go(s.sample)
+	enough := make(chan struct{})
+	wg.Go(func() { s.sample(enough) })
 	wg.Go(func() {
 		for s.pause(20 * time.Second) {
 			s.push()
 		}
 	})
 	time.Sleep(*soakFor)
+	<-enough
 	close(s.end)
 	wg.Wait()
 
@@ -366,9 +368,15 @@ func (s *soak) breakThings() {
 	}
 }
 
-// sample notes what the agents hold.
-func (s *soak) sample() {
-	for s.pause(min(10*time.Second, *soakFor/20)) {
+// samples are as many as flat needs to tell the beginning from the end.
+const samples = 8
+
+// sample notes what the agents hold. It closes enough when that is so.
+func (s *soak) sample(enough chan<- struct{}) {
+	for i := 1; s.pause(min(10*time.Second, *soakFor/20)); i++ {
+		if i == samples+1 {
+			close(enough)
+		}
 		for i, n := range s.nodes {
 			n.mu.Lock()
 			h, err := n.agent.Holdings(s.t.Context())
@@ -449,7 +457,7 @@ func (s *soak) flat() {
 			mine = append(mine, r)
 		}
 	}
-	if len(mine) < 8 {
+	if len(mine) < samples {
 		s.t.Fatalf("only %d samples", len(mine))
 	}
 	if mine[0].pid != mine[len(mine)-1].pid {

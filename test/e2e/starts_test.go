@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -321,21 +322,22 @@ func TestNamespacesLeaveNothing(t *testing.T) {
 		t.Helper()
 		node.Run("sh", "-ec", fmt.Sprintf("for i in $(seq %d); do unshare --net sh -ec 'ip link set lo up; true & wait'; done", n))
 	}
-	left := func() lab.Holdings {
+	left := func(most lab.Holdings) lab.Holdings {
 		t.Helper()
 		return settled(t, agent, func(h lab.Holdings) error {
-			if h.Doors > 1 || h.Namespaces > 1 {
-				return errors.New("some are still there")
+			if h.Doors > 1 || h.Namespaces > 1 || h.Entries > most.Entries || h.Descriptors > most.Descriptors || h.Goroutines > most.Goroutines {
+				return fmt.Errorf("more is there than %+v", most)
 			}
 			return nil
 		})
 	}
 	came(10)
-	first := left()
+	first := left(lab.Holdings{Entries: math.MaxInt, Descriptors: math.MaxInt, Goroutines: math.MaxInt})
 	came(300) // more than are opened at once
-	if last := left(); last.Entries > first.Entries || last.Descriptors > first.Descriptors+4 || last.Goroutines > first.Goroutines+4 {
-		t.Errorf("after 10 %+v, after 310 %+v", first, last)
-	}
+	most := first
+	most.Descriptors += 4
+	most.Goroutines += 4
+	left(most)
 }
 
 func settled(t *testing.T, a *lab.Agent, ok func(lab.Holdings) error) (h lab.Holdings) {
