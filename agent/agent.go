@@ -319,13 +319,12 @@ func (a *Agent) certsDHosts() (hosts []string) {
 }
 
 // beat tells the kernel side that the agent is alive. When it stops, or is out
-// of descriptors, connections go direct.
+// of descriptors, connections go direct. Each tick wakes threads of an idle
+// node, so that there is one for all that is looked at often.
 func (a *Agent) beat() {
-	t := time.NewTicker(100 * time.Millisecond)
+	t := time.NewTicker(bpf.BeatInterval)
 	defer t.Stop()
-	look := time.NewTicker(200 * time.Millisecond)
-	defer look.Stop()
-	full := false
+	full, look := false, false
 	tidy := time.NewTicker(30 * time.Second)
 	defer tidy.Stop()
 	registries := time.NewTicker(registryFileInterval)
@@ -333,17 +332,15 @@ func (a *Agent) beat() {
 	for {
 		select {
 		case <-t.C:
+			if look = !look; look && crowded() != full {
+				if full = !full; full {
+					a.log.Warn("few descriptors are left: new connections go direct until there are more; LimitNOFILE of the unit (ulimit -n) is their bound")
+				} else {
+					a.log.Info("there are descriptors again: connections are redirected")
+				}
+			}
 			if !full {
 				a.kernel.Beat()
-			}
-		case <-look.C:
-			if crowded() == full {
-				continue
-			}
-			if full = !full; full {
-				a.log.Warn("few descriptors are left: new connections go direct until there are more; LimitNOFILE of the unit (ulimit -n) is their bound")
-			} else {
-				a.log.Info("there are descriptors again: connections are redirected")
 			}
 		case <-tidy.C:
 			a.runtimes.reconcile()

@@ -497,7 +497,7 @@ func (c *chaos) report() {
 Made by `+"`make chaos`"+`: a node with dockerd 20.10, containerd 1.6, and containerd 2 in a container.
 While something is broken, each of them pulls what is kept and, unless the registries can't be
 had, something new; and again when it is mended. Each image was compared with what had been
-pushed: %d pulls in all. A stopped agent takes connections for half a second more, which then
+pushed: %d pulls in all. A stopped agent takes connections for up to three quarters of a second more, which then
 wait for it: "while" begins after that.
 
 "Running" are pulls that were in their middle when it broke. A killed agent's connections end
