@@ -14,8 +14,10 @@ package agent
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -152,6 +154,8 @@ func (a *Agent) start() (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("weir's agent must run as root: it attaches eBPF programs and enters network namespaces; use sudo, or a privileged container")
 	}
+	// The first who needs the roots would wait for some 150 files to be read.
+	go func() { _, _ = x509.SystemCertPool() }()
 	if a.conf.Cgroup == "" {
 		if a.conf.Cgroup, err = bpf.CgroupRoot(); err != nil {
 			return err
@@ -204,8 +208,10 @@ func (a *Agent) start() (err error) {
 	}
 	a.doors = newDoors(a.kernel, ups, a.serve, a.log)
 	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
-	a.kernel.Beat()
-	go a.beat()
+	if err := a.beats(); err != nil {
+		return err
+	}
+	go a.upkeep()
 	go a.follow()
 	go a.doors.ahead(a.ctx)
 	if err := a.doors.enter(os.Getpid()); err != nil {
@@ -318,30 +324,56 @@ func (a *Agent) certsDHosts() (hosts []string) {
 	return hosts
 }
 
-// beat tells the kernel side that the agent is alive. When it stops, or is out
-// of descriptors, connections go direct. Each tick wakes threads of an idle
-// node, so that there is one for all that is looked at often.
-func (a *Agent) beat() {
-	t := time.NewTicker(bpf.BeatInterval)
-	defer t.Stop()
-	full, look := false, false
+// beats starts telling the kernel side that the agent is alive. When that stops,
+// or it is out of descriptors, connections go direct.
+//
+// It is what an idle agent does most of the time. Each of a time.Ticker's ticks
+// wakes three threads; timerfd_create(2) needs one.
+func (a *Agent) beats() error {
+	fd, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_NONBLOCK|unix.TFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("making the heartbeat's timer: %w", err)
+	}
+	t := os.NewFile(uintptr(fd), "heartbeat")
+	every := unix.NsecToTimespec(bpf.BeatInterval.Nanoseconds())
+	if err := unix.TimerfdSettime(fd, 0, &unix.ItimerSpec{Interval: every, Value: every}, nil); err != nil {
+		t.Close()
+		return fmt.Errorf("setting the heartbeat's timer: %w", err)
+	}
+	a.kernel.Beat()
+	context.AfterFunc(a.ctx, func() { t.Close() })
+	go a.beat(t)
+	return nil
+}
+
+// beat beats each time that something can be read, until it is closed.
+func (a *Agent) beat(timer io.Reader) {
+	full, expirations := false, make([]byte, 8)
+	for i := 0; ; i++ {
+		if _, err := timer.Read(expirations); err != nil {
+			return
+		}
+		if i%2 == 0 && crowded() != full {
+			if full = !full; full {
+				a.log.Warn("few descriptors are left: new connections go direct until there are more; LimitNOFILE of the unit (ulimit -n) is their bound")
+			} else {
+				a.log.Info("there are descriptors again: connections are redirected")
+			}
+		}
+		if !full {
+			a.kernel.Beat()
+		}
+	}
+}
+
+// upkeep does from time to time what nothing happens for.
+func (a *Agent) upkeep() {
 	tidy := time.NewTicker(30 * time.Second)
 	defer tidy.Stop()
 	registries := time.NewTicker(registryFileInterval)
 	defer registries.Stop()
 	for {
 		select {
-		case <-t.C:
-			if look = !look; look && crowded() != full {
-				if full = !full; full {
-					a.log.Warn("few descriptors are left: new connections go direct until there are more; LimitNOFILE of the unit (ulimit -n) is their bound")
-				} else {
-					a.log.Info("there are descriptors again: connections are redirected")
-				}
-			}
-			if !full {
-				a.kernel.Beat()
-			}
 		case <-tidy.C:
 			a.runtimes.reconcile()
 			a.doors.reconcile()
