@@ -45,7 +45,8 @@ type kind struct {
 	builds bool
 	// sockets are where it listens, when its command line names no other.
 	sockets []string
-	// contentStore says that it keeps blobs that weir may read: containerd.
+	// contentStore says that it keeps blobs that weir may read, if it is the
+	// node's own: containerd.
 	contentStore bool
 	// pullsThrough names the kind whose process pulls for this one and then
 	// reads no certsD: while a ctr runs, a containerd that trusts the CA by

@@ -665,8 +665,27 @@ func (rs *runtimes) rejected(rt *runtimeProc, host string, err error) {
 	rs.state.refused(rt)
 }
 
-// shareContent lets the store read the blobs that a containerd has, in place.
+// isNodes says whether a process is root's, in a root file system that outlives
+// it: the node's, and not a container's.
+func isNodes(pid int, lasting map[trust.RootID]string) bool {
+	root, err := trust.OpenRoot(pid)
+	if err != nil {
+		return false
+	}
+	defer root.Close()
+	uid, err := userOf(pid)
+	return err == nil && uid == 0 && lasting[root.ID()] != ""
+}
+
+// shareContent lets the store read the blobs that the node's containerd has, in
+// place. That of a pod, or of an ordinary user, is anybody's program of that
+// name. Whoever owns the files can change them after they were verified, so that
+// no checksum tells (in memory that is mapped, or on a file system of his own),
+// can have each look there wait forever, and can lead it elsewhere by links.
 func (rs *runtimes) shareContent(rt *runtimeProc) {
+	if !isNodes(rt.pid, rs.a.lasting) {
+		return
+	}
 	for delay := 200 * time.Millisecond; rt.ctx.Err() == nil; delay = min(2*delay, 10*time.Second) {
 		dir, err := contentDir(rt)
 		if err == nil {
