@@ -227,8 +227,8 @@ func (h *Handler) merge(m memory, repo repository) {
 	}
 	for d, when := range m.Members[repo.registry][repo.name] {
 		key := member{repo, d}
-		if own, _ := h.rights.members.Peek(key); d.Validate() == nil && h.rights.within(when, max(memberTTL, h.rights.stale)) && own.Before(when) {
-			h.rights.members.Add(key, when)
+		if was, _ := h.rights.told.Peek(key); d.Validate() == nil && h.rights.within(when, max(memberTTL, h.rights.stale)) && was.Before(when) {
+			h.rights.told.Add(key, when)
 		}
 	}
 }

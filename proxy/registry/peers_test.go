@@ -5,6 +5,7 @@ package registry
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
@@ -246,6 +247,48 @@ func TestPeersKnowTags(t *testing.T) {
 	}
 }
 
+// What peers say is in a repository, while the registry is down, counts for
+// nothing when it is up again.
+func TestPeersWordEnds(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a/secret", "Bearer alice")
+	u.allow("a/b", "Bearer mallory")
+	secret := bytesOf(3, 5000)
+	d := u.put("a/secret", secret)
+	u.putManifest("a/b", "1", docker2)
+	s := newSide(t, u, store.Options{})
+	registry := strings.TrimPrefix(u.srv.URL, "https://")
+	says, err := json.Marshal(memory{Members: map[string]rememberedInRepo{registry: {"a/b": {d: time.Now()}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.peers = &neighbours{known: [][]byte{says}}
+	s.restart()
+	s.do("GET", "/v2/a/secret/blobs/"+d.String(), "Bearer alice")
+	s.do("GET", "/v2/a/b/manifests/1", "Bearer mallory")
+	down := func(is bool) {
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		u.fault = func(w http.ResponseWriter, _ *http.Request) bool {
+			if is {
+				w.WriteHeader(503)
+			}
+			return is
+		}
+	}
+	down(true)
+	s.do("GET", "/v2/a/b/manifests/1", "Bearer mallory")
+	if !s.h.rights.isTold(repository{registry, "a/b"}, d) {
+		t.Fatal("the test is about what a peer has said")
+	}
+	down(false)
+	for _, method := range []string{"HEAD", "GET"} {
+		if a := s.do(method, "/v2/a/b/blobs/"+d.String(), "Bearer mallory"); a.StatusCode != 404 || bytes.Equal(a.body, secret) {
+			t.Errorf("%s: %s, because of what a peer said", method, a.Status)
+		}
+	}
+}
+
 // A peer's memory is bytes from outside.
 func TestMergeOnlyTheRepository(t *testing.T) {
 	h := New(Options{StaleIfError: time.Hour})
@@ -264,7 +307,7 @@ func TestMergeOnlyTheRepository(t *testing.T) {
 			t.Errorf("tag %s: %v", name, got)
 		}
 	}
-	if len(h.tags.get(tag{other, "1"})) > 0 || h.rights.isMember(other, d, time.Hour) || h.rights.isPublic(repo) || !h.rights.isMember(repo, d, time.Hour) {
+	if len(h.tags.get(tag{other, "1"})) > 0 || h.rights.isTold(other, d) || h.rights.isPublic(repo) || !h.rights.isTold(repo, d) || h.rights.isTold(repo, "nonsense") {
 		t.Error("something else was merged")
 	}
 }

@@ -36,6 +36,9 @@ type rights struct {
 	// when it last said the opposite.
 	public  *lru.Cache[repository, publicity]
 	members *lru.Cache[member, time.Time]
+	// told are members by the word of peers. It counts while the upstream gives
+	// no answer, and not a moment longer.
+	told *lru.Cache[member, time.Time]
 }
 
 type credentials [32]byte // a keyed hash
@@ -78,6 +81,7 @@ func newRights(ttl, stale time.Duration) *rights {
 	r.refused, _ = lru.New[asker, time.Time](1 << 13)
 	r.public, _ = lru.New[repository, publicity](1 << 13)
 	r.members, _ = lru.New[member, time.Time](1 << 15)
+	r.told, _ = lru.New[member, time.Time](1 << 15)
 	_, _ = rand.Read(r.key[:])
 	return r
 }
@@ -119,7 +123,7 @@ func (r *rights) isRefused(a asker) bool {
 // allowsStale says the same for when the upstream gives no answer: what it has
 // given to everybody may then be given for longer.
 func (r *rights) allowsStale(a asker, d digest.Digest) bool {
-	return r.isMember(a.repository, d, max(memberTTL, r.stale)) && (r.isPublic(a.repository) || r.isGranted(a))
+	return (r.isMember(a.repository, d, max(memberTTL, r.stale)) || r.isTold(a.repository, d)) && (r.isPublic(a.repository) || r.isGranted(a))
 }
 
 func (r *rights) isPublic(repo repository) bool {
@@ -135,6 +139,11 @@ func (r *rights) isGranted(a asker) bool {
 func (r *rights) isMember(repo repository, d digest.Digest, age time.Duration) bool {
 	when, ok := r.members.Get(member{repo, d})
 	return ok && r.within(when, age)
+}
+
+func (r *rights) isTold(repo repository, d digest.Digest) bool {
+	when, ok := r.told.Get(member{repo, d})
+	return ok && r.within(when, max(memberTTL, r.stale))
 }
 
 // publicityUnknown says whether it is time to ask whether a repository is
@@ -181,6 +190,7 @@ func (r *rights) learn(a asker, t target, resp *http.Response, byWord bool) {
 		}
 		if code == http.StatusNotFound && t.digest != "" {
 			r.members.Remove(member{a.repository, t.digest})
+			r.told.Remove(member{a.repository, t.digest})
 		}
 	}
 }
@@ -191,6 +201,7 @@ func (r *rights) forget(a asker, d digest.Digest) {
 	r.public.Remove(a.repository)
 	if d != "" {
 		r.members.Remove(member{a.repository, d})
+		r.told.Remove(member{a.repository, d})
 	}
 }
 
