@@ -77,10 +77,10 @@ type Egress struct {
 	ups       Upstreams
 	settings  Settings
 	transport *http.Transport
-	verdicts  *lru.Cache[string, verdict] // by HOST:PORT; no expirable one, whose goroutine outlives it
+	verdicts  *lru.Cache[string, verdict] // by HOST:PORT, or at; no expirable one, whose goroutine outlives it
 
 	mu    sync.Mutex
-	addrs map[string]netip.AddrPort // HOST:PORT → where a client has last dialled it
+	addrs map[string]netip.AddrPort // HOST:PORT → where a client has dialled it and it was verified
 	ready map[string][]net.Conn     // connections nobody has used yet; nil once it is closed
 	with  map[string]*Egress        // the same way out with other settings, by their key
 }
@@ -211,16 +211,16 @@ var errClientCert = errors.New("the registry asks for a client certificate")
 // verify finds out whether a host that a client dialled at addr can be spoken
 // to in the client's place: it is there, and its certificate is good. It makes
 // the connection that the client's first request will use.
+//
+// The name is the client's word. Who gives a registry's name to an address of
+// his own learns that this address isn't the registry's, and no other client of
+// the network namespace is sent there, or loses the registry for it.
 func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) error {
 	hostport := withPort(host)
-	e.mu.Lock()
-	if len(e.addrs) >= 4096 {
-		clear(e.addrs)
-	}
-	e.addrs[hostport] = addr
-	e.mu.Unlock()
-	if v, ok := e.verdicts.Get(hostport); ok && time.Now().Before(v.until) {
-		return v.err
+	for _, key := range []string{hostport, at(hostport, addr)} {
+		if v, ok := e.verdicts.Get(key); ok && time.Now().Before(v.until) {
+			return v.err
+		}
 	}
 	hctx := ctx
 	remembered := e.remembers(host)
@@ -229,11 +229,12 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 		hctx, cancel = context.WithTimeout(ctx, hurry)
 		defer cancel()
 	}
-	c, err := e.handshake(hctx, hostport)
+	c, err := e.handshakeAt(hctx, hostport, addr)
 	var ne net.Error
 	timedOut := errors.As(err, &ne) && ne.Timeout()
 	switch {
 	case err == nil:
+		e.verified(hostport, c)
 		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(verifiedTTL)})
 		e.keep(hostport, c)
 		return nil
@@ -244,9 +245,26 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(downTTL)})
 		return nil
 	case !timedOut:
-		e.verdicts.Add(hostport, verdict{err, time.Now().Add(refusedTTL)})
+		e.verdicts.Add(at(hostport, addr), verdict{err, time.Now().Add(refusedTTL)})
 	}
 	return err
+}
+
+// at is the key of the verdict on a host at one address.
+func at(hostport string, addr netip.AddrPort) string { return hostport + " at " + addr.String() }
+
+// verified takes in where a host was found to be itself.
+func (e *Egress) verified(hostport string, c net.Conn) {
+	addr, err := netip.ParseAddrPort(c.RemoteAddr().String())
+	if err != nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.addrs) >= 4096 {
+		clear(e.addrs)
+	}
+	e.addrs[hostport] = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 }
 
 func (e *Egress) remembers(host string) bool {
@@ -343,12 +361,27 @@ func (e *Egress) dialTLS(ctx context.Context, _, hostport string) (net.Conn, err
 }
 
 func (e *Egress) handshake(ctx context.Context, hostport string) (*tls.Conn, error) {
-	host, _, err := net.SplitHostPort(hostport)
+	raw, err := e.dialHost(ctx, "tcp", hostport)
 	if err != nil {
 		return nil, err
 	}
-	raw, err := e.dialHost(ctx, "tcp", hostport)
+	return e.secure(ctx, hostport, raw)
+}
+
+// handshakeAt is handshake with a host where a client has dialled it.
+func (e *Egress) handshakeAt(ctx context.Context, hostport string, addr netip.AddrPort) (*tls.Conn, error) {
+	raw, err := e.dialOr(ctx, addr, hostport)
 	if err != nil {
+		return nil, err
+	}
+	return e.secure(ctx, hostport, raw)
+}
+
+// secure speaks TLS with a host on a connection, which it takes over.
+func (e *Egress) secure(ctx context.Context, hostport string, raw net.Conn) (*tls.Conn, error) {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		raw.Close()
 		return nil, err
 	}
 	asked := false
@@ -384,8 +417,8 @@ func (e *Egress) handshake(ctx context.Context, hostport string) (*tls.Conn, err
 	return c, nil
 }
 
-// dialHost connects to a host: where a client has dialled it, else to what its
-// name resolves to.
+// dialHost connects to a host: where it was verified, else to what its name
+// resolves to.
 func (e *Egress) dialHost(ctx context.Context, _, hostport string) (net.Conn, error) {
 	if addr, err := netip.ParseAddrPort(hostport); err == nil && e.transport.Proxy == nil {
 		if c := e.take(plain(addr), nil); c != nil {

@@ -279,6 +279,60 @@ func TestUnverifiableUpstreamIsPassedThrough(t *testing.T) {
 	}
 }
 
+// Who gives a registry's name to an address of his own has no effect on another
+// client in the same network namespace, before him or after.
+func TestForgedName(t *testing.T) {
+	for _, first := range []string{"the registry", "the forger"} {
+		t.Run(first+" first", func(t *testing.T) {
+			l := listen(t)
+			s := newStage(t, l)
+			path := "/v2/a/tags/list" // which is always the registry's to answer
+			s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
+			forger := newAuthority(t, "forger")
+			fake := listen(t)
+			srv := &http.Server{TLSConfig: &tls.Config{GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) { return forger.Leaf(chi.ServerName) }}}
+			go func() { _ = srv.ServeTLS(fake, "", "") }()
+			defer srv.Close()
+			client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.weir.pool}, MaxIdleConns: 1,
+				DialContext: func(context.Context, string, string) (net.Conn, error) { return s.dial(), nil }}}
+			ask := func() {
+				t.Helper()
+				resp, err := client.Get(fmt.Sprintf("https://registry.test:%d%s", s.dst.Port(), path))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer resp.Body.Close()
+				if b, _ := io.ReadAll(resp.Body); string(b) != path {
+					t.Errorf("%s %q", resp.Status, b)
+				}
+			}
+			forge := func() {
+				t.Helper()
+				// The port is part of a registry's name: another address with it.
+				other := netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), s.dst.Port())
+				s.change(func(f *Flow) { f.Dst = other })
+				s.issuer("registry.test")
+				s.change(func(*Flow) {})
+			}
+			dial := s.egress.dial
+			s.egress.dial = func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
+				if addr.Addr() != s.dst.Addr() {
+					addr = netip.MustParseAddrPort(fake.Addr().String())
+				}
+				return dial(ctx, addr)
+			}
+			if first == "the registry" {
+				ask()
+			}
+			forge()
+			ask()
+			s.egress.transport.CloseIdleConnections()
+			ask() // on the same connection to weir, and a new one to the registry
+		})
+	}
+}
+
 func TestClientCertificateIsPassedThrough(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
