@@ -420,7 +420,7 @@ func (a *Agent) serve(d *door, c *net.TCPConn) {
 		a.answerProbe(c, origin.PID, addr)
 		return
 	}
-	f := proxy.Flow{Dst: origin.Dst, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID)}
+	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID)}
 	if rt := a.runtimes.find(origin.PID); rt != nil {
 		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
 		f.Trusts = func(known registry.Known, host string) bool { return a.runtimes.trusts(rt, known, host) }

@@ -32,6 +32,7 @@ type doors struct {
 	ups    proxy.Upstreams
 	serve  func(*door, *net.TCPConn)
 	log    *slog.Logger
+	boot   string
 
 	mu   sync.Mutex
 	open map[uint64]*door // by the namespace's inode
@@ -41,7 +42,7 @@ type doors struct {
 }
 
 func newDoors(k *bpf.Kernel, ups proxy.Upstreams, serve func(*door, *net.TCPConn), log *slog.Logger) *doors {
-	return &doors{kernel: k, ups: ups, serve: serve, log: log, open: make(map[uint64]*door), at: make(map[int]*door)}
+	return &doors{kernel: k, ups: ups, serve: serve, log: log, boot: bootID(), open: make(map[uint64]*door), at: make(map[int]*door)}
 }
 
 // door is where the runtimes of one network namespace are redirected to.
@@ -50,7 +51,8 @@ type door struct {
 	cookie uint64
 	l4, l6 *net.TCPListener // l6 is nil where there is no IPv6
 	egress *proxy.Egress
-	pids   int // how many of doors.at are its own
+	place  string // see proxy.Flow
+	pids   int    // how many of doors.at are its own
 
 	accepted atomic.Int64
 	// The egress and the namespace outlive the door until the last
@@ -192,6 +194,10 @@ func (ds *doors) make(ns *netns) (*door, error) {
 			l6.Close()
 		}
 		return nil, err
+	}
+	if !ns.own {
+		// The number is used once, from each boot on.
+		d.place = fmt.Sprintf("%d.%.8s", d.cookie, ds.boot)
 	}
 	for _, l := range []*net.TCPListener{l4, l6} {
 		if l != nil {

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -79,6 +81,17 @@ func (ds *doors) of(ino uint64) *door {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	return ds.open[ino]
+}
+
+// entered is a process's door.
+func (ds *doors) entered(t *testing.T, pid int) *door {
+	t.Helper()
+	err := ds.enter(pid)
+	ino, nerr := netnsOf(pid)
+	if err = errors.Join(err, nerr); err != nil {
+		t.Fatal(err)
+	}
+	return ds.of(ino)
 }
 
 // A shell in a network namespace of its own, whose loopback interface is down.
@@ -164,6 +177,54 @@ func TestDoorReconcile(t *testing.T) {
 		t.Error("a process that isn't there has a door")
 	}
 	ds.arrived(bpf.Arrival{Netns: 1 << 40, PID: 1 << 22})
+}
+
+// Who comes to a door by itself, past the programs that refuse it, gets nothing
+// there.
+func TestDoorWithoutOrigin(t *testing.T) {
+	ds, _ := watchedDoors(t)
+	ds.serve = (&Agent{kernel: ds.kernel}).serve // which has nothing to serve it with
+	d := ds.entered(t, os.Getpid())
+	c, err := net.Dial("tcp", d.l4.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, _ = io.WriteString(c, "GET /v2/ HTTP/1.1\r\nHost: ghcr.io\r\n\r\n")
+	if b, err := io.ReadAll(c); len(b) > 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// What is an address in one network is another's in the next, but for the node's.
+func TestDoorPlace(t *testing.T) {
+	ds, cgroup := watchedDoors(t)
+	one, _ := shellIn(t, cgroup)
+	two, _ := shellIn(t, cgroup)
+	places := []string{ds.entered(t, os.Getpid()).place, ds.entered(t, one).place, ds.entered(t, two).place}
+	if places[0] != "" || places[1] == "" || places[2] == "" || places[1] == places[2] || !strings.HasSuffix(places[1], bootID()[:8]) {
+		t.Errorf("%q", places)
+	}
+}
+
+// One network namespace gets so many connections served and no more, until it
+// has fewer again; others have doors of their own.
+func TestDoorIsShut(t *testing.T) {
+	ds, cgroup := watchedDoors(t)
+	pid, _ := shellIn(t, cgroup)
+	d, own := ds.entered(t, pid), ds.entered(t, os.Getpid())
+	for _, step := range []struct {
+		n    int
+		shut bool
+	}{{1023, false}, {1, true}, {10, true}, {-10, true}, {-256, false}, {255, false}, {1, true}, {-1024, false}} {
+		for range max(step.n, -step.n) {
+			ds.count(d, step.n/max(step.n, -step.n))
+		}
+		if d.shut != step.shut || own.shut {
+			t.Errorf("with %d connections it is shut: %v; another: %v", d.active, d.shut, own.shut)
+		}
+	}
 }
 
 // What may have read its roots before the CA came isn't taken to trust it.

@@ -34,6 +34,9 @@ import (
 type Flow struct {
 	// Dst is where the client wanted to go.
 	Dst netip.AddrPort
+	// Place tells the network that Dst is an address in from all others that
+	// there ever were. Empty means the node's.
+	Place string
 	// Egress is the way out of the client's network namespace.
 	Egress *Egress
 	// Client names the client in logs.
@@ -289,7 +292,7 @@ func portOf(a netip.AddrPort) string {
 // interceptPlain answers requests to a registry without TLS, whoever it is: the
 // client trusts anybody there. It has to be there, though.
 func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) {
-	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), Client: f.Client, Transport: f.Egress.transport}
+	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), Place: f.Place, Client: f.Client, Transport: f.Egress.transport}
 	if o.server != nil {
 		f.Egress.keep(plain(f.Dst), o.server)
 	} else if err := f.Egress.reach(ctx, f.Dst); err != nil && !p.opts.Registry.Remembers(up.ID()) {

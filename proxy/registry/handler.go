@@ -47,6 +47,10 @@ type Upstream struct {
 	// is part of the registry's identity, and such a registry's word that it
 	// has a blob is not taken: it has to send it once.
 	Plain string
+	// Place stands for the network in which Plain is an address: in a pod's,
+	// whoever may set it up there can be at any address. So it is part of the
+	// identity of a registry without TLS, too. Empty means the node's.
+	Place string
 	// Own stands for the certificates that the client's runtime verifies the
 	// registry with where this node doesn't trust it, and is empty for all
 	// others. Whoever has the runtime can say by them that he is any registry.
@@ -65,6 +69,15 @@ type Upstream struct {
 // ID is the registry's identity: what it says of its repositories holds for
 // those of no other.
 func (u Upstream) ID() string {
+	if u.Plain != "" && u.Place != "" {
+		return u.name() + "#" + u.Place
+	}
+	return u.name()
+}
+
+// name is the identity as people see it: one registry is one line in figures,
+// from wherever it is reached.
+func (u Upstream) name() string {
 	if u.Plain != "" {
 		return "http://" + u.Host + "@" + u.Plain
 	}
@@ -223,7 +236,7 @@ func (h *Handler) ServeAnonymous(w http.ResponseWriter, r *http.Request, up Upst
 
 // Serve answers a request that a client sent to an upstream.
 func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
-	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.ID()), size: -1}
+	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.name()), size: -1}
 	x.stats.requests.Add(1)
 	// A host that isn't the one of the connection is the upstream's business.
 	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) {

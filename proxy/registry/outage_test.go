@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -80,10 +81,15 @@ func TestRightsTable(t *testing.T) {
 	s.settle()
 	s.restart()
 	check("restarted")
-	// What is withdrawn is refused once the grant's time is over.
+	// What is withdrawn is refused once the grant's time is over. Blobs are asked
+	// for first: for a tag the upstream is asked each time, and its refusal ends
+	// the grant too.
 	u.allow("alice/a")
 	u.allow("library/p", "Bearer bob")
 	s.later.Add(int64(DefaultRightsTTL))
+	for _, all := range ways {
+		slices.Reverse(all)
+	}
 	check("withdrawn")
 	// And at once where somebody has heard of it.
 	u.allow("bob/b")
@@ -328,6 +334,56 @@ func TestPlain(t *testing.T) {
 	}
 	if w := ask("127.0.0.1:1", "GET", "/v2/a/blobs/"+layer.String()); w.Code != http.StatusBadGateway {
 		t.Errorf("%d", w.Code)
+	}
+}
+
+// Whoever makes a network of his own can be at the address of a registry without
+// TLS that others use, and grant himself what he likes: he learns nothing of
+// what the others' registry has, neither its blobs nor what its tags are.
+func TestPlainElsewhere(t *testing.T) {
+	const auth = "Basic bWFsbG9yeTp4"
+	u := newUpstream(t)
+	u.allow("a", "Basic YWxpY2U6eA==")
+	layer := u.put("a", bytesOf(1, 50_000))
+	m, body := u.putManifest("a", "1", docker2, layer)
+	s := newSide(t, u, store.Options{})
+	real := httptest.NewServer(u)
+	defer real.Close()
+	addr := strings.TrimPrefix(real.URL, "http://")
+	ask := func(place string, rt http.RoundTripper, auth, path string) *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest("GET", "http://registry.lan:5000"+path, nil)
+		r.Header.Set("Authorization", auth)
+		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, Place: place, Transport: rt})
+		return w
+	}
+	paths := []string{"/v2/a/manifests/1", "/v2/a/manifests/" + m.String(), "/v2/a/blobs/" + layer.String()}
+	for _, path := range paths {
+		if w := ask("", http.DefaultTransport, "Basic YWxpY2U6eA==", path); w.Code != 200 {
+			t.Fatalf("%s: %d", path, w.Code)
+		}
+	}
+	// He grants a manifest of his own, and is silent otherwise.
+	own := []byte(`{"schemaVersion":2,"mediaType":"` + docker2 + `","layers":[]}`)
+	mine := "/v2/a/manifests/" + digest.FromBytes(own).String()
+	forged := transportFunc(func(r *http.Request) (*http.Response, error) {
+		resp := &http.Response{StatusCode: 503, Header: http.Header{}, Body: http.NoBody, Request: r}
+		if r.URL.Path == mine {
+			resp.StatusCode, resp.Body, resp.ContentLength = 200, io.NopCloser(bytes.NewReader(own)), int64(len(own))
+		}
+		return resp, nil
+	})
+	if w := ask("pod", forged, auth, mine); w.Code != 200 {
+		t.Fatal(w.Code)
+	}
+	for _, path := range paths {
+		if w := ask("pod", forged, auth, path); w.Code == 200 || bytes.Contains(w.Body.Bytes(), body) {
+			t.Errorf("%s: %d with %d bytes, of what is kept of another registry", path, w.Code, w.Body.Len())
+		}
+	}
+	// To people both are one.
+	if n := len(s.h.Stats()); n != 1 {
+		t.Errorf("%+v", s.h.Stats())
 	}
 }
 

@@ -91,14 +91,14 @@ func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
 	if a.manifest {
 		reference = cmp.Or(x.target.tag, x.target.digest.String())
 	}
-	now := time.Now()
+	now, name := time.Now(), x.up.name()
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	i := slices.IndexFunc(ps.all, func(p *pull) bool {
-		return p.Registry == x.asker.registry && p.Repository == x.asker.name && p.Client == x.up.Client && (len(p.running) > 0 || now.Sub(p.Ended) < pullPause)
+		return p.Registry == name && p.Repository == x.asker.name && p.Client == x.up.Client && (len(p.running) > 0 || now.Sub(p.Ended) < pullPause)
 	})
 	if i < 0 {
-		p := &pull{Pull: Pull{Registry: x.asker.registry, Repository: x.asker.name, Client: x.up.Client, Started: now}, pace: &x.stats.pace}
+		p := &pull{Pull: Pull{Registry: name, Repository: x.asker.name, Client: x.up.Client, Started: now}, pace: &x.stats.pace}
 		p.trace, _ = ps.tracer.Start(context.Background(), "pull", trace.WithTimestamp(now), trace.WithAttributes(
 			attribute.String("weir.registry", p.Registry), attribute.String("weir.repository", p.Repository), attribute.String("weir.client", p.Client)))
 		ps.all = slices.Insert(ps.all, 0, p)
