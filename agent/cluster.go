@@ -63,8 +63,9 @@ const (
 	heardAfter, heardUntil = 5 * time.Second, time.Minute
 )
 
-// wordRE is what a registry's name and a version are made of.
-var wordRE = regexp.MustCompile(`^[A-Za-z0-9()\[\]._:+-]{1,255}$`)
+// wordRE is what a registry's name and a version are made of. Those without TLS,
+// or with a CA of a runtime's own, are called http://HOST@ADDRESS and HOST#KEY.
+var wordRE = regexp.MustCompile(`^[A-Za-z0-9()\[\]._:+/@#-]{1,255}$`)
 
 // figures are this node's.
 func (a *Agent) figures() NodeFigures {
@@ -100,15 +101,18 @@ func (a *Agent) tell() []byte {
 }
 
 // most returns those of the registries from which most came, and the rest as one.
+// What no node may say is among the rest: clients make up names of registries
+// without TLS.
 func most(all []registry.Stats) []registry.Stats {
 	all = slices.Clone(all)
-	if len(all) > maxRegistries {
+	unsaid := func(r registry.Stats) bool { return !wordRE.MatchString(r.Registry) }
+	if len(all) > maxRegistries || slices.ContainsFunc(all, unsaid) {
 		slices.SortFunc(all, func(a, b registry.Stats) int {
 			return cmp.Or(cmp.Compare(bytesOf(b), bytesOf(a)), cmp.Compare(a.Registry, b.Registry))
 		})
 		named, other := 0, registry.Stats{Registry: registry.Other}
 		all = slices.DeleteFunc(all, func(r registry.Stats) bool {
-			rest := r.Registry == registry.Other || named == maxRegistries-1
+			rest := r.Registry == registry.Other || named == maxRegistries-1 || unsaid(r)
 			if rest {
 				other.Add(r)
 			} else {

@@ -70,6 +70,23 @@ func TestSumIsBounded(t *testing.T) {
 	}
 }
 
+// A node is heard, whatever its clients call registries.
+func TestEveryNodeIsHeard(t *testing.T) {
+	for name, as := range map[string]string{
+		"registry-1.docker.io":                      "registry-1.docker.io",
+		"[2001:db8::1]:5000":                        "[2001:db8::1]:5000",
+		"http://registry.lan:5000@192.0.2.1:5000":   "http://registry.lan:5000@192.0.2.1:5000",
+		"registry.corp#" + strings.Repeat("0a", 32): "registry.corp#" + strings.Repeat("0a", 32),
+		"http://<b>@192.0.2.1:80":                   registry.Other,
+		"http://" + strings.Repeat("a", 300) + "@x": registry.Other,
+	} {
+		f, err := readFigures(said(NodeFigures{Version: "v1", Figures: Figures{Registries: most([]registry.Stats{{Registry: name, Hits: 3}, {Registry: "ghcr.io"}})}}))
+		if err != nil || len(f.Registries) != 2 || !slices.Contains(f.Registries, registry.Stats{Registry: as, Hits: 3}) {
+			t.Errorf("%s: %+v, %v", name, f.Registries, err)
+		}
+	}
+}
+
 // Nothing is taken that no node says.
 func TestReadFigures(t *testing.T) {
 	good := NodeFigures{Version: "v1.2.3-4-gabc+dirty", Figures: Figures{Runtimes: 1, Registries: []registry.Stats{{Registry: "[::1]:5000", Hits: 1}}}}
