@@ -314,11 +314,11 @@ func guarded(next http.Handler) http.Handler {
 }
 
 // onLoopback is for what only this node's processes may ask, whatever --admin
-// listens on.
+// listens on; not a browser, in which any page can ask without seeing the answer.
 func onLoopback(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, ok := loopback(r); !ok {
-			http.Error(w, "only to be had on the node itself", http.StatusForbidden)
+		if _, ok := loopback(r); !ok || r.Header.Get("Sec-Fetch-Mode") != "" {
+			http.Error(w, "only to be had on the node itself, and not with a browser", http.StatusForbidden)
 			return
 		}
 		next.ServeHTTP(w, r)

@@ -4,9 +4,11 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -97,11 +99,11 @@ func TestPageEscapes(t *testing.T) {
 // On loopback, only requests for loopback are answered: a browser may be made
 // to ask for another name there.
 func TestGuarded(t *testing.T) {
-	h := guarded(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	srv := httptest.NewServer(h)
+	srv := httptest.NewServer(guarded(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
 	defer srv.Close()
 	_, port, _ := net.SplitHostPort(srv.Listener.Addr().String())
-	for host, want := range map[string]int{"127.0.0.1:" + port: 200, "localhost:" + port: 200, "[::1]:" + port: 200, "evil.example:" + port: 421, "10.0.0.1": 421} {
+	for host, want := range map[string]int{"127.0.0.1:" + port: 200, "localhost:" + port: 200, "[::1]:" + port: 200,
+		"evil.example:" + port: 421, "10.0.0.1": 421, "evil-localhost:" + port: 421, "evil.localhost": 421, "127.0.0.1.evil.example": 421, "0.0.0.0:" + port: 421} {
 		req, err := http.NewRequest(http.MethodGet, srv.URL, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -117,6 +119,27 @@ func TestGuarded(t *testing.T) {
 		}
 		if want == 200 && !strings.Contains(resp.Header.Get("Content-Security-Policy"), "default-src 'none'") {
 			t.Errorf("%v", resp.Header)
+		}
+	}
+}
+
+// What weir prefetch asks for is not to be had through a browser, where any page
+// could have this node fetch images, nor from another machine.
+func TestOnLoopback(t *testing.T) {
+	h := onLoopback(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	for _, c := range []struct {
+		at, fetch string
+		want      int
+	}{{"127.0.0.1:5050", "", 200}, {"[::1]:5050", "", 200}, {"127.0.0.1:5050", "no-cors", 403}, {"127.0.0.1:5050", "navigate", 403}, {"192.0.2.1:5050", "", 403}} {
+		addr := net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.at))
+		r := httptest.NewRequest(http.MethodGet, "/v2/", nil)
+		if c.fetch != "" {
+			r.Header.Set("Sec-Fetch-Mode", c.fetch)
+		}
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), http.LocalAddrContextKey, addr)))
+		if w.Code != c.want {
+			t.Errorf("%+v: %d", c, w.Code)
 		}
 	}
 }

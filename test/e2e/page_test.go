@@ -76,6 +76,11 @@ func TestPage(t *testing.T) {
 	if got := b.Eval(`document.querySelectorAll("nav").length`); got != 0.0 {
 		t.Errorf("without peers it offers a cluster: %v", got)
 	}
+	for _, path := range []string{"", "api/status", "api/pulls", "metrics", "v2/"} {
+		if code := node.Run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", "Host: evil.example", page+path); code != "421" {
+			t.Errorf("a page that calls itself evil.example, at this address, gets %q with %s", path, code)
+		}
+	}
 	for _, path := range []string{"/page.css", "/page.js", "/api/pulls"} {
 		if b, err := a.Get(context.Background(), path); err != nil || len(b) == 0 {
 			t.Errorf("%s: %v", path, err)
