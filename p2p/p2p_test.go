@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -372,6 +373,94 @@ func TestStranger(t *testing.T) {
 	}
 	if st := all[0].Status(); len(st.Peers) != 1 || st.Strangers == 0 {
 		t.Errorf("status: %+v", st)
+	}
+}
+
+// Who has the port that peers look for one at, and not the key, isn't taken for
+// one, whatever he answers to a peer's proof.
+func TestStrangerListens(t *testing.T) {
+	all := swarm(t, 2)
+	// He speaks libp2p's TLS, for which anybody has an identity.
+	stranger := newMember(t, func(o *Options) { o.SwarmKey = bytes.Repeat([]byte{8}, 32) })
+	secure := func(c net.Conn, side func(net.Conn, *tls.Config) *tls.Conn) *tls.Conn {
+		conf, _ := stranger.identity.ConfigForPeer("")
+		conf.NextProtos = []string{"http/1.1"}
+		return side(c, conf)
+	}
+	for how, reply := range map[string]func(proof []byte) []byte{
+		"nothing":   func([]byte) []byte { return nil },
+		"zeros":     func([]byte) []byte { return make([]byte, 32) },
+		"the proof": func(proof []byte) []byte { return proof },
+		"what another peer says to it": func(proof []byte) []byte {
+			c, err := net.Dial("tcp", all[1].addr())
+			if err != nil {
+				t.Error(err)
+				return nil
+			}
+			defer c.Close()
+			_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+			relay := secure(c, tls.Client)
+			_, _ = relay.Write(proof)
+			theirs, _ := io.ReadAll(io.LimitReader(relay, 32))
+			if len(theirs) > 0 {
+				t.Errorf("a proof that was made for another connection is taken, and answered with %x", theirs)
+			}
+			return theirs
+		},
+	} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+			tc := secure(c, tls.Server)
+			proof := make([]byte, 32)
+			if _, err := io.ReadFull(tc, proof); err != nil {
+				t.Errorf("%s: no proof came: %v", how, err)
+				return
+			}
+			_, _ = tc.Write(reply(proof))
+		}()
+		if c, _, err := all[0].dialPeer(t.Context(), "", []string{l.Addr().String()}); err == nil {
+			t.Errorf("%s makes a stranger a peer", how)
+			c.Close()
+		}
+		l.Close()
+	}
+}
+
+// What is small is verified too before it is taken, and who sent something else
+// is shunned.
+func TestSmallComesWrong(t *testing.T) {
+	all := swarm(t, 3)
+	right := []byte("a manifest")
+	d := digest.FromBytes(right)
+	all[0].shelf.open = func(context.Context, digest.Digest) (*Blob, error) {
+		return &Blob{nopCloser{bytes.NewReader([]byte("another it"))}, 10, true}, nil
+	}
+	all[0].Provide(d)
+	find := question{Op: opFind, Key: must(keyOf(d))}
+	until(t, "the liar is found", func() bool {
+		a, _ := all[2].consult(t.Context(), find)
+		return len(a.Sources) == 1
+	})
+	if b, err := all[2].Get(t.Context(), d, 1000); !errors.Is(err, ErrNoPeer) {
+		t.Errorf("%q, %v", b, err)
+	}
+	all[1].Provide(all[1].put(right))
+	until(t, "another one has it", func() bool {
+		b, err := all[2].Get(t.Context(), d, 1000)
+		return err == nil && bytes.Equal(b, right)
+	})
+	for _, p := range all[2].Status().Peers {
+		if p.Shunned != (p.ID == all[0].ID()) {
+			t.Errorf("%s shunned: %v", p.ID, p.Shunned)
+		}
 	}
 }
 

@@ -332,6 +332,39 @@ func TestSettings(t *testing.T) {
 	}
 }
 
+// Behind a proxy of the node's own, registries are verified as everywhere.
+func TestOwnEgressVerifies(t *testing.T) {
+	world, evil := newAuthority(t, "world"), newAuthority(t, "evil")
+	e := Upstreams{Roots: func(host string) *x509.CertPool {
+		if host == "registry.test" {
+			return world.pool
+		}
+		return evil.pool
+	}}.NewOwnEgress()
+	defer e.Close()
+	for _, c := range []struct {
+		by   *authority
+		name string // in the certificate
+		ok   bool
+	}{{world, "registry.test", true}, {evil, "registry.test", false}, {world, "other.test", false}} {
+		leaf, err := c.by.Leaf(c.name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		here, there := net.Pipe()
+		go func() {
+			_ = tls.Server(there, &tls.Config{Certificates: []tls.Certificate{*leaf}}).Handshake()
+			there.Close()
+		}()
+		conf := e.transport.TLSClientConfig.Clone()
+		conf.ServerName = "registry.test"
+		if err := tls.Client(here, conf).Handshake(); (err == nil) != c.ok {
+			t.Errorf("%s by %s: %v", c.name, c.by.cert.Subject.CommonName, err)
+		}
+		here.Close()
+	}
+}
+
 // A host that speaks the distribution API is recognised as a registry.
 func TestRecognised(t *testing.T) {
 	for name, tt := range map[string]struct {

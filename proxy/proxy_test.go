@@ -629,6 +629,24 @@ func TestPeek(t *testing.T) {
 	}
 }
 
+// Who never comes to the end of a beginning is listened to for 64 KiB.
+func TestPeekIsBounded(t *testing.T) {
+	for name, begin := range map[string]string{
+		"a header":             "GET /v2/ HTTP/1.1\r\nX: ",
+		"headers":              "GET /v2/ HTTP/1.1\r\nHost: a.test\r\n",
+		"a method":             "G",
+		"a TLS handshake":      "\x16\x03\x01\x40\x00\x01\x00\xff\xff\x03\x03",
+		"a longer one than is": "\x16\x03\x01\x40\x00\x01\xff\xff\xff\x03\x03",
+	} {
+		again := strings.Repeat("a: b\r\n", 1<<16)
+		in := &io.LimitedReader{R: io.MultiReader(strings.NewReader(begin), strings.NewReader(again)), N: 1 << 20}
+		got := peek(in)
+		if read := 1<<20 - in.N; got.protocol != opaque || read > 64<<10 || read != int64(len(got.bytes)) {
+			t.Errorf("%s: taken for %v after %d bytes, of which %d are passed on", name, got.protocol, read, len(got.bytes))
+		}
+	}
+}
+
 func FuzzPeek(f *testing.F) {
 	h := clientHello(f, &tls.Config{ServerName: "registry.test"})
 	f.Add(h)

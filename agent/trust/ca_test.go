@@ -261,6 +261,21 @@ func TestRootProfile(t *testing.T) {
 	}
 }
 
+// Each node has a CA of its own, which the others' runtimes don't trust.
+func TestEachNodeHasItsOwn(t *testing.T) {
+	one, other := newCA(t), newCA(t)
+	leaf := signAny(t, one, "ghcr.io")
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: pool(one), DNSName: "ghcr.io"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: pool(other), DNSName: "ghcr.io"}); err == nil {
+		t.Error("another node's CA vouches for it")
+	}
+	if opensslVerify(t, other, leaf, "-verify_hostname", "ghcr.io") == nil {
+		t.Error("to OpenSSL another node's CA vouches for it")
+	}
+}
+
 func TestLeafServesTLS(t *testing.T) {
 	ca := newCA(t)
 	leaf, err := ca.Leaf("ghcr.io")

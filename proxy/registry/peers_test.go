@@ -255,14 +255,18 @@ func TestPeersWordEnds(t *testing.T) {
 	u.allow("a/b", "Bearer mallory")
 	secret := bytesOf(3, 5000)
 	d := u.put("a/secret", secret)
-	u.putManifest("a/b", "1", docker2)
+	_, good := u.putManifest("a/b", "1", docker2)
 	s := newSide(t, u, store.Options{})
 	registry := strings.TrimPrefix(u.srv.URL, "https://")
-	says, err := json.Marshal(memory{Members: map[string]rememberedInRepo{registry: {"a/b": {d: time.Now()}}}})
+	evil := []byte(`{"schemaVersion":2,"mediaType":"` + docker2 + `","evil":1}`)
+	e := digest.FromBytes(evil)
+	says, err := json.Marshal(memory{
+		Tags:    []rememberedTag{{registry, "a/b", "1", e, time.Now().Add(30 * time.Second)}},
+		Members: map[string]rememberedInRepo{registry: {"a/b": {d: time.Now(), e: time.Now()}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.peers = &neighbours{known: [][]byte{says}}
+	s.peers = &neighbours{known: [][]byte{says}, give: map[digest.Digest][][]byte{e: {evil}}}
 	s.restart()
 	s.do("GET", "/v2/a/secret/blobs/"+d.String(), "Bearer alice")
 	s.do("GET", "/v2/a/b/manifests/1", "Bearer mallory")
@@ -277,11 +281,21 @@ func TestPeersWordEnds(t *testing.T) {
 		}
 	}
 	down(true)
-	s.do("GET", "/v2/a/b/manifests/1", "Bearer mallory")
+	if a := s.do("GET", "/v2/a/b/manifests/1", "Bearer mallory"); !bytes.Equal(a.body, evil) {
+		t.Errorf("while it is down: %s %q", a.Status, a.body)
+	}
 	if !s.h.rights.isTold(repository{registry, "a/b"}, d) {
 		t.Fatal("the test is about what a peer has said")
 	}
 	down(false)
+	for range 2 {
+		if a := s.do("GET", "/v2/a/b/manifests/1", "Bearer mallory"); !bytes.Equal(a.body, good) {
+			t.Errorf("the tag: %s %q", a.Status, a.body)
+		}
+	}
+	if a := s.do("GET", "/v2/a/b/manifests/"+e.String(), "Bearer mallory"); a.StatusCode != 404 {
+		t.Errorf("the peer's manifest: %s", a.Status)
+	}
 	for _, method := range []string{"HEAD", "GET"} {
 		if a := s.do(method, "/v2/a/b/blobs/"+d.String(), "Bearer mallory"); a.StatusCode != 404 || bytes.Equal(a.body, secret) {
 			t.Errorf("%s: %s, because of what a peer said", method, a.Status)

@@ -424,7 +424,11 @@ func TestWrongBytes(t *testing.T) {
 	path := "/v2/a/blobs/" + d.String()
 	forged := append(bytes.Clone(want[:299_999]), want[299_999]^1)
 	for name, script := range map[string]func(w http.ResponseWriter){
-		"forged":  func(w http.ResponseWriter) { _, _ = w.Write(forged) },
+		"forged": func(w http.ResponseWriter) { _, _ = w.Write(forged) },
+		"forged, of known length": func(w http.ResponseWriter) {
+			w.Header().Set("Content-Length", "300000")
+			_, _ = w.Write(forged)
+		},
 		"short":   func(w http.ResponseWriter) { _, _ = w.Write(want[:200_000]) },
 		"long":    func(w http.ResponseWriter) { _, _ = w.Write(append(bytes.Clone(want), "more"...)) },
 		"chunked": func(w http.ResponseWriter) { w.(http.Flusher).Flush(); _, _ = w.Write(forged) },
@@ -538,6 +542,74 @@ func TestTogether(t *testing.T) {
 	}
 	if gets != 1 {
 		t.Errorf("%d GETs", gets)
+	}
+}
+
+// While a blob arrives for somebody, whoever may not read it gets the upstream's
+// refusal, and at once.
+func TestArrivingForAnother(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "Bearer alice")
+	u.allow("b", "Bearer bob")
+	want := bytesOf(8, 300_000)
+	d := u.put("a", want)
+	begun, refused := make(chan struct{}), make(chan struct{})
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Authorization") != "Bearer alice" {
+			return false
+		}
+		w.Header().Set("Content-Length", "300000")
+		_, _ = w.Write(want[:200_000])
+		w.(http.Flusher).Flush()
+		close(begun)
+		<-refused
+		_, _ = w.Write(want[200_000:])
+		return true
+	}
+	s := newSide(t, u, store.Options{})
+	led := make(chan answer)
+	go func() { led <- s.do("GET", "/v2/a/blobs/"+d.String(), "Bearer alice") }()
+	<-begun
+	for auth, path := range map[string]string{"": "/v2/a/blobs/", "Bearer bob": "/v2/a/blobs/", "Bearer bob ": "/v2/b/blobs/"} {
+		for _, rng := range []string{"", "bytes=0-9"} {
+			if a := s.do("GET", path+d.String(), strings.TrimSpace(auth), "Range", rng); a.err != nil || a.StatusCode != 401 && a.StatusCode != 404 {
+				t.Errorf("%s as %q: %v with %d bytes, %v", path, auth, a.Response, len(a.body), a.err)
+			}
+		}
+	}
+	close(refused)
+	if a := <-led; a.err != nil || !bytes.Equal(a.body, want) {
+		t.Errorf("who may read it got %d bytes, %v", len(a.body), a.err)
+	}
+}
+
+// Whatever a client shows of itself makes it another one.
+func TestCredentials(t *testing.T) {
+	r := newRights(time.Minute, 0)
+	seen := make(map[credentials]string)
+	for name, c := range map[string]struct {
+		as     string
+		header http.Header
+	}{
+		"nothing":                {},
+		"a certificate":          {as: "cert"},
+		"a token":                {header: http.Header{"Authorization": {"Bearer a"}}},
+		"another token":          {header: http.Header{"Authorization": {"Bearer b"}}},
+		"two tokens":             {header: http.Header{"Authorization": {"Bearer a", "Bearer b"}}},
+		"in the other order":     {header: http.Header{"Authorization": {"Bearer b", "Bearer a"}}},
+		"both and a certificate": {as: "cert", header: http.Header{"Authorization": {"Bearer a"}}},
+		"a cookie":               {header: http.Header{"Cookie": {"Bearer a"}}},
+		"a token and a cookie":   {header: http.Header{"Authorization": {"Bearer a"}, "Cookie": {"Bearer a"}}},
+		"a certificate like it":  {as: "Bearer a"},
+	} {
+		who := r.credentialsOf(&http.Request{Header: c.header}, c.as)
+		if other, ok := seen[who]; ok {
+			t.Errorf("%s is taken for %s", name, other)
+		}
+		seen[who] = name
+	}
+	if newRights(time.Minute, 0).credentialsOf(&http.Request{}, "") == r.credentialsOf(&http.Request{}, "") {
+		t.Error("the hash means the same elsewhere")
 	}
 }
 

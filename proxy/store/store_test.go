@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -133,6 +134,51 @@ func TestPutGet(t *testing.T) {
 	}
 	if _, err := Open(dir, Options{}); !errors.Is(err, ErrLocked) {
 		t.Errorf("second Open: %v", err)
+	}
+}
+
+// Nobody but the store's own user can read it, whatever the umask.
+func TestPermissions(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0))
+	dir := filepath.Join(t.TempDir(), "store")
+	s, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	arriving, leader := s.Claim(digest.FromString("arriving"))
+	if !leader {
+		t.Fatal("somebody else has it")
+	}
+	in, out := io.Pipe()
+	defer out.Close()
+	r, err := arriving.Begin(100, in, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	pushed := []byte("pushed")
+	up := s.NewUpload()
+	_, _ = up.Write(pushed)
+	if err := errors.Join(up.Commit(digest.FromBytes(pushed)), s.Put(digest.SHA512.FromString("put"), []byte("put"))); err != nil {
+		t.Fatal(err)
+	}
+	files := 0
+	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err == nil && info.Mode().Perm()&0o077 != 0 {
+			t.Errorf("%s has mode %v", path, info.Mode())
+		}
+		if !e.IsDir() {
+			files++
+		}
+		return err
+	})
+	if err != nil || files != 6 { // two blobs, their checksums, what arrives, the lock
+		t.Errorf("%d files, %v", files, err)
 	}
 }
 
