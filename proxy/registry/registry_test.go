@@ -554,6 +554,7 @@ func TestArrivingForAnother(t *testing.T) {
 	want := bytesOf(8, 300_000)
 	d := u.put("a", want)
 	begun, refused := make(chan struct{}), make(chan struct{})
+	var once sync.Once
 	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Header.Get("Authorization") != "Bearer alice" {
 			return false
@@ -561,7 +562,7 @@ func TestArrivingForAnother(t *testing.T) {
 		w.Header().Set("Content-Length", "300000")
 		_, _ = w.Write(want[:200_000])
 		w.(http.Flusher).Flush()
-		close(begun)
+		once.Do(func() { close(begun) })
 		<-refused
 		_, _ = w.Write(want[200_000:])
 		return true
