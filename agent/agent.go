@@ -122,7 +122,7 @@ type Agent struct {
 	runtimes *runtimes
 	admin    *http.Server
 	adminL   net.Listener
-	own      *proxy.Egress // for what is prefetched
+	own      *proxy.Egress // for what is prefetched, and to see what is down
 	explicit []*listener   // the mirror and the forward proxy
 	peers    *peers        // nil without a swarm key
 	history  history
@@ -194,6 +194,8 @@ func (a *Agent) start() (err error) {
 	a.registry = registry.New(options)
 	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
 	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
+	a.own = ups.NewOwnEgress()
+	ups.Reaches = a.own.Reaches
 	if err := a.listenExplicit(ups); err != nil {
 		return err
 	}
@@ -224,7 +226,6 @@ func (a *Agent) start() (err error) {
 		go func() { _ = l.server.Serve(l.l) }()
 	}
 	a.peers.serve(a.registry, a.tell)
-	a.own = ups.NewOwnEgress()
 	a.admin = &http.Server{Handler: a.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = a.admin.Serve(a.adminL) }()
 	return nil

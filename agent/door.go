@@ -187,7 +187,11 @@ func (ds *doors) make(ns *netns) (*door, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &door{ns: ns, l4: l4, l6: l6, egress: ds.ups.NewEgress(ns.dial)}
+	ups := ds.ups
+	if ns.own {
+		ups.Reaches = nil // as the client does
+	}
+	d := &door{ns: ns, l4: l4, l6: l6, egress: ups.NewEgress(ns.dial)}
 	if d.cookie, err = ds.kernel.OpenDoor(l4, l6); err != nil {
 		l4.Close()
 		if l6 != nil {

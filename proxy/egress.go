@@ -99,6 +99,10 @@ type Upstreams struct {
 	// Remembers says whether there may be something to serve of a registry
 	// that can't be reached. Nil means never.
 	Remembers func(host string) bool
+	// Reaches says whether the node itself gets an answer of a registry. One that
+	// a client can't reach is not down then, but out of the client's bounds. Nil
+	// means that it doesn't.
+	Reaches func(ctx context.Context, host string) bool
 }
 
 // NewEgress returns a way out that dials with dial. Close it when its
@@ -240,6 +244,11 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 		return nil
 	case ctx.Err() != nil:
 		return err
+	case remembered && !badCertificate(err) && e.ups.Reaches != nil && e.ups.Reaches(ctx, host):
+		// A network policy, say. What others were given by it is not for this
+		// client, who could not have asked.
+		e.verdicts.Add(at(hostport, addr), verdict{err, time.Now().Add(refusedTTL)})
+		return err
 	case remembered && !badCertificate(err):
 		// It was verified before, and is down now. Requests try it again.
 		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(downTTL)})
@@ -265,6 +274,20 @@ func (e *Egress) verified(hostport string, c net.Conn) {
 		clear(e.addrs)
 	}
 	e.addrs[hostport] = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
+}
+
+// Reaches says whether a registry answers by this way out. It is for
+// [Upstreams].
+func (e *Egress) Reaches(ctx context.Context, host string) bool {
+	key := "answers " + host
+	if v, ok := e.verdicts.Get(key); ok && time.Now().Before(v.until) {
+		return v.err == nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, hurry/2)
+	defer cancel()
+	_, err := e.base(ctx, host)
+	e.verdicts.Add(key, verdict{err, time.Now().Add(hurry)})
+	return err == nil
 }
 
 func (e *Egress) remembers(host string) bool {

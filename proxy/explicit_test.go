@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"strings"
 	"sync/atomic"
@@ -289,6 +290,29 @@ func TestDownButRemembered(t *testing.T) {
 	l.Close()
 	if got := s.issuer("registry.test"); got != "weir" {
 		t.Errorf("certificate of %q", got)
+	}
+	// Down for this client alone: its network policy, and not an outage.
+	s.egress.verdicts.Purge()
+	node := listen(t)
+	s.serveTLS(node, &tls.Config{}, http.NotFoundHandler())
+	own := s.egress.ups.NewOwnEgress()
+	defer own.Close()
+	host := fmt.Sprintf("registry.test:%d", s.dst.Port())
+	own.addrs[host] = netip.MustParseAddrPort(node.Addr().String())
+	s.egress.ups.Reaches = own.Reaches
+	if got := s.issuer("registry.test"); got == "weir" {
+		t.Error("intercepted for a client that is kept from the registry")
+	}
+	// And when it is down for the node too.
+	s.egress.verdicts.Purge()
+	own.verdicts.Purge()
+	own.Close()
+	node.Close()
+	own = s.egress.ups.NewOwnEgress()
+	own.addrs[host] = s.dst
+	s.egress.ups.Reaches = own.Reaches
+	if got := s.issuer("registry.test"); got != "weir" {
+		t.Errorf("in an outage: certificate of %q", got)
 	}
 	s.egress.verdicts.Purge()
 	remembers.Store(false)
