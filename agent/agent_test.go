@@ -306,6 +306,25 @@ func TestListenBeforeLoopback(t *testing.T) {
 	}
 }
 
+// Who takes all the ports that doors have doesn't keep an agent from starting.
+func TestListenWhereAllIsTaken(t *testing.T) {
+	ns, err := openNetns(inNewNetns(t, true))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	for port := firstDoorPort; port <= lastDoorPort; port++ {
+		listenIn(t, ns, fmt.Sprintf("127.0.0.1:%d", port))
+		listenIn(t, ns, fmt.Sprintf("[::1]:%d", port))
+	}
+	l4, l6, err := ns.listen()
+	if err != nil || l6 == nil {
+		t.Fatal(l6, err)
+	}
+	l4.Close()
+	l6.Close()
+}
+
 func TestSecondAgentIsRefused(t *testing.T) {
 	needRoot(t)
 	dir := t.TempDir()

@@ -113,11 +113,14 @@ func listenOn(network, host string) (*net.TCPListener, error) {
 	lc.SetMultipathTCP(false) // the kernel side marks plain TCP sockets
 	for try := 0; ; try++ {
 		port := firstDoorPort + rand.IntN(lastDoorPort-firstDoorPort+1)
+		if try == 20 {
+			port = 0 // somebody has taken most of them
+		}
 		l, err := lc.Listen(context.Background(), network, net.JoinHostPort(host, strconv.Itoa(port)))
 		if err == nil {
 			return l.(*net.TCPListener), nil
 		}
-		if !errors.Is(err, unix.EADDRINUSE) || try == 20 {
+		if !errors.Is(err, unix.EADDRINUSE) || port == 0 {
 			return nil, err
 		}
 	}
