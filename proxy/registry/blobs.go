@@ -127,6 +127,7 @@ func (x *exchange) miss() {
 		return
 	}
 	x.stats.hits.Add(1)
+	x.following = true
 	x.arriving(r, "hit; detail=following")
 }
 
@@ -254,9 +255,70 @@ func (x *exchange) arriving(r *store.TransferReader, status string) {
 		x.stream(r.WithContext(x.r.Context()), status)
 		return
 	}
-	c := &content{x: x, size: r.Size(), from: r.WithContext(x.r.Context())}
+	c := &content{x: x, size: r.Size()}
 	defer c.Close()
+	ctx := x.r.Context()
+	if x.following {
+		var stop func()
+		ctx, stop = x.keepUp(r)
+		defer stop()
+		c.following = ctx
+	}
+	c.from = r.WithContext(ctx)
 	x.serve(c, status)
+}
+
+// errLags says that another client's transfer is much slower than the registry.
+var errLags = errors.New("it comes much slower than the registry gives")
+
+const (
+	// lagTime is how long a transfer may lag before those who follow it leave it.
+	lagTime = 10 * time.Second
+	// slowPace is what a registry gives that nobody has measured, in bytes per
+	// second.
+	slowPace = 256 << 10
+)
+
+// keepUp returns a context for reading from another client's transfer, which
+// ends when the transfer lags: it goes the other client's way, which may have a
+// bound, or be held up on purpose. It doesn't lag where the node gets what the
+// registry gives, and shares it among many transfers.
+func (x *exchange) keepUp(r *store.TransferReader) (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(x.r.Context())
+	start, _ := rangeStart(x.r.Header.Get("Range"))
+	go func() {
+		t := time.NewTicker(x.h.lagTime)
+		defer t.Stop()
+		here, all := r.Arrived(), x.h.taken()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+			}
+			was, before := here, all
+			here, all = r.Arrived(), x.h.taken()
+			switch {
+			case here >= r.Size()-1: // it has arrived, or waits for its digest
+				return
+			case here >= start && lags(here-was, all-before, x.stats.pace.Load(), x.h.lagTime):
+				cancel(errLags)
+				return
+			}
+		}
+	}()
+	return ctx, func() { cancel(nil) }
+}
+
+// lags says whether a transfer of which so many bytes came in a time, while so
+// many came in all, is much slower than a registry that gives pace, or 0 if that
+// isn't known.
+func lags(got, all, pace int64, in time.Duration) bool {
+	if pace == 0 {
+		pace = slowPace
+	}
+	given := int64(float64(pace) * in.Seconds())
+	return got < given/4 && all < given/2
 }
 
 // hit is the cache status of an answer from what is kept.
@@ -310,6 +372,8 @@ type content struct {
 	closers  []io.Closer
 	replaced bool
 	err      error
+	// following ends when from lags, which is another client's transfer then.
+	following context.Context
 }
 
 func (c *content) Seek(offset int64, whence int) (int64, error) {
@@ -361,7 +425,12 @@ func (c *content) Read(p []byte) (n int, err error) {
 func (c *content) replace(cause error) error {
 	x := c.x
 	if r, ok := c.from.(*store.TransferReader); ok {
-		rest, err := r.Rest(x.r.Context(), x.source())
+		follow := r.Rest
+		if c.following != nil && errors.Is(context.Cause(c.following), errLags) {
+			x.h.log.Info("another client's transfer lags, and is left for the registry", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "at", c.off)
+			follow = r.Leave
+		}
+		rest, err := follow(x.r.Context(), x.source())
 		if err != nil {
 			return err
 		}

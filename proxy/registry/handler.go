@@ -147,6 +147,7 @@ type Handler struct {
 	stats    statsTable
 	pulls    pulls
 	bufs     bufferPool
+	lagTime  time.Duration
 
 	ctx    context.Context // ends what runs in the background
 	cancel context.CancelFunc
@@ -169,7 +170,7 @@ func New(o Options) *Handler {
 		o.Tracer = noop.Tracer{}
 	}
 	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer}, rights: newRights(o.RightsTTL, o.StaleIfError), tags: newTags(),
-		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, asking: semaphore.NewWeighted(4)}
+		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: semaphore.NewWeighted(4)}
 	h.types, _ = lru.New[digest.Digest, string](4096)
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {
@@ -221,6 +222,8 @@ type exchange struct {
 	again  bool  // the blob's transfer was somebody else's, and came to nothing
 	size   int64 // of the blob, as the upstream says, or -1
 	stale  bool  // the answer is what the upstream said before it fell silent
+	// following says that the blob is read from another client's transfer.
+	following bool
 }
 
 // ServeAnonymous answers like [Handler.Serve]. When the client has no

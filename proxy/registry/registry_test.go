@@ -584,6 +584,63 @@ func TestArrivingForAnother(t *testing.T) {
 	}
 }
 
+// A client whose own way is slow, or who makes it so, doesn't hold up those who
+// want the same blob.
+func TestLaggingIsLeft(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "Bearer slow", "Bearer fast")
+	want := bytesOf(8, 300_000)
+	d := u.put("a", want)
+	begun, done := make(chan struct{}), make(chan struct{})
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Authorization") != "Bearer slow" {
+			return false
+		}
+		w.Header().Set("Content-Length", "300000")
+		_, _ = w.Write(want[:200_000])
+		w.(http.Flusher).Flush()
+		close(begun)
+		<-done
+		_, _ = w.Write(want[200_000:])
+		return true
+	}
+	s := newSide(t, u, store.Options{})
+	s.h.lagTime = 10 * time.Millisecond
+	path := "/v2/a/blobs/" + d.String()
+	led := make(chan answer)
+	go func() { led <- s.do("GET", path, "Bearer slow") }()
+	<-begun
+	for _, rng := range []string{"", "bytes=100000-"} {
+		a := s.do("GET", path, "Bearer fast", "Range", rng)
+		if a.err != nil || !bytes.Equal(a.body, want[300_000-len(a.body):]) || len(a.body) < 200_000 || !strings.Contains(a.Header.Get("Cache-Status"), "following") {
+			t.Errorf("range %q: %d bytes, %v", rng, len(a.body), a.err)
+		}
+	}
+	close(done)
+	if a := <-led; a.err != nil || !bytes.Equal(a.body, want) {
+		t.Errorf("the slow one got %d bytes, %v", len(a.body), a.err)
+	}
+	s.want(s.do("GET", path, "Bearer fast"), 200, want, "GET "+path, "HEAD "+path, "GET "+path, "GET "+path)
+}
+
+// A transfer lags when the registry gives more, and the node gets less.
+func TestLags(t *testing.T) {
+	const mib = 1 << 20
+	for _, c := range []struct {
+		got, all, pace int64
+		lags           bool
+	}{
+		{0, 0, 0, true}, {100 << 10, 100 << 10, 0, true}, {mib, mib, 0, false}, // nobody knows what it gives
+		{10 * mib, 10 * mib, 10 * mib, true}, {13 * mib, 13 * mib, 10 * mib, false},
+		{mib, 30 * mib, 10 * mib, false}, // one of many
+		{0, 20 * mib, 10 * mib, true}, {0, 26 * mib, 10 * mib, false},
+	} {
+		if got := lags(c.got, c.all, c.pace, 5*time.Second); got != c.lags {
+			t.Errorf("%+v: %v", c, got)
+		}
+	}
+}
+
 // Whatever a client shows of itself makes it another one.
 func TestCredentials(t *testing.T) {
 	r := newRights(time.Minute, 0)

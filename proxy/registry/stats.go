@@ -66,6 +66,16 @@ func (t *statsTable) of(registry string) *counters {
 	return c.(*counters)
 }
 
+// taken is how many bytes the node has got from registries and peers.
+func (h *Handler) taken() (n int64) {
+	h.stats.m.Range(func(_, v any) bool {
+		c := v.(*counters)
+		n += c.fromUpstream.Load() + c.fromPeers.Load()
+		return true
+	})
+	return n
+}
+
 // Stats returns the figures of each registry that was asked for something.
 func (h *Handler) Stats() []Stats {
 	var all []Stats

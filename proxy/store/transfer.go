@@ -631,6 +631,13 @@ func (r *TransferReader) Rest(ctx context.Context, src Source) (io.ReadCloser, e
 	if !errors.As(err, &werr) {
 		return nil, err
 	}
+	return r.Leave(ctx, src)
+}
+
+// Leave continues by itself at the reader's offset, from src, as Rest does,
+// while the transfer goes on for others. What the reader would read next must
+// not be beyond what has arrived.
+func (r *TransferReader) Leave(ctx context.Context, src Source) (io.ReadCloser, error) {
 	body, err := src(ctx, r.off)
 	if err != nil {
 		return nil, err
