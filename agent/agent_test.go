@@ -3,18 +3,22 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -303,6 +307,39 @@ func TestListenBeforeLoopback(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.Close()
+	}
+}
+
+// A program that is called dockerd, and never ends its answer, is not listened to
+// for longer than a dockerd needs.
+func TestEndlessAnswer(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "sock")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said atomic.Int64
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Api-Version", "1.45")
+		if r.URL.Path == "/_ping" {
+			return
+		}
+		_, _ = io.WriteString(w, `{"status":"`)
+		for b := bytes.Repeat([]byte("a"), 1<<20); said.Load() < 1<<30; said.Add(1 << 20) {
+			if _, err := w.Write(b); err != nil {
+				return
+			}
+		}
+	})}
+	go func() { _ = srv.Serve(l) }()
+	defer srv.Close()
+	rt := &runtimeProc{process: process{pid: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
+	if err := askDocker(t.Context(), rt, "198.18.116.1/weir/probe:x"); err == nil || said.Load() > 4*maxAnswers {
+		t.Errorf("%d bytes, %v", said.Load(), err)
+	}
+	if said.Load() == 0 {
+		t.Error("it wasn't asked")
 	}
 }
 

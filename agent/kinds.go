@@ -141,6 +141,25 @@ func socketsOf(rt *runtimeProc) []string {
 	return append(found, rt.kind.sockets...)
 }
 
+// maxAnswers bounds what a runtime says to one question, which is some KiB. In a
+// pod it is anybody's program, and what reads its JSON reads it to the end.
+const maxAnswers = 16 << 20
+
+// boundedConn is a connection of which so many bytes are read.
+type boundedConn struct {
+	net.Conn
+	left int
+}
+
+func (c *boundedConn) Read(b []byte) (int, error) {
+	if c.left <= 0 {
+		return 0, fmt.Errorf("it answers with more than %d bytes", maxAnswers)
+	}
+	n, err := c.Conn.Read(b[:min(len(b), c.left)])
+	c.left -= n
+	return n, err
+}
+
 // dialRuntime connects to a runtime's API, inside its root file system.
 func dialRuntime(ctx context.Context, rt *runtimeProc) (net.Conn, error) {
 	root, err := trust.OpenRoot(rt.pid)
@@ -152,7 +171,7 @@ func dialRuntime(ctx context.Context, rt *runtimeProc) (net.Conn, error) {
 	for _, path := range socketsOf(rt) {
 		c, err := root.DialUnix(ctx, path)
 		if err == nil {
-			return c, nil
+			return &boundedConn{c, maxAnswers}, nil
 		}
 		last = err
 	}
