@@ -22,6 +22,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -339,6 +340,20 @@ func fetch(ctx context.Context, admin, path string, into any) (raw []byte, err e
 	return raw, nil
 }
 
+// plain is a text of somebody else, such as the name that a pod gives to where
+// it connects, without what would mean something to a terminal.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case unicode.IsPrint(r):
+			return r
+		case unicode.IsSpace(r):
+			return ' '
+		}
+		return unicode.ReplacementChar
+	}, s)
+}
+
 func printPulls(w io.Writer, all []registry.Pull) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "IMAGE\tCLIENT\tPROGRESS\tBYTES\tSTORE\tPEERS\tREGISTRY\tTIME\tREGISTRY ALONE")
@@ -351,7 +366,7 @@ func printPulls(w io.Writer, all []registry.Pull) error {
 			progress = fmt.Sprintf("%d broke off", p.Failed)
 		}
 		part := func(n int64) string { return agent.PercentText(n, p.Bytes) }
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", agent.PullName(p), p.Client, progress, agent.BytesText(p.Bytes),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", plain(agent.PullName(p)), plain(p.Client), progress, agent.BytesText(p.Bytes),
 			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), agent.SecondsText(p.Seconds), agent.AloneText(p))
 	}
 	if len(all) == 0 {
@@ -375,12 +390,12 @@ func printStatus(w io.Writer, s agent.Status) error {
 		if r.Reason != "" {
 			why = r.Reason
 		}
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\n", r.Kind, r.PID, r.Reach, why)
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\n", r.Kind, r.PID, r.Reach, plain(why))
 		if r.Step != "" {
-			fmt.Fprintf(t, "\t\t\t→ %s\n", r.Step)
+			fmt.Fprintf(t, "\t\t\t→ %s\n", plain(r.Step))
 		}
 		for _, host := range slices.Sorted(maps.Keys(r.Except)) {
-			fmt.Fprintf(t, "\t\t\tbut not %s: %s\n", host, r.Except[host])
+			fmt.Fprintf(t, "\t\t\tbut not %s: %s\n", plain(host), plain(r.Except[host]))
 		}
 	}
 	if len(s.Runtimes) == 0 {
@@ -388,7 +403,7 @@ func printStatus(w io.Writer, s agent.Status) error {
 	}
 	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHIT RATE\tFROM STORE\tFROM PEERS\tFROM REGISTRY\tNO ANSWER")
 	for _, r := range s.Registries {
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", agent.RegistryText(r.Registry), r.Requests, agent.PercentText(r.Hits, r.Hits+r.Misses), agent.BytesText(r.BytesFromStore), agent.BytesText(r.BytesFromPeers), agent.BytesText(r.BytesFromUpstream), r.Errors)
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", plain(agent.RegistryText(r.Registry)), r.Requests, agent.PercentText(r.Hits, r.Hits+r.Misses), agent.BytesText(r.BytesFromStore), agent.BytesText(r.BytesFromPeers), agent.BytesText(r.BytesFromUpstream), r.Errors)
 	}
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
@@ -406,7 +421,7 @@ func printStatus(w io.Writer, s agent.Status) error {
 			case u.Problem != "":
 				what = u.Problem
 			}
-			fmt.Fprintf(t, "%s\t%d\t%s\n", u.Host, u.Connections, what)
+			fmt.Fprintf(t, "%s\t%d\t%s\n", plain(u.Host), u.Connections, plain(what))
 		}
 	}
 	if p := s.Peers; p != nil {
@@ -473,16 +488,16 @@ func printFindings(w io.Writer, findings []agent.Finding) (failed, warned int) {
 	for _, f := range findings {
 		switch {
 		case f.Problem == "":
-			fmt.Fprintf(w, "ok    %s\n", f.What)
+			fmt.Fprintf(w, "ok    %s\n", plain(f.What))
 		case f.Warning:
 			warned++
-			fmt.Fprintf(w, "warn  %s: %s\n", f.What, f.Problem)
+			fmt.Fprintf(w, "warn  %s: %s\n", plain(f.What), plain(f.Problem))
 		default:
 			failed++
-			fmt.Fprintf(w, "FAIL  %s: %s\n", f.What, f.Problem)
+			fmt.Fprintf(w, "FAIL  %s: %s\n", plain(f.What), plain(f.Problem))
 		}
 		if f.Step != "" {
-			fmt.Fprintf(w, "      → %s\n", f.Step)
+			fmt.Fprintf(w, "      → %s\n", plain(f.Step))
 		}
 	}
 	return failed, warned

@@ -20,12 +20,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"weir/agent"
 	"weir/bpf"
+	"weir/proxy"
+	"weir/proxy/registry"
 )
 
 func TestMain(m *testing.M) {
@@ -297,5 +300,30 @@ func TestBytesText(t *testing.T) {
 	}
 	if s := fmt.Sprint(agent.BytesText(1 << 62)); !strings.HasSuffix(s, "EiB") {
 		t.Error(s)
+	}
+}
+
+// What a pod names, or answers, is text in a terminal, and nothing else.
+func TestStatusIsPlain(t *testing.T) {
+	const evil = "a\x1b[2J\x1b]0;b\a\nall is well\r\u202e\t"
+	var b bytes.Buffer
+	err := printStatus(&b, agent.Status{
+		Runtimes:     []agent.RuntimeStatus{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
+		Registries:   []registry.Stats{{Registry: evil}},
+		UnknownHosts: []proxy.Unknown{{Host: evil, Registry: true}, {Host: evil, Problem: evil}},
+	})
+	if err = errors.Join(err, printPulls(&b, []registry.Pull{{Registry: evil, Repository: evil, Reference: evil, Client: evil}})); err != nil {
+		t.Fatal(err)
+	}
+	printFindings(&b, []agent.Finding{{What: evil}, {What: evil, Problem: evil, Step: evil, Warning: true}, {What: evil, Problem: evil}})
+	for _, r := range b.String() {
+		if r != '\n' && !unicode.IsPrint(r) {
+			t.Errorf("%q is printed", r)
+		}
+	}
+	for line := range strings.Lines(b.String()) {
+		if strings.HasPrefix(line, "all is well") {
+			t.Errorf("it makes a line of its own: %s", b.String())
+		}
 	}
 }
