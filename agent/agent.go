@@ -237,7 +237,11 @@ func (a *Agent) lockRunDir() error {
 		return fmt.Errorf("making --run-dir: %w", err)
 	}
 	path := filepath.Join(a.conf.RunDir, pidFile)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	// Who can read it can hold the lock.
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err == nil {
+		err = f.Chmod(0o600)
+	}
 	if err != nil {
 		return fmt.Errorf("opening the pid file in --run-dir: %w", err)
 	}

@@ -365,11 +365,18 @@ func TestListenWhereAllIsTaken(t *testing.T) {
 func TestSecondAgentIsRefused(t *testing.T) {
 	needRoot(t)
 	dir := t.TempDir()
+	left := filepath.Join(dir, pidFile) // by one that was killed, when others could read it
+	if err := os.WriteFile(left, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	first := &Agent{conf: Config{RunDir: dir}}
 	if err := first.lockRunDir(); err != nil {
 		t.Fatal(err)
 	}
 	defer first.pidFile.Close()
+	if info, err := os.Stat(left); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("another user could hold the lock: %v, %v", info.Mode(), err)
+	}
 	err := (&Agent{conf: Config{RunDir: dir}}).lockRunDir()
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
 		t.Errorf("the second one: %v", err)
