@@ -356,6 +356,37 @@ func TestSettings(t *testing.T) {
 	}
 }
 
+// What a registry gives to one client's certificate is not for another's.
+func TestCertificatesTellClientsApart(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	secret := []byte("for alice")
+	path := "/v2/a/blobs/" + digest.FromBytes(secret).String()
+	s.serveTLS(l, &tls.Config{ClientAuth: tls.RequireAnyClientCert}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.TLS.PeerCertificates[0].DNSNames[0] != "alice.test" {
+			w.WriteHeader(http.StatusForbidden)
+			return
+		}
+		_, _ = w.Write(secret)
+	}))
+	for _, who := range []string{"alice.test", "mallory.test", "alice.test"} {
+		leaf, err := s.world.Leaf(who)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.change(func(f *Flow) {
+			f.Settings = func(registry.Known, string) (Settings, error) {
+				return Settings{Certificates: []tls.Certificate{*leaf}, Key: who}, nil
+			}
+		})
+		c := tls.Client(s.dial(), &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool})
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: registry.test:%d\r\nConnection: close\r\n\r\n", path, s.dst.Port())
+		if b, err := io.ReadAll(c); err != nil || bytes.HasSuffix(b, secret) != (who == "alice.test") {
+			t.Errorf("%s: %q, %v", who, b, err)
+		}
+	}
+}
+
 // Behind a proxy of the node's own, registries are verified as everywhere.
 func TestOwnEgressVerifies(t *testing.T) {
 	world, evil := newAuthority(t, "world"), newAuthority(t, "evil")

@@ -144,6 +144,39 @@ var faults = map[string]func(http.ResponseWriter, *http.Request) bool{
 	},
 }
 
+// While the upstream is silent, a right to one repository, or that it is
+// everybody's, is still none to what is only in another.
+func TestStaleIsOfTheRepository(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("library/p", "", "Bearer mallory")
+	u.allow("team/private", "Bearer alice")
+	d := u.put("team/private", bytesOf(3, 5000))
+	m, _ := u.putManifest("team/private", "1", docker2, d)
+	u.putManifest("library/p", "1", docker2)
+	s := newSide(t, u, store.Options{})
+	s.do("GET", "/v2/team/private/manifests/1", "Bearer alice")
+	s.do("GET", "/v2/team/private/blobs/"+d.String(), "Bearer alice")
+	for _, auth := range []string{"", "Bearer mallory"} {
+		s.do("GET", "/v2/library/p/manifests/1", auth)
+	}
+	s.settle()
+	if !s.store.Has(d) || !s.store.Has(m) {
+		t.Fatal("the test is about what is kept")
+	}
+	u.mu.Lock()
+	u.fault = faults["503"]
+	u.mu.Unlock()
+	for _, auth := range []string{"", "Bearer mallory"} {
+		for _, repo := range []string{"library/p", "team/private"} {
+			for _, w := range waysTo(repo, "other", m, d) {
+				if a := s.do(w.method, w.path, auth, "Range", w.rng); a.err != nil || a.StatusCode != 503 {
+					t.Errorf("%s %s as %q: %v, %v", w.method, w.path, auth, a.Response, a.err)
+				}
+			}
+		}
+	}
+}
+
 // A public image that is kept is to be had while the upstream is not, for as
 // long as is configured, and after a restart too. A private one only as long
 // as the right is remembered; what isn't kept is the upstream's failure.
