@@ -186,14 +186,16 @@ func TestDoorWithoutOrigin(t *testing.T) {
 	ds.serve = (&Agent{kernel: ds.kernel}).serve // which has nothing to serve it with
 	d := ds.entered(t, os.Getpid())
 	c, err := net.Dial("tcp", d.l4.Addr().String())
-	if err != nil {
-		t.Fatal(err)
+	var said []byte
+	if err == nil {
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		_, _ = io.WriteString(c, "GET /v2/ HTTP/1.1\r\nHost: ghcr.io\r\n\r\n")
+		said, err = io.ReadAll(c)
 	}
-	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-	_, _ = io.WriteString(c, "GET /v2/ HTTP/1.1\r\nHost: ghcr.io\r\n\r\n")
-	if b, err := io.ReadAll(c); len(b) > 0 || !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("%q, %v", b, err)
+	// It may be so soon that the connection isn't even seen.
+	if len(said) > 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("%q, %v", said, err)
 	}
 }
 
