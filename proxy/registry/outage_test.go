@@ -380,9 +380,9 @@ func TestPlainElsewhere(t *testing.T) {
 	layer := u.put("a", bytesOf(1, 50_000))
 	m, body := u.putManifest("a", "1", docker2, layer)
 	s := newSide(t, u, store.Options{})
-	real := httptest.NewServer(u)
-	defer real.Close()
-	addr := strings.TrimPrefix(real.URL, "http://")
+	lan := httptest.NewServer(u)
+	defer lan.Close()
+	addr := strings.TrimPrefix(lan.URL, "http://")
 	ask := func(place string, rt http.RoundTripper, auth, path string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest("GET", "http://registry.lan:5000"+path, nil)
