@@ -190,8 +190,9 @@ func TestDoorWithoutOrigin(t *testing.T) {
 	if err == nil {
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-		_, _ = io.WriteString(c, "GET /v2/ HTTP/1.1\r\nHost: ghcr.io\r\n\r\n")
+		_, werr := io.WriteString(c, "GET /v2/ HTTP/1.1\r\nHost: ghcr.io\r\n\r\n")
 		said, err = io.ReadAll(c)
+		err = errors.Join(werr, err) // a socket tells of it once
 	}
 	// It may be so soon that the connection isn't even seen.
 	if len(said) > 0 || !errors.Is(err, syscall.ECONNRESET) {
