@@ -105,6 +105,9 @@ func (ds *doors) ahead(ctx context.Context) {
 func (ds *doors) arrived(n bpf.Arrival) {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
+	if ds.over {
+		return // the kernel side may be closed by now
+	}
 	there := false
 	for _, pid := range []int{n.PID, n.Parent} {
 		if pid == 0 || len(ds.open) >= maxAhead {
