@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -545,6 +546,27 @@ func TestTogether(t *testing.T) {
 	}
 }
 
+// holdsBack has the upstream stop in the middle of a blob that one client gets:
+// begun is closed there, and the rest is sent when rest is closed.
+func (u *upstream) holdsBack(auth string, blob []byte) (begun <-chan struct{}, rest chan<- struct{}) {
+	there, onward := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Authorization") != auth {
+			return false
+		}
+		middle := len(blob) * 2 / 3
+		w.Header().Set("Content-Length", strconv.Itoa(len(blob)))
+		_, _ = w.Write(blob[:middle])
+		w.(http.Flusher).Flush()
+		once.Do(func() { close(there) })
+		<-onward
+		_, _ = w.Write(blob[middle:])
+		return true
+	}
+	return there, onward
+}
+
 // While a blob arrives for somebody, whoever may not read it gets the upstream's
 // refusal, and at once.
 func TestArrivingForAnother(t *testing.T) {
@@ -553,20 +575,7 @@ func TestArrivingForAnother(t *testing.T) {
 	u.allow("b", "Bearer bob")
 	want := bytesOf(8, 300_000)
 	d := u.put("a", want)
-	begun, refused := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Header.Get("Authorization") != "Bearer alice" {
-			return false
-		}
-		w.Header().Set("Content-Length", "300000")
-		_, _ = w.Write(want[:200_000])
-		w.(http.Flusher).Flush()
-		once.Do(func() { close(begun) })
-		<-refused
-		_, _ = w.Write(want[200_000:])
-		return true
-	}
+	begun, refused := u.holdsBack("Bearer alice", want)
 	s := newSide(t, u, store.Options{})
 	led := make(chan answer)
 	go func() { led <- s.do("GET", "/v2/a/blobs/"+d.String(), "Bearer alice") }()
@@ -591,19 +600,7 @@ func TestLaggingIsLeft(t *testing.T) {
 	u.allow("a", "Bearer slow", "Bearer fast")
 	want := bytesOf(8, 300_000)
 	d := u.put("a", want)
-	begun, done := make(chan struct{}), make(chan struct{})
-	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Header.Get("Authorization") != "Bearer slow" {
-			return false
-		}
-		w.Header().Set("Content-Length", "300000")
-		_, _ = w.Write(want[:200_000])
-		w.(http.Flusher).Flush()
-		close(begun)
-		<-done
-		_, _ = w.Write(want[200_000:])
-		return true
-	}
+	begun, done := u.holdsBack("Bearer slow", want)
 	s := newSide(t, u, store.Options{})
 	s.h.lagTime = 10 * time.Millisecond
 	path := "/v2/a/blobs/" + d.String()
