@@ -127,16 +127,25 @@ func TestChaos(t *testing.T) {
 			return lift
 		}},
 		{name: "the agent's memory is at its limit, and it is killed", running: true, cut: true, set: func() func() {
-			c.agent.LimitMemory(1 << 20)
-			for i := 0; !c.ended(); i++ {
-				if i == 20 {
-					t.Error("the agent lives with 1 MiB more memory than it has when idle: the row shows nothing")
+			c.agent.LimitMemory(1 << 16)
+			// More and more of them, as what its heap has free is used up first.
+			for round := 1; !c.ended(); round++ {
+				if round > 8 {
+					t.Error("the agent lives with 64 KiB more memory than it had: the row shows nothing")
 					break
 				}
-				ref, im := c.image(1 << 20)
-				if p := c.runtimes[0]; p.pull(ref) == nil { // one of them runs when it is killed
-					p.check(ref, im)
+				var wg sync.WaitGroup
+				for _, p := range c.runtimes {
+					for range round {
+						wg.Go(func() {
+							ref, im := c.image(1 << 20)
+							if p.pull(ref) == nil { // some run when it is killed
+								p.check(ref, im)
+							}
+						})
+					}
 				}
+				wg.Wait()
 			}
 			return restart
 		}},

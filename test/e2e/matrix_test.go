@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"weir/agent"
 	"weir/test/lab"
@@ -28,6 +29,7 @@ func TestMoreTools(t *testing.T) {
 	// roots as it starts, and would be passed through.
 	first := node.Spawn("first", node.As(lab.Tool(t, "crane"), "crane"), "registry", "serve", "--address=127.0.0.1:0")
 	agent.Runtime(first.PID())
+	time.Sleep(50 * time.Millisecond) // the clock of files goes by ticks: only after one the CA is known to have stood before regctl started
 	node.Run(regctl, "image", "copy", flyway, "ocidir:///var/lib/home/regctl:1")
 	node.Run(regctl, "image", "copy", renovate, "ocidir:///var/lib/home/regctl:2")
 	for name, pull := range map[string][]string{
