@@ -250,8 +250,8 @@ func disk(dir string) (problem, step string) {
 	return "", ""
 }
 
-// clock compares the clock with when the CA was made: of a clock that has been
-// put back before that, the CA is not valid.
+// clock compares the clock with the CA's time: it may have been wrong when the
+// CA was made, or is now.
 func (d *doctor) clock() {
 	b, err := os.ReadFile(filepath.Join(d.conf.DataDir, "ca", "ca.crt"))
 	if err != nil {
@@ -261,9 +261,11 @@ func (d *doctor) clock() {
 	if block == nil {
 		return // the agent says what to do
 	}
-	if cert, err := x509.ParseCertificate(block.Bytes); err == nil && time.Now().Before(cert.NotBefore) {
-		d.warn("clock", fmt.Sprintf("it is %s, before weir's CA was made (%s); at its next start weir makes another, and runtimes have to be restarted",
-			time.Now().Format(time.RFC3339), cert.NotBefore.Format(time.RFC3339)), "set the clock, with NTP")
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if now := time.Now(); err == nil && (now.Before(cert.NotBefore) || now.After(cert.NotAfter)) {
+		d.warn("clock", fmt.Sprintf("it is %s, but weir's CA is valid from %s to %s: registries are passed through",
+			now.Format(time.RFC3339), cert.NotBefore.Format(time.RFC3339), cert.NotAfter.Format(time.RFC3339)),
+			"set the clock, with NTP; if it is right, restart the agent, which makes another CA, and then the runtimes")
 	}
 }
 

@@ -251,7 +251,7 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	case !h.http1:
 		return up, "the client doesn't speak HTTP/1.1"
 	case !p.opts.Leaves.Permits(name):
-		return up, "the CA may not speak for this host"
+		return up, "the CA may not speak for this host, or not at this time"
 	case f.Trusts == nil || !f.Trusts(known, host):
 		return up, "the runtime isn't known to trust the CA"
 	}

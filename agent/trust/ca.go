@@ -169,10 +169,16 @@ func (ca *CA) Fingerprint() string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Permits reports whether the CA may vouch for host, which may have a port.
+// Permits reports whether the CA may vouch for host, which may have a port, and
+// is valid by the clock, which may have been set since it was made.
 func (ca *CA) Permits(host string) bool {
 	e, err := parseEndpoint(host)
-	return err == nil && ca.permits(e)
+	return err == nil && ca.permits(e) && ca.valid()
+}
+
+func (ca *CA) valid() bool {
+	now := time.Now()
+	return !now.Before(ca.cert.NotBefore) && !now.After(ca.cert.NotAfter)
 }
 
 func (ca *CA) permits(e endpoint) bool {
@@ -197,6 +203,10 @@ func (ca *CA) Leaf(host string) (*tls.Certificate, error) {
 	}
 	if !ca.permits(e) {
 		return nil, fmt.Errorf("leaf for %s: the CA is not made for this host", e.subject())
+	}
+	if !ca.valid() {
+		return nil, fmt.Errorf("leaf for %s: the CA is valid from %s to %s, and the clock isn't between them", e.subject(),
+			ca.cert.NotBefore.Format(time.RFC3339), ca.cert.NotAfter.Format(time.RFC3339))
 	}
 	name := e.subject()
 	if leaf := ca.cached(name); leaf != nil {

@@ -445,6 +445,33 @@ func TestReopen(t *testing.T) {
 	}
 }
 
+// While the clock says that the CA isn't valid it vouches for nothing, and then
+// again.
+func TestClockIsSet(t *testing.T) {
+	ca := newCA(t)
+	synctest.Test(t, func(t *testing.T) {
+		// The bubble's clock is decades before the CA's.
+		for _, step := range []struct {
+			until time.Time
+			ok    bool
+		}{
+			{time.Now(), false},
+			{ca.cert.NotBefore.Add(-time.Second), false},
+			{ca.cert.NotBefore, true},
+			{ca.cert.NotAfter, true},
+			{ca.cert.NotAfter.Add(time.Second), false},
+		} {
+			time.Sleep(time.Until(step.until))
+			if ca.Permits("ghcr.io") != step.ok {
+				t.Errorf("at %v: Permits is not %t", step.until, step.ok)
+			}
+			if _, err := ca.Leaf("ghcr.io"); (err == nil) != step.ok {
+				t.Errorf("at %v: %v", step.until, err)
+			}
+		}
+	})
+}
+
 func TestReissuedBeforeItsEnd(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {

@@ -149,6 +149,10 @@ func TestChaos(t *testing.T) {
 			}
 			return restart
 		}},
+		// A day and more, and containerd itself loses what it is pulling: its lease ends.
+		{name: "the clock is set 20 hours ahead, and then back", running: true, set: func() func() { return c.setClock(20 * time.Hour) }},
+		{name: "the clock is set a month ahead, and then back", set: func() func() { return c.setClock(30 * 24 * time.Hour) }},
+		{name: "the clock is set two days back, to before the CA was made, and then right", running: true, set: func() func() { return c.setClock(-2 * 24 * time.Hour) }},
 		{name: "the kernel side's map of processes is full", set: func() func() { return c.agent.FillMap("tracked") }},
 		{name: "the kernel side's map of doors is full", set: func() func() { return c.agent.FillMap("doors") }},
 		{name: "containerd is restarted", running: true, lost: []string{"containerd 1.6", "dockerd 20.10"}, set: func() func() {
@@ -253,6 +257,25 @@ func (c *chaos) later(mend func()) (wait func()) {
 	done := make(chan struct{})
 	time.AfterFunc(*chaosStop, func() { mend(); close(done) })
 	return func() { <-done }
+}
+
+// setClock sets the clock of all that runs on the node.
+func (c *chaos) setClock(ahead time.Duration) func() {
+	c.node.SetClock(ahead)
+	c.all(false) // with something to log
+	var at time.Time
+	for line := range strings.Lines(c.agent.Log(1 << 12)) {
+		if _, rest, ok := strings.Cut(line, "time="); ok {
+			stamp, _, _ := strings.Cut(rest, " ")
+			if t, err := time.Parse(time.RFC3339, stamp); err == nil {
+				at = t
+			}
+		}
+	}
+	if off := time.Until(at) - ahead; off.Abs() > time.Minute {
+		c.t.Errorf("the agent's clock says %v: the row shows nothing", at)
+	}
+	return func() { c.node.SetClock(0) }
 }
 
 // bypassed waits until connections go direct.
