@@ -206,7 +206,7 @@ func BenchmarkConnect(b *testing.B) {
 	w := newWorld(b, newContent(b, 1000))
 	w.agent(b, shared)
 	v4, _ := w.Host(unknown)
-	n := rounds(100)
+	n := rounds(600)
 	r := run(b, w.node, w.plain, 1, "connect", v4.String()+":443", strconv.Itoa(n), "300", w.node.Cgroup(), cgroup(b, w.node, "without"), cgroup(b, w.node, "control"))
 	of := func(i int) (c []sample) {
 		for k := range n {
