@@ -484,14 +484,13 @@ func TestFigures(t *testing.T) {
 	size := MaxFigures
 	all[1].says = func() []byte { return []byte(`{"a":1}`) }
 	all[2].says = func() []byte { return bytes.Repeat([]byte{'x'}, size) }
-	got := all[0].Node.Figures(t.Context())
-	if len(got) != 2 || string(got[all[1].ID()]) != `{"a":1}` || len(got[all[2].ID()]) != size {
+	var got map[string][]byte
+	until(t, "two say something", func() bool { got = all[0].Node.Figures(t.Context()); return len(got) == 2 })
+	if string(got[all[1].ID()]) != `{"a":1}` || len(got[all[2].ID()]) != size {
 		t.Errorf("%d say something", len(got))
 	}
 	size++
-	if got := all[0].Node.Figures(t.Context()); len(got) != 1 {
-		t.Errorf("with one that says too much, %d say something", len(got))
-	}
+	until(t, "only one does without saying too much", func() bool { return len(all[0].Node.Figures(t.Context())) == 1 })
 	// One that takes forever has its time.
 	forever := make(chan struct{})
 	defer close(forever)
@@ -525,9 +524,7 @@ func TestPeerLeaves(t *testing.T) {
 	for _, m := range all[1:] {
 		until(t, "the one that left is forgotten", func() bool { return len(m.Status().Peers) == 3 })
 	}
-	if s := all[1].Want(t.Context(), d, 0); s == nil || !s.fetch {
-		t.Error("nobody fetches it now")
-	}
+	until(t, "somebody else is to fetch it", func() bool { s := all[1].Want(t.Context(), d, 0); return s != nil && s.fetch })
 	// It comes back, with its identity.
 	again := newMember(t, nil, all[1].addr())
 	until(t, "it is known again", func() bool { return len(again.Status().Peers) >= 4 })

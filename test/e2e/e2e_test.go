@@ -230,6 +230,14 @@ func TestContainerdsContent(t *testing.T) {
 	agent := node.Agent()
 	docker := node.Docker()
 	agent.Runtime(docker.PID())
+	if err := lab.Eventually(nil, func(context.Context) error {
+		if !strings.Contains(agent.Log(1<<20), "reading a containerd's content store") {
+			return errors.New("containerd's content isn't shared yet")
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 	for _, d := range []*lab.Docker{docker, node.Box().Docker()} { // beside it, and a dind
 		w.forget()
 		d.Pull(flyway)
@@ -801,6 +809,14 @@ func TestNewestContainerdBefore(t *testing.T) {
 	for range 3 {
 		node.Run(bin, "-n", "test", "images", "pull", renovate)
 		node.Run(bin, "-n", "test", "images", "rm", "--sync", renovate)
+	}
+	if err := lab.Eventually(nil, func(context.Context) error {
+		if strings.Contains(fmt.Sprintf("%+v", agent.Status().Runtimes), "Kind:ctr ") {
+			return errors.New("the end of the last ctr hasn't been heard of")
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 	w.forget()
 	containerd.Pull(flyway)

@@ -5,6 +5,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +22,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/multiformats/go-multihash"
 	"github.com/opencontainers/go-digest"
+	"weir/agent"
 	"weir/p2p"
 	"weir/test/lab"
 )
@@ -101,8 +103,17 @@ func (s *faultySwarm) start(ref string, im lab.Pushed, who []int) (wait func(bro
 // begun waits until a node gets a blob.
 func begun(t testing.TB, a *lab.Agent) {
 	t.Helper()
-	if err := lab.Eventually(nil, func(context.Context) error {
-		if a.Status().Store.Running == 0 {
+	if err := lab.Eventually(nil, func(ctx context.Context) error {
+		// Not by `weir status`, whose start may take as long as the blob.
+		b, err := a.Get(ctx, "/api/status")
+		if err != nil {
+			return err
+		}
+		var s agent.Status
+		if err := json.Unmarshal(b, &s); err != nil {
+			return err
+		}
+		if s.Store.Running == 0 {
 			return errors.New("not begun")
 		}
 		return nil
@@ -337,7 +348,7 @@ func lie(keyFile, kind, other string, blobs []string) error {
 	for _, d := range ds {
 		n.Provide(d)
 	}
-	time.Sleep(500 * time.Millisecond) // the stewards are told in the background
+	time.Sleep(2 * time.Second) // the stewards are told in the background
 	fmt.Println("told")
 	select {}
 }

@@ -64,6 +64,8 @@ func TestNerdctl(t *testing.T) {
 	for i := range 2 {
 		box := node.Box()
 		c := box.NewestContainerd()
+		agent.Runtime(c.PID())
+		time.Sleep(50 * time.Millisecond) // as above
 		w.forget()
 		for _, ref := range []string{flyway, renovate} {
 			box.Run(box.As(nerdctl, "nerdctl"), "pull", "--quiet", ref)

@@ -38,7 +38,14 @@ func TestPage(t *testing.T) {
 	containerd.Pull(renovate)
 
 	var pulls []registry.Pull
-	if err := json.Unmarshal([]byte(node.Run(lab.Weir(t), "pulls", "--json")), &pulls); err != nil {
+	// A pull ends just after its last byte has gone.
+	if err := lab.Eventually(nil, func(context.Context) error {
+		err := json.Unmarshal([]byte(node.Run(lab.Weir(t), "pulls", "--json")), &pulls)
+		if err == nil && slices.ContainsFunc(pulls, func(p registry.Pull) bool { return p.Ended.IsZero() }) {
+			err = fmt.Errorf("some run: %+v", pulls)
+		}
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	var bytes, store int64
@@ -147,10 +154,10 @@ func TestPageOfCluster(t *testing.T) {
 	}
 
 	// A pull that runs while somebody looks.
-	nodes[0].Shape(20)
+	b := nodes[0].Browser()
+	nodes[0].Shape(4)
 	running := make(chan error, 1)
 	go func() { running <- dockers[0].TryPull("acme/large:1") }()
-	b := nodes[0].Browser()
 	pictures := os.Getenv("WEIR_SCREENSHOTS")
 	for _, of := range []struct{ name, url, until string }{
 		{"node", page, `!!document.querySelector("progress") && document.body.innerText.includes("acme/large:1")`},

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"weir/test/lab"
 )
@@ -95,7 +96,10 @@ func TestRegistryFails(t *testing.T) {
 				}
 			}
 			tt.set(false)
-			docker.Pull(ref)
+			// Just after an outage the registry has a second for its answer.
+			if err := lab.Eventually(nil, func(context.Context) error { return docker.TryPull(ref) }); err != nil {
+				t.Error(err)
+			}
 			docker.Same(ref, cold)
 		})
 	}
@@ -228,7 +232,8 @@ func TestWarmPullCosts(t *testing.T) {
 	docker.Remove(flyway)
 	everybodys(t, w.hub, "flyway/flyway")
 	cost := func() (requests []string) {
-		for _, r := range w.hub.Log.All(nil) {
+		// Whether an unknown host is a registry weir asks once, in the background.
+		for _, r := range w.hub.Log.All(func(r lab.Request) bool { return r.Path != "/v2/" || r.UserAgent != "weir" }) {
 			path, _, _ := strings.Cut(r.Path, "sha256:")
 			requests = append(requests, fmt.Sprintf("%s %s%s %d", r.Method, r.Host, path, r.Status))
 		}
@@ -412,7 +417,10 @@ func TestOwnCA(t *testing.T) {
 		node.WriteFile("/etc/docker/certs.d/registry.corp/"+name, string(content))
 	}
 	agent := node.Agent("--registry", "registry.corp")
-	docker, containerd := node.Docker(), node.Containerd()
+	containerd := node.Containerd()
+	agent.Runtime(containerd.PID())
+	time.Sleep(50 * time.Millisecond) // the clock of files goes by ticks: dockerd has settings, so the CA must be known to have stood before
+	docker := node.Docker()
 	const ref = "registry.corp/team/app:1"
 	docker.Pull(ref)
 	docker.Same(ref, im)
@@ -460,19 +468,15 @@ func TestUnknownRegistry(t *testing.T) {
 	}
 	node.WriteFile("/etc/weir-registries", "corp.example\nregistry.corp.example\n")
 	if err := lab.Eventually(nil, func(context.Context) error {
+		r.Log.Reset()
 		docker.Pull(ref)
 		docker.Remove(ref)
-		if s := agent.Status(); len(s.Registries) == 0 {
-			return fmt.Errorf("still passed through: %+v", s)
+		if n := r.Log.BlobGETs(); n > 0 {
+			return fmt.Errorf("%d blobs were fetched:\n%s", n, r.Log)
 		}
 		return nil
 	}); err != nil {
 		t.Error(err)
-	}
-	r.Log.Reset()
-	docker.Pull(ref)
-	if n := r.Log.BlobGETs(); n > 0 {
-		t.Errorf("%d blobs were fetched:\n%s", n, r.Log)
 	}
 }
 
