@@ -450,6 +450,11 @@ func (p *proc) redirected(network, addr string) Origin {
 func (p *proc) direct(network, addr string) {
 	p.s.t.Helper()
 	peer := p.do("dial", network, addr)
+	connected := !strings.HasPrefix(peer, "error: ")
+	wait := 200 * time.Millisecond // nobody listens there
+	if connected {
+		wait = patience // for the word of who does
+	}
 	select {
 	case o := <-p.s.origins:
 		p.s.t.Errorf("dialled %s, and was redirected: %+v", addr, o)
@@ -457,20 +462,11 @@ func (p *proc) direct(network, addr string) {
 		if !strings.Contains(peer, addr) {
 			p.s.t.Errorf("dialled %s, and getpeername says %s", addr, peer)
 		}
-	case <-time.After(p.patience(peer)): // nobody listens there
-		if !strings.HasPrefix(peer, "error: ") {
+	case <-time.After(wait):
+		if connected {
 			p.s.t.Errorf("dialled %s, and it went to %s, who knows where", addr, peer)
 		}
 	}
-}
-
-// patience is how long to wait for a listener's word of a connection: if it could
-// be made, the word comes.
-func (p *proc) patience(peer string) time.Duration {
-	if strings.HasPrefix(peer, "error: ") {
-		return 200 * time.Millisecond
-	}
-	return patience
 }
 
 // event waits for a report about a process.
@@ -653,7 +649,6 @@ func TestHeartbeat(t *testing.T) {
 	p := s.start("dockerd", true)
 	time.Sleep(s.opts.MaxBeatAge)
 	p.direct("tcp4", "203.0.113.9:443") // the beat was longer ago
-	s.k.Beat()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() {

@@ -230,14 +230,7 @@ func TestContainerdsContent(t *testing.T) {
 	agent := node.Agent()
 	docker := node.Docker()
 	agent.Runtime(docker.PID())
-	if err := lab.Eventually(nil, func(context.Context) error {
-		if !strings.Contains(agent.Log(1<<20), "reading a containerd's content store") {
-			return errors.New("containerd's content isn't shared yet")
-		}
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
+	agent.Says("reading a containerd's content store")
 	for _, d := range []*lab.Docker{docker, node.Box().Docker()} { // beside it, and a dind
 		w.forget()
 		d.Pull(flyway)
@@ -811,8 +804,10 @@ func TestNewestContainerdBefore(t *testing.T) {
 		node.Run(bin, "-n", "test", "images", "rm", "--sync", renovate)
 	}
 	if err := lab.Eventually(nil, func(context.Context) error {
-		if strings.Contains(fmt.Sprintf("%+v", agent.Status().Runtimes), "Kind:ctr ") {
-			return errors.New("the end of the last ctr hasn't been heard of")
+		for _, rt := range agent.Status().Runtimes {
+			if rt.Kind == "ctr" {
+				return errors.New("the end of the last ctr hasn't been heard of")
+			}
 		}
 		return nil
 	}); err != nil {

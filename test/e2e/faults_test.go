@@ -5,7 +5,6 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,7 +21,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/multiformats/go-multihash"
 	"github.com/opencontainers/go-digest"
-	"weir/agent"
 	"weir/p2p"
 	"weir/test/lab"
 )
@@ -105,12 +103,8 @@ func begun(t testing.TB, a *lab.Agent) {
 	t.Helper()
 	if err := lab.Eventually(nil, func(ctx context.Context) error {
 		// Not by `weir status`, whose start may take as long as the blob.
-		b, err := a.Get(ctx, "/api/status")
+		s, err := a.AskStatus(ctx)
 		if err != nil {
-			return err
-		}
-		var s agent.Status
-		if err := json.Unmarshal(b, &s); err != nil {
 			return err
 		}
 		if s.Store.Running == 0 {
@@ -284,14 +278,7 @@ func TestFaultWrongBytes(t *testing.T) {
 			args = append(args, fmt.Sprintf("%s=%d", d, im.Sizes[i]))
 		}
 		p := liar.Spawn("liar", args...)
-		if err := lab.Eventually(nil, func(context.Context) error {
-			if !strings.Contains(p.Log(1<<10), "told") {
-				return errors.New("the liar is not ready")
-			}
-			return nil
-		}); err != nil {
-			t.Fatal(err)
-		}
+		p.Says("told")
 		s.start(ref, im, all(5))()
 		if log := p.Log(1 << 20); !strings.Contains(log, "lied") {
 			t.Errorf("nobody read from the liar: %s", log)

@@ -29,7 +29,7 @@ func TestMoreTools(t *testing.T) {
 	// roots as it starts, and would be passed through.
 	first := node.Spawn("first", node.As(lab.Tool(t, "crane"), "crane"), "registry", "serve", "--address=127.0.0.1:0")
 	agent.Runtime(first.PID())
-	time.Sleep(50 * time.Millisecond) // the clock of files goes by ticks: only after one the CA is known to have stood before regctl started
+	tick()
 	node.Run(regctl, "image", "copy", flyway, "ocidir:///var/lib/home/regctl:1")
 	node.Run(regctl, "image", "copy", renovate, "ocidir:///var/lib/home/regctl:2")
 	for name, pull := range map[string][]string{
@@ -55,6 +55,11 @@ func TestMoreTools(t *testing.T) {
 	node.Run("cmp", "/var/lib/home/chart-0.1.0.tgz", "/var/lib/home/pulled/chart-0.1.0.tgz")
 }
 
+// tick lets the clock of files go on, which goes by ticks: only then is the CA
+// known to have stood before what starts next, which matters for programs that
+// may read their roots as they start.
+func tick() { time.Sleep(50 * time.Millisecond) }
+
 // nerdctl, which pulls by itself and keeps it in containerd.
 func TestNerdctl(t *testing.T) {
 	w := newWorld(t)
@@ -65,7 +70,7 @@ func TestNerdctl(t *testing.T) {
 		box := node.Box()
 		c := box.NewestContainerd()
 		agent.Runtime(c.PID())
-		time.Sleep(50 * time.Millisecond) // as above
+		tick()
 		w.forget()
 		for _, ref := range []string{flyway, renovate} {
 			box.Run(box.As(nerdctl, "nerdctl"), "pull", "--quiet", ref)

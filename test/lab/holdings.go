@@ -4,7 +4,6 @@ package lab
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -15,7 +14,6 @@ import (
 	"syscall"
 
 	"github.com/cilium/ebpf"
-	"weir/agent"
 )
 
 // Holdings is what an agent holds of the kernel and of Go.
@@ -78,12 +76,7 @@ func (a *Agent) Holdings(ctx context.Context) (h Holdings, err error) {
 		return h, errors.New("no go_goroutines in the metrics")
 	}
 	h.Goroutines, _ = strconv.Atoi(string(n[1]))
-	page, err = a.Get(ctx, "/api/status")
-	if err != nil {
-		return h, err
-	}
-	var s agent.Status
-	err = json.Unmarshal(page, &s)
+	s, err := a.AskStatus(ctx)
 	h.Doors, h.Runtimes = len(s.Doors), len(s.Runtimes)
 	if s.Peers != nil {
 		h.Peers = len(s.Peers.Peers)

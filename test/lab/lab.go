@@ -255,6 +255,17 @@ func (p *Process) Log(n int) string {
 	return string(b[max(0, len(b)-n):])
 }
 
+// Says waits until something is in what the program has printed last.
+func (p *Process) Says(text string) {
+	p.t.Helper()
+	p.until("saying "+strconv.Quote(text), func(context.Context) error {
+		if !strings.Contains(p.Log(1<<20), text) {
+			return errors.New("it hasn't yet")
+		}
+		return nil
+	})
+}
+
 // Signal sends a signal.
 func (p *Process) Signal(sig syscall.Signal) { _ = p.cmd.Process.Signal(sig) }
 

@@ -383,6 +383,15 @@ func (a *Agent) Status() (s agent.Status) {
 	return s
 }
 
+// AskStatus is Status without the start of a program for it.
+func (a *Agent) AskStatus(ctx context.Context) (s agent.Status, err error) {
+	page, err := a.Get(ctx, "/api/status")
+	if err == nil {
+		err = json.Unmarshal(page, &s)
+	}
+	return s, err
+}
+
 // Runtime waits until the status of a process is no longer "starting" or being
 // proven, and returns it.
 func (a *Agent) Runtime(pid int) (rt agent.RuntimeStatus) {
