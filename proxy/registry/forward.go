@@ -147,14 +147,18 @@ type readCloser struct {
 
 // base answers GET and HEAD of /v2/. Clients ask there whether they must log in,
 // and give up when nobody answers; what everybody was given can then still be
-// had without.
+// had without. That isn't said before the whole of patience is over: a client
+// that believes it has no way to what is only its own, were the upstream just
+// slow. (dockerd waits 15 s for this answer.)
 func (x *exchange) base() {
 	if !x.h.Remembers(x.up.ID()) {
 		x.forward()
 		return
 	}
-	resp, err := x.send(x.r.Method, true)
+	client := excused{x.up.ID(), x.up.Client}
+	resp, err := x.send(x.r.Method, x.h.outages.whole, func() bool { return true })
 	if !failed(resp, err) {
+		x.h.outages.excused.Remove(client)
 		x.relay(resp)
 		return
 	}
@@ -163,6 +167,7 @@ func (x *exchange) base() {
 	}
 	x.h.log.Warn("the upstream gives no answer; clients get what everybody was given before", "registry", x.up.ID(), "err", because(resp, err))
 	x.stats.stale.Add(1)
+	x.h.outages.excused.Add(client, time.Now())
 	h := x.w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", "2")

@@ -246,6 +246,9 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 		x.target = target{}
 	}
 	x.asker = asker{repository{up.ID(), x.target.repo}, h.rights.credentialsOf(r, up.As)}
+	if x.excused() {
+		x.up.Transport = &anonymous{h, up}
+	}
 	complete := false // unless it panics, as handlers do to break off
 	if x.reading() && r.URL.RawQuery == "" && (x.target.kind == manifest || x.target.kind == blob && r.Method == http.MethodGet) {
 		a, end := h.pulls.begin(x)
@@ -286,7 +289,7 @@ func (x *exchange) permitted() bool {
 		return false
 	}
 	stale := x.h.rights.allowsStale(x.asker, x.target.digest)
-	resp, err := x.head(stale) //nolint:bodyclose // send has closed that of a HEAD
+	resp, err := x.head(func() bool { return stale }) //nolint:bodyclose // send has closed that of a HEAD
 	if failed(resp, err) {
 		x.stale = stale
 		return stale
@@ -310,11 +313,21 @@ const (
 type outages struct {
 	lru         *lru.Cache[string, time.Time] // by identity
 	whole, rest time.Duration                 // patience, and what is left of it
+	// excused are clients that were told in an upstream's stead that there is
+	// nothing to log in to.
+	excused *lru.Cache[excused, time.Time]
 }
+
+// excused is a client of an upstream.
+type excused struct{ registry, client string }
+
+// excuseTTL bounds the length of a pull that began in an outage.
+const excuseTTL = time.Hour
 
 func newOutages() outages {
 	o := outages{whole: patience, rest: lostPatience}
 	o.lru, _ = lru.New[string, time.Time](1 << 10)
+	o.excused, _ = lru.New[excused, time.Time](1 << 10)
 	return o
 }
 
@@ -333,23 +346,44 @@ func (o outages) note(id string, down bool) {
 	}
 }
 
+// excused says whether the client comes without a token because it was told by
+// us that it needs none. Should the upstream be back by now, and want one, the
+// client would give up: dockerd looks for who gives tokens in the answer of /v2/
+// alone.
+func (x *exchange) excused() bool {
+	if x.r.Header.Get("Authorization") != "" || x.r.Header.Get("Cookie") != "" || !x.h.rights.isPublic(x.asker.repository) {
+		return false
+	}
+	when, ok := x.h.outages.excused.Get(excused{x.up.ID(), x.up.Client})
+	return ok && time.Since(when) < excuseTTL
+}
+
 // head asks the upstream with a HEAD for what the client asked for. The answer
-// has no body. hurried is for when there is another answer.
-func (x *exchange) head(hurried bool) (*http.Response, error) {
-	return x.send(http.MethodHead, hurried)
+// has no body. instead is that of send.
+func (x *exchange) head(instead func() bool) (*http.Response, error) {
+	return x.send(http.MethodHead, x.h.outages.patience(x.up.ID()), instead)
 }
 
 // send sends the client's request, which has no body, with another method,
-// following no redirect.
-func (x *exchange) send(method string, hurried bool) (*http.Response, error) {
+// following no redirect. When the upstream has not answered within patience, and
+// instead says that there is another answer, it is given up; without one it has
+// as long as the client gives it.
+func (x *exchange) send(method string, patience time.Duration, instead func() bool) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(x.r.Context())
-	var timer *time.Timer
-	if hurried {
-		timer = time.AfterFunc(x.h.outages.patience(x.up.ID()), cancel)
-	}
+	looked := make(chan struct{})
+	timer := time.AfterFunc(patience, func() {
+		defer close(looked)
+		if instead() {
+			cancel()
+		}
+	})
 	resp, err := x.up.Transport.RoundTrip(x.request(ctx, method, nil))
-	if timer != nil {
-		timer.Stop()
+	if !timer.Stop() {
+		<-looked
+		if err == nil && ctx.Err() != nil && method != http.MethodHead {
+			resp.Body.Close() // it came as it was given up, and would end in the middle
+			err = ctx.Err()
+		}
 	}
 	if x.r.Context().Err() == nil {
 		x.h.outages.note(x.up.ID(), err != nil)

@@ -62,16 +62,21 @@ func (x *exchange) tag() {
 	usable := func() bool {
 		return known && x.h.rights.within(was.when, x.h.rights.stale) && x.h.rights.allowsStale(x.asker, was.digest)
 	}
-	resp, err := x.head(!known || usable())
-	if failed(resp, err) {
-		// That it has just refused the asker was the beginning of another pull:
-		// while it is silent, nobody is told to come with a token.
-		x.h.rights.refused.Remove(x.asker)
-		x.recallFromPeers()
-		was, body, mediaType, known = x.knownTag(true)
+	asked := false
+	instead := func() bool {
+		if !asked {
+			asked = true
+			// That it has just refused the asker was the beginning of another pull:
+			// while it is silent, nobody is told to come with a token.
+			x.h.rights.refused.Remove(x.asker)
+			x.recallFromPeers()
+			was, body, mediaType, known = x.knownTag(true)
+		}
+		return usable()
 	}
+	resp, err := x.head(instead)
 	switch {
-	case failed(resp, err) && usable():
+	case failed(resp, err) && instead():
 		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.digest, "since", was.when, "err", because(resp, err))
 		x.stats.stale.Add(1)
 		x.target.digest = was.digest

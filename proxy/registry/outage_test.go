@@ -287,6 +287,73 @@ func TestStaleIfError(t *testing.T) {
 	}
 }
 
+// A client that was told in an outage that it need not log in gets what is
+// everybody's when the upstream is back and wants to see a token: it would not
+// come with one any more. It gets nothing else, and only until it has had the
+// upstream's own answer.
+func TestBackAfterExcuse(t *testing.T) {
+	u := newUpstream(t)
+	s := newSide(t, u, store.Options{})
+	var ways []ask
+	for _, repo := range []string{"library/p", "team/private"} {
+		layer := u.put(repo, bytesOf(byteOf(repo), 3000))
+		m, _ := u.putManifest(repo, "1", docker2, layer)
+		ways = append(ways, waysTo(repo, "1", m, layer)...)
+		ways = append(ways, waysTo(repo, "1", m, u.put(repo, bytesOf(1+byteOf(repo), 3000)))[4:]...) // not kept
+		u.allow(repo, "Bearer 1")
+	}
+	u.allow("library/p", "Bearer 1", "Bearer anonymous")
+	s.do("GET", "/v2/library/p/manifests/1", "Bearer 1")
+	s.do("GET", "/v2/team/private/manifests/1", "Bearer 1")
+	s.settle()
+	pull := func(phase string, excused bool) {
+		t.Helper()
+		for _, w := range ways {
+			a := s.do(w.method, w.path, "", "Range", w.rng)
+			if a.err != nil {
+				t.Fatal(a.err)
+			}
+			may := excused && strings.HasPrefix(w.path, "/v2/library/p/")
+			if got := a.StatusCode/100 == 2; got != may || !may && a.StatusCode != 401 {
+				t.Errorf("%s: %s %s: %s", phase, w.method, w.path, a.Status)
+			}
+		}
+	}
+	pull("before", false)
+	u.mu.Lock()
+	u.fault = faults["503"]
+	u.mu.Unlock()
+	if a := s.do("GET", "/v2/", ""); a.StatusCode != 200 || string(a.body) != "{}" {
+		t.Fatalf("%s %q", a.Status, a.body)
+	}
+	u.mu.Lock()
+	u.fault = nil
+	u.mu.Unlock()
+	s.client = "another"
+	pull("by another", false)
+	s.client = ""
+	pull("back", true)
+	if a := s.do("GET", "/v2/", ""); a.StatusCode != 202 {
+		t.Fatalf("%s %q", a.Status, a.body)
+	}
+	pull("after an answer", false)
+}
+
+// That an upstream has just failed doesn't shorten its time to say that clients
+// have to log in: those who believe that they need not can't have what is theirs.
+func TestSlowAfterOutage(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("library/p", "")
+	u.putManifest("library/p", "1", docker2)
+	s := newSide(t, u, store.Options{})
+	s.do("GET", "/v2/library/p/manifests/1", "")
+	s.h.outages.whole, s.h.outages.rest = time.Minute, time.Nanosecond
+	s.h.outages.note(Upstream{Host: strings.TrimPrefix(u.srv.URL, "https://")}.ID(), true)
+	if a := s.do("GET", "/v2/", ""); a.StatusCode != 202 {
+		t.Errorf("%s %q", a.Status, a.body)
+	}
+}
+
 // A registry without TLS: whoever answers at an address gets to say what is in
 // his repositories, but not to have what he only names.
 func TestPlain(t *testing.T) {

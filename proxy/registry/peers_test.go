@@ -21,13 +21,14 @@ import (
 
 // neighbours are peers that give what they are told to.
 type neighbours struct {
-	mu    sync.Mutex
-	give  map[digest.Digest][][]byte // one after the other
-	cut   bool                       // each breaks off in the middle
-	known [][]byte                   // of every name
-	names []string
-	shame int
-	ended []bool
+	mu       sync.Mutex
+	give     map[digest.Digest][][]byte // one after the other
+	cut      bool                       // each breaks off in the middle
+	known    [][]byte                   // of every name
+	recalled func()                     // may be nil
+	names    []string
+	shame    int
+	ended    []bool
 }
 
 func (n *neighbours) Ready() bool { return true }
@@ -51,7 +52,12 @@ func (n *neighbours) ProvideName(name string) {
 	n.names = append(n.names, name)
 }
 
-func (n *neighbours) Recall(context.Context, string) [][]byte { return n.known }
+func (n *neighbours) Recall(context.Context, string) [][]byte {
+	if n.recalled != nil {
+		n.recalled()
+	}
+	return n.known
+}
 
 type neighboursShare struct {
 	n *neighbours
@@ -244,6 +250,33 @@ func TestPeersKnowTags(t *testing.T) {
 	s.later.Store(int64(DefaultRightsTTL + time.Minute))
 	if a := s.do("GET", "/v2/a/b/manifests/new", "Bearer 1"); a.StatusCode == 200 {
 		t.Error("a right that is long past counts")
+	}
+}
+
+// A registry that takes its time over a tag that is new, as one does that has to
+// get it from another first, has as long as without weir: that peers are asked
+// meanwhile, and know nothing, doesn't end it.
+func TestSlowWithPeers(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a/b", "Bearer 1")
+	u.putManifest("a/b", "old", docker2)
+	_, body := u.putManifest("a/b", "new", docker2, digest.FromString("new"))
+	s := newSide(t, u, store.Options{})
+	asked := make(chan struct{})
+	s.peers = &neighbours{recalled: sync.OnceFunc(func() { close(asked) })}
+	s.restart()
+	s.do("GET", "/v2/a/b/manifests/old", "Bearer 1")
+	u.mu.Lock()
+	u.fault = func(_ http.ResponseWriter, r *http.Request) bool {
+		select {
+		case <-asked:
+		case <-r.Context().Done():
+		}
+		return false
+	}
+	u.mu.Unlock()
+	if a := s.do("GET", "/v2/a/b/manifests/new", "Bearer 1"); a.err != nil || a.StatusCode != 200 || !bytes.Equal(a.body, body) {
+		t.Errorf("%v, %v: %s", a.Response, a.err, a.body)
 	}
 }
 

@@ -157,15 +157,16 @@ func (u *upstream) requests() (log []string) {
 
 // side is a proxy in front of an upstream.
 type side struct {
-	t     *testing.T
-	up    *upstream
-	h     *Handler
-	store *store.Store
-	dir   string
-	file  string
-	peers Peers
-	later atomic.Int64 // nanoseconds that the clock of rights is ahead
-	srv   *httptest.Server
+	t      *testing.T
+	up     *upstream
+	h      *Handler
+	store  *store.Store
+	dir    string
+	file   string
+	peers  Peers
+	client string       // that the requests are of
+	later  atomic.Int64 // nanoseconds that the clock of rights is ahead
+	srv    *httptest.Server
 }
 
 // settle waits until nothing is asked in the background.
@@ -202,7 +203,7 @@ func newSide(t *testing.T, u *upstream, o store.Options) *side {
 	host := strings.TrimPrefix(u.srv.URL, "https://")
 	s.srv = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Host = host
-		s.h.Serve(w, r, Upstream{Host: host, Transport: tr})
+		s.h.Serve(w, r, Upstream{Host: host, Client: s.client, Transport: tr})
 	}))
 	t.Cleanup(s.srv.Close)
 	return s

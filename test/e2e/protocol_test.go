@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"weir/test/lab"
 )
@@ -99,6 +100,30 @@ func TestRegistryFails(t *testing.T) {
 			docker.Same(ref, cold)
 		})
 	}
+	// It fails dockerd's question whether to log in, and is back for the next.
+	isBase := func(r *http.Request) bool { return r.URL.Path == "/v2/" }
+	w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool { return isBase(r) && answer(503)(rw, r) })
+	docker.Pull(flyway)
+	docker.Same(flyway, w.flyway)
+	docker.Remove(flyway)
+	// It has just been down, and is slow now. Nobody has pulled what is wanted, so
+	// that dockerd has to hear that it must log in.
+	w.hub.Fault(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
+	docker.Pull(flyway)
+	docker.Same(flyway, w.flyway)
+	slow := w.hub.Push("acme/slow:1", lab.Image{Layers: []int{200_000}, Seed: 200})
+	w.hub.Fault(func(_ http.ResponseWriter, r *http.Request) bool {
+		if isBase(r) {
+			select { // longer than weir waits where there is another answer
+			case <-time.After(3 * time.Second):
+			case <-r.Context().Done():
+			}
+		}
+		return false
+	})
+	docker.Pull("acme/slow:1")
+	docker.Same("acme/slow:1", slow)
+	w.hub.Fault(nil)
 	s := agent.Status()
 	for _, r := range s.Registries {
 		if r.Registry == "registry-1.docker.io" && r.Stale == 0 {
