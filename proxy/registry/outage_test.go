@@ -102,6 +102,32 @@ func TestRightsTable(t *testing.T) {
 
 func byteOf(s string) uint64 { return uint64(s[0]) }
 
+// Tokens that are over take no place: each pull comes with a new one.
+func TestRightsLapse(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "Bearer 1", "Bearer 2", "Bearer 3")
+	path := "/v2/a/blobs/" + u.put("a", bytesOf(1, 1000)).String()
+	s := newSide(t, u, store.Options{})
+	held := func() [2]int { return [2]int{s.h.rights.granted.Len(), s.h.rights.refused.Len()} }
+	for _, auth := range []string{"Bearer 1", "Bearer 2", "", "Bearer x"} {
+		s.do("GET", path, auth)
+	}
+	if got := held(); got != [2]int{2, 2} {
+		t.Errorf("%d are remembered", got)
+	}
+	s.later.Add(int64(DefaultRightsTTL - time.Second))
+	s.do("GET", path, "Bearer 3")
+	s.do("GET", path, "Bearer y")
+	if got := held(); got != [2]int{3, 1} {
+		t.Errorf("%d are remembered after most of a grant's time", got)
+	}
+	s.later.Add(int64(2 * time.Second))
+	s.do("GET", path, "Bearer 2")
+	if got := held(); got != [2]int{2, 1} {
+		t.Errorf("%d are remembered after a grant's time", got)
+	}
+}
+
 // What a DELETE that passes takes away is gone at once.
 func TestDelete(t *testing.T) {
 	u := newUpstream(t)

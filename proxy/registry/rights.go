@@ -162,12 +162,26 @@ func (r *rights) contains(repo repository, d digest.Digest) {
 	r.members.Add(member{repo, d}, r.now())
 }
 
+// add takes in what has just been said of somebody, in a table of what counts
+// for ttl. Those of whom it has been longest lose their place when that is over:
+// each pull comes with a new token, and would take one for good.
+func (r *rights) add(table *lru.Cache[asker, time.Time], a asker, ttl time.Duration) {
+	table.Add(a, r.now())
+	for {
+		oldest, when, ok := table.GetOldest()
+		if !ok || r.within(when, ttl) {
+			return
+		}
+		table.Remove(oldest)
+	}
+}
+
 // learn takes in an upstream's answer to a request to read a target. byWord is
 // whether the upstream's word is enough that it has a digest.
 func (r *rights) learn(a asker, t target, resp *http.Response, byWord bool) {
 	switch code := resp.StatusCode; {
 	case code >= 200 && code < 300 || t.kind == blob && redirects(code):
-		r.granted.Add(a, r.now())
+		r.add(r.granted, a, r.ttl)
 		r.refused.Remove(a)
 		d := t.digest
 		if d == "" {
@@ -182,7 +196,7 @@ func (r *rights) learn(a asker, t target, resp *http.Response, byWord bool) {
 	case code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusNotFound:
 		r.granted.Remove(a)
 		if code != http.StatusNotFound {
-			r.refused.Add(a, r.now())
+			r.add(r.refused, a, refusedTTL)
 		}
 		if code != http.StatusNotFound && resp.Request != nil && resp.Request.Header.Get("Authorization") != "" {
 			// What somebody with a name may not read is hardly everybody's.
