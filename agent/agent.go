@@ -25,6 +25,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -100,6 +101,9 @@ var DefaultPorts = []uint16{443, 80, 5000}
 // waits 90 seconds and Kubernetes 30 before they kill.
 const drainTime = 25 * time.Second
 
+// cutTime is how long it may take until nobody serves a transfer that was cut.
+const cutTime = time.Second
+
 // Agent is a running agent.
 type Agent struct {
 	conf    Config
@@ -108,6 +112,7 @@ type Agent struct {
 
 	ctx    context.Context // what runs in the background ends with it
 	cancel context.CancelFunc
+	wg     sync.WaitGroup // what uses the kernel side until then
 
 	pidFile  *os.File
 	lasting  map[trust.RootID]string // root file systems that outlive runtimes
@@ -213,9 +218,9 @@ func (a *Agent) start() (err error) {
 	if err := a.beats(); err != nil {
 		return err
 	}
-	go a.upkeep()
-	go a.follow()
-	go a.doors.ahead(a.ctx)
+	a.wg.Go(a.upkeep)
+	a.wg.Go(a.follow)
+	a.wg.Go(func() { a.doors.ahead(a.ctx) })
 	if err := a.doors.enter(os.Getpid()); err != nil {
 		return err
 	}
@@ -347,7 +352,7 @@ func (a *Agent) beats() error {
 	}
 	a.kernel.Beat()
 	context.AfterFunc(a.ctx, func() { t.Close() })
-	go a.beat(t)
+	a.wg.Go(func() { a.beat(t) })
 	return nil
 }
 
@@ -462,8 +467,9 @@ func (a *Agent) close() {
 		a.doors.closeAll()
 	}
 	if a.kernel != nil {
-		_ = a.kernel.Close()
+		_ = a.kernel.StopNews()
 	}
+	a.wg.Wait()
 	if a.runtimes != nil {
 		a.runtimes.wg.Wait()
 	}
@@ -472,6 +478,14 @@ func (a *Agent) close() {
 	}
 	if a.adminL != nil {
 		a.adminL.Close()
+	}
+	if a.doors != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), cutTime)
+		a.doors.wait(ctx)
+		cancel()
+	}
+	if a.kernel != nil {
+		_ = a.kernel.Close()
 	}
 	if a.own != nil {
 		a.own.Close()

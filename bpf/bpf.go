@@ -254,15 +254,21 @@ func (k *Kernel) Detach() error {
 	return nil
 }
 
-// Close detaches and unloads everything.
-func (k *Kernel) Close() error {
-	err := k.Detach()
+// StopNews ends [Kernel.Next] and [Kernel.NextArrival].
+func (k *Kernel) StopNews() error {
+	var err error
 	for _, r := range []*ringbuf.Reader{k.events, k.arrivals} {
 		if r != nil {
 			err = errors.Join(err, r.Close())
 		}
 	}
-	return errors.Join(err, k.objs.Close())
+	return err
+}
+
+// Close detaches and unloads everything. Nothing else may be running that uses
+// the kernel side.
+func (k *Kernel) Close() error {
+	return errors.Join(k.Detach(), k.StopNews(), k.objs.Close())
 }
 
 // BeatInterval is how often an agent should call Beat. Connections of an agent
@@ -447,8 +453,8 @@ type Event struct {
 	Comm string        // the process's name at that moment
 }
 
-// Next waits for the next event. The error is [ErrClosed] once the kernel side
-// is closed. Only one goroutine may call it.
+// Next waits for the next event. The error is [ErrClosed] once news
+// is stopped. Only one goroutine may call it.
 func (k *Kernel) Next() (Event, error) {
 	e, err := read[kernelEvent](k.events)
 	if err != nil {
@@ -466,8 +472,8 @@ type Arrival struct {
 }
 
 // NextArrival waits for the next network namespace. Each is reported once, until
-// its door is closed ([Kernel.CloseDoor]). The error is [ErrClosed] once the
-// kernel side is closed. Only one goroutine may call it.
+// its door is closed ([Kernel.CloseDoor]). The error is [ErrClosed] once news
+// is stopped. Only one goroutine may call it.
 func (k *Kernel) NextArrival() (Arrival, error) {
 	a, err := read[kernelArrival](k.arrivals)
 	if err != nil {

@@ -184,14 +184,17 @@ func buildWeir(t testing.TB, version string) string {
 	// One for each checkout, whose tests may run at the same time.
 	name := fmt.Sprintf("weir-%.8x-%s", sha256.Sum256(root), version)
 	// As the Makefile has it, and so from one cache.
-	args, env := []string{"build", "-trimpath", "-ldflags", "-X main.version=" + version}, "CGO_ENABLED=0"
+	flags, env := "-X main.version="+version, "CGO_ENABLED=0"
+	args := []string{"build", "-trimpath"}
 	if os.Getenv("WEIR_RACE") != "" {
 		name += "-race"
-		args, env = append(args, "-race"), "CGO_ENABLED=1"
+		// Static as well, for the image that has nothing else.
+		args, env = append(args, "-race", "-tags", "netgo,osusergo"), "CGO_ENABLED=1"
+		flags += " -linkmode external -extldflags=-static"
 	}
 	return locked(t, name, func(dir string) string {
 		path := filepath.Join(dir, name, "weir")
-		cmd := exec.Command("go", append(args, "-o", path, "weir/agent/weir")...)
+		cmd := exec.Command("go", append(args, "-ldflags", flags, "-o", path, "weir/agent/weir")...)
 		cmd.Env = append(os.Environ(), env)
 		if b, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("building weir: %v\n%s", err, b)
