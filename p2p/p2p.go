@@ -237,8 +237,9 @@ func (n *Node) newHost(priv crypto.PrivKey, addrs []ma.Multiaddr) error {
 
 // join makes the node's host a member of the DHT and a steward.
 func (n *Node) join(more ...dht.Option) (err error) {
-	// In memory, and no more of it than a node's records need.
-	n.records, err = leveldb.NewDatastore("", &leveldb.Options{WriteBuffer: 512 << 10, BlockCacheCapacity: 512 << 10})
+	// In memory, and no more of it than a node's records need. Records are written
+	// again and again, and each time takes room until the buffer is full.
+	n.records, err = leveldb.NewDatastore("", &leveldb.Options{WriteBuffer: 64 << 10, BlockCacheCapacity: 128 << 10})
 	if err != nil {
 		return err
 	}
