@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -241,6 +242,44 @@ func TestNetns(t *testing.T) {
 	for _, task := range tasks {
 		if at, err := os.Readlink(task); err == nil && at != home {
 			t.Errorf("%s is in %s", task, at)
+		}
+	}
+}
+
+// A door's network namespace may be closed while a connection is being opened
+// there, that nobody waits for. It is opened there, or not at all: never where
+// the descriptor's number leads next.
+func TestNetnsClosedMeanwhile(t *testing.T) {
+	pid := inNewNetns(t, true)
+	for range 200 {
+		ns, err := openNetns(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				err := ns.do(func() error {
+					var st unix.Stat_t
+					if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil || st.Ino != ns.ino {
+						t.Errorf("in the network namespace %d instead of %d: %v", st.Ino, ns.ino, err)
+					}
+					return nil
+				})
+				if err != nil && !errors.Is(err, os.ErrClosed) {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Go(func() { ns.Close() })
+		wg.Go(func() { // whose descriptor may get the same number
+			if other, err := openNetns(os.Getpid()); err == nil {
+				other.Close()
+			}
+		})
+		wg.Wait()
+		if err := ns.do(func() error { t.Error("in a closed network namespace"); return nil }); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("a closed network namespace: %v", err)
 		}
 	}
 }

@@ -70,7 +70,7 @@ func (n *netns) inside(f func() error) error {
 		return err
 	}
 	defer home.Close()
-	if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
+	if err := n.enter(); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("entering a network namespace: %w", err)
 	}
@@ -81,6 +81,21 @@ func (n *netns) inside(f func() error) error {
 		runtime.UnlockOSThread()
 	}
 	return err
+}
+
+// enter has the thread enter the namespace. It may be closed meanwhile: its
+// descriptor is not another's before the thread is there. The error is
+// [os.ErrClosed] when it is closed already.
+func (n *netns) enter() error {
+	raw, err := n.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var entered error
+	if raw.Control(func(fd uintptr) { entered = unix.Setns(int(fd), unix.CLONE_NEWNET) }) != nil {
+		return os.ErrClosed
+	}
+	return entered
 }
 
 // A door's port is one of those that are assigned to nothing (IANA) and that the
