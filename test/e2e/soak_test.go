@@ -147,11 +147,26 @@ func (s *soak) pause(d time.Duration) bool {
 	}
 }
 
-// push makes one more image. The stores have room for the newest twenty or so.
+// There are as many images as soakImages, three times what a node's store has room
+// for. So after the first third of an hour nothing is new to the nodes, and what
+// they hold is not more because they know more.
+const (
+	soakImages = 60
+	// recentImages are as many as are pulled at a time.
+	recentImages = 40
+)
+
+// push makes one more image, or has the oldest be the newest again.
 func (s *soak) push() {
 	s.mu.Lock()
 	n := len(s.images)
+	if n == soakImages {
+		s.images = append(s.images[1:], s.images[0])
+	}
 	s.mu.Unlock()
+	if n == soakImages {
+		return
+	}
 	r, host := s.hub, ""
 	if n%3 == 0 {
 		r, host = s.ghcr, "ghcr.io/"
@@ -163,11 +178,11 @@ func (s *soak) push() {
 	s.images = append(s.images, soakImage{host + ref, im})
 }
 
-// pick is an image, of the newest forty.
+// pick is an image, of the newest.
 func (s *soak) pick() soakImage {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	recent := s.images[max(0, len(s.images)-40):]
+	recent := s.images[max(0, len(s.images)-recentImages):]
 	if rand.IntN(3) == 0 {
 		return recent[len(recent)-1]
 	}
@@ -439,13 +454,14 @@ var series = []struct {
 	name string
 	of   func(lab.Holdings) float64
 	// slack is by how much the last quarter's median may be above the second's:
-	// what differs with what is running at the time.
+	// what differs with what is running at the time. In a short run, which ends
+	// while it is getting warm, it is four times that.
 	slack float64
 }{
-	{"resident memory, MiB", func(h lab.Holdings) float64 { return float64(h.Resident) / (1 << 20) }, 16},
-	{"goroutines", func(h lab.Holdings) float64 { return float64(h.Goroutines) }, 40},
-	{"descriptors", func(h lab.Holdings) float64 { return float64(h.Descriptors) }, 20},
-	{"map entries", func(h lab.Holdings) float64 { return float64(h.Entries) }, 10},
+	{"resident memory, MiB", func(h lab.Holdings) float64 { return float64(h.Resident) / (1 << 20) }, 4},
+	{"goroutines", func(h lab.Holdings) float64 { return float64(h.Goroutines) }, 15},
+	{"descriptors", func(h lab.Holdings) float64 { return float64(h.Descriptors) }, 15},
+	{"map entries", func(h lab.Holdings) float64 { return float64(h.Entries) }, 5},
 }
 
 // flat fails the test when the agent that was never restarted holds more at the
@@ -464,9 +480,13 @@ func (s *soak) flat() {
 		s.t.Errorf("node 0's agent was process %d, and is %d", mine[0].pid, mine[len(mine)-1].pid)
 	}
 	for _, g := range series {
+		slack := g.slack
+		if *soakFor < time.Hour {
+			slack *= 4
+		}
 		before, after := median(mine[len(mine)/4:len(mine)/2], g.of), median(mine[len(mine)*3/4:], g.of)
 		s.t.Logf("%s: %.0f, and at last %.0f", g.name, before, after)
-		if after > before+g.slack {
+		if after > before+slack {
 			s.t.Errorf("%s: %.0f at the end, %.0f before", g.name, after, before)
 		}
 	}
@@ -492,7 +512,7 @@ func (s *soak) write(dir string, total int) {
 	fmt.Fprintf(&md, `# %s of pulls and faults
 
 Made by `+"`make soak`"+` on a machine with %d processors that had other work too: three nodes
-that are peers, %d pulls, %d faults one after another. Node 0's agent is never restarted,
+that are peers, %d pulls of %d images, %d faults one after another. Node 0's agent is never restarted,
 the others' are. What was pulled was compared with what had been pushed.
 
 ![What the agents hold](soak.svg)
@@ -502,7 +522,7 @@ agent does, and the next one is another process.
 
 | pulled by | pulls |
 |---|--:|
-`, *soakFor, runtime.NumCPU(), total, len(s.faults))
+`, *soakFor, runtime.NumCPU(), total, len(s.images), len(s.faults))
 	for _, k := range slices.Sorted(maps.Keys(s.pulls)) {
 		fmt.Fprintf(&md, "| %s | %d |\n", k, s.pulls[k])
 	}
