@@ -2,10 +2,14 @@
 
 SHELL := /bin/bash
 GO ?= go
+# Weir is built with this Go wherever it is built, which the go command gets if
+# it is another: `make vulncheck` finds nothing in its standard library.
+export GOTOOLCHAIN := go1.27.3
 BENCH ?= .
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+AS_ROOT = $(SUDO) env PATH="$$PATH" GOTOOLCHAIN=$(GOTOOLCHAIN)
 APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 # Debian packages: what running needs, what the tests drive, what generates and checks.
@@ -16,9 +20,11 @@ KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static pro
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk docker-registry
 CYCLONEDX = github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
+GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
+VULNDB = v0.0.0-20261105234957-e22db6528018
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos scale lint generate check-generated fuzz demo clean
+.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos race scale lint vulncheck generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,35 +54,39 @@ test: ## run all tests (as root; installs what they need)
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))"
 	$(GO) vet ./...
 	$(GO) vet -tags scale ./p2p
-	$(SUDO) env PATH="$$PATH" $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
-	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 40m ./test/e2e ./test/lab # most of it for building the tools, once
+	$(AS_ROOT) $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
+	$(AS_ROOT) $(GO) test -timeout 40m ./test/e2e ./test/lab # most of it for building the tools, once
 
 test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6 minutes, once)
 	@$(call need,$(TEST_PACKAGES) $(KUBERNETES_PACKAGES))
-	$(SUDO) env PATH="$$PATH" $(GO) test -timeout 40m ./test/kubernetes
+	$(AS_ROOT) $(GO) test -timeout 40m ./test/kubernetes
 
 manifest: ## make deploy/weir.yaml from deploy/chart
-	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -run '^TestManifest$$' ./test/kubernetes -update
+	$(AS_ROOT) $(GO) test -count=1 -run '^TestManifest$$' ./test/kubernetes -update
 
 bench: ## measure weir beside nginx and others, and write test/bench/RESULTS.md (20 minutes, alone on the machine; BENCH=Blobs for a part)
 	@$(call need,$(TEST_PACKAGES) $(BENCH_PACKAGES))
-	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 60m ./test/bench -results .
+	$(AS_ROOT) $(GO) test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 60m ./test/bench -results .
 
 bench-parts: ## measure single functions, bursts of nodes, and a job's pod
 	@$(call need,$(TEST_PACKAGES))
-	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 2s ./bpf/... ./proxy/... ./p2p/...
-	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x ./agent
-	$(SUDO) env PATH="$$PATH" $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/e2e
+	$(AS_ROOT) $(GO) test -run '^$$' -bench . -benchtime 2s ./bpf/... ./proxy/... ./p2p/...
+	$(AS_ROOT) $(GO) test -run '^$$' -bench . -benchtime 1x ./agent
+	$(AS_ROOT) $(GO) test -run '^$$' -bench . -benchtime 3x -timeout 30m ./test/e2e
 
 soak: ## the long tests: 100 pulls for each fault among peers, 1,000 starts, 500 containers; and an hour that ends in test/SOAK.md
 	@$(call need,$(TEST_PACKAGES))
-	$(SUDO) env PATH="$$PATH" WEIR_FAULT_PULLS=100 WEIR_STARTS=1000 WEIR_CONTAINERS=500 \
+	$(AS_ROOT) WEIR_FAULT_PULLS=100 WEIR_STARTS=1000 WEIR_CONTAINERS=500 \
 		$(GO) test -count=1 -v -timeout 90m -run '^Test(Fault|Starts|ContainersLeave)' ./test/e2e
-	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -v -timeout 90m -run '^TestSoak$$' ./test/e2e -soak.for 60m -soak.out ..
+	$(AS_ROOT) $(GO) test -count=1 -v -timeout 90m -run '^TestSoak$$' ./test/e2e -soak.for 60m -soak.out ..
 
 chaos: ## break whatever can break while runtimes pull, a thousand times, and write test/CHAOS.md (20 minutes)
 	@$(call need,$(TEST_PACKAGES))
-	$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -v -timeout 60m -run '^TestChaos$$' ./test/e2e -chaos.all -chaos.pulls 5 -chaos.stop 30s -chaos.out ../CHAOS.md
+	$(AS_ROOT) $(GO) test -count=1 -v -timeout 60m -run '^TestChaos$$' ./test/e2e -chaos.all -chaos.pulls 5 -chaos.stop 30s -chaos.out ../CHAOS.md
+
+race: ## run the whole-system tests with the race detector in weir (45 minutes)
+	@$(call need,$(TEST_PACKAGES))
+	$(AS_ROOT) WEIR_RACE=1 $(GO) test -race -count=1 -timeout 120m ./test/e2e
 
 scale: ## simulate swarms of 10 to 1,000 nodes, and write test/SCALE.md (35 minutes, 18 GiB)
 	GOMEMLIMIT=18GiB $(GO) test -tags scale -count=1 -v -timeout 60m -run '^TestScale$$' ./p2p -scale.nodes 10,100,250,1000 -scale.out ../test/SCALE.md
@@ -88,6 +98,9 @@ fuzz: ## fuzz each parser of outside bytes for a minute, or FUZZTIME
 lint: ## run the linters
 	$(GO) run $(GOLANGCI_LINT) run ./...
 
+vulncheck: ## look for known vulnerabilities in what weir calls (VULNDB=latest for those of today)
+	.ci/vulncheck $(GOVULNCHECK) $(VULNDB)
+
 generate: ## compile the eBPF programs anew
 	@$(call need,$(DEV_PACKAGES))
 	$(GO) generate ./bpf
@@ -98,7 +111,7 @@ check-generated: generate # the committed programs are those of the source
 demo: build ## show the main job without internet: cold and warm pulls, and where the bytes came from
 	@$(call need,$(TEST_PACKAGES))
 	@echo "building the demo and what it pulls with; that takes some minutes the first time"
-	@$(SUDO) env PATH="$$PATH" $(GO) test -count=1 -run '^TestDemo$$' -v ./test/e2e
+	@$(AS_ROOT) $(GO) test -count=1 -run '^TestDemo$$' -v ./test/e2e
 
 clean: ## remove what was built
 	rm -rf bin

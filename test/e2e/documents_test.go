@@ -23,6 +23,7 @@ var documents = []string{"README.md", "deploy/README.md", "deploy/API.md", ".git
 var elsewhere = map[string]string{
 	"make test":                "this test is a part of it, and CI runs it",
 	"make lint":                "takes minutes; changes nothing on a node",
+	"make vulncheck":           "needs the Go module proxy; CI runs it",
 	"make demo":                "TestDemo",
 	"go test ":                 "this is one",
 	"docker build -t ":         "needs golang's image from Docker Hub",

@@ -16,7 +16,7 @@ import (
 // BuildKit's linter has nothing to say about the Dockerfile.
 func TestDockerfile(t *testing.T) {
 	w := newWorld(t)
-	w.hub.Push("library/golang:1.26-bookworm", lab.Image{Layers: []int{1000}})
+	w.hub.Push("library/golang:1.27", lab.Image{Layers: []int{1000}})
 	node := w.Node()
 	buildkit := node.BuildKit()
 	b, err := os.ReadFile("../../Dockerfile")
@@ -24,7 +24,7 @@ func TestDockerfile(t *testing.T) {
 		t.Fatal(err)
 	}
 	check := func(dockerfile string) string { return buildkit.Build(dockerfile, "--opt=requestid=frontend.lint") }
-	if out := check("from golang:1.26-bookworm as Build\nMAINTAINER nobody\n"); !strings.Contains(out, "MaintainerDeprecated") {
+	if out := check("from golang:1.27 as Build\nMAINTAINER nobody\n"); !strings.Contains(out, "MaintainerDeprecated") {
 		t.Errorf("the linter doesn't see what is wrong with another one:\n%s", out)
 	}
 	if out := check(string(b)); strings.Contains(out, "WARNING") || strings.Contains(out, "rror") {
