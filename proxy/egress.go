@@ -470,7 +470,7 @@ func (e *Egress) dialOr(ctx context.Context, addr netip.AddrPort, hostport strin
 		defer cancel()
 		return e.dial(ctx, addr)
 	}
-	first := make(chan struct{})
+	failed := make(chan struct{})
 	type result struct {
 		c   *net.TCPConn
 		err error
@@ -479,14 +479,19 @@ func (e *Egress) dialOr(ctx context.Context, addr netip.AddrPort, hostport strin
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	go func() {
-		defer close(first)
 		c, err := e.dial(ctx, addr)
 		results <- result{c, err}
+		if err != nil {
+			close(failed)
+		}
 	}()
 	go func() {
 		select {
-		case <-first:
+		case <-failed:
 		case <-time.After(fallbackDelay):
+		case <-ctx.Done():
+			results <- result{nil, ctx.Err()}
+			return
 		}
 		others, err := resolve(ctx, hostport)
 		if err == nil && ctx.Err() == nil {

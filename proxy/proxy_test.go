@@ -751,3 +751,59 @@ func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 		t.Errorf("%d %q, %+v", code, body, s.proxy.opts.Registry.Stats())
 	}
 }
+
+// Another address of a host is looked for when the one that the client has
+// dialled fails, and not beside one that answers: that would be a question to a
+// name server for nothing.
+func TestOtherAddress(t *testing.T) {
+	l := listen(t)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	there := netip.MustParseAddrPort(l.Addr().String())
+	var asked, slow atomic.Int64
+	defer func(was *net.Resolver) { net.DefaultResolver = was }(net.DefaultResolver)
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		asked.Add(1)
+		return nil, errors.New("no name server")
+	}}
+	e := Upstreams{}.NewEgress(func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", addr.String())
+		if err != nil {
+			return nil, err
+		}
+		return c.(*net.TCPConn), nil
+	})
+	defer e.Close()
+	dial := func(addr netip.AddrPort) error {
+		start := time.Now()
+		c, err := e.dialOr(t.Context(), addr, fmt.Sprintf("registry.test:%d", there.Port()))
+		if err == nil {
+			c.Close()
+		}
+		if time.Since(start) >= fallbackDelay {
+			slow.Add(1) // it is right to ask then
+		}
+		return err
+	}
+	for range 300 {
+		if err := dial(there); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if asked.Load() > 0 && slow.Load() == 0 {
+		t.Errorf("for 300 connections name servers were asked %d times", asked.Load())
+	}
+	asked.Store(0)
+	// Where nobody listens.
+	if err := dial(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.9"), there.Port())); err == nil || asked.Load() == 0 {
+		t.Errorf("no other address was looked for: %v", err)
+	}
+}
