@@ -26,6 +26,9 @@ const (
 	// dialTimeout bounds one attempt to reach an address; runtimes give up
 	// after 30 seconds.
 	dialTimeout = 15 * time.Second
+	// onlyDialTimeout bounds it where there is no other address: the runtime would
+	// have made this one attempt.
+	onlyDialTimeout = 30 * time.Second
 	// fallbackDelay is when other addresses of a host are tried beside the
 	// one that the client dialled: what Go's own dialer waits before it tries
 	// the other address family (RFC 8305), which the client itself can't do
@@ -125,7 +128,6 @@ func (u Upstreams) NewEgress(dial Dialer) *Egress {
 		TLSNextProto:          map[string]func(string, *tls.Conn) http.RoundTripper{},
 		MaxIdleConnsPerHost:   16,
 		IdleConnTimeout:       30 * time.Second,
-		ResponseHeaderTimeout: 2 * time.Minute,
 		ExpectContinueTimeout: time.Second,
 		WriteBufferSize:       64 << 10,
 		ReadBufferSize:        64 << 10,
@@ -239,7 +241,7 @@ func (e *Egress) verify(ctx context.Context, host string, addr netip.AddrPort) e
 	switch {
 	case err == nil:
 		e.verified(hostport, c)
-		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(verifiedTTL)})
+		e.verdicts.Add(at(hostport, addr), verdict{nil, time.Now().Add(verifiedTTL)})
 		e.keep(hostport, c)
 		return nil
 	case ctx.Err() != nil:
@@ -388,7 +390,25 @@ func (e *Egress) handshake(ctx context.Context, hostport string) (*tls.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	return e.secure(ctx, hostport, raw)
+	c, err := e.secure(ctx, hostport, raw)
+	if err != nil && ctx.Err() == nil && e.forget(hostport, raw.RemoteAddr()) {
+		// It was there, and somebody else is now.
+		if raw, err = e.dialHost(ctx, "tcp", hostport); err == nil {
+			c, err = e.secure(ctx, hostport, raw)
+		}
+	}
+	return c, err
+}
+
+// forget forgets that a host was verified at an address, and says whether it was.
+func (e *Egress) forget(hostport string, at net.Addr) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.addrs[hostport].String() != at.String() {
+		return false
+	}
+	delete(e.addrs, hostport)
+	return true
 }
 
 // handshakeAt is handshake with a host where a client has dialled it.
@@ -466,7 +486,7 @@ func (e *Egress) dialHost(ctx context.Context, _, hostport string) (net.Conn, er
 // be empty for none.
 func (e *Egress) dialOr(ctx context.Context, addr netip.AddrPort, hostport string) (*net.TCPConn, error) {
 	if hostport == "" {
-		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		ctx, cancel := context.WithTimeout(ctx, onlyDialTimeout)
 		defer cancel()
 		return e.dial(ctx, addr)
 	}

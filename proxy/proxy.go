@@ -96,6 +96,8 @@ const (
 	// silence is how long a client may say nothing before the destination is
 	// dialled, for protocols in which the server speaks first.
 	silence = 100 * time.Millisecond
+	// helloTime is how much longer it is listened to when nobody is there.
+	helloTime = 2 * time.Second
 )
 
 // New returns a proxy. Close it.
@@ -189,11 +191,10 @@ func (p *Proxy) listen(ctx context.Context, conn *net.TCPConn, f Flow) (o openin
 	_ = conn.SetReadDeadline(time.Now().Add(silence))
 	n, err := conn.Read(first)
 	if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
-		if o.server, err = f.Egress.dialOr(ctx, f.Dst, ""); err != nil {
-			p.failed.Add(1)
-			return o, err
+		n, o.server, err = p.dialAside(ctx, conn, f, first)
+		if n == 0 && o.server != nil {
+			n, o.greeting, err = whoIsFirst(ctx, conn, o.server, first)
 		}
-		n, o.greeting, err = whoIsFirst(ctx, conn, o.server, first)
 	}
 	if n == 0 && len(o.greeting) == 0 {
 		if o.server != nil {
@@ -207,6 +208,40 @@ func (p *Proxy) listen(ctx context.Context, conn *net.TCPConn, f Flow) (o openin
 	}
 	_ = conn.SetReadDeadline(time.Time{})
 	return o, nil
+}
+
+// dialAside dials the destination until the client says something, and returns
+// the client's first byte in first, or the connection, or both. The error says
+// that there is neither. A client that spoke is heard, whatever becomes of the
+// dial: there may be another address, or something to serve without.
+func (p *Proxy) dialAside(ctx context.Context, client *net.TCPConn, f Flow, first []byte) (n int, server *net.TCPConn, err error) {
+	dctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	_ = client.SetReadDeadline(time.Time{})
+	var derr error
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		until := time.Unix(1, 0)
+		if server, derr = f.Egress.dialOr(dctx, f.Dst, ""); derr != nil && ctx.Err() == nil {
+			until = time.Now().Add(helloTime)
+		}
+		_ = client.SetReadDeadline(until)
+	})
+	n, err = client.Read(first)
+	cancel()
+	wg.Wait()
+	switch {
+	case n > 0:
+		return n, server, nil
+	case errors.Is(err, os.ErrDeadlineExceeded): // the dial has ended
+		if derr != nil {
+			p.failed.Add(1)
+		}
+		return 0, server, derr
+	case server != nil: // the client has left
+		server.Close()
+	}
+	return 0, nil, err
 }
 
 // whoIsFirst waits until the client or the server says something, and returns

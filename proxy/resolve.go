@@ -25,23 +25,30 @@ type names struct {
 // ownServersDown is for how long name servers that gave no answer are left out.
 const ownServersDown = 30 * time.Second
 
+// ownServersTime is how long they have where there are others to ask. A search
+// list would have them asked, and waited for, eight times as long.
+const ownServersTime = 3 * time.Second
+
 var upstreamNames = &names{own: "/etc/resolv.conf", node: "/proc/1/root/etc/resolv.conf"}
 
 // lookup returns the addresses of a host.
 func (n *names) lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	if time.Now().UnixNano() < n.down.Load() {
-		if r := n.ofNode(); r != nil {
+	r, own := n.ofNode(), ctx
+	if r != nil {
+		if time.Now().UnixNano() < n.down.Load() {
 			if ips, err := r.LookupNetIP(ctx, "ip", host); err == nil {
 				return ips, nil
 			}
 		}
+		var cancel context.CancelFunc
+		own, cancel = context.WithTimeout(ctx, ownServersTime)
+		defer cancel()
 	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	ips, err := net.DefaultResolver.LookupNetIP(own, "ip", host)
 	var dns *net.DNSError
 	if err == nil || ctx.Err() != nil || errors.As(err, &dns) && dns.IsNotFound {
 		return ips, err
 	}
-	r := n.ofNode()
 	if r == nil {
 		return nil, err
 	}

@@ -34,8 +34,19 @@ func (x *exchange) fetch(ctx context.Context, offset int64) (*http.Response, err
 		req.Header.Del("Referer")
 		return nil
 	}}
-	return c.Do(x.request(ctx, http.MethodGet, extra))
+	ctx, cancel := context.WithCancel(ctx)
+	timer := time.AfterFunc(headTime, cancel)
+	resp, err := c.Do(x.request(ctx, http.MethodGet, extra))
+	if timer.Stop(); err != nil {
+		cancel()
+		return nil, err
+	}
+	resp.Body = &cancelBody{resp.Body, cancel}
+	return resp, nil
 }
+
+// headTime bounds the wait for an answer that more than one client may wait for.
+const headTime = 2 * time.Minute
 
 // source opens the blob for a transfer that broke off. It outlives the
 // client's request, with the client's credentials.
@@ -65,11 +76,18 @@ func (x *exchange) blob() {
 	d := x.target.digest
 	if b, err := x.h.store.Get(d); err == nil {
 		defer b.Close()
-		if x.permitted() {
+		if x.r.Method == http.MethodHead {
+			if x.registrySays() {
+				return
+			}
+			x.stale = true
+		}
+		if x.stale || x.permitted() {
 			x.stats.hits.Add(1)
 			c := &content{x: x, size: b.Size(), from: b.Reader()}
 			defer c.Close()
-			x.serve(c, x.hit())
+			// Of one that was never read all is read before the first byte is given.
+			x.serve(c, x.hit(), b.Size() >= largeBlob)
 			return
 		}
 		if x.up.believed() {
@@ -85,6 +103,23 @@ func (x *exchange) blob() {
 	default:
 		x.miss()
 	}
+}
+
+// registrySays answers HEAD of a blob with what the registry says, and returns
+// false when it says nothing and what it said before will do. Who pushes asks so
+// what the registry has, and doesn't send that.
+func (x *exchange) registrySays() bool {
+	stale := x.h.rights.allowsStale(x.asker, x.target.digest)
+	resp, err := x.head(func() bool { return stale })
+	switch {
+	case failed(resp, err) && stale:
+		return false
+	case err != nil:
+		x.unreachable(x.w, x.r, err)
+	default:
+		x.relay(resp)
+	}
+	return true
 }
 
 // miss answers GET of a blob that isn't kept: by keeping it.
@@ -106,9 +141,16 @@ func (x *exchange) miss() {
 		x.forward()
 		return
 	}
-	r, err := t.Wait(x.r.Context(), x.source())
+	waiting, stop := context.WithTimeout(x.r.Context(), x.h.lagTime)
+	r, err := t.Wait(waiting, x.source())
+	stop()
 	switch {
 	case x.r.Context().Err() != nil:
+		return
+	case errors.Is(err, context.DeadlineExceeded):
+		// The leader still asks. It may be his way that gives no answer.
+		x.stats.misses.Add(1)
+		x.forward()
 		return
 	case err != nil:
 		// Over by now, or the leader was not given the blob; we may be.
@@ -155,6 +197,13 @@ func (x *exchange) lead(t *store.Transfer) {
 		return
 	}
 	x.learn(resp)
+	if encoded(resp) {
+		t.Abandon(errNotLed)
+		resp.Body.Close()
+		cancel()
+		x.forward()
+		return
+	}
 	body := &cancelBody{x.counted(resp.Body), cancel}
 	r, err := t.Begin(resp.ContentLength, body, x.source())
 	if err == nil {
@@ -195,6 +244,13 @@ func (x *exchange) refused(resp *http.Response, err error) {
 	x.forward()
 }
 
+// encoded says whether what comes is not the blob's own bytes, though they were
+// asked for. The client may know how to decode it.
+func encoded(resp *http.Response) bool {
+	e := resp.Header.Get("Content-Encoding")
+	return e != "" && e != "identity"
+}
+
 // prove gets a blob from a registry that is taken to have it only when it has
 // sent it. Nobody else waits for that: such a registry may send anything.
 func (x *exchange) prove() {
@@ -206,6 +262,11 @@ func (x *exchange) prove() {
 	resp, err := x.fetch(x.r.Context(), 0)
 	if err != nil || resp.StatusCode != http.StatusOK {
 		x.refused(resp, err)
+		return
+	}
+	if encoded(resp) {
+		resp.Body.Close()
+		x.forward()
 		return
 	}
 	x.learn(resp)
@@ -265,7 +326,7 @@ func (x *exchange) arriving(r *store.TransferReader, status string) {
 		c.following = ctx
 	}
 	c.from = r.WithContext(ctx)
-	x.serve(c, status)
+	x.serve(c, status, true)
 }
 
 // errLags says that another client's transfer is much slower than the registry.
@@ -342,10 +403,31 @@ func (x *exchange) headers(status string) {
 	h.Set("Cache-Status", "weir; "+status) // RFC 9211
 }
 
+// largeBlob is of how many bytes a blob is that takes a moment to read.
+const largeBlob = 32 << 20
+
+// headFirst sends the head of an answer before there is anything to follow it:
+// clients wait for the one (containerd 30 s), and longer for the other.
+type headFirst struct{ http.ResponseWriter }
+
+// WriteHeader implements http.ResponseWriter.
+func (w headFirst) WriteHeader(code int) {
+	w.ResponseWriter.WriteHeader(code)
+	_ = http.NewResponseController(w.ResponseWriter).Flush()
+}
+
+// ReadFrom implements io.ReaderFrom, by that of the writer behind it.
+func (w headFirst) ReadFrom(r io.Reader) (int64, error) { return io.Copy(w.ResponseWriter, r) }
+
 // serve answers from content of known size: whole, ranges, or just the head.
-func (x *exchange) serve(c *content, status string) {
+// slow is whether it may take a while to come.
+func (x *exchange) serve(c *content, status string, slow bool) {
 	x.headers(status)
-	http.ServeContent(x.w, x.r, "", time.Time{}, c)
+	w := x.w
+	if slow {
+		w = headFirst{w}
+	}
+	http.ServeContent(w, x.r, "", time.Time{}, c)
 	if c.err != nil && x.r.Context().Err() == nil {
 		x.h.log.Warn("a blob broke off", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "at", c.off, "err", scrub(c.err))
 	}

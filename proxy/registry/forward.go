@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 	"weir/proxy/store"
 )
 
@@ -67,6 +68,9 @@ func (x *exchange) passing(resp *http.Response) error {
 			}
 		}
 	}
+	if _, ok := resp.Header["Content-Type"]; !ok {
+		x.w.Header()["Content-Type"] = nil // or net/http would guess one
+	}
 	resp.Body = x.counted(resp.Body)
 	return nil
 }
@@ -110,6 +114,9 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 			d = digest.FromBytes(body)
 		}
 	}
+	if strings.HasPrefix(resp.Header.Get("Content-Type"), signedSchema1) {
+		return nil
+	}
 	switch err := x.h.keep(d, body); {
 	case errors.Is(err, store.ErrCorrupt):
 		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
@@ -123,6 +130,11 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	}
 	return nil
 }
+
+// signedSchema1 is a media type of manifests whose digest is not that of their
+// bytes, but of what is signed in them (distribution, "Image Manifest Version 2,
+// Schema 1").
+const signedSchema1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 
 // decoded undoes a content encoding that is known.
 func decoded(encoding string, raw []byte) ([]byte, bool) {
@@ -185,6 +197,11 @@ func (x *exchange) unreachable(w http.ResponseWriter, r *http.Request, err error
 	err = scrub(err)
 	x.stats.errors.Add(1)
 	x.h.log.Warn("no answer from the upstream", "registry", x.up.ID(), "method", r.Method, "path", r.URL.Path, "err", err)
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) {
+		// The client sees the same, and tries again; a 502 it would take for the
+		// answer (containerd).
+		panic(http.ErrAbortHandler)
+	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusBadGateway)
 	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []map[string]string{{

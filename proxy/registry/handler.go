@@ -446,13 +446,13 @@ type countingBody struct {
 	count *atomic.Int64
 	pace  *atomic.Int64 // bytes per second, as it was lately; may be nil
 	since time.Time
-	n     int64
+	n     atomic.Int64 // it may be closed while it is being read
 }
 
 func (b *countingBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.count.Add(int64(n))
-	b.n += int64(n)
+	b.n.Add(int64(n))
 	return n, err
 }
 
@@ -460,13 +460,12 @@ func (b *countingBody) Read(p []byte) (int, error) {
 const measurable = 1 << 20
 
 func (b *countingBody) Close() error {
-	if b.pace != nil && b.n >= measurable {
-		pace := int64(float64(b.n) / time.Since(b.since).Seconds())
+	if n := b.n.Swap(0); b.pace != nil && n >= measurable {
+		pace := int64(float64(n) / time.Since(b.since).Seconds())
 		if old := b.pace.Load(); old > 0 {
 			pace = (pace + old) / 2
 		}
 		b.pace.Store(pace)
-		b.n = 0
 	}
 	return b.ReadCloser.Close()
 }

@@ -83,6 +83,9 @@ func (x *exchange) tag() {
 		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.now().Sub(was.when).Seconds()), 10))
 		x.serveManifest(body, mediaType, "hit; detail=stale-if-error")
 		return
+	case err != nil && x.r.Method == http.MethodGet && x.r.Context().Err() == nil:
+		x.forward() // the HEAD was ours
+		return
 	case err != nil:
 		x.unreachable(x.w, x.r, err)
 		return
@@ -103,6 +106,7 @@ func (x *exchange) tag() {
 	}
 	x.target.digest = d
 	copyHeader(x.w.Header(), resp.Header)
+	x.w.Header().Del("Content-Encoding") // of what it would have sent
 	x.serveManifest(body, mediaType, "hit; detail=head")
 }
 

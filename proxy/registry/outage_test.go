@@ -4,6 +4,7 @@ package registry
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -287,10 +288,16 @@ func TestStaleIfError(t *testing.T) {
 				s.do("GET", "/v2/library/cold/manifests/1", ""),
 				s.do("GET", "/v2/library/cold/blobs/"+images["library/cold"].layer.String(), ""),
 			} {
+				if name == "cut" { // as it is without weir, so that the client tries again
+					if !errors.Is(a.err, io.EOF) {
+						t.Errorf("%v, %v", a.Response, a.err)
+					}
+					continue
+				}
 				if a.err != nil {
 					t.Fatal(a.err)
 				}
-				if want := map[string]int{"429": 429, "500": 500, "503": 503, "cut": 502, "garbage": 502}[name]; a.StatusCode != want {
+				if want := map[string]int{"429": 429, "500": 500, "503": 503, "garbage": 502}[name]; a.StatusCode != want {
 					t.Errorf("%s: %s, want %d", a.Request.URL, a.Status, want)
 				}
 				if name == "429" && (a.Header.Get("Retry-After") != "60" || a.Header.Get("Ratelimit-Remaining") == "") {
@@ -299,7 +306,7 @@ func TestStaleIfError(t *testing.T) {
 			}
 			// Not forever.
 			s.later.Add(int64(time.Hour))
-			if a := s.do("GET", "/v2/library/p/manifests/1", ""); a.StatusCode == 200 {
+			if a := s.do("GET", "/v2/library/p/manifests/1", ""); a.err == nil && a.StatusCode == 200 {
 				t.Error("an answer of an hour ago was served")
 			}
 			// And back to the rule when it is up again.

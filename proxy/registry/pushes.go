@@ -137,10 +137,12 @@ func (x *exchange) write() {
 			x.tee()
 		}
 	}
+	defer func() { // it panics to break off
+		if x.push != nil && x.push.session != nil && !x.push.goesOn {
+			x.push.session.drop() // whatever it came to, it is over
+		}
+	}()
 	x.forward()
-	if x.push != nil && x.push.session != nil && !x.push.goesOn {
-		x.push.session.drop() // whatever it came to, it is over
-	}
 }
 
 // limited keeps what is small enough for a manifest.

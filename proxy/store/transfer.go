@@ -609,10 +609,11 @@ func (r *TransferReader) Settle(ctx context.Context) error {
 
 // Seek implements io.Seeker. The end is known only when the size is.
 func (r *TransferReader) Seek(offset int64, whence int) (int64, error) {
-	if whence == io.SeekEnd && r.t.size < 0 {
+	size := r.Size()
+	if whence == io.SeekEnd && size < 0 {
 		return r.off, errors.New("seek from the end of a blob of unknown size")
 	}
-	off, err := seek(r.off, r.t.size, offset, whence)
+	off, err := seek(r.off, size, offset, whence)
 	if err == nil {
 		r.off = off
 	}
@@ -642,7 +643,7 @@ func (r *TransferReader) Leave(ctx context.Context, src Source) (io.ReadCloser, 
 	if err != nil {
 		return nil, err
 	}
-	st := NewStream(ctx, r.t.digest, r.t.size, body, src)
+	st := NewStream(ctx, r.t.digest, r.Size(), body, src)
 	if st.read, err = io.Copy(st.hash, io.NewSectionReader(r.t.file, 0, r.off)); err != nil {
 		body.Close()
 		return nil, fmt.Errorf("reading back %s: %w", r.t.digest, err)

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/opencontainers/go-digest"
+)
+
+// client makes requests through the stage, each on a connection of its own.
+func (s *stage) client() *http.Client {
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.weir.pool}, DisableKeepAlives: true,
+		DialContext: func(context.Context, string, string) (net.Conn, error) {
+			return net.Dial("tcp", s.door.Addr().String())
+		}}}
+}
+
+// resolveBy has this process ask a name server, until the test ends.
+func resolveBy(t *testing.T, addr string) {
+	was := net.DefaultResolver
+	t.Cleanup(func() { net.DefaultResolver = was })
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "udp", addr)
+	}}
+}
+
+// containerd tries again when a connection to a registry ends without an answer.
+// It does so through weir as well.
+func TestDropped(t *testing.T) {
+	manifest := `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{},"layers":[]}`
+	for drops := range int64(4) {
+		t.Run(fmt.Sprint(drops), func(t *testing.T) {
+			l := listen(t)
+			s := newStage(t, l)
+			var n atomic.Int64
+			s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if n.Add(1) <= drops {
+					panic(http.ErrAbortHandler)
+				}
+				w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+				w.Header().Set("Content-Length", fmt.Sprint(len(manifest)))
+				w.Header().Set("Docker-Content-Digest", digest.FromString(manifest).String())
+				if r.Method == http.MethodGet {
+					_, _ = io.WriteString(w, manifest)
+				}
+			}))
+			tr := docker.DefaultHTTPTransport(&tls.Config{RootCAs: s.weir.pool})
+			tr.DialContext = func(context.Context, string, string) (net.Conn, error) {
+				return net.Dial("tcp", s.door.Addr().String())
+			}
+			r := docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithClient(&http.Client{Transport: tr}))})
+			if _, _, err := r.Resolve(t.Context(), fmt.Sprintf("registry.test:%d/a/b:v1", s.dst.Port())); err != nil {
+				t.Errorf("after %d requests: %v", n.Load(), err)
+			}
+			if n.Load() <= drops {
+				t.Errorf("only %d requests came", n.Load())
+			}
+		})
+	}
+}
+
+// Where a client dials a registry is where it is now, whatever it was before and
+// whoever is there by now.
+func TestMoved(t *testing.T) {
+	for _, kept := range []bool{false, true} {
+		t.Run(fmt.Sprint("the old address is remembered: ", kept), func(t *testing.T) {
+			l := listen(t)
+			s := newStage(t, l)
+			h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "right") })
+			moved, err := net.Listen("tcp", fmt.Sprintf("127.0.0.2:%d", s.dst.Port()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { moved.Close() })
+			s.serveTLS(moved, &tls.Config{}, h)
+			old := &http.Server{Handler: h, TLSConfig: &tls.Config{GetCertificate: func(c *tls.ClientHelloInfo) (*tls.Certificate, error) { return s.world.Leaf(c.ServerName) }}}
+			go func() { _ = old.ServeTLS(l, "", "") }()
+			host := fmt.Sprintf("registry.test:%d", s.dst.Port())
+			get := func() string {
+				resp, err := s.client().Get("https://" + host + "/v2/a/tags/list")
+				if err != nil {
+					return err.Error()
+				}
+				defer resp.Body.Close()
+				b, _ := io.ReadAll(resp.Body)
+				return resp.Status + " " + string(b)
+			}
+			if got := get(); got != "200 OK right" {
+				t.Fatal(got)
+			}
+			// Somebody else is at the old address.
+			old.Close()
+			s.egress.transport.CloseIdleConnections()
+			again, err := net.Listen("tcp", s.dst.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			other := newAuthority(t, "other")
+			srv := &http.Server{TLSConfig: &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return other.Leaf("tenant.test") }}}
+			go func() { _ = srv.ServeTLS(again, "", "") }()
+			t.Cleanup(func() { srv.Close() })
+			before, dst := s.dst, netip.MustParseAddrPort(moved.Addr().String())
+			var asked atomic.Int64
+			resolveBy(t, nameServer(t, &asked))
+			dial := s.egress.dial
+			s.egress.dial = func(ctx context.Context, a netip.AddrPort) (*net.TCPConn, error) {
+				if a.Addr() == netip.MustParseAddr("192.0.2.1") {
+					a = dst // it is called that
+				}
+				return dial(ctx, a)
+			}
+			s.change(func(f *Flow) { f.Dst = dst })
+			for range 3 {
+				if kept {
+					// As for a request on a connection that was opened before.
+					s.egress.mu.Lock()
+					s.egress.addrs[host] = before
+					s.egress.mu.Unlock()
+					s.egress.transport.CloseIdleConnections()
+				}
+				if got := get(); got != "200 OK right" {
+					t.Errorf("the client dialled the right address, and got %s", got)
+				}
+			}
+		})
+	}
+}
+
+// A client that takes a moment to say hello, on a busy node, has what others
+// have: the host's other addresses, and what there is to serve while it is down.
+func TestLateHello(t *testing.T) {
+	for _, late := range []time.Duration{0, silence + silence/2} {
+		t.Run(fmt.Sprint("another address, after ", late), func(t *testing.T) {
+			l := listen(t)
+			s := newStage(t, l)
+			s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
+			var asked atomic.Int64
+			resolveBy(t, nameServer(t, &asked))
+			silent := netip.AddrPortFrom(netip.MustParseAddr("198.51.100.9"), s.dst.Port())
+			dial := s.egress.dial
+			s.egress.dial = func(ctx context.Context, a netip.AddrPort) (*net.TCPConn, error) {
+				if a == silent {
+					<-ctx.Done()
+					return nil, ctx.Err()
+				}
+				return dial(ctx, s.dst) // which is called 192.0.2.1 there
+			}
+			s.change(func(f *Flow) { f.Dst = silent })
+			raw := s.dial()
+			time.Sleep(late)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // as runtimes have it
+			defer cancel()
+			if err := tls.Client(raw, &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool}).HandshakeContext(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+		t.Run(fmt.Sprint("down, after ", late), func(t *testing.T) {
+			l := listen(t)
+			s := newStage(t, l)
+			l.Close()
+			ups := Upstreams{Roots: func(string) *x509.CertPool { return s.world.pool }, Remembers: func(string) bool { return true }}
+			e := ups.NewEgress(s.egress.dial)
+			t.Cleanup(e.Close)
+			s.change(func(f *Flow) { f.Egress = e })
+			raw := s.dial()
+			time.Sleep(late)
+			if err := tls.Client(raw, &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool}).Handshake(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// A client that says nothing has its connection broken off when nobody is there.
+func TestSilentToNobody(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	l.Close()
+	if n, err := s.dial().Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
+// While the own name servers are silent, the node's are asked before a runtime
+// loses its patience, whatever the search list.
+func TestSilentNameServers(t *testing.T) {
+	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	resolveBy(t, silent.LocalAddr().String())
+	var asked atomic.Int64
+	n := &names{own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "nameserver "+nameServer(t, &asked)+"\n")}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*ownServersTime)
+	defer cancel()
+	ips, err := n.lookup(ctx, "cdn.example.com")
+	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" {
+		t.Errorf("%v, %v", ips, err)
+	}
+	if n.down.Load() == 0 {
+		t.Error("the silent ones are asked first again")
+	}
+}
