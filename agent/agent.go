@@ -470,21 +470,21 @@ func (a *Agent) close() {
 		_ = a.kernel.StopNews()
 	}
 	a.wg.Wait()
-	if a.runtimes != nil {
-		a.runtimes.wg.Wait()
-	}
-	if a.admin != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), cutTime)
+	defer cancel()
+	if a.admin != nil && a.admin.Shutdown(ctx) != nil {
 		a.admin.Close()
 	}
 	if a.adminL != nil {
 		a.adminL.Close()
 	}
 	if a.doors != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), cutTime)
 		a.doors.wait(ctx)
-		cancel()
 	}
-	if a.kernel != nil {
+	// What looks at a runtime's files waits as long as they do (NFS, FUSE).
+	if a.runtimes != nil && !a.runtimes.wait(ctx) {
+		a.log.Warn("a runtime's files can't be looked at to an end; the process ends without")
+	} else if a.kernel != nil {
 		_ = a.kernel.Close()
 	}
 	if a.own != nil {

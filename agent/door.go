@@ -57,7 +57,8 @@ type door struct {
 	accepted atomic.Int64
 	// The egress and the namespace outlive the door until the last
 	// connection is done with them.
-	users sync.WaitGroup
+	users     sync.WaitGroup
+	accepting sync.WaitGroup // those who may make more users
 
 	flow   sync.Mutex
 	active int  // connections that are being served
@@ -208,7 +209,7 @@ func (ds *doors) make(ns *netns) (*door, error) {
 	}
 	for _, l := range []*net.TCPListener{l4, l6} {
 		if l != nil {
-			ds.wg.Go(func() { ds.accept(d, l) })
+			d.accepting.Go(func() { ds.accept(d, l) })
 		}
 	}
 	ds.log.Debug("door opened", "netns", ns.ino, "addr", l4.Addr())
@@ -218,7 +219,8 @@ func (ds *doors) make(ns *netns) (*door, error) {
 func (ds *doors) accept(d *door, l *net.TCPListener) {
 	for {
 		c, err := l.AcceptTCP()
-		if errors.Is(err, net.ErrClosed) {
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			l.Close()
 			return
 		}
 		if err != nil {
@@ -303,11 +305,13 @@ func (ds *doors) close(ino uint64, d *door) {
 	if err := ds.kernel.CloseDoor(d.cookie); err != nil {
 		ds.log.Warn("closing a door", "netns", ino, "err", err)
 	}
-	d.l4.Close()
+	// Those that were sent there have connected, or are about to.
+	_ = d.l4.SetDeadline(time.Now().Add(lastTime))
 	if d.l6 != nil {
-		d.l6.Close()
+		_ = d.l6.SetDeadline(time.Now().Add(lastTime))
 	}
 	ds.wg.Go(func() {
+		d.accepting.Wait()
 		d.users.Wait()
 		d.egress.Close()
 		d.ns.Close()
@@ -315,15 +319,25 @@ func (ds *doors) close(ino uint64, d *door) {
 	ds.log.Debug("door closed", "netns", ino)
 }
 
+// lastTime is how long a door is still answered when nobody is sent there any
+// more.
+const lastTime = 100 * time.Millisecond
+
 // closeAll closes all doors for good; connections that came through them go on.
+// None comes any more when it returns.
 func (ds *doors) closeAll() {
 	ds.mu.Lock()
-	defer ds.mu.Unlock()
+	var closed []*door
 	for ino, d := range ds.open {
+		closed = append(closed, d)
 		ds.close(ino, d)
 	}
 	clear(ds.at)
 	ds.over = true
+	ds.mu.Unlock()
+	for _, d := range closed {
+		d.accepting.Wait()
+	}
 }
 
 // wait waits until no connection is being served, or ctx is done.

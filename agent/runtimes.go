@@ -17,6 +17,7 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sync/semaphore"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/proxy/registry"
@@ -97,11 +98,19 @@ type runtimes struct {
 	all    map[int]*runtimeProc
 	paused map[string]map[int]struct{} // kind → one-shot processes it pulls for
 	wg     sync.WaitGroup
+	// establishing bounds those that are being looked at, each of which may hold a
+	// thread for as long as a file system gives no answer.
+	establishing *semaphore.Weighted
 }
 
 func newRuntimes(a *Agent, state *stateFile) *runtimes {
-	return &runtimes{a: a, state: state, all: make(map[int]*runtimeProc), paused: make(map[string]map[int]struct{})}
+	return &runtimes{a: a, state: state, all: make(map[int]*runtimeProc), paused: make(map[string]map[int]struct{}),
+		establishing: semaphore.NewWeighted(maxEstablishing)}
 }
+
+// maxEstablishing is far above what starts at a time, and far below the threads
+// that Go gives a program (10,000).
+const maxEstablishing = 256
 
 // seed takes in what is running already: the runtimes, and for doors the oldest
 // process of each network namespace. What starts meanwhile is the kernel side's
@@ -178,6 +187,11 @@ func (rs *runtimes) add(p process, k *kind, execed time.Duration, seeded bool) *
 	}
 	rs.wg.Go(func() {
 		defer rt.settle()
+		if !rs.establishing.TryAcquire(1) {
+			rs.passThrough(rt, "too many others are being looked at, or can't be", "see why their files can't be read: NFS, FUSE")
+			return
+		}
+		defer rs.establishing.Release(1)
 		rs.establish(rt, seeded)
 	})
 	if k.contentStore {
@@ -194,12 +208,27 @@ func (rs *runtimes) ended(pid int) {
 	if ok && rt.kind.pullsThrough != "" {
 		rs.resume(rt.kind.pullsThrough, pid)
 	}
+	if ok {
+		rt.cancel() // before anybody else says what it is
+	}
 	rs.mu.Unlock()
 	if !ok {
 		return
 	}
-	rt.cancel()
 	rs.state.forget(pid)
+}
+
+// wait waits until nothing looks at runtimes any more, and returns false when
+// ctx is done before.
+func (rs *runtimes) wait(ctx context.Context) bool {
+	done := make(chan struct{})
+	go func() { rs.wg.Wait(); close(done) }()
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // reconcile forgets processes whose end was not heard of, because the kernel
@@ -275,7 +304,7 @@ func (rs *runtimes) setMode(rt *runtimeProc) {
 	if rt.ctx.Err() != nil {
 		return
 	}
-	if err := rs.a.kernel.SetMode(rt.pid, mode); err != nil {
+	if err := rs.a.kernel.Remode(rt.pid, mode); err != nil {
 		rs.a.log.Error("telling the kernel side about a process", "pid", rt.pid, "err", err)
 	}
 }
@@ -290,9 +319,12 @@ func (rs *runtimes) intercept(rt *runtimeProc, how string, coverage trust.Covera
 	rt.mu.Unlock()
 	rs.mu.Lock()
 	rs.setMode(rt)
-	rs.mu.Unlock()
-	if !rt.kind.oneShot {
+	lives := rt.ctx.Err() == nil
+	if lives && !rt.kind.oneShot {
 		rs.state.remember(rt)
+	}
+	rs.mu.Unlock()
+	if lives && !rt.kind.oneShot {
 		rs.a.log.Info("a runtime's registries are intercepted", "runtime", rt.kind.name, "pid", rt.pid, "because", how)
 	}
 	rt.settle()

@@ -120,8 +120,16 @@ func openLedgerIfAny(path string) (*trust.Ledger, error) {
 var ownEntries = []string{"ca", "store", tagsFile, identityFile, ledgerFile, pidFile, "state.json", "state.json.new"}
 
 func removeOwn(dir string) (removed []string, err error) {
+	paths := make([]string, 0, len(ownEntries))
 	for _, e := range ownEntries {
-		path := filepath.Join(dir, e)
+		paths = append(paths, filepath.Join(dir, e))
+	}
+	// What was being written when an agent was killed.
+	for _, e := range []string{tagsFile, identityFile} {
+		half, _ := filepath.Glob(filepath.Join(dir, e) + ".*")
+		paths = append(paths, half...)
+	}
+	for _, path := range paths {
 		if _, serr := os.Lstat(path); serr != nil {
 			continue
 		}

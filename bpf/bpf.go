@@ -397,6 +397,16 @@ func withFD(c syscall.Conn, f func(fd int) error) error {
 	return errors.Join(raw.Control(func(fd uintptr) { ferr = f(int(fd)) }), ferr)
 }
 
+// Remode says how the connections of a process are treated that is tracked. One
+// that isn't any more, because it has ended, stays so.
+func (k *Kernel) Remode(pid int, m Mode) error {
+	err := k.objs.Tracked.Update(uint32(pid), uint32(m), ebpf.UpdateExist)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("tracking process %d: %w", pid, err)
+	}
+	return nil
+}
+
 // SetMode says how a process's connections are treated, and has it tracked if
 // it wasn't.
 func (k *Kernel) SetMode(pid int, m Mode) error {

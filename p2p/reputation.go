@@ -32,6 +32,7 @@ type reputation struct {
 
 type record struct {
 	downUntil, slowUntil, shunUntil time.Time
+	muteUntil                       time.Time
 	strikes                         int
 	received                        int64
 	provided                        int // records since
@@ -61,6 +62,17 @@ func (r *reputation) down(p peer.ID) {
 }
 func (r *reputation) slow(p peer.ID) {
 	r.with(p, func(x *record) { x.slowUntil = r.now().Add(slowTime) })
+}
+
+// mute notes that a peer answers nothing. Nothing is read from it for a while:
+// finding that out again would take seconds of each blob.
+func (r *reputation) mute(p peer.ID) {
+	r.with(p, func(x *record) { x.muteUntil = r.now().Add(slowTime) })
+}
+
+func (r *reputation) isMute(p peer.ID) (is bool) {
+	r.with(p, func(x *record) { is = r.now().Before(x.muteUntil) })
+	return is
 }
 
 // wrong notes that a peer sent wrong bytes. verified is whether it had said

@@ -31,6 +31,12 @@ const (
 	// slack is how far a peer may be ahead of what it has sent: what is in the
 	// buffers between.
 	slack = 4 << 20
+	// openTime is how long others are tried after a source that gave nothing. The
+	// first may take its own time, because it may wait for the upstream itself.
+	openTime = 3 * time.Second
+	// dripping is how many looks in a row may show a source to give much less than
+	// the upstream, when it has not much more.
+	dripping = 10
 	// minPace is the rate below which a peer that has more is left when it
 	// isn't known what the upstream gives, in bytes per second.
 	minPace = 256 << 10
@@ -98,7 +104,7 @@ func (s *Share) ask(ctx context.Context) bool {
 func (s *Share) take(a answer, ok bool) {
 	s.fetch = !ok || a.Fetch
 	s.sources = slices.DeleteFunc(a.Sources, func(x source) bool {
-		return x.ID == s.n.host.ID() || slices.Contains(s.failed, x.ID) || s.n.peers.shunned(x.ID)
+		return x.ID == s.n.host.ID() || slices.Contains(s.failed, x.ID) || s.n.peers.shunned(x.ID) || s.n.peers.isMute(x.ID)
 	})
 	slices.SortStableFunc(s.sources, func(a, b source) int {
 		bad := func(x source) int {
@@ -144,10 +150,13 @@ func (s *Share) fail(id peer.ID) {
 // error is [ErrNoPeer] when the upstream is the place to get it from. What is
 // read may be wrong; tell [Share.Wrong].
 func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, int64, error) {
-	for {
+	for start := time.Now(); ; {
 		src, err := s.next(ctx)
 		if err != nil {
 			return nil, 0, err
+		}
+		if time.Since(start) > openTime {
+			return nil, 0, ErrNoPeer
 		}
 		body, n, err := s.open(ctx, src, offset, size)
 		if err == nil {
@@ -268,7 +277,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 	t := time.NewTicker(watchTime)
 	defer t.Stop()
 	start := b.at.Load()
-	last, idle, slow, mute, stall := start, 0, 0, 0, 0
+	last, idle, slow, mute, stall, drip := start, 0, 0, 0, 0, 0
 	for {
 		select {
 		case <-stop:
@@ -283,7 +292,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 		floor := max(b.s.pace/2, minPace)
 		if got >= floor || got > 0 && b.s.n.intake.get() >= float64(floor) {
 			// The node gets what it can take; what it takes is shared.
-			idle, slow, mute, stall = 0, 0, 0, 0
+			idle, slow, mute, stall, drip = 0, 0, 0, 0, 0
 			continue
 		}
 		st, err := b.ask(ctx)
@@ -293,6 +302,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 		switch {
 		case err != nil && !errors.Is(err, ErrNotHere):
 			if mute++; mute >= 3 && b.at.Load() == now {
+				b.s.n.peers.mute(b.src.ID)
 				b.leave("it doesn't answer", err)
 				return
 			}
@@ -315,8 +325,14 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 				b.leave("it is slower than the upstream", nil)
 				return
 			}
+		case got < floor/4:
+			// It has little more itself, and gets it by drips.
+			if drip++; drip >= dripping {
+				b.leave("it gives much less than the upstream", nil)
+				return
+			}
 		default:
-			idle, slow, stall = 0, 0, 0
+			idle, slow, stall, drip = 0, 0, 0, 0
 		}
 	}
 }

@@ -78,6 +78,8 @@ type Proxy struct {
 
 	mu      sync.Mutex
 	splices map[*splice]struct{}
+	opening int       // connections of which it isn't known yet what becomes of them
+	changed sync.Cond // when there are fewer
 	unknown unknowns
 	active  sync.WaitGroup
 }
@@ -93,6 +95,9 @@ const (
 	// peekTimeout is how long a client that has begun to speak may take to
 	// say what it wants.
 	peekTimeout = 10 * time.Second
+	// openTime is how long connections that are being opened are waited for at
+	// the end.
+	openTime = 5 * time.Second
 	// silence is how long a client may say nothing before the destination is
 	// dialled, for protocols in which the server speaks first.
 	silence = 100 * time.Millisecond
@@ -103,6 +108,7 @@ const (
 // New returns a proxy. Close it.
 func New(o Options) *Proxy {
 	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), unknown: newUnknowns()}
+	p.changed.L = &p.mu
 	if p.log == nil {
 		p.log = slog.Default()
 	}
@@ -115,7 +121,7 @@ func New(o Options) *Proxy {
 			if t, ok := c.(*tlsConn); ok {
 				c = t.raw.Conn
 			}
-			return context.WithValue(ctx, upstreamKey{}, c.(*intercepted).up)
+			return context.WithValue(ctx, upstreamKey{}, c.(*intercepted))
 		},
 		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
@@ -126,13 +132,41 @@ func New(o Options) *Proxy {
 type upstreamKey struct{}
 
 func (p *Proxy) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	p.opts.Registry.Serve(w, r, r.Context().Value(upstreamKey{}).(registry.Upstream))
+	c := r.Context().Value(upstreamKey{}).(*intercepted)
+	c.opened()
+	p.opts.Registry.Serve(w, r, c.up)
 }
 
 // intercepted is a connection whose client believes to speak to up.
 type intercepted struct {
 	replayConn
 	up registry.Upstream
+	// opened is called when it has had a request, or none comes.
+	opened func()
+}
+
+func (p *Proxy) newIntercepted(conn *net.TCPConn, o opening, up registry.Upstream) *intercepted {
+	return &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, p.open()}
+}
+
+// open counts a connection of which it isn't known yet what becomes of it, until
+// what it returns is called.
+func (p *Proxy) open() (opened func()) {
+	p.mu.Lock()
+	p.opening++
+	p.mu.Unlock()
+	return sync.OnceFunc(func() {
+		p.mu.Lock()
+		p.opening--
+		p.changed.Broadcast()
+		p.mu.Unlock()
+	})
+}
+
+// Close implements net.Conn.
+func (c *intercepted) Close() error {
+	c.opened()
+	return c.replayConn.Close()
 }
 
 // Stats returns the proxy's figures.
@@ -146,8 +180,11 @@ func (p *Proxy) Stats() Stats {
 func (p *Proxy) Serve(ctx context.Context, conn *net.TCPConn, f Flow) {
 	p.active.Add(1)
 	defer p.active.Done()
+	opened := p.open()
+	defer opened()
 
 	o, err := p.listen(ctx, conn, f)
+	o.opened = opened
 	if err != nil {
 		p.log.Debug("nothing to carry", "client", f.Client, "dst", f.Dst, "err", err)
 		abort(conn)
@@ -181,6 +218,8 @@ type opening struct {
 	server *net.TCPConn
 	// greeting is what the destination said before the client did.
 	greeting []byte
+	// opened is called when it is known what becomes of the connection.
+	opened func()
 }
 
 // listen hears who speaks first and what the client says. The destination is
@@ -337,7 +376,7 @@ func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o
 		return
 	}
 	p.intercepted.Add(1)
-	if c := (&intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up}); !p.ready.hand(c) {
+	if c := p.newIntercepted(conn, o, up); !p.ready.hand(c) {
 		c.Close()
 	}
 }
@@ -358,7 +397,8 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 		o.server.Close()
 	}
 	p.intercepted.Add(1)
-	c := newTLSConn(&intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up}, &tls.Config{
+	raw := p.newIntercepted(conn, o, up)
+	c := newTLSConn(raw, &tls.Config{
 		Certificates: []tls.Certificate{*leaf},
 		NextProtos:   []string{"http/1.1"},
 		MinVersion:   tls.VersionTLS12,
@@ -377,7 +417,7 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 			f.Rejected(host, err)
 		}
 		p.log.Debug("TLS with a client failed", "client", f.Client, "registry", host, "err", err)
-		conn.Close()
+		raw.Close()
 		return
 	}
 	if !p.ready.hand(c) {
@@ -403,6 +443,7 @@ func (p *Proxy) pass(ctx context.Context, conn *net.TCPConn, f Flow, o opening) 
 		}
 	}
 	p.passed.Add(1)
+	o.opened()
 	s := &splice{client: conn, server: o.server}
 	p.mu.Lock()
 	p.splices[s] = struct{}{}
@@ -415,8 +456,24 @@ func (p *Proxy) pass(ctx context.Context, conn *net.TCPConn, f Flow, o opening) 
 
 // Shutdown waits until the connections have ended: those to registries after
 // their running request, those passed through when one side closes. When ctx
-// is done it cuts the rest, and returns ctx's error.
+// is done it cuts the rest, and returns ctx's error. There must be no more calls
+// of Serve by then.
 func (p *Proxy) Shutdown(ctx context.Context) error {
+	// The server reads no more requests then, and some connections may still be on
+	// their way to their first.
+	octx, cancel := context.WithTimeout(ctx, openTime)
+	defer cancel()
+	stop := context.AfterFunc(octx, func() {
+		p.mu.Lock()
+		p.changed.Broadcast()
+		p.mu.Unlock()
+	})
+	defer stop()
+	p.mu.Lock()
+	for p.opening > 0 && octx.Err() == nil {
+		p.changed.Wait()
+	}
+	p.mu.Unlock()
 	err := p.server.Shutdown(ctx)
 	if err != nil {
 		p.server.Close()

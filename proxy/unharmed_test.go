@@ -216,3 +216,37 @@ func TestSilentNameServers(t *testing.T) {
 		t.Error("the silent ones are asked first again")
 	}
 }
+
+// A connection that has come before the end is carried to its end, also when it
+// was still being found out what to do with it.
+func TestShutdownWhileOpening(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	verifying, verified := make(chan struct{}, 8), make(chan struct{})
+	s.serveTLS(l, &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		verifying <- struct{}{}
+		<-verified // a registry on another continent
+		return nil, nil
+	}}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "here") }))
+	got := make(chan error, 1)
+	go func() {
+		resp, err := s.client().Get(fmt.Sprintf("https://registry.test:%d/v2/", s.dst.Port()))
+		if err == nil {
+			resp.Body.Close()
+		}
+		got <- err
+	}()
+	<-verifying
+	down := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), 25*time.Second)
+	defer cancel()
+	go func() { down <- s.proxy.Shutdown(ctx) }()
+	// It has begun when it would take no more connections, if it did so at once.
+	time.AfterFunc(50*time.Millisecond, func() { close(verified) })
+	if err := <-got; err != nil {
+		t.Errorf("the pull: %v", err)
+	}
+	if err := <-down; err != nil {
+		t.Error(err)
+	}
+}
