@@ -216,12 +216,19 @@ func (ds *doors) make(ns *netns) (*door, error) {
 	return d, nil
 }
 
+// accept accepts connections until the listener's deadline, and then those that
+// are waiting.
 func (ds *doors) accept(d *door, l *net.TCPListener) {
-	for {
+	for waiting := true; ; {
 		c, err := l.AcceptTCP()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			l.Close()
-			return
+			if !waiting {
+				l.Close()
+				return
+			}
+			waiting = false
+			_ = l.SetDeadline(time.Now().Add(lastTime)) // or none would be accepted
+			continue
 		}
 		if err != nil {
 			// Out of descriptors, most likely. Connections wait or, when
@@ -230,6 +237,7 @@ func (ds *doors) accept(d *door, l *net.TCPListener) {
 			time.Sleep(50 * time.Millisecond)
 			continue
 		}
+		waiting = true
 		d.accepted.Add(1)
 		d.users.Add(1)
 		ds.count(d, 1)
