@@ -219,10 +219,12 @@ func (ds *doors) make(ns *netns) (*door, error) {
 // accept accepts connections until the listener's deadline, and then those that
 // are waiting.
 func (ds *doors) accept(d *door, l *net.TCPListener) {
+	rounds := 0
 	for waiting := true; ; {
 		c, err := l.AcceptTCP()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			if !waiting {
+			// Somebody may connect there again and again, to keep it open.
+			if rounds++; !waiting || rounds > lastRounds {
 				l.Close()
 				return
 			}
@@ -329,7 +331,10 @@ func (ds *doors) close(ino uint64, d *door) {
 
 // lastTime is how long a door is still answered when nobody is sent there any
 // more.
-const lastTime = 100 * time.Millisecond
+const (
+	lastTime   = 100 * time.Millisecond
+	lastRounds = 5 // of that time, while there are some who wait
+)
 
 // closeAll closes all doors for good; connections that came through them go on.
 // None comes any more when it returns.
