@@ -470,7 +470,11 @@ func (a *Agent) close() {
 		_ = a.kernel.StopNews()
 	}
 	a.wg.Wait()
+	// What looks at a runtime's files waits as long as they do (NFS, FUSE).
 	ctx, cancel := context.WithTimeout(context.Background(), cutTime)
+	idle := a.runtimes == nil || a.runtimes.wait(ctx)
+	cancel()
+	ctx, cancel = context.WithTimeout(context.Background(), cutTime)
 	defer cancel()
 	if a.admin != nil && a.admin.Shutdown(ctx) != nil {
 		a.admin.Close()
@@ -481,10 +485,10 @@ func (a *Agent) close() {
 	if a.doors != nil {
 		a.doors.wait(ctx)
 	}
-	// What looks at a runtime's files waits as long as they do (NFS, FUSE).
-	if a.runtimes != nil && !a.runtimes.wait(ctx) {
-		a.log.Warn("a runtime's files can't be looked at to an end; the process ends without")
-	} else if a.kernel != nil {
+	switch {
+	case !idle:
+		a.log.Warn("a runtime's files can't be looked at to an end; the agent ends without")
+	case a.kernel != nil:
 		_ = a.kernel.Close()
 	}
 	if a.own != nil {
