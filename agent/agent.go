@@ -453,8 +453,21 @@ func (a *Agent) drain() error {
 	if a.proxy.Shutdown(ctx) != nil {
 		a.log.Warn("some transfers were cut; runtimes resume them directly", "after", drainTime)
 	}
-	a.doors.wait(ctx)
+	waitFor(ctx, &a.doors.wg)
 	return err
+}
+
+// waitFor waits until all of a group has ended, and returns false when ctx is
+// done before.
+func waitFor(ctx context.Context, wg *sync.WaitGroup) bool {
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // close gives everything up that was opened, whatever it was.
@@ -472,7 +485,7 @@ func (a *Agent) close() {
 	a.wg.Wait()
 	// What looks at a runtime's files waits as long as they do (NFS, FUSE).
 	ctx, cancel := context.WithTimeout(context.Background(), cutTime)
-	idle := a.runtimes == nil || a.runtimes.wait(ctx)
+	idle := a.runtimes == nil || waitFor(ctx, &a.runtimes.wg)
 	cancel()
 	ctx, cancel = context.WithTimeout(context.Background(), cutTime)
 	defer cancel()
@@ -483,7 +496,7 @@ func (a *Agent) close() {
 		a.adminL.Close()
 	}
 	if a.doors != nil {
-		a.doors.wait(ctx)
+		waitFor(ctx, &a.doors.wg)
 	}
 	switch {
 	case !idle:

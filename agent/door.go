@@ -353,16 +353,6 @@ func (ds *doors) closeAll() {
 	}
 }
 
-// wait waits until no connection is being served, or ctx is done.
-func (ds *doors) wait(ctx context.Context) {
-	done := make(chan struct{})
-	go func() { ds.wg.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-ctx.Done():
-	}
-}
-
 // DoorStatus is a door as the status shows it.
 type DoorStatus struct {
 	Netns    uint64   `json:"netns"` // the namespace's inode

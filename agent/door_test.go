@@ -24,8 +24,8 @@ import (
 	"weir/proxy"
 )
 
-// watchedDoors are doors as an agent has them, for a cgroup of the test's own.
-func watchedDoors(t *testing.T) (ds *doors, cgroup *os.File) {
+// ownCgroup makes a cgroup for the test.
+func ownCgroup(t *testing.T) *os.File {
 	t.Helper()
 	needRoot(t)
 	root, err := bpf.CgroupRoot()
@@ -39,11 +39,19 @@ func watchedDoors(t *testing.T) (ds *doors, cgroup *os.File) {
 	t.Cleanup(func() {
 		until(t, "removing the cgroup", func() bool { return os.Remove(dir) == nil })
 	})
-	if cgroup, err = os.Open(dir); err != nil {
+	cgroup, err := os.Open(dir)
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cgroup.Close() })
-	k, err := bpf.Load(bpf.Options{Cgroup: dir})
+	return cgroup
+}
+
+// watchedDoors are doors as an agent has them, for a cgroup of the test's own.
+func watchedDoors(t *testing.T) (ds *doors, cgroup *os.File) {
+	t.Helper()
+	cgroup = ownCgroup(t)
+	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -61,8 +61,7 @@ func TestDoorClosedWithConnectionsWaiting(t *testing.T) {
 // What is asked of an ending agent doesn't use what it has closed. The race
 // detector tells.
 func TestAskedAtTheEnd(t *testing.T) {
-	ds, cgroup := watchedDoors(t)
-	ds.closeAll() // only its cgroup is of use here
+	cgroup := ownCgroup(t)
 	for range 3 {
 		ctx, cancel := context.WithCancel(t.Context())
 		ready, ended := make(chan *Agent, 1), make(chan error, 1)
@@ -112,8 +111,7 @@ func TestAskedAtTheEnd(t *testing.T) {
 // What has ended isn't tracked any more, whatever was still being found out
 // about it: the next process of its number isn't it.
 func TestNotTrackedAfterEnd(t *testing.T) {
-	ds, cgroup := watchedDoors(t)
-	ds.closeAll()
+	cgroup := ownCgroup(t)
 	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: programs()})
 	if err != nil {
 		t.Fatal(err)

@@ -218,19 +218,6 @@ func (rs *runtimes) ended(pid int) {
 	rs.state.forget(pid)
 }
 
-// wait waits until nothing looks at runtimes any more, and returns false when
-// ctx is done before.
-func (rs *runtimes) wait(ctx context.Context) bool {
-	done := make(chan struct{})
-	go func() { rs.wg.Wait(); close(done) }()
-	select {
-	case <-done:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
 // reconcile forgets processes whose end was not heard of, because the kernel
 // side's news got lost or came before that of their start.
 func (rs *runtimes) reconcile() {

@@ -13,7 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// dripping is a Content that gives a KiB a second of anything, and has no more
+// drippingContent is a Content that gives a KiB a second of anything, and has no more
 // by then. Or it gives no answer at all: its disk hangs.
 type drippingContent struct {
 	*shelf

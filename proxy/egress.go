@@ -34,8 +34,8 @@ const (
 	// the other address family (RFC 8305), which the client itself can't do
 	// any more since its connection was accepted here.
 	fallbackDelay = 300 * time.Millisecond
-	// verifiedTTL is how long a host whose certificate was verified is
-	// intercepted without looking again.
+	// verifiedTTL is how long a host whose certificate was verified at an address
+	// is intercepted, for clients that dial that, without looking again.
 	verifiedTTL = 10 * time.Minute
 	// refusedTTL is how long a host that could not be verified is passed
 	// through without looking again.

@@ -161,7 +161,7 @@ func TestLateHello(t *testing.T) {
 			}
 			s.change(func(f *Flow) { f.Dst = silent })
 			raw := s.dial()
-			time.Sleep(late)
+			time.Sleep(late)                                                // the silence is what it is about
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // as runtimes have it
 			defer cancel()
 			if err := tls.Client(raw, &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool}).HandshakeContext(ctx); err != nil {
@@ -177,7 +177,7 @@ func TestLateHello(t *testing.T) {
 			t.Cleanup(e.Close)
 			s.change(func(f *Flow) { f.Egress = e })
 			raw := s.dial()
-			time.Sleep(late)
+			time.Sleep(late) // the silence is what it is about
 			if err := tls.Client(raw, &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool}).Handshake(); err != nil {
 				t.Error(err)
 			}
