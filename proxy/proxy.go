@@ -337,16 +337,16 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 			return up, "the runtime's settings for the registry can't be used"
 		}
 	}
-	up = registry.Upstream{Host: host, Client: f.Client}
+	up = registry.Upstream{Host: host, NetworkID: f.Place, AnyNetwork: known.AnyNetwork, Client: f.Client}
 	if len(s.Certificates) > 0 {
-		up.As = s.Key
+		up.ClientIdentity = s.Key
 	}
 	// Who is trusted by this node is the registry of that name for everybody;
 	// who is trusted by the runtime alone, only for those with the same settings.
 	egress := f.Egress.under(s.withoutRoots())
 	err := egress.verify(ctx, host, f.Dst)
 	if err != nil && s.Roots != nil && badCertificate(err) {
-		up.Own = s.Key
+		up.TrustRootsID = s.Key
 		egress = f.Egress.under(s)
 		err = egress.verify(ctx, host, f.Dst)
 	}
@@ -366,7 +366,7 @@ func portOf(a netip.AddrPort) string {
 // interceptPlain answers requests to a registry without TLS, whoever it is: the
 // client trusts anybody there. It has to be there, though.
 func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) {
-	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), Place: f.Place, Client: f.Client, Transport: f.Egress.transport}
+	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.Place, Client: f.Client, Transport: f.Egress.transport}
 	if o.server != nil {
 		f.Egress.keep(plain(f.Dst), o.server)
 	} else if err := f.Egress.reach(ctx, f.Dst); err != nil && !p.opts.Registry.Remembers(up.ID()) {

@@ -3,21 +3,25 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
 	lru "github.com/hashicorp/golang-lru/v2"
+	"golang.org/x/sync/semaphore"
+	"weir/proxy/rights"
 )
 
 // tokens are what registries give to those without a name.
 type tokens struct {
-	lru *lru.Cache[repository, token]
+	lru *lru.Cache[rights.Vantage, token]
 }
 
 type token struct {
@@ -27,11 +31,12 @@ type token struct {
 
 func newTokens() *tokens {
 	t := &tokens{}
-	t.lru, _ = lru.New[repository, token](1 << 10)
+	t.lru, _ = lru.New[rights.Vantage, token](1 << 10)
 	return t
 }
 
-// anonymous sends requests to a registry in the name of nobody.
+// anonymous sends requests to a registry without anything by which it could know
+// the client.
 type anonymous struct {
 	h  *Handler
 	up Upstream
@@ -41,20 +46,21 @@ func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Host != a.up.base().Host || req.Method != http.MethodGet && req.Method != http.MethodHead {
 		return a.up.Transport.RoundTrip(req)
 	}
-	return a.h.anonymously(req, repository{a.up.ID(), parsePath(req.URL.EscapedPath()).repo}, a.up.Transport)
+	return a.h.anonymously(req, a.up.vantage(a.up.repository(parsePath(req.URL.EscapedPath()).repo)), a.up.Transport)
 }
 
 // tokenTimeout bounds the way to a token.
 const tokenTimeout = 30 * time.Second
 
-// anonymously sends a request without a name, which is GET or HEAD. When the
-// registry wants a token it gets the one that everybody gets (distribution,
-// "Token Authentication Specification").
-func (h *Handler) anonymously(req *http.Request, repo repository, rt http.RoundTripper) (*http.Response, error) {
+// anonymously sends a request without anything of a client in it, which is GET or
+// HEAD. When the registry wants a token it gets the one that every client gets
+// (distribution, "Token Authentication Specification").
+func (h *Handler) anonymously(req *http.Request, from rights.Vantage, rt http.RoundTripper) (*http.Response, error) {
+	agent := req.Header["User-Agent"]
 	req = req.Clone(req.Context()) // a RoundTripper leaves it as it is
-	req.Header.Del("Authorization")
-	req.Header.Del("Cookie")
-	if t, ok := h.tokens.lru.Get(repo); ok && time.Now().Before(t.expires) {
+	req.Header = rights.Strip(req.Header)
+	req.Header["User-Agent"] = agent
+	if t, ok := h.tokens.lru.Get(from); ok && time.Now().Before(t.expires) {
 		req.Header.Set("Authorization", "Bearer "+t.value)
 	}
 	resp, err := rt.RoundTrip(req)
@@ -63,11 +69,11 @@ func (h *Handler) anonymously(req *http.Request, repo repository, rt http.RoundT
 	}
 	t, err := anonymousToken(req.Context(), resp, rt)
 	if err != nil {
-		h.log.Debug("no token for those without a name", "registry", repo.registry, "repository", repo.name, "err", scrub(err))
+		h.log.Debug("no token for anonymous clients", "registry", from.Registry, "repository", from.Name, "err", scrub(err))
 		return resp, nil // the refusal is the answer
 	}
 	resp.Body.Close()
-	h.tokens.lru.Add(repo, t)
+	h.tokens.lru.Add(from, t)
 	req.Header.Set("Authorization", "Bearer "+t.value)
 	return rt.RoundTrip(req)
 }
@@ -114,37 +120,120 @@ func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// wonder finds out, after the upstream has given a manifest to somebody,
-// whether it would have given it to everybody. Nobody waits for that. It is
-// what lets public images be pulled while the registry is down: those who pull
-// come with a new token each time, so that their own right can't be known.
-func (x *exchange) wonder(resp *http.Response) {
-	repo := x.asker.repository
-	if resp.StatusCode/100 != 2 || x.up.As != "" || !x.h.rights.publicityUnknown(repo) {
+// asking bounds what is asked in the background at a time: of each registry, so
+// that one which doesn't answer keeps none from being asked, and in all.
+type asking struct {
+	all     *semaphore.Weighted
+	mu      sync.Mutex
+	running map[string]int // by registry
+}
+
+const (
+	maxAsking    = 4
+	maxAskingAll = 64
+)
+
+func newAsking() *asking {
+	return &asking{all: semaphore.NewWeighted(maxAskingAll), running: make(map[string]int)}
+}
+
+func (a *asking) begin(registry string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.running[registry] >= maxAsking || !a.all.TryAcquire(1) {
+		return false
+	}
+	a.running[registry]++
+	return true
+}
+
+func (a *asking) end(registry string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.all.Release(1)
+	if a.running[registry]--; a.running[registry] == 0 {
+		delete(a.running, registry)
+	}
+}
+
+// checkPublic finds out, after the upstream has given a manifest to a client,
+// whether its repository is public. Nobody waits for that. It is what lets public
+// images be pulled while the registry is down: clients come with a new token each
+// time, so that their own grant can't be known.
+func (x *exchange) checkPublic(resp *http.Response) {
+	if resp.StatusCode == http.StatusOK {
+		x.askAnonymously(func() string {
+			if !x.h.rights.NeedsCheck(x.vantage(), false) {
+				return ""
+			}
+			return cmp.Or(x.target.tag, x.target.digest.String())
+		})
+	}
+}
+
+// recheck finds out, after the upstream has refused a client, whether a repository
+// that was public still is, and a tag that is known is still there. A client's
+// own refusal says nothing of that.
+func (x *exchange) recheck(status int) {
+	due := false
+	x.askAnonymously(func() string {
+		if due = x.h.rights.NeedsCheck(x.vantage(), true); due {
+			return x.h.rights.Reference(x.vantage())
+		}
+		return ""
+	})
+	if due && status == http.StatusNotFound && len(x.h.rights.Tag(x.who.Repository, x.target.tag)) > 0 {
+		x.askAnonymously(func() string { return x.target.tag })
+	}
+}
+
+// askAnonymously asks in the background for a manifest, with a request that has
+// nothing of any client in it but the network that it is made from. what returns
+// its tag or digest, or nothing if none is to be asked for.
+func (x *exchange) askAnonymously(what func() string) {
+	if x.up.ClientIdentity != "" || !x.h.asking.begin(x.up.ID()) {
 		return
 	}
-	if x.r.Header.Get("Authorization") == "" && x.r.Header.Get("Cookie") == "" {
-		x.h.rights.setPublic(repo, true)
-		x.h.tags.changed.Store(true)
+	reference := what()
+	if reference == "" {
+		x.h.asking.end(x.up.ID())
 		return
 	}
-	if !x.up.believed() || !x.h.asking.TryAcquire(1) {
-		return
-	}
-	x.h.rights.setPublic(repo, false) // until it is known; others needn't ask
+	v := x.vantage()
 	ctx, cancel := context.WithTimeout(x.h.ctx, time.Minute)
-	req := x.request(ctx, http.MethodHead, http.Header{"User-Agent": {"weir"}})
+	u := x.up.base()
+	u.Path = "/v2/" + v.Name + "/manifests/" + reference
+	req := (&http.Request{Method: http.MethodHead, URL: u, Host: x.r.Host, Header: http.Header{"User-Agent": {"weir"}}}).WithContext(ctx)
+	if accept := x.r.Header.Values("Accept"); len(accept) > 0 && x.target.kind == manifest {
+		req.Header["Accept"] = accept
+	} else {
+		req.Header["Accept"] = manifestTypes
+	}
 	x.h.wg.Go(func() {
-		defer x.h.asking.Release(1)
+		defer x.h.asking.end(x.up.ID())
 		defer cancel()
-		resp, err := x.h.anonymously(req, repo, x.up.Transport)
+		resp, err := x.up.follow(&anonymous{x.h, x.up}).Do(req)
 		if err != nil {
 			return
 		}
 		resp.Body.Close()
-		if resp.StatusCode == http.StatusOK {
-			x.h.rights.setPublic(repo, true)
-			x.h.tags.changed.Store(true)
+		switch resp.StatusCode {
+		case http.StatusOK:
+			x.h.rights.SetPublic(v, describesManifest(resp, ""), reference)
+		case http.StatusNotFound:
+			x.h.rights.ForgetTag(v.Repository, reference)
+			if reference != x.h.rights.Reference(v) {
+				return // the tag was deleted, which doesn't say more
+			}
+			x.h.rights.SetPublic(v, false, reference)
+		case http.StatusUnauthorized, http.StatusForbidden:
+			x.h.rights.SetPublic(v, false, reference)
 		}
 	})
+}
+
+// manifestTypes are the media types of manifests.
+var manifestTypes = []string{
+	"application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json",
+	"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
 }

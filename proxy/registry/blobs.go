@@ -3,10 +3,13 @@
 package registry
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -27,17 +30,9 @@ func (x *exchange) fetch(ctx context.Context, offset int64) (*http.Response, err
 	if offset > 0 {
 		extra.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
 	}
-	c := http.Client{Transport: x.up.Transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
-		if len(via) >= 5 || req.URL.Scheme != "https" && req.URL.Host != x.up.Plain {
-			return http.ErrUseLastResponse
-		}
-		req.Header.Del("Referer")
-		return nil
-	}}
 	ctx, cancel := context.WithCancel(ctx)
-	timer := time.AfterFunc(headTime, cancel)
-	resp, err := c.Do(x.request(ctx, http.MethodGet, extra))
-	if timer.Stop(); err != nil {
+	resp, err := x.send(x.request(ctx, http.MethodGet, extra), true)
+	if err != nil {
 		cancel()
 		return nil, err
 	}
@@ -45,115 +40,286 @@ func (x *exchange) fetch(ctx context.Context, offset int64) (*http.Response, err
 	return resp, nil
 }
 
-// headTime bounds the wait for an answer that more than one client may wait for.
-const headTime = 2 * time.Minute
+// open opens the blob at the upstream for somebody who has its beginning.
+func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
+	resp, err := x.fetch(ctx, offset)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case resp.StatusCode == http.StatusPartialContent && strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)):
+	case resp.StatusCode == http.StatusOK:
+		if _, err := io.CopyN(io.Discard, resp.Body, offset); err != nil {
+			resp.Body.Close()
+			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
+		}
+	default:
+		resp.Body.Close()
+		return nil, fmt.Errorf("%s answers a range of a blob with %s", x.up.Host, resp.Status)
+	}
+	return resp.Body, nil
+}
 
 // source opens the blob for a transfer that broke off. It outlives the
 // client's request, with the client's credentials.
 func (x *exchange) source() store.Source {
 	return func(ctx context.Context, offset int64) (io.ReadCloser, error) {
-		resp, err := x.fetch(ctx, offset)
+		body, err := x.open(ctx, offset)
 		if err != nil {
 			return nil, err
 		}
-		switch {
-		case resp.StatusCode == http.StatusPartialContent && strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)):
-		case resp.StatusCode == http.StatusOK:
-			if _, err := io.CopyN(io.Discard, resp.Body, offset); err != nil {
-				resp.Body.Close()
-				return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
-			}
-		default:
-			resp.Body.Close()
-			return nil, fmt.Errorf("%s answers a range of a blob with %s", x.up.Host, resp.Status)
-		}
-		return x.counted(resp.Body), nil
+		return x.arriving(body), nil
 	}
+}
+
+// ownSource is source for what only this client reads, at its own pace.
+func (x *exchange) ownSource() store.Source {
+	return func(ctx context.Context, offset int64) (io.ReadCloser, error) {
+		body, err := x.open(ctx, offset)
+		if err != nil {
+			return nil, err
+		}
+		return x.counted(body), nil
+	}
+}
+
+// arriving counts, and measures, what a transfer reads from the upstream.
+func (x *exchange) arriving(body io.ReadCloser) io.ReadCloser {
+	return x.stats.arrivals.measure(body, &x.stats.fromUpstream)
+}
+
+// origin is where a transfer comes from. Only clients of the same repository
+// follow it: they are given what this repository's registry sends, which is no
+// more than it would send them.
+func (x *exchange) origin() store.Origin {
+	o := store.Origin{Name: x.who.Registry + "/" + x.who.Name}
+	if !x.up.authenticated() {
+		o.Owner, o.Free = x.who.Network, true
+	}
+	return o
 }
 
 // blob answers GET and HEAD of a blob.
 func (x *exchange) blob() {
-	d := x.target.digest
-	if b, err := x.h.store.Get(d); err == nil {
-		defer b.Close()
-		if x.r.Method == http.MethodHead {
-			if x.registrySays() {
-				return
-			}
-			x.stale = true
-		}
-		if x.stale || x.permitted() {
-			x.stats.hits.Add(1)
-			c := &content{x: x, size: b.Size(), from: b.Reader()}
-			defer c.Close()
-			// Of one that was never read all is read before the first byte is given.
-			x.serve(c, x.hit(), b.Size() >= largeBlob)
-			return
-		}
-		if x.up.believed() {
-			x.forward()
-			return
-		}
-	}
+	b, err := x.h.store.Get(x.target.digest)
 	switch {
+	case err == nil && x.r.Method == http.MethodHead:
+		defer b.Close()
+		x.headOfKept(b)
+	case err == nil:
+		defer b.Close()
+		x.kept(b)
 	case x.r.Method == http.MethodHead:
 		x.forward()
-	case !x.up.believed():
-		x.prove()
 	default:
 		x.miss()
 	}
 }
 
-// registrySays answers HEAD of a blob with what the registry says, and returns
-// false when it says nothing and what it said before will do. Who pushes asks so
-// what the registry has, and doesn't send that.
-func (x *exchange) registrySays() bool {
-	stale := x.h.rights.allowsStale(x.asker, x.target.digest)
-	resp, err := x.head(func() bool { return stale })
+// headOfKept answers HEAD of a blob that is kept with what the registry says, if
+// it says anything: a client that pushes asks so what the registry has, and
+// doesn't send that.
+func (x *exchange) headOfKept(b *store.Blob) {
+	stale := x.allowsStale(x.target.digest)
+	resp, err := x.ask(x.head(false, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
 	switch {
 	case failed(resp, err) && stale:
-		return false
+		x.stale = true
+		x.serveKept(b)
 	case err != nil:
 		x.unreachable(x.w, x.r, err)
 	default:
 		x.relay(resp)
 	}
-	return true
+}
+
+// kept answers GET of a blob that is kept: with it, if the client may have it.
+func (x *exchange) kept(b *store.Blob) {
+	d := x.target.digest
+	if x.h.rights.Allows(x.who, d) {
+		x.serveKept(b)
+		return
+	}
+	stale := x.allowsStale(d)
+	shown, resp, err := x.askRange(b.Size(), func() bool { return stale })
+	switch {
+	case failed(resp, err) && stale:
+		if err == nil {
+			resp.Body.Close()
+		}
+		x.stale = true
+		x.serveKept(b)
+	case shown != nil && shown.compare(b.Reader()) == nil:
+		x.h.rights.Grant(x.who)
+		x.h.rights.Prove(x.who.Repository, d)
+		x.serveKept(b)
+	default:
+		x.notShown(shown, resp, err)
+	}
+}
+
+func (x *exchange) serveKept(b *store.Blob) {
+	x.stats.hits.Add(1)
+	c := &content{x: x, size: b.Size(), from: b.Reader()}
+	defer c.Close()
+	// Of one that was never read all is read before the first byte is given.
+	x.serve(c, x.hit(), b.Size() >= largeBlob)
+}
+
+// proof is what a registry has shown of a blob, by which it is told from one that
+// only claims to have it.
+type proof struct {
+	offset int64
+	bytes  []byte
+}
+
+// proofSize is how many bytes a registry has to show.
+const proofSize = 1 << 10
+
+// askRange asks the upstream, with the client's own request, for a small range of
+// a blob of size bytes at an offset that can't be foreseen. It returns what it has
+// shown, or else its answer, whose body is the caller's to close.
+func (x *exchange) askRange(size int64, instead func() bool) (*proof, *http.Response, error) {
+	n := min(size, proofSize)
+	if n <= 0 {
+		return nil, nil, errNothingToShow
+	}
+	at, err := rand.Int(rand.Reader, big.NewInt(size-n+1))
+	if err != nil {
+		return nil, nil, err
+	}
+	p := &proof{at.Int64(), make([]byte, n)}
+	wanted := fmt.Sprintf("bytes %d-%d/", p.offset, p.offset+n-1)
+	extra := http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", p.offset, p.offset+n-1)}}
+	resp, err := x.ask(question{method: http.MethodGet, extra: extra, follow: true, patience: x.h.outages.patience(x.up.ID()), instead: instead})
+	if err != nil {
+		return nil, nil, err
+	}
+	total, ok := strings.CutPrefix(resp.Header.Get("Content-Range"), wanted)
+	if resp.StatusCode != http.StatusPartialContent || !ok || total != "*" && total != strconv.FormatInt(size, 10) || encoded(resp) {
+		return nil, resp, nil
+	}
+	defer resp.Body.Close()
+	if _, err := io.ReadFull(x.counted(resp.Body), p.bytes); err != nil {
+		return nil, nil, fmt.Errorf("reading a range of a blob: %w", err)
+	}
+	return p, resp, nil
+}
+
+var errNothingToShow = errors.New("the blob has no bytes to show")
+
+// errNotShown says that a registry has shown other bytes than there are.
+var errNotShown = errors.New("the registry has shown other bytes of the blob")
+
+// compare compares what was shown with what r has there. The error is
+// [errNotShown] if that differs.
+func (p *proof) compare(r io.ReadSeeker) error {
+	has := make([]byte, len(p.bytes))
+	if _, err := r.Seek(p.offset, io.SeekStart); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(r, has); err != nil {
+		return err
+	}
+	if !bytes.Equal(has, p.bytes) {
+		return errNotShown
+	}
+	return nil
+}
+
+// notShown answers with what the upstream gives, which has not shown by a range
+// that it has what is kept.
+func (x *exchange) notShown(shown *proof, resp *http.Response, err error) {
+	x.stats.misses.Add(1)
+	switch {
+	case err != nil && x.r.Context().Err() != nil:
+		panic(http.ErrAbortHandler) // the client has gone
+	case err != nil:
+		x.forward()
+	case shown != nil: // other bytes
+		x.unkept()
+	case resp.StatusCode == http.StatusOK:
+		x.sent(resp)
+	case x.own(resp) && refusesAnyway(resp.StatusCode):
+		x.relay(resp)
+	default:
+		resp.Body.Close()
+		x.forward()
+	}
+}
+
+// refusesAnyway says whether an answer to a range would be the same without.
+func refusesAnyway(status int) bool {
+	switch status {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests:
+		return true
+	}
+	return false
+}
+
+// unkept answers GET with a blob from the upstream that is verified on its way,
+// and not kept.
+func (x *exchange) unkept() {
+	resp, err := x.fetch(x.r.Context(), 0)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		x.refused(resp, err)
+		return
+	}
+	x.sent(resp)
+}
+
+// sent answers with the whole of a blob that the upstream sends. Once it was
+// verified the registry has shown that it is in the repository, and the client
+// that it may have it.
+func (x *exchange) sent(resp *http.Response) {
+	if x.r.Header.Get("Range") != "" || encoded(resp) {
+		resp.Body.Close()
+		x.forward()
+		return
+	}
+	s := store.NewStream(x.r.Context(), x.target.digest, resp.ContentLength, x.counted(resp.Body), x.ownSource())
+	defer s.Close()
+	if resp.ContentLength >= 0 {
+		x.w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
+	}
+	x.stream(s, "fwd=miss")
+	x.h.rights.Grant(x.who)
+	x.h.rights.Prove(x.who.Repository, x.target.digest)
 }
 
 // miss answers GET of a blob that isn't kept: by keeping it.
 func (x *exchange) miss() {
 	start, ranged := rangeStart(x.r.Header.Get("Range"))
-	t, leader := x.h.store.Claim(x.target.digest)
-	if leader {
-		if ranged && start > 0 {
-			// Part of a blob can't be verified, so it isn't kept.
-			t.Abandon(errNotLed)
-			x.stats.misses.Add(1)
-			x.forward()
-			return
-		}
-		x.lead(t)
+	t, leader := x.h.store.Claim(x.target.digest, x.origin())
+	if !leader {
+		x.follow(t, start)
 		return
 	}
-	if !x.permitted() {
+	if ranged && start > 0 {
+		// Part of a blob can't be verified, so it isn't kept.
+		t.Abandon(errNotLed)
+		x.stats.misses.Add(1)
 		x.forward()
 		return
 	}
+	x.lead(t)
+}
+
+// follow answers from a transfer that another client of the repository leads.
+func (x *exchange) follow(t *store.Transfer, start int64) {
 	waiting, stop := context.WithTimeout(x.r.Context(), x.h.lagTime)
-	r, err := t.Wait(waiting, x.source())
+	r, err := t.Wait(waiting)
 	stop()
 	switch {
 	case x.r.Context().Err() != nil:
 		return
 	case errors.Is(err, context.DeadlineExceeded):
-		// The leader still asks. It may be his way that gives no answer.
+		// The leader still asks. It may be its way that gives no answer.
 		x.stats.misses.Add(1)
 		x.forward()
 		return
 	case err != nil:
-		// Over by now, or the leader was not given the blob; we may be.
+		// Over by now, or the leader was not given the blob; this client may be.
 		if !x.again {
 			x.again = true
 			x.blob()
@@ -164,26 +330,74 @@ func (x *exchange) miss() {
 		return
 	}
 	defer r.Close()
+	// What the registry sends to the leader is in the repository, and the leader
+	// may have it. What a peer sends is shown to be there by the registry.
+	leader, fromRegistry := x.h.leaders.Load(t)
+	proven := fromRegistry || x.h.rights.Contains(x.who.Repository, x.target.digest)
+	if leader != x.who.Client && (!proven || !x.h.rights.Granted(x.who)) && !x.askFor(r.Size(), proven) {
+		return
+	}
+	r.AddSource(x.source())
 	if r.Settle(x.r.Context()) == nil && start > r.Arrived()+farAhead {
 		x.forward()
 		return
 	}
 	x.stats.hits.Add(1)
 	x.following = true
-	x.arriving(r, "hit; detail=following")
+	x.fromTransfer(r, "hit; detail=following")
+}
+
+// askFor asks the registry whether the client may have a blob of size bytes that
+// is arriving; proven says that it is known to be in the repository. It answers the
+// client with what the registry gives, and returns false, if that isn't shown.
+func (x *exchange) askFor(size int64, proven bool) bool {
+	shown, resp, err := x.showsArriving(size)
+	switch {
+	case x.stale:
+	case shown == nil:
+		x.notShown(shown, resp, err)
+		return false
+	case proven:
+		x.h.rights.Grant(x.who)
+	default:
+		x.shown = shown
+	}
+	return true
+}
+
+// showsArriving is askRange for a blob that comes from a peer, or sets stale when
+// the registry gives no answer and the client may have the blob all the same.
+func (x *exchange) showsArriving(size int64) (*proof, *http.Response, error) {
+	stale := x.allowsStale(x.target.digest)
+	shown, resp, err := x.askRange(size, func() bool { return stale })
+	if stale && failed(resp, err) {
+		if err == nil {
+			resp.Body.Close()
+		}
+		x.stale = true
+		return nil, nil, errNothingToShow
+	}
+	return shown, resp, err
 }
 
 var errNotLed = errors.New("not to be had from the upstream through this client")
 
-// lead gets a blob for everybody who wants it: from a peer, or from the
+// lead gets a blob for all clients that want it: from a peer, or from the
 // upstream.
 func (x *exchange) lead(t *store.Transfer) {
 	x.stats.misses.Add(1)
-	if share := x.share(); share != nil {
-		t.OnEnd(share.Close)
-		if x.fromPeer(t, share) {
-			return
+	share := x.share()
+	t.OnEnd(func(kept bool) {
+		if share != nil {
+			share.Close(kept)
 		}
+		if _, fromRegistry := x.h.leaders.LoadAndDelete(t); kept && fromRegistry {
+			x.h.rights.Grant(x.who)
+			x.h.rights.Prove(x.who.Repository, x.target.digest)
+		}
+	})
+	if share != nil && x.fromPeer(t, share) {
+		return
 	}
 	// Until it is known that the upstream gives the blob, the request ends
 	// with the client's; from then on it belongs to the transfer.
@@ -196,7 +410,6 @@ func (x *exchange) lead(t *store.Transfer) {
 		x.refused(resp, err)
 		return
 	}
-	x.learn(resp)
 	if encoded(resp) {
 		t.Abandon(errNotLed)
 		resp.Body.Close()
@@ -204,20 +417,22 @@ func (x *exchange) lead(t *store.Transfer) {
 		x.forward()
 		return
 	}
-	body := &cancelBody{x.counted(resp.Body), cancel}
+	x.h.leaders.Store(t, x.who.Client)
+	body := &cancelBody{x.arriving(resp.Body), cancel}
 	r, err := t.Begin(resp.ContentLength, body, x.source())
 	if err == nil {
 		defer r.Close()
-		x.arriving(r, "fwd=miss; stored")
+		x.fromTransfer(r, "fwd=miss; stored")
 		return
 	}
 	x.notKept(err)
-	s := store.NewStream(x.r.Context(), x.target.digest, resp.ContentLength, body, x.source())
-	defer s.Close()
-	if resp.ContentLength >= 0 {
-		x.w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
+	resp.Body = body
+	if x.r.Header.Get("Range") != "" {
+		body.Close()
+		x.forward()
+		return
 	}
-	x.stream(s, "fwd=miss")
+	x.sent(resp)
 }
 
 func (x *exchange) notKept(err error) {
@@ -228,7 +443,7 @@ func (x *exchange) notKept(err error) {
 func (x *exchange) refused(resp *http.Response, err error) {
 	var at *url.Error
 	switch {
-	case err == nil && resp.Request.URL.Host == x.up.base().Host:
+	case err == nil && x.own(resp):
 		x.relay(resp)
 		return
 	case err == nil:
@@ -251,39 +466,6 @@ func encoded(resp *http.Response) bool {
 	return e != "" && e != "identity"
 }
 
-// prove gets a blob from a registry that is taken to have it only when it has
-// sent it. Nobody else waits for that: such a registry may send anything.
-func (x *exchange) prove() {
-	x.stats.misses.Add(1)
-	if x.r.Header.Get("Range") != "" {
-		x.forward()
-		return
-	}
-	resp, err := x.fetch(x.r.Context(), 0)
-	if err != nil || resp.StatusCode != http.StatusOK {
-		x.refused(resp, err)
-		return
-	}
-	if encoded(resp) {
-		resp.Body.Close()
-		x.forward()
-		return
-	}
-	x.learn(resp)
-	up := x.h.store.NewUpload()
-	defer up.Close()
-	s := store.NewStream(x.r.Context(), x.target.digest, resp.ContentLength, x.counted(resp.Body), x.source())
-	defer s.Close()
-	if resp.ContentLength >= 0 {
-		x.w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
-	}
-	x.stream(io.TeeReader(s, up), "fwd=miss")
-	x.h.rights.contains(x.asker.repository, x.target.digest)
-	if err := up.Commit(x.target.digest); err != nil {
-		x.notKept(err)
-	}
-}
-
 // relay sends the client the upstream's answer.
 func (x *exchange) relay(resp *http.Response) {
 	defer resp.Body.Close()
@@ -293,13 +475,13 @@ func (x *exchange) relay(resp *http.Response) {
 		x.w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
 	}
 	x.w.WriteHeader(resp.StatusCode)
-	if _, err := io.Copy(x.w, resp.Body); err != nil {
+	if _, err := io.Copy(x.w, x.counted(resp.Body)); err != nil {
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// arriving serves a blob from a running transfer.
-func (x *exchange) arriving(r *store.TransferReader, status string) {
+// fromTransfer serves a blob from a running transfer.
+func (x *exchange) fromTransfer(r *store.TransferReader, status string) {
 	if err := r.Settle(x.r.Context()); err != nil {
 		switch {
 		case x.r.Context().Err() != nil:
@@ -350,36 +532,25 @@ func (x *exchange) keepUp(r *store.TransferReader) (ctx context.Context, stop fu
 	go func() {
 		t := time.NewTicker(x.h.lagTime)
 		defer t.Stop()
-		here, all := r.Arrived(), x.h.taken()
+		here, each := r.Arrived(), x.stats.arrivals.sample()
 		for {
 			select {
 			case <-ctx.Done():
 				return
 			case <-t.C:
 			}
-			was, before := here, all
-			here, all = r.Arrived(), x.h.taken()
+			was, before := here, each
+			here, each = r.Arrived(), x.stats.arrivals.sample()
 			switch {
 			case here >= r.Size()-1: // it has arrived, or waits for its digest
 				return
-			case here >= start && lags(here-was, all-before, x.stats.pace.Load(), x.h.lagTime):
+			case here >= start && lags(here-was, progress(before, each), x.stats.arrivals.pace(), x.h.lagTime):
 				cancel(errLags)
 				return
 			}
 		}
 	}()
 	return ctx, func() { cancel(nil) }
-}
-
-// lags says whether a transfer of which so many bytes came in a time, while so
-// many came in all, is much slower than a registry that gives pace, or 0 if that
-// isn't known.
-func lags(got, all, pace int64, in time.Duration) bool {
-	if pace == 0 {
-		pace = slowPace
-	}
-	given := int64(float64(pace) * in.Seconds())
-	return got < given/4 && all < given/2
 }
 
 // hit is the cache status of an answer from what is kept.
@@ -476,7 +647,7 @@ func (c *content) Read(p []byte) (n int, err error) {
 	for {
 		if c.tail != nil {
 			n, err = c.tail.Read(p)
-		} else {
+		} else if err = c.x.compare(c.from); err == nil {
 			if _, err = c.from.Seek(c.off, io.SeekStart); err == nil {
 				n, err = c.from.Read(p)
 			}
@@ -503,16 +674,36 @@ func (c *content) Read(p []byte) (n int, err error) {
 	}
 }
 
+// compare compares what the registry has shown, if anything is to be compared
+// still, with what has arrived: it waits until that has.
+func (x *exchange) compare(from io.ReadSeeker) error {
+	if x.shown == nil {
+		return nil
+	}
+	if err := x.shown.compare(from); err != nil {
+		return err
+	}
+	x.shown = nil
+	x.h.rights.Grant(x.who)
+	if r, ok := from.(*store.TransferReader); ok && r.Verified() {
+		x.h.rights.Prove(x.who.Repository, x.target.digest)
+	}
+	return nil
+}
+
 // replace finds another way to the rest after cause.
 func (c *content) replace(cause error) error {
 	x := c.x
+	if errors.Is(cause, errNotShown) {
+		return cause
+	}
 	if r, ok := c.from.(*store.TransferReader); ok {
 		follow := r.Rest
 		if c.following != nil && errors.Is(context.Cause(c.following), errLags) {
 			x.h.log.Info("another client's transfer lags, and is left for the registry", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "at", c.off)
 			follow = r.Leave
 		}
-		rest, err := follow(x.r.Context(), x.source())
+		rest, err := follow(x.r.Context(), x.ownSource())
 		if err != nil {
 			return err
 		}
@@ -523,7 +714,7 @@ func (c *content) replace(cause error) error {
 		return cause
 	}
 	// A damaged file: the blob is fetched again, all of it.
-	t, leader := x.h.store.Claim(x.target.digest)
+	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	var r *store.TransferReader
 	if leader {
 		ctx := context.WithoutCancel(x.r.Context())
@@ -536,13 +727,13 @@ func (c *content) replace(cause error) error {
 			t.Abandon(errNotLed)
 			return errors.Join(cause, err)
 		}
-		if r, err = t.Begin(c.size, x.counted(resp.Body), x.source()); err != nil {
+		if r, err = t.Begin(c.size, x.arriving(resp.Body), x.source()); err != nil {
 			resp.Body.Close()
 			return errors.Join(cause, err)
 		}
 	} else {
 		var err error
-		if r, err = t.Wait(x.r.Context(), x.source()); err != nil {
+		if r, err = t.Wait(x.r.Context()); err != nil {
 			return errors.Join(cause, err)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -34,6 +35,9 @@ func (x *exchange) forward() {
 			base := x.up.base()
 			pr.Out.URL.Scheme, pr.Out.URL.Host, pr.Out.Host = base.Scheme, base.Host, pr.In.Host
 			pr.Out.URL.RawQuery = pr.In.URL.RawQuery // ReverseProxy drops what it can't parse
+			if pr.In.URL.IsAbs() {
+				pr.Out.URL.Opaque = absolute(pr.In.URL)
+			}
 			if _, ok := pr.In.Header["Accept-Encoding"]; !ok {
 				pr.Out.Header.Del("Accept-Encoding")
 			}
@@ -45,6 +49,16 @@ func (x *exchange) forward() {
 	p.ServeHTTP(x.w, x.r)
 }
 
+// absolute is what follows the scheme in a request target in absolute form (RFC
+// 9112, section 3.2.2), with the user and password that net/http leaves out.
+func absolute(u *url.URL) string {
+	user := ""
+	if u.User != nil {
+		user = u.User.String() + "@"
+	}
+	return "//" + user + u.Host + u.EscapedPath()
+}
+
 // passing sees each forwarded answer.
 func (x *exchange) passing(resp *http.Response) error {
 	x.h.outages.note(x.up.ID(), false)
@@ -52,13 +66,15 @@ func (x *exchange) passing(resp *http.Response) error {
 	case x.push != nil:
 		x.push.answered(x, resp)
 	case x.r.Method == http.MethodDelete && resp.StatusCode/100 == 2 && x.target.repo != "":
-		x.h.rights.forget(x.asker, x.target.digest)
-		x.h.tags.forget(x.asker.repository, cmp.Or(x.target.tag, x.target.digest.String()))
+		if x.target.digest != "" {
+			x.h.rights.Remove(x.who.Repository, x.target.digest)
+		}
+		x.h.rights.ForgetTag(x.who.Repository, cmp.Or(x.target.tag, x.target.digest.String()))
 	case x.target.kind == blob && x.reading():
 		x.learn(resp)
 	case x.target.kind == manifest && x.reading():
 		x.learn(resp)
-		x.wonder(resp)
+		x.checkPublic(resp)
 		if x.target.tag != "" {
 			x.learnTag(resp)
 		}
@@ -123,10 +139,13 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	case err != nil:
 		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
 	}
-	x.h.rights.contains(x.asker.repository, d)
-	if x.target.tag != "" && mediaTypeOf(body) != "" {
-		x.h.tags.set(x.tagKey(), d, x.h.rights.now())
-		x.h.knows(x.asker.repository)
+	x.h.rights.Prove(x.who.Repository, d)
+	if mediaTypeOf(body) == "" {
+		return nil
+	}
+	x.h.rights.Grant(x.who)
+	if x.target.tag != "" {
+		x.setTag(d)
 	}
 	return nil
 }
@@ -168,7 +187,7 @@ func (x *exchange) base() {
 		return
 	}
 	client := excused{x.up.ID(), x.up.Client}
-	resp, err := x.send(x.r.Method, x.h.outages.whole, func() bool { return true })
+	resp, err := x.ask(question{method: x.r.Method, patience: x.h.outages.whole, instead: func() bool { return true }})
 	if !failed(resp, err) {
 		x.h.outages.excused.Remove(client)
 		x.relay(resp)

@@ -34,7 +34,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
-	"golang.org/x/sync/semaphore"
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
@@ -44,21 +44,23 @@ type Upstream struct {
 	Host string
 	// Plain is the address and port of a registry that is spoken to without
 	// TLS, and empty for all others. Since nothing says who answers there, it
-	// is part of the registry's identity, and such a registry's word that it
-	// has a blob is not taken: it has to send it once.
+	// is part of the registry's identity.
 	Plain string
-	// Place stands for the network in which Plain is an address: in a pod's,
-	// whoever may set it up there can be at any address. So it is part of the
-	// identity of a registry without TLS, too. Empty means the node's.
-	Place string
-	// Own stands for the certificates that the client's runtime verifies the
-	// registry with where this node doesn't trust it, and is empty for all
-	// others. Whoever has the runtime can say by them that he is any registry.
-	// So they are part of the registry's identity too, and its word isn't taken.
-	Own string
-	// As tells clients apart that the registry knows by something that isn't
-	// in their requests, such as a TLS certificate. Empty means nothing.
-	As string
+	// NetworkID names the network that the client is in: a registry without TLS
+	// is another one in each network, and any may authorize a client by its
+	// address. Empty means the node's.
+	NetworkID string
+	// AnyNetwork says that it answers requests without credentials alike in each
+	// network.
+	AnyNetwork bool
+	// TrustRootsID stands for the certificates that the client's runtime verifies
+	// the registry with where this node doesn't trust it, and is empty for all
+	// others. Whoever has the runtime can pose by them as any registry. So they
+	// are part of the registry's identity.
+	TrustRootsID string
+	// ClientIdentity tells clients apart that the registry knows by something
+	// that isn't in their requests, such as a TLS certificate. Empty means nothing.
+	ClientIdentity string
 	// Client names the client for people. It gives no rights.
 	Client string
 	// Transport sends requests there, and to where the registry redirects,
@@ -69,8 +71,8 @@ type Upstream struct {
 // ID is the registry's identity: what it says of its repositories holds for
 // those of no other.
 func (u Upstream) ID() string {
-	if u.Plain != "" && u.Place != "" {
-		return u.name() + "#" + u.Place
+	if u.Plain != "" && u.NetworkID != "" {
+		return u.name() + "#" + u.NetworkID
 	}
 	return u.name()
 }
@@ -85,15 +87,23 @@ func (u Upstream) name() string {
 	if host == dockerHubIndex {
 		host = DockerHub
 	}
-	if u.Own != "" {
-		return host + "#" + u.Own
+	if u.TrustRootsID != "" {
+		return host + "#" + u.TrustRootsID
 	}
 	return host
 }
 
-// believed says whether the upstream's word is enough that it has a blob. Any
-// other may say so of somebody else's secret: it has to send it once.
-func (u Upstream) believed() bool { return u.Plain == "" && u.Own == "" }
+// authenticated says whether the registry's answers are known to be its own.
+func (u Upstream) authenticated() bool { return u.Plain == "" && u.TrustRootsID == "" }
+
+// repository is a repository of the registry.
+func (u Upstream) repository(name string) rights.Repository {
+	repo := rights.Repository{Registry: u.ID(), Name: name}
+	if !u.authenticated() {
+		repo.Network = rights.UnauthenticatedNetwork(u.NetworkID)
+	}
+	return repo
+}
 
 // base is where requests go.
 func (u Upstream) base() *url.URL {
@@ -123,6 +133,8 @@ type Options struct {
 	// Tracer gets a span for each pull and each of its parts. Nil means none.
 	Tracer trace.Tracer
 	Log    *slog.Logger // nil means slog.Default()
+
+	now func() time.Time // nil means time.Now
 }
 
 // Defaults of [Options].
@@ -134,8 +146,7 @@ const (
 // Handler serves the requests of clients to upstreams.
 type Handler struct {
 	store    *store.Store
-	rights   *rights
-	tags     *tags
+	rights   *rights.Rights
 	sessions *sessions
 	outages  outages
 	tokens   *tokens
@@ -152,7 +163,10 @@ type Handler struct {
 	ctx    context.Context // ends what runs in the background
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
-	asking *semaphore.Weighted // bounds what is asked in the background
+	asking *asking
+	// leaders are the clients to whom the registry sends what a transfer takes, by
+	// *store.Transfer. Those from peers have none.
+	leaders sync.Map
 }
 
 // saveInterval is how often what changed is written to Options.File.
@@ -169,15 +183,19 @@ func New(o Options) *Handler {
 	if o.Tracer == nil {
 		o.Tracer = noop.Tracer{}
 	}
-	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer}, rights: newRights(o.RightsTTL, o.StaleIfError), tags: newTags(),
-		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: semaphore.NewWeighted(4)}
+	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer},
+		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
+		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: newAsking()}
 	h.types, _ = lru.New[digest.Digest, string](4096)
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {
 		return h
 	}
-	if err := h.recall(); err != nil {
-		h.log.Warn("what was known of tags can't be read, and is forgotten", "file", h.file, "err", err)
+	if err := h.rights.Load(h.file); err != nil {
+		h.log.Warn("what was known of repositories can't be read, and is forgotten", "file", h.file, "err", err)
+	}
+	for _, repo := range h.rights.Repositories() {
+		h.knows(repo)
 	}
 	h.wg.Go(func() {
 		t := time.NewTicker(saveInterval)
@@ -195,9 +213,15 @@ func New(o Options) *Handler {
 }
 
 func (h *Handler) save() {
-	if err := h.remember(); err != nil {
-		h.log.Warn("what is known of tags can't be kept", "file", h.file, "err", err)
+	if err := h.rights.Save(h.file); err != nil {
+		h.log.Warn("what is known of repositories can't be kept", "file", h.file, "err", err)
 	}
+}
+
+// Remembers says whether there may be something to serve of a registry even
+// while it can't be reached. id is the identity of an [Upstream].
+func (h *Handler) Remembers(id string) bool {
+	return h.rights.HasStale(Upstream{Host: id}.repository(""))
 }
 
 // Close ends what runs in the background and keeps what is known.
@@ -206,7 +230,9 @@ func (h *Handler) Close() {
 	h.wg.Wait()
 	h.sessions.close()
 	h.pulls.close()
-	h.save()
+	if h.file != "" {
+		h.save()
+	}
 }
 
 // exchange is one request on its way through.
@@ -216,12 +242,12 @@ type exchange struct {
 	r      *http.Request
 	up     Upstream
 	target target
-	asker  asker
+	who    rights.Principal
 	stats  *counters
-	push   *push // what the request's body is part of
-	again  bool  // the blob's transfer was somebody else's, and came to nothing
-	size   int64 // of the blob, as the upstream says, or -1
-	stale  bool  // the answer is what the upstream said before it fell silent
+	push   *push  // what the request's body is part of
+	again  bool   // the blob's transfer was somebody else's, and came to nothing
+	shown  *proof // what the registry has shown of the blob that arrives, to be compared
+	stale  bool   // the answer is what the upstream said before it fell silent
 	// following says that the blob is read from another client's transfer.
 	following bool
 }
@@ -239,18 +265,20 @@ func (h *Handler) ServeAnonymous(w http.ResponseWriter, r *http.Request, up Upst
 
 // Serve answers a request that a client sent to an upstream.
 func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
-	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.name()), size: -1}
+	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.name())}
 	x.stats.requests.Add(1)
-	// A host that isn't the one of the connection is the upstream's business.
-	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) {
+	// What is not the plain form of the distribution API is the upstream's business:
+	// another host than the connection's, a request target with a scheme (and maybe
+	// with a user and a password), and what a query may ask for, or prove.
+	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || x.reading() && r.URL.RawQuery != "" {
 		x.target = target{}
 	}
-	x.asker = asker{repository{up.ID(), x.target.repo}, h.rights.credentialsOf(r, up.As)}
+	x.who = rights.Principal{Repository: up.repository(x.target.repo), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
 	if x.excused() {
 		x.up.Transport = &anonymous{h, up}
 	}
 	complete := false // unless it panics, as handlers do to break off
-	if x.reading() && r.URL.RawQuery == "" && (x.target.kind == manifest || x.target.kind == blob && r.Method == http.MethodGet) {
+	if x.reading() && (x.target.kind == manifest || x.target.kind == blob && r.Method == http.MethodGet) {
 		a, end := h.pulls.begin(x)
 		x.w = a
 		defer func() { end(complete && r.Context().Err() == nil) }()
@@ -258,8 +286,6 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 	switch {
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		x.write()
-	case r.URL.RawQuery != "":
-		x.forward()
 	case x.target.kind == blob:
 		x.blob()
 	case x.target.kind == manifest && x.target.digest != "":
@@ -274,31 +300,38 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 	complete = true
 }
 
-// learn takes in an upstream's answer to a request to read.
+// learn records an upstream's own answer to a request to read.
 func (x *exchange) learn(resp *http.Response) {
-	x.h.rights.learn(x.asker, x.target, resp, x.up.believed())
+	switch resp.StatusCode {
+	case http.StatusOK:
+		if x.target.kind == manifest && describesManifest(resp, x.target.digest) {
+			x.h.rights.Grant(x.who)
+		}
+	case http.StatusPartialContent:
+		if x.target.kind == blob {
+			x.h.rights.Grant(x.who)
+		}
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound:
+		x.h.rights.Refuse(x.who)
+		x.recheck(resp.StatusCode)
+	}
 }
 
-// permitted says whether the asker may have the target's digest, asking the
-// upstream with a HEAD when no answer of its is remembered.
-func (x *exchange) permitted() bool {
-	if x.h.rights.allows(x.asker, x.target.digest) {
-		return true
+// vantage is a network from which a repository is asked for, where that counts.
+func (u Upstream) vantage(repo rights.Repository) rights.Vantage {
+	if u.AnyNetwork && u.authenticated() {
+		return rights.Vantage{Repository: repo}
 	}
-	if x.h.rights.isRefused(x.asker) {
-		return false
-	}
-	stale := x.h.rights.allowsStale(x.asker, x.target.digest)
-	resp, err := x.head(func() bool { return stale }) //nolint:bodyclose // send has closed that of a HEAD
-	if failed(resp, err) {
-		x.stale = stale
-		return stale
-	}
-	x.learn(resp)
-	if x.target.kind == blob && resp.StatusCode == http.StatusOK {
-		x.size = resp.ContentLength
-	}
-	return x.h.rights.allows(x.asker, x.target.digest)
+	return rights.Vantage{Repository: repo, From: u.NetworkID}
+}
+
+// vantage is where the client asks for its repository.
+func (x *exchange) vantage() rights.Vantage { return x.up.vantage(x.who.Repository) }
+
+// allowsStale says whether the client may have a digest while the upstream gives
+// no answer.
+func (x *exchange) allowsStale(d digest.Digest) bool {
+	return x.h.rights.AllowsStale(x.who, x.vantage().From, d)
 }
 
 // Patience with an upstream when there is an answer without it. A runtime would
@@ -351,36 +384,45 @@ func (o outages) note(id string, down bool) {
 // client would give up: dockerd looks for who gives tokens in the answer of /v2/
 // alone.
 func (x *exchange) excused() bool {
-	if x.r.Header.Get("Authorization") != "" || x.r.Header.Get("Cookie") != "" || !x.h.rights.isPublic(x.asker.repository) {
+	if !rights.Anonymous(x.r.Header) || !x.h.rights.Public(x.vantage()) {
 		return false
 	}
 	when, ok := x.h.outages.excused.Get(excused{x.up.ID(), x.up.Client})
 	return ok && time.Since(when) < excuseTTL
 }
 
-// head asks the upstream with a HEAD for what the client asked for. The answer
-// has no body. instead is that of send.
-func (x *exchange) head(instead func() bool) (*http.Response, error) {
-	return x.send(http.MethodHead, x.h.outages.patience(x.up.ID()), instead)
+// question is a request that weir makes to find out what the client may have: the
+// client's own request, without its body.
+type question struct {
+	method string
+	extra  http.Header // over the client's
+	// follow says that redirects are followed, as the client would.
+	follow bool
+	// patience is how long the upstream has, once instead says that there is
+	// another answer. Without one it has as long as the client gives it.
+	patience time.Duration
+	instead  func() bool
 }
 
-// send sends the client's request, which has no body, with another method,
-// following no redirect. When the upstream has not answered within patience, and
-// instead says that there is another answer, it is given up; without one it has
-// as long as the client gives it.
-func (x *exchange) send(method string, patience time.Duration, instead func() bool) (*http.Response, error) {
+// head is the question for what the client asked for, without its content.
+func (x *exchange) head(follow bool, instead func() bool) question {
+	return question{method: http.MethodHead, follow: follow, patience: x.h.outages.patience(x.up.ID()), instead: instead}
+}
+
+// ask asks the upstream. The answer to a HEAD has no body.
+func (x *exchange) ask(q question) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(x.r.Context())
 	looked := make(chan struct{})
-	timer := time.AfterFunc(patience, func() {
+	timer := time.AfterFunc(q.patience, func() {
 		defer close(looked)
-		if instead() {
+		if q.instead() {
 			cancel()
 		}
 	})
-	resp, err := x.up.Transport.RoundTrip(x.request(ctx, method, nil))
+	resp, err := x.send(x.request(ctx, q.method, q.extra), q.follow)
 	if !timer.Stop() {
 		<-looked
-		if err == nil && ctx.Err() != nil && method != http.MethodHead {
+		if err == nil && ctx.Err() != nil && q.method != http.MethodHead {
 			resp.Body.Close() // it came as it was given up, and would end in the middle
 			err = ctx.Err()
 		}
@@ -393,10 +435,36 @@ func (x *exchange) send(method string, patience time.Duration, instead func() bo
 		return nil, err
 	}
 	resp.Body = &cancelBody{resp.Body, cancel}
-	if method == http.MethodHead {
+	if q.method == http.MethodHead {
 		resp.Body.Close()
 	}
 	return resp, nil
+}
+
+// send sends a request to the upstream. What follows redirects goes on to https
+// only, or stays at a registry without TLS.
+func (x *exchange) send(req *http.Request, follow bool) (*http.Response, error) {
+	if !follow {
+		return x.up.Transport.RoundTrip(req)
+	}
+	return x.up.follow(x.up.Transport).Do(req)
+}
+
+// follow is a client that follows redirects from the registry.
+func (u Upstream) follow(rt http.RoundTripper) *http.Client {
+	return &http.Client{Transport: rt, CheckRedirect: func(req *http.Request, via []*http.Request) error {
+		if len(via) >= 5 || req.URL.Scheme != "https" && req.URL.Host != u.Plain {
+			return http.ErrUseLastResponse
+		}
+		req.Header.Del("Referer")
+		return nil
+	}}
+}
+
+// own says whether an answer is the registry's own, and not that of where it
+// redirected to.
+func (x *exchange) own(resp *http.Response) bool {
+	return resp.Request == nil || resp.Request.URL.Host == x.up.base().Host
 }
 
 // failed says whether an upstream has not answered the question: an answer of
@@ -436,38 +504,20 @@ func (x *exchange) request(ctx context.Context, method string, extra http.Header
 	return req
 }
 
-// counted counts, and measures, what comes from the upstream.
+// counted counts what comes from the upstream.
 func (x *exchange) counted(body io.ReadCloser) io.ReadCloser {
-	return &countingBody{ReadCloser: body, count: &x.stats.fromUpstream, pace: &x.stats.pace, since: time.Now()}
+	return &countingBody{ReadCloser: body, count: &x.stats.fromUpstream}
 }
 
 type countingBody struct {
 	io.ReadCloser
 	count *atomic.Int64
-	pace  *atomic.Int64 // bytes per second, as it was lately; may be nil
-	since time.Time
-	n     atomic.Int64 // it may be closed while it is being read
 }
 
 func (b *countingBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.count.Add(int64(n))
-	b.n.Add(int64(n))
 	return n, err
-}
-
-// measurable is how many bytes say something about the pace.
-const measurable = 1 << 20
-
-func (b *countingBody) Close() error {
-	if n := b.n.Swap(0); b.pace != nil && n >= measurable {
-		pace := int64(float64(n) / time.Since(b.since).Seconds())
-		if old := b.pace.Load(); old > 0 {
-			pace = (pace + old) / 2
-		}
-		b.pace.Store(pace)
-	}
-	return b.ReadCloser.Close()
 }
 
 type cancelBody struct {

@@ -18,6 +18,9 @@ type Known struct {
 	// Name is what image references and certs.d directories call it, when
 	// that isn't Host.
 	Name string
+	// AnyNetwork says that it answers a request alike from wherever it comes:
+	// it is one service for the whole internet, and no tenant's.
+	AnyNetwork bool
 }
 
 // DockerHub is the host that Docker Hub's images are pulled from.
@@ -31,25 +34,25 @@ const dockerHubIndex = "index.docker.io"
 // that serve nothing but registries are here, because weir's CA may speak for
 // all of them.
 var WellKnown = []Known{
-	{Host: DockerHub, Name: "docker.io"},
-	{Host: dockerHubIndex},
-	{Host: "ghcr.io"},
-	{Host: "quay.io"},
-	{Host: "registry.k8s.io"},
+	{Host: DockerHub, Name: "docker.io", AnyNetwork: true},
+	{Host: dockerHubIndex, AnyNetwork: true},
+	{Host: "ghcr.io", AnyNetwork: true},
+	{Host: "quay.io", AnyNetwork: true},
+	{Host: "registry.k8s.io", AnyNetwork: true},
 	{Host: "gcr.io", Subtree: true},
 	{Host: "pkg.dev", Subtree: true},
-	{Host: "mcr.microsoft.com"},
+	{Host: "mcr.microsoft.com", AnyNetwork: true},
 	{Host: "azurecr.io", Subtree: true},
-	{Host: "public.ecr.aws"},
-	{Host: "registry.gitlab.com"},
-	{Host: "docker.elastic.co"},
-	{Host: "nvcr.io"},
-	{Host: "cgr.dev"},
-	{Host: "lscr.io"},
-	{Host: "registry.access.redhat.com"},
-	{Host: "registry.redhat.io"},
-	{Host: "registry.opensuse.org"},
-	{Host: "docker.redpanda.com"},
+	{Host: "public.ecr.aws", AnyNetwork: true},
+	{Host: "registry.gitlab.com", AnyNetwork: true},
+	{Host: "docker.elastic.co", AnyNetwork: true},
+	{Host: "nvcr.io", AnyNetwork: true},
+	{Host: "cgr.dev", AnyNetwork: true},
+	{Host: "lscr.io", AnyNetwork: true},
+	{Host: "registry.access.redhat.com", AnyNetwork: true},
+	{Host: "registry.redhat.io", AnyNetwork: true},
+	{Host: "registry.opensuse.org", AnyNetwork: true},
+	{Host: "docker.redpanda.com", AnyNetwork: true},
 }
 
 // Hosts tells registries from other hosts. Its methods may be called

@@ -19,18 +19,48 @@ import (
 // specification has registries accept at least 4 MiB.
 const maxManifest = 4 << 20
 
-// manifest answers GET and HEAD of a manifest by digest.
+// manifest answers GET and HEAD of a manifest by digest. The registry has to have
+// sent it in this repository before.
 func (x *exchange) manifest() {
-	body, mediaType, ok := x.keptManifest(x.target.digest)
-	if !ok && x.r.Method == http.MethodGet && x.manifestFromPeer(x.target.digest) {
-		body, mediaType, ok = x.keptManifest(x.target.digest)
+	d := x.target.digest
+	contained, stale := x.h.rights.Contains(x.who.Repository, d), x.allowsStale(d)
+	body, mediaType, ok := x.keptManifest(d)
+	if !ok && stale && x.r.Method == http.MethodGet && x.manifestFromPeer(d) {
+		body, mediaType, ok = x.keptManifest(d)
 	}
-	if !ok || !x.permitted() {
+	if !ok || !contained && !stale {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
 	}
+	if !x.h.rights.Allows(x.who, d) {
+		resp, err := x.ask(x.head(x.r.Method == http.MethodGet, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
+		switch {
+		case failed(resp, err) && stale:
+			x.stale = true
+		case x.r.Method == http.MethodHead && err == nil:
+			x.relay(resp)
+			return
+		case err != nil || !contained || resp.StatusCode != http.StatusOK || !describesManifest(resp, d):
+			x.stats.misses.Add(1)
+			x.forward()
+			return
+		default:
+			x.h.rights.Grant(x.who)
+		}
+	}
 	x.serveManifest(body, mediaType, x.hit())
+}
+
+// describesManifest says whether an answer of 200 is a manifest's, and of this
+// digest if it isn't empty: it may be a login page, or a captive portal's.
+func describesManifest(resp *http.Response, d digest.Digest) bool {
+	if header := resp.Header.Get("Docker-Content-Digest"); header != "" {
+		is, err := digest.Parse(header)
+		return err == nil && (d == "" || is == d)
+	}
+	mediaType, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	return strings.HasPrefix(mediaType, "application/vnd.docker.distribution.manifest.") || strings.HasPrefix(mediaType, "application/vnd.oci.image.")
 }
 
 func (x *exchange) serveManifest(body []byte, mediaType, status string) {
@@ -41,10 +71,6 @@ func (x *exchange) serveManifest(body []byte, mediaType, status string) {
 		x.stats.fromStore.Add(int64(len(body)))
 	}
 	http.ServeContent(x.w, x.r, "", time.Time{}, bytes.NewReader(body))
-}
-
-func (x *exchange) tagKey() tag {
-	return tag{x.asker.repository, x.target.tag}
 }
 
 // tag answers GET and HEAD of a manifest by tag. What the tag is, is the
@@ -59,28 +85,22 @@ func (x *exchange) tag() {
 		x.forward()
 		return
 	}
-	usable := func() bool {
-		return known && x.h.rights.within(was.when, x.h.rights.stale) && x.h.rights.allowsStale(x.asker, was.digest)
-	}
 	asked := false
 	instead := func() bool {
 		if !asked {
 			asked = true
-			// That it has just refused the asker was the beginning of another pull:
-			// while it is silent, nobody is told to come with a token.
-			x.h.rights.refused.Remove(x.asker)
 			x.recallFromPeers()
 			was, body, mediaType, known = x.knownTag(true)
 		}
-		return usable()
+		return known && x.h.rights.Fresh(was.When) && x.allowsStale(was.Digest)
 	}
-	resp, err := x.head(instead)
+	resp, err := x.ask(x.head(x.r.Method == http.MethodGet, instead)) //nolint:bodyclose // ask has closed that of a HEAD
 	switch {
 	case failed(resp, err) && instead():
-		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.digest, "since", was.when, "err", because(resp, err))
+		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.Digest, "since", was.When, "err", because(resp, err))
 		x.stats.stale.Add(1)
-		x.target.digest = was.digest
-		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.now().Sub(was.when).Seconds()), 10))
+		x.target.digest = was.Digest
+		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(was.When).Seconds()), 10))
 		x.serveManifest(body, mediaType, "hit; detail=stale-if-error")
 		return
 	case err != nil && x.r.Method == http.MethodGet && x.r.Context().Err() == nil:
@@ -91,15 +111,17 @@ func (x *exchange) tag() {
 		return
 	case x.r.Method == http.MethodHead:
 		x.learnTag(resp)
+		x.checkPublic(resp)
 		x.relay(resp)
 		return
 	}
-	x.learn(resp)
 	d, ok := x.learnTag(resp)
 	if ok {
+		x.h.rights.Grant(x.who)
+		x.checkPublic(resp)
 		body, mediaType, ok = x.keptManifest(d)
 	}
-	if !ok || mediaType != resp.Header.Get("Content-Type") || !x.up.believed() && !x.h.rights.allows(x.asker, d) {
+	if !ok || mediaType != resp.Header.Get("Content-Type") || !x.h.rights.Contains(x.who.Repository, d) {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
@@ -110,18 +132,19 @@ func (x *exchange) tag() {
 	x.serveManifest(body, mediaType, "hit; detail=head")
 }
 
-// learnTag takes in what an upstream says that a tag is.
+// learnTag records what an upstream says that a tag is.
 func (x *exchange) learnTag(resp *http.Response) (digest.Digest, bool) {
 	d, err := digest.Parse(resp.Header.Get("Docker-Content-Digest"))
 	if err != nil || resp.StatusCode != http.StatusOK {
-		if resp.StatusCode == http.StatusNotFound {
-			x.h.tags.forget(x.asker.repository, x.target.tag)
-		}
 		return "", false
 	}
-	x.h.tags.set(x.tagKey(), d, x.h.rights.now())
-	x.h.knows(x.asker.repository)
+	x.setTag(d)
 	return d, true
+}
+
+func (x *exchange) setTag(d digest.Digest) {
+	x.h.rights.SetTag(x.who.Repository, x.target.tag, d, x.h.rights.Now())
+	x.h.knows(x.who.Repository)
 }
 
 // keptManifest reads a manifest from the store if it is of a media type that

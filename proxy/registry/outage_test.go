@@ -103,32 +103,6 @@ func TestRightsTable(t *testing.T) {
 
 func byteOf(s string) uint64 { return uint64(s[0]) }
 
-// Tokens that are over take no place: each pull comes with a new one.
-func TestRightsLapse(t *testing.T) {
-	u := newUpstream(t)
-	u.allow("a", "Bearer 1", "Bearer 2", "Bearer 3")
-	path := "/v2/a/blobs/" + u.put("a", bytesOf(1, 1000)).String()
-	s := newSide(t, u, store.Options{})
-	held := func() [2]int { return [2]int{s.h.rights.granted.Len(), s.h.rights.refused.Len()} }
-	for _, auth := range []string{"Bearer 1", "Bearer 2", "", "Bearer x"} {
-		s.do("GET", path, auth)
-	}
-	if got := held(); got != [2]int{2, 2} {
-		t.Errorf("%d are remembered", got)
-	}
-	s.later.Add(int64(DefaultRightsTTL - time.Second))
-	s.do("GET", path, "Bearer 3")
-	s.do("GET", path, "Bearer y")
-	if got := held(); got != [2]int{3, 1} {
-		t.Errorf("%d are remembered after most of a grant's time", got)
-	}
-	s.later.Add(int64(2 * time.Second))
-	s.do("GET", path, "Bearer 2")
-	if got := held(); got != [2]int{2, 1} {
-		t.Errorf("%d are remembered after a grant's time", got)
-	}
-}
-
 // What a DELETE that passes takes away is gone at once.
 func TestDelete(t *testing.T) {
 	u := newUpstream(t)
@@ -140,7 +114,7 @@ func TestDelete(t *testing.T) {
 	s.want(s.do("GET", path, ""), 200, nil)
 	s.want(s.do("DELETE", path, ""), 202, nil, "DELETE "+path)
 	delete(u.blobs["a"], layer)
-	s.want(s.do("GET", path, ""), 404, nil, "HEAD "+path, "GET "+path)
+	s.want(s.do("GET", path, ""), 404, nil, "GET "+path)
 }
 
 // faults are the ways in which an upstream gives no answer.
@@ -401,7 +375,8 @@ func TestPlain(t *testing.T) {
 
 	ask := func(addr, method, path string, header ...string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
-		r := httptest.NewRequest(method, "http://registry.lan:5000"+path, nil)
+		r := httptest.NewRequest(method, path, nil)
+		r.Host = "registry.lan:5000"
 		for i := 0; i < len(header); i += 2 {
 			r.Header.Set(header[i], header[i+1])
 		}
@@ -485,9 +460,10 @@ func TestPlainElsewhere(t *testing.T) {
 	addr := strings.TrimPrefix(lan.URL, "http://")
 	ask := func(place string, rt http.RoundTripper, auth, path string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
-		r := httptest.NewRequest("GET", "http://registry.lan:5000"+path, nil)
+		r := httptest.NewRequest("GET", path, nil)
+		r.Host = "registry.lan:5000"
 		r.Header.Set("Authorization", auth)
-		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, Place: place, Transport: rt})
+		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: place, Transport: rt})
 		return w
 	}
 	paths := []string{"/v2/a/manifests/1", "/v2/a/manifests/" + m.String(), "/v2/a/blobs/" + layer.String()}

@@ -11,11 +11,11 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"slices"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/opencontainers/go-digest"
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
@@ -56,31 +56,27 @@ type Share interface {
 // small.
 const peerTime = 2 * time.Second
 
-// share finds out whether the blob is to be had from a peer, by this client. It
-// returns nil when peers can't help.
+// share finds out whether the blob is to be had from a peer. It returns nil when
+// peers can't help.
 func (x *exchange) share() Share {
 	if x.h.peers == nil || !x.h.peers.Ready() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
 	defer cancel()
-	share := x.h.peers.Want(ctx, x.target.digest, x.stats.pace.Load())
-	if share == nil || share.Mine() || x.permitted() {
-		return share
-	}
-	share.Close(false)
-	return nil
+	return x.h.peers.Want(ctx, x.target.digest, x.stats.arrivals.pace())
 }
 
 // fromPeer begins a transfer from a peer and serves the client from it. It
-// returns false when no peer gives the blob.
+// returns false when no peer gives the blob, or the registry doesn't give it to
+// the client.
 func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	if share.Mine() {
 		return false
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(x.r.Context()))
 	stop := context.AfterFunc(x.r.Context(), cancel)
-	body, size, err := share.Open(ctx, 0, x.size)
+	body, size, err := share.Open(ctx, 0, -1)
 	if err != nil || !stop() {
 		cancel()
 		if err == nil {
@@ -88,9 +84,20 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		}
 		return false
 	}
+	if !x.h.rights.Allows(x.who, x.target.digest) {
+		shown, resp, err := x.showsArriving(size)
+		if err == nil && shown == nil {
+			resp.Body.Close()
+		}
+		if x.shown = shown; shown == nil && !x.stale {
+			body.Close()
+			cancel()
+			return false
+		}
+	}
 	upstream := x.source()
 	more := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
-		if body, _, err := share.Open(ctx, offset, x.size); err == nil {
+		if body, _, err := share.Open(ctx, offset, size); err == nil {
 			return x.countedPeer(body), nil
 		}
 		return upstream(ctx, offset)
@@ -101,7 +108,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 			return nil, 0, errors.New("and the upstream's is wrong as well")
 		}
 		share.Wrong()
-		if body, size, err := share.Open(ctx, 0, x.size); err == nil {
+		if body, size, err := share.Open(ctx, 0, -1); err == nil {
 			return x.countedPeer(body), size, nil
 		}
 		asked = true
@@ -113,22 +120,18 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 			resp.Body.Close()
 			return nil, 0, fmt.Errorf("%s answers with %s", x.up.Host, resp.Status)
 		}
-		return x.counted(resp.Body), resp.ContentLength, nil
+		return x.arriving(resp.Body), resp.ContentLength, nil
 	}
 	cb := &cancelBody{x.countedPeer(body), cancel}
-	r, err := t.BeginUnproven(size, cb, more, again)
+	r, err := t.BeginUnverified(size, cb, more, again)
 	if err == nil {
 		defer r.Close()
-		x.arriving(r, "hit; detail=peer")
+		x.fromTransfer(r, "hit; detail=peer")
 		return true
 	}
 	// It can't be kept, and what isn't kept can't be verified before a client
 	// gets it: it comes from the upstream.
 	cb.Close()
-	t, leader := x.h.store.Claim(x.target.digest)
-	if leader {
-		t.Abandon(errNotLed)
-	}
 	x.notKept(err)
 	x.forward()
 	return true
@@ -138,7 +141,7 @@ func (x *exchange) countedPeer(body io.ReadCloser) io.ReadCloser {
 	return &countingBody{ReadCloser: body, count: &x.stats.fromPeers}
 }
 
-// manifestFromPeer gets a manifest that isn't kept from a peer, if the client
+// manifestFromPeer gets a manifest that isn't kept from a peer, for a client that
 // may have it.
 func (x *exchange) manifestFromPeer(d digest.Digest) bool {
 	if x.h.peers == nil || !x.h.peers.Ready() {
@@ -157,100 +160,79 @@ func (x *exchange) manifestFromPeer(d digest.Digest) bool {
 // names are the repositories of which something is known, by the hash of the
 // name that peers ask for.
 type names struct {
-	lru *lru.Cache[string, repository]
+	lru *lru.Cache[string, rights.Repository]
 }
 
 func newNames() names {
 	var n names
-	n.lru, _ = lru.New[string, repository](1 << 13)
+	n.lru, _ = lru.New[string, rights.Repository](1 << 13)
 	return n
 }
 
-// name is what a repository is called among peers.
-func (r repository) peerName() string { return "repository " + r.registry + "/" + r.name }
+// peerName is what a repository is called among peers.
+func peerName(r rights.Repository) string { return "repository " + r.Registry + "/" + r.Name }
 
-// knows takes in that something is known of a repository.
-func (h *Handler) knows(repo repository) {
-	if h.peers == nil {
+// knows records that something is known of a repository. Others are registries
+// for this node alone if their answers can't be authenticated.
+func (h *Handler) knows(repo rights.Repository) {
+	if h.peers == nil || repo.Network != "" {
 		return
 	}
-	sum := sha256.Sum256([]byte(repo.peerName()))
+	sum := sha256.Sum256([]byte(peerName(repo)))
 	if had, _ := h.names.lru.ContainsOrAdd(hex.EncodeToString(sum[:]), repo); !had {
-		h.peers.ProvideName(repo.peerName())
+		h.peers.ProvideName(peerName(repo))
 	}
 }
 
 // Recall returns what this node knows of the repository with a hash, for a
-// peer, or nil. It is what the upstream said its tags are, and which digests it
-// said are in it, and nothing of who may read it.
+// peer, or nil. It is what the upstream said its tags are, and which digests
+// are in it, and nothing of who may read it.
 func (h *Handler) Recall(hash string) []byte {
 	repo, ok := h.names.lru.Get(hash)
 	if !ok {
 		return nil
 	}
-	m := h.snapshot(func(r repository) bool { return r == repo })
-	m.Public = nil
-	b, err := json.Marshal(m)
+	b, err := json.Marshal(h.rights.Export(repo))
 	if err != nil {
 		return nil
 	}
 	return b
 }
 
-// recallFromPeers takes in what peers know of the asker's repository.
+// recallFromPeers records what peers know of the client's repository. Whoever has
+// the right to read it is for this node's own upstream to say.
 func (x *exchange) recallFromPeers() {
-	if x.h.peers == nil || !x.h.peers.Ready() {
+	if x.h.peers == nil || !x.h.peers.Ready() || x.who.Network != "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
 	defer cancel()
-	for _, b := range x.h.peers.Recall(ctx, x.asker.peerName()) {
-		var m memory
+	for _, b := range x.h.peers.Recall(ctx, peerName(x.who.Repository)) {
+		var m rights.Memory
 		if json.Unmarshal(b, &m) == nil {
-			x.h.merge(m, x.asker.repository)
-		}
-	}
-}
-
-// merge takes in what a peer knows of a repository. Whoever has the right to
-// read it is for this node's own upstream to say.
-func (h *Handler) merge(m memory, repo repository) {
-	slices.SortStableFunc(m.Tags, func(a, b rememberedTag) int { return a.When.Compare(b.When) })
-	for _, t := range m.Tags {
-		key := tag{repository{t.Registry, t.Repository}, t.Tag}
-		if key.repository != repo || t.Digest.Validate() != nil || !h.rights.within(t.When, h.rights.stale) {
-			continue
-		}
-		if own := h.tags.get(key); len(own) == 0 || own[0].when.Before(t.When) {
-			h.tags.set(key, t.Digest, t.When)
-		}
-	}
-	for d, when := range m.Members[repo.registry][repo.name] {
-		key := member{repo, d}
-		if was, _ := h.rights.told.Peek(key); d.Validate() == nil && h.rights.within(when, max(memberTTL, h.rights.stale)) && was.Before(when) {
-			h.rights.told.Add(key, when)
+			x.h.rights.Merge(m, x.who.Repository)
 		}
 	}
 }
 
 // knownTag returns what a tag was, if its manifest is kept, or to be had from a
 // peer.
-func (x *exchange) knownTag(peers bool) (was tagged, body []byte, mediaType string, known bool) {
-	for _, was = range x.h.tags.get(x.tagKey()) {
-		if body, mediaType, known = x.keptManifest(was.digest); known {
+func (x *exchange) knownTag(peers bool) (was rights.Tagged, body []byte, mediaType string, known bool) {
+	for _, was = range x.h.rights.Tag(x.who.Repository, x.target.tag) {
+		if body, mediaType, known = x.keptManifest(was.Digest); known {
 			return was, body, mediaType, true
 		}
-		if peers && x.manifestFromPeer(was.digest) {
-			if body, mediaType, known = x.keptManifest(was.digest); known {
+		if peers && x.manifestFromPeer(was.Digest) {
+			if body, mediaType, known = x.keptManifest(was.Digest); known {
 				return was, body, mediaType, true
 			}
 		}
 	}
-	return tagged{}, nil, "", false
+	return rights.Tagged{}, nil, "", false
 }
 
-// entitled says whether the asker could be given something of the repository if
+// entitled says whether the client could be given something of the repository if
 // the upstream were silent.
 func (x *exchange) entitled() bool {
-	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.isGranted(x.asker) || x.h.rights.isPublic(x.asker.repository))
+	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.Granted(x.who) || x.h.rights.Public(x.vantage()))
 }

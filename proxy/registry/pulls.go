@@ -65,12 +65,12 @@ type pulls struct {
 }
 
 type pull struct {
-	Pull    // the sum of the answers that have ended
-	busy    time.Duration
-	begun   time.Time // when the first of the running answers began
-	running []*delivery
-	pace    *atomic.Int64
-	trace   context.Context // with the span of the pull, of which those of its answers are parts
+	Pull     // the sum of the answers that have ended
+	busy     time.Duration
+	begun    time.Time // when the first of the running answers began
+	running  []*delivery
+	arriving *arrivals
+	trace    context.Context // with the span of the pull, of which those of its answers are parts
 }
 
 // delivery counts the body of an answer.
@@ -95,10 +95,10 @@ func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	i := slices.IndexFunc(ps.all, func(p *pull) bool {
-		return p.Registry == name && p.Repository == x.asker.name && p.Client == x.up.Client && (len(p.running) > 0 || now.Sub(p.Ended) < pullPause)
+		return p.Registry == name && p.Repository == x.who.Name && p.Client == x.up.Client && (len(p.running) > 0 || now.Sub(p.Ended) < pullPause)
 	})
 	if i < 0 {
-		p := &pull{Pull: Pull{Registry: name, Repository: x.asker.name, Client: x.up.Client, Started: now}, pace: &x.stats.pace}
+		p := &pull{Pull: Pull{Registry: name, Repository: x.who.Name, Client: x.up.Client, Started: now}, arriving: &x.stats.arrivals}
 		p.trace, _ = ps.tracer.Start(context.Background(), "pull", trace.WithTimestamp(now), trace.WithAttributes(
 			attribute.String("weir.registry", p.Registry), attribute.String("weir.repository", p.Repository), attribute.String("weir.client", p.Client)))
 		ps.all = slices.Insert(ps.all, 0, p)
@@ -220,7 +220,7 @@ func (ps *pulls) list() (all []Pull) {
 			busy += time.Since(p.begun)
 		}
 		out.Seconds = busy.Seconds()
-		if pace := p.pace.Load(); pace > 0 {
+		if pace := p.arriving.pace(); pace > 0 {
 			out.UpstreamSeconds = float64(out.Bytes) / float64(pace)
 		}
 		all = append(all, out)

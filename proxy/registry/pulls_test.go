@@ -107,7 +107,7 @@ func TestPullsAreBounded(t *testing.T) {
 	x := &exchange{stats: new(counters), target: target{kind: blob}, r: &http.Request{Method: http.MethodGet}}
 	for i := range 3 * maxPulls {
 		x.target = target{kind: manifest, tag: "a"}
-		x.asker.name = strings.Repeat("a", i+1)
+		x.who.Name = strings.Repeat("a", i+1)
 		for range 10 {
 			a, end := ps.begin(x)
 			a.head = true
@@ -118,7 +118,7 @@ func TestPullsAreBounded(t *testing.T) {
 	if n := len(ps.list()); n != maxPulls {
 		t.Errorf("%d pulls are remembered", n)
 	}
-	if p := ps.all[0]; len(p.running) != 0 || p.Repository != x.asker.name {
+	if p := ps.all[0]; len(p.running) != 0 || p.Repository != x.who.Name {
 		t.Errorf("%+v", p)
 	}
 }

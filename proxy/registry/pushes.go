@@ -101,7 +101,6 @@ type push struct {
 	session  *session
 	goesOn   bool          // the session is expected to have another request
 	digest   digest.Digest // of the blob, when the request ends it
-	mount    digest.Digest // of the blob that is asked to be mounted
 	manifest *bytes.Buffer
 }
 
@@ -118,8 +117,6 @@ func (x *exchange) write() {
 		if d, err := digest.Parse(q.Get("digest")); err == nil { // all in one request
 			x.push.digest = d
 			x.tee()
-		} else if d, err := digest.Parse(q.Get("mount")); err == nil {
-			x.push.mount = d
 		}
 	default:
 		s := x.h.sessions.take(x.up.ID() + " " + x.r.URL.EscapedPath())
@@ -195,10 +192,6 @@ func (p *push) answered(x *exchange, resp *http.Response) {
 		}
 	case code == http.StatusCreated && p.digest != "":
 		p.pushedBlob(x)
-	case code == http.StatusCreated && p.mount != "":
-		if x.up.believed() {
-			x.h.rights.contains(x.asker.repository, p.mount)
-		}
 	case code == http.StatusAccepted && x.r.Method != http.MethodDelete:
 		if p.digest != "" { // it didn't take it all in one request
 			p.session.drop()
@@ -227,7 +220,7 @@ func sameHost(u *url.URL, up Upstream) bool {
 
 // pushedBlob keeps a blob that the upstream has accepted.
 func (p *push) pushedBlob(x *exchange) {
-	repo := repository{x.up.ID(), p.session.repo}
+	repo := x.up.repository(p.session.repo)
 	p.session.mu.Lock()
 	defer p.session.mu.Unlock()
 	if p.session.upload == nil {
@@ -236,11 +229,11 @@ func (p *push) pushedBlob(x *exchange) {
 	err := p.session.upload.Commit(p.digest)
 	p.session.upload = nil
 	if err != nil {
-		x.h.log.Info("a pushed blob is not kept", "registry", x.up.ID(), "repository", repo.name, "digest", p.digest, "err", err)
+		x.h.log.Info("a pushed blob is not kept", "registry", x.up.ID(), "repository", repo.Name, "digest", p.digest, "err", err)
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.contains(repo, p.digest)
+	x.h.rights.Prove(repo, p.digest)
 }
 
 // pushedManifest keeps a manifest that the upstream has accepted.
@@ -252,18 +245,17 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 			d = digest.FromBytes(body)
 		}
 	}
-	repo := x.asker.repository
+	repo := x.who.Repository
 	if x.target.tag != "" {
-		x.h.tags.forget(repo, x.target.tag)
+		x.h.rights.ForgetTag(repo, x.target.tag)
 	}
 	if err := x.h.keep(d, body); err != nil {
-		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.ID(), "repository", repo.name, "digest", d, "err", err)
+		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.ID(), "repository", repo.Name, "digest", d, "err", err)
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.contains(repo, d)
+	x.h.rights.Prove(repo, d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
-		x.h.tags.set(x.tagKey(), d, x.h.rights.now())
-		x.h.knows(x.asker.repository)
+		x.setTag(d)
 	}
 }

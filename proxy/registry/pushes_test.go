@@ -130,10 +130,13 @@ func TestPush(t *testing.T) {
 			if left := s.left(); len(left) > 0 || len(s.h.sessions.all) > 0 {
 				t.Error(left, s.h.sessions.all)
 			}
-			// It needs a right to read, and no blob from the upstream.
+			// It needs a right to read, and no blob from the upstream but a range.
 			u.requests()
 			path := "/v2/a/blobs/" + d.String()
-			s.want(s.do("GET", path, ""), 200, content, "HEAD "+path)
+			s.want(s.do("GET", path, ""), 200, content, "GET "+path)
+			if a := s.do("GET", path, ""); a.Header.Get("Cache-Status") != "weir; hit" {
+				t.Error(a.Header)
+			}
 
 			// And once more in vain: it is there already.
 			if a := way(s); a.err != nil || a.StatusCode != 201 || len(s.left()) > 0 {
@@ -217,7 +220,8 @@ func TestPushManifest(t *testing.T) {
 	}
 }
 
-// A mounted blob is in the repository by the upstream's word.
+// That a registry says that it has mounted a blob is not enough to be given it: it
+// has to show a part of it.
 func TestMount(t *testing.T) {
 	u := newUpstream(t)
 	u.allow("from", "")
@@ -230,9 +234,12 @@ func TestMount(t *testing.T) {
 	uploading(u, nil)
 	s.do("GET", "/v2/to/manifests/1", "") // a right
 	u.requests()
-	path := "/v2/to/blobs/uploads/?mount=" + d.String() + "&from=from"
+	path, blob := "/v2/to/blobs/uploads/?mount="+d.String()+"&from=from", "/v2/to/blobs/"+d.String()
 	s.want(s.send("POST", path, nil), 201, nil, "POST /v2/to/blobs/uploads/")
-	s.want(s.do("GET", "/v2/to/blobs/"+d.String(), ""), 200, content)
+	s.want(s.do("GET", blob, ""), 404, nil, "GET "+blob)
+	u.put("to", content)
+	s.want(s.do("GET", blob, ""), 200, content, "GET "+blob)
+	s.want(s.do("GET", blob, ""), 200, content)
 }
 
 // Pushes that are begun and never ended are bounded.

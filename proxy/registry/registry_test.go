@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -171,10 +172,10 @@ type side struct {
 
 // settle waits until nothing is asked in the background.
 func (s *side) settle() {
-	if err := s.h.asking.Acquire(s.t.Context(), 4); err != nil {
+	if err := s.h.asking.all.Acquire(s.t.Context(), maxAskingAll); err != nil {
 		s.t.Fatal(err)
 	}
-	s.h.asking.Release(4)
+	s.h.asking.all.Release(maxAskingAll)
 }
 
 // restart begins anew with the same store.
@@ -182,8 +183,8 @@ func (s *side) restart() {
 	if s.h != nil {
 		s.h.Close()
 	}
-	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file, Peers: s.peers})
-	s.h.rights.now = func() time.Time { return time.Now().Add(time.Duration(s.later.Load())) }
+	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file, Peers: s.peers,
+		now: func() time.Time { return time.Now().Add(time.Duration(s.later.Load())) }})
 	s.h.outages.whole, s.h.outages.rest = 200*time.Millisecond, 10*time.Millisecond
 }
 
@@ -326,17 +327,17 @@ func TestRights(t *testing.T) {
 	u.requests()
 
 	// A right to one repository is none to what is only in another.
-	s.want(s.do("GET", path("team/other", secret), "Bearer bob"), 404, nil, "HEAD "+path("team/other", secret), "GET "+path("team/other", secret))
-	s.want(s.do("GET", path("library/public", secret), ""), 404, nil, "HEAD "+path("library/public", secret), "GET "+path("library/public", secret))
+	s.want(s.do("GET", path("team/other", secret), "Bearer bob"), 404, nil, "GET "+path("team/other", secret))
+	s.want(s.do("GET", path("library/public", secret), ""), 404, nil, "GET "+path("library/public", secret))
 	// A manifest that names it doesn't make it a member.
 	m, _ := u.putManifest("team/other", "trap", docker2, secret)
 	s.want(s.do("GET", "/v2/team/other/manifests/"+m.String(), "Bearer bob"), 200, nil, "GET /v2/team/other/manifests/"+m.String())
-	s.want(s.do("GET", path("team/other", secret), "Bearer bob"), 404, nil, "HEAD "+path("team/other", secret), "GET "+path("team/other", secret))
+	s.want(s.do("GET", path("team/other", secret), "Bearer bob"), 404, nil, "GET "+path("team/other", secret))
 
-	// What is in a public repository too costs one HEAD, once.
-	s.want(s.do("GET", path("library/public", d), ""), 200, shared, "HEAD "+path("library/public", d))
+	// What is in a public repository too costs one question, once.
+	s.want(s.do("GET", path("library/public", d), ""), 200, shared, "GET "+path("library/public", d))
 	s.want(s.do("GET", path("library/public", d), ""), 200, shared)
-	s.want(s.do("GET", path("library/public", d), "Bearer bob"), 200, shared, "HEAD "+path("library/public", d))
+	s.want(s.do("GET", path("library/public", d), "Bearer bob"), 200, shared, "GET "+path("library/public", d))
 
 	// A refusal takes the right away at once.
 	u.allow("team/private")
@@ -619,54 +620,57 @@ func TestLaggingIsLeft(t *testing.T) {
 	if a := <-led; a.err != nil || !bytes.Equal(a.body, want) {
 		t.Errorf("the slow one got %d bytes, %v", len(a.body), a.err)
 	}
-	s.want(s.do("GET", path, "Bearer fast"), 200, want, "GET "+path, "HEAD "+path, "GET "+path, "GET "+path)
+	s.want(s.do("GET", path, "Bearer fast"), 200, want, "GET "+path, "GET "+path, "GET "+path, "GET "+path)
 }
 
 // A transfer lags when the registry gives more, and the node gets less.
 func TestLags(t *testing.T) {
 	const mib = 1 << 20
+	many := func(n int, each int64) []int64 { return slices.Repeat([]int64{each}, n) }
 	for _, c := range []struct {
-		got, all, pace int64
-		lags           bool
+		got  int64
+		each []int64
+		pace int64
+		lags bool
 	}{
-		{0, 0, 0, true}, {100 << 10, 100 << 10, 0, true}, {mib, mib, 0, false}, // nobody knows what it gives
-		{10 * mib, 10 * mib, 10 * mib, true}, {13 * mib, 13 * mib, 10 * mib, false},
-		{mib, 30 * mib, 10 * mib, false}, // one of many
-		{0, 20 * mib, 10 * mib, true}, {0, 26 * mib, 10 * mib, false},
+		{0, many(1, 0), 0, true}, {100 << 10, many(1, 100<<10), 0, true}, {mib, many(1, mib), 0, false}, // it isn't known what it gives
+		{10 * mib, many(1, 10*mib), 10 * mib, true}, {13 * mib, many(1, 13*mib), 10 * mib, false},
+		{mib, many(30, mib), 10 * mib, false},                             // one of many
+		{0, many(30, mib), 10 * mib, true},                                // that gets nothing, unlike the others
+		{mib, append(many(1, 60*mib), many(99, 1000)...), 10 * mib, true}, // one is fast, and many stand still on purpose
+		{mib, many(20, mib), 10 * mib, true},                              // less than it gives to one, in all
 	} {
-		if got := lags(c.got, c.all, c.pace, 5*time.Second); got != c.lags {
-			t.Errorf("%+v: %v", c, got)
+		if got := lags(c.got, c.each, c.pace, 5*time.Second); got != c.lags {
+			t.Errorf("%d of %v: %v", c.got, c.each, got)
 		}
 	}
 }
 
-// Whatever a client shows of itself makes it another one.
-func TestCredentials(t *testing.T) {
-	r := newRights(time.Minute, 0)
-	seen := make(map[credentials]string)
-	for name, c := range map[string]struct {
-		as     string
-		header http.Header
-	}{
-		"nothing":                {},
-		"a certificate":          {as: "cert"},
-		"a token":                {header: http.Header{"Authorization": {"Bearer a"}}},
-		"another token":          {header: http.Header{"Authorization": {"Bearer b"}}},
-		"two tokens":             {header: http.Header{"Authorization": {"Bearer a", "Bearer b"}}},
-		"in the other order":     {header: http.Header{"Authorization": {"Bearer b", "Bearer a"}}},
-		"both and a certificate": {as: "cert", header: http.Header{"Authorization": {"Bearer a"}}},
-		"a cookie":               {header: http.Header{"Cookie": {"Bearer a"}}},
-		"a token and a cookie":   {header: http.Header{"Authorization": {"Bearer a"}, "Cookie": {"Bearer a"}}},
-		"a certificate like it":  {as: "Bearer a"},
-	} {
-		who := r.credentialsOf(&http.Request{Header: c.header}, c.as)
-		if other, ok := seen[who]; ok {
-			t.Errorf("%s is taken for %s", name, other)
-		}
-		seen[who] = name
+// A client can't lower a registry's pace by slow transfers.
+func TestPace(t *testing.T) {
+	var as arrivals
+	var count atomic.Int64
+	transfer := func(n int, took time.Duration) {
+		body := as.measure(io.NopCloser(bytes.NewReader(make([]byte, n))), &count)
+		_, _ = io.Copy(io.Discard, body)
+		body.(*arrival).since = time.Now().Add(-took)
+		body.Close()
+		body.Close()
 	}
-	if newRights(time.Minute, 0).credentialsOf(&http.Request{}, "") == r.credentialsOf(&http.Request{}, "") {
-		t.Error("the hash means the same elsewhere")
+	transfer(10<<20, 100*time.Millisecond)
+	fast := as.pace()
+	for range 20 {
+		transfer(1<<20, time.Minute)
+	}
+	if got := as.pace(); got < fast*9/10 || fast < 50<<20 {
+		t.Errorf("%d, and %d before", got, fast)
+	}
+	as.when = as.when.Add(-4 * paceHalfLife)
+	if got := as.pace(); got > fast/15 {
+		t.Errorf("%d long after", got)
+	}
+	if len(as.sample()) > 0 || count.Load() != 30<<20 {
+		t.Errorf("%d run, %d bytes", len(as.sample()), count.Load())
 	}
 }
 

@@ -38,8 +38,7 @@ func (s *Stats) Add(o Stats) {
 
 type counters struct {
 	requests, hits, misses, errors, stale, pushed, fromStore, fromPeers, fromUpstream atomic.Int64
-	// pace is what the upstream gives, in bytes per second, 0 if not known.
-	pace atomic.Int64
+	arrivals                                                                          arrivals
 }
 
 // maxStats bounds the registries that are counted each for itself: clients can
@@ -64,16 +63,6 @@ func (t *statsTable) of(registry string) *counters {
 	}
 	c, _ := t.m.LoadOrStore(registry, &counters{})
 	return c.(*counters)
-}
-
-// taken is how many bytes the node has got from registries and peers.
-func (h *Handler) taken() (n int64) {
-	h.stats.m.Range(func(_, v any) bool {
-		c := v.(*counters)
-		n += c.fromUpstream.Load() + c.fromPeers.Load()
-		return true
-	})
-	return n
 }
 
 // Stats returns the figures of each registry that was asked for something.

@@ -98,7 +98,7 @@ type Store struct {
 	stats   Stats
 	index   map[digest.Digest]*list.Element // of *entry
 	recent  *list.List                      // most recently used first
-	running map[digest.Digest]*Transfer
+	running map[transferKey]*Transfer
 	foreign []string
 	// promised are the bytes of running transfers that are not on the disk yet.
 	promised int64
@@ -131,7 +131,7 @@ func Open(dir string, opts Options) (*Store, error) {
 		log:     opts.Log,
 		index:   make(map[digest.Digest]*list.Element),
 		recent:  list.New(),
-		running: make(map[digest.Digest]*Transfer),
+		running: make(map[transferKey]*Transfer),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -333,9 +333,7 @@ func (s *Store) Put(d digest.Digest, b []byte) error {
 		return fmt.Errorf("%s: %w", d, ErrCorrupt)
 	}
 	s.mu.Lock()
-	_, kept := s.index[d]
-	_, running := s.running[d]
-	if kept || running {
+	if _, kept := s.index[d]; kept {
 		s.mu.Unlock()
 		return nil
 	}

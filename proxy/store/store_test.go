@@ -70,7 +70,7 @@ func body(b []byte) io.ReadCloser { return io.NopCloser(bytes.NewReader(b)) }
 // begin claims a blob and starts its transfer.
 func begin(t *testing.T, s *Store, d digest.Digest, size int64, from io.ReadCloser, more Source) *TransferReader {
 	t.Helper()
-	tr, leader := s.Claim(d)
+	tr, leader := s.Claim(d, Origin{})
 	if !leader {
 		t.Fatal("somebody else leads")
 	}
@@ -146,7 +146,7 @@ func TestPermissions(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	arriving, leader := s.Claim(digest.FromString("arriving"))
+	arriving, leader := s.Claim(digest.FromString("arriving"), Origin{})
 	if !leader {
 		t.Fatal("somebody else has it")
 	}
@@ -370,7 +370,7 @@ func TestTransferManyReaders(t *testing.T) {
 	}
 	follow(first)
 	for i := 0; i < len(want); i += 100_000 {
-		tr, leader := s.Claim(d)
+		tr, leader := s.Claim(d, Origin{})
 		if leader {
 			t.Fatal("two lead")
 		}
@@ -470,8 +470,8 @@ func TestSourcesExhausted(t *testing.T) {
 func TestAbandon(t *testing.T) {
 	s := open(t, t.TempDir(), Options{})
 	d := digest.FromString("x")
-	tr, _ := s.Claim(d)
-	follower, leader := s.Claim(d)
+	tr, _ := s.Claim(d, Origin{})
+	follower, leader := s.Claim(d, Origin{})
 	if leader {
 		t.Fatal("two lead")
 	}
@@ -480,7 +480,7 @@ func TestAbandon(t *testing.T) {
 	if _, err := follower.Wait(t.Context(), nil); !errors.Is(err, why) {
 		t.Error(err)
 	}
-	tr, leader = s.Claim(d)
+	tr, leader = s.Claim(d, Origin{})
 	if !leader {
 		t.Error("an abandoned transfer stays")
 	}
@@ -568,7 +568,7 @@ func TestDiskFull(t *testing.T) {
 	s := open(t, dir, Options{})
 	want := random(11, 3<<20)
 	d := digest.FromBytes(want)
-	tr, _ := s.Claim(d)
+	tr, _ := s.Claim(d, Origin{})
 	if _, err := tr.Begin(int64(len(want)), body(want), nil); !errors.Is(err, ErrNoSpace) {
 		t.Fatalf("begin on a full disk: %v", err)
 	}
@@ -664,7 +664,7 @@ func crash(dir string) {
 					_ = s.Put(d, b)
 					continue
 				}
-				if tr, leader := s.Claim(d); leader {
+				if tr, leader := s.Claim(d, Origin{}); leader {
 					if r, err := tr.Begin(int64(len(b)), body(b), nil); err == nil {
 						_, _ = io.Copy(io.Discard, r)
 						r.Close()
@@ -726,7 +726,7 @@ func TestReaderGoneTransferGoesOn(t *testing.T) {
 	pr, pw := io.Pipe()
 	r := begin(t, s, d, 2000, pr, nil)
 	r.Close()
-	tr, leader := s.Claim(d)
+	tr, leader := s.Claim(d, Origin{})
 	if leader {
 		t.Fatal("the transfer ended with its reader")
 	}
@@ -817,7 +817,7 @@ func BenchmarkTransfer(b *testing.B) {
 		copy(data, random(i, 32))
 		d := digest.FromBytes(data)
 		b.StartTimer()
-		tr, _ := s.Claim(d)
+		tr, _ := s.Claim(d, Origin{})
 		r, err := tr.Begin(int64(len(data)), body(data), nil)
 		if err != nil {
 			b.Fatal(err)
@@ -863,12 +863,12 @@ func TestUnproven(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			kept := make(map[digest.Digest]bool)
 			s := open(t, t.TempDir(), Options{MaxBytes: 10 << 20, Changed: func(d digest.Digest, is bool) { kept[d] = is }})
-			tr, _ := s.Claim(d)
+			tr, _ := s.Claim(d, Origin{})
 			ended := make(chan bool, 1)
 			tr.OnEnd(func(kept bool) { ended <- kept })
 			// The last byte comes only when somebody follows and waits.
 			pr, pw := io.Pipe()
-			r, err := tr.BeginUnproven(int64(len(tt.first)), pr, nil, tt.again)
+			r, err := tr.BeginUnverified(int64(len(tt.first)), pr, nil, tt.again)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -29,6 +29,8 @@ const (
 	// attempts is how many times in a row a source may fail without a byte
 	// in between.
 	attempts = 3
+	// maxSources bounds the sources of a transfer: each reader may add its own.
+	maxSources = 8
 	// allocateSize is how much of a file is allocated at a time.
 	allocateSize = 4 << 20
 	// holdTime is how long bytes are held back that nothing vouches for but the
@@ -46,6 +48,7 @@ type Again func(ctx context.Context) (io.ReadCloser, int64, error)
 type Transfer struct {
 	store  *Store
 	digest digest.Digest
+	from   Origin
 	ctx    context.Context
 	cancel context.CancelFunc
 
@@ -80,18 +83,25 @@ const (
 	failed
 )
 
-// Claim returns the one transfer of a blob, and whether the caller is to lead
+// transferKey tells transfers apart.
+type transferKey struct {
+	digest digest.Digest
+	from   string
+}
+
+// Claim returns the one transfer of a blob from an origin, and whether the caller is to lead
 // it: a leader must call [Transfer.Begin] or [Transfer.Abandon]. The others
 // call [Transfer.Wait].
-func (s *Store) Claim(d digest.Digest) (t *Transfer, leader bool) {
+func (s *Store) Claim(d digest.Digest, from Origin) (t *Transfer, leader bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if t, ok := s.running[d]; ok {
+	key := transferKey{d, from.Name}
+	if t, ok := s.running[key]; ok {
 		return t, false
 	}
-	t = &Transfer{store: s, digest: d, size: -1}
+	t = &Transfer{store: s, digest: d, from: from, size: -1}
 	t.change.L = &t.mu
-	s.running[d] = t
+	s.running[key] = t
 	return t, true
 }
 
@@ -117,7 +127,7 @@ func (t *Transfer) end(kept bool) {
 
 func (t *Transfer) forget() {
 	t.store.mu.Lock()
-	delete(t.store.running, t.digest)
+	delete(t.store.running, transferKey{t.digest, t.from.Name})
 	t.store.mu.Unlock()
 }
 
@@ -129,11 +139,11 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Transfer
 	return t.begin(size, max(size, 0), body, more, nil)
 }
 
-// BeginUnproven is Begin for a body of somebody who may send anything, such as
+// BeginUnverified is Begin for a body of somebody who may send anything, such as
 // a peer. Its readers get nothing before the digest is verified, or a long time
 // has passed, see [TransferReader.Settle]. When the digest turns out to be
 // wrong before that, the blob is taken from again, and nobody has noticed.
-func (t *Transfer) BeginUnproven(size int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
+func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	// Kept blobs don't make room for what may be nothing, if there is any.
 	s, reserved := t.store, int64(0)
 	s.mu.Lock()
@@ -226,18 +236,37 @@ func (t *Transfer) promise(n int64) bool {
 	return t.store.free() >= 0
 }
 
+// furthest returns the transfer of a blob of which most has arrived, or nil.
+func (s *Store) furthest(d digest.Digest) (best *Transfer) {
+	s.mu.Lock()
+	var all []*Transfer
+	for key, t := range s.running {
+		if key.digest == d {
+			all = append(all, t)
+		}
+	}
+	s.mu.Unlock()
+	most := int64(-1)
+	for _, t := range all {
+		t.mu.Lock()
+		if t.written > most {
+			best, most = t, t.written
+		}
+		t.mu.Unlock()
+	}
+	return best
+}
+
 // Follow returns a reader of a running transfer for somebody who verifies the
 // digest by himself: nothing is held back but the last byte, and a read fails
 // when the transfer begins again. It waits until the transfer has begun. The
 // error is [ErrNotFound] when there is none.
 func (s *Store) Follow(ctx context.Context, d digest.Digest) (*TransferReader, error) {
-	s.mu.Lock()
-	t, ok := s.running[d]
-	s.mu.Unlock()
-	if !ok {
+	t := s.furthest(d)
+	if t == nil {
 		return nil, fmt.Errorf("%s: %w", d, ErrNotFound)
 	}
-	r, err := t.Wait(ctx, nil)
+	r, err := t.Wait(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -250,10 +279,8 @@ func (s *Store) Follow(ctx context.Context, d digest.Digest) (*TransferReader, e
 // Arriving says how many bytes of a running transfer are there, and how many it
 // will be, or -1. The error is [ErrNotFound] when there is none.
 func (s *Store) Arriving(d digest.Digest) (arrived, size int64, err error) {
-	s.mu.Lock()
-	t, ok := s.running[d]
-	s.mu.Unlock()
-	if !ok {
+	t := s.furthest(d)
+	if t == nil {
 		return 0, 0, fmt.Errorf("%s: %w", d, ErrNotFound)
 	}
 	t.mu.Lock()
@@ -271,10 +298,9 @@ func (t *Transfer) wakeWith(ctx context.Context) (stop func() bool) {
 	})
 }
 
-// Wait waits until a claimed transfer has begun and returns a reader of it.
-// more is one source more, for when those that the transfer has break off. The
+// Wait waits until a claimed transfer has begun and returns a reader of it. The
 // error is that of the leader when it could not begin.
-func (t *Transfer) Wait(ctx context.Context, more Source) (*TransferReader, error) {
+func (t *Transfer) Wait(ctx context.Context) (*TransferReader, error) {
 	defer t.wakeWith(ctx)()
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -289,10 +315,16 @@ func (t *Transfer) Wait(ctx context.Context, more Source) (*TransferReader, erro
 	case t.refs == 0: // kept, and the file is closed: it is in the store
 		return nil, errFinished
 	}
-	if more != nil {
-		t.sources = append(t.sources, more)
-	}
 	return t.reader(), nil
+}
+
+// AddSource adds a source to the transfer, for when those that it has break off.
+func (r *TransferReader) AddSource(more Source) {
+	r.t.mu.Lock()
+	defer r.t.mu.Unlock()
+	if len(r.t.sources) < maxSources {
+		r.t.sources = append(r.t.sources, more)
+	}
 }
 
 var errFinished = errors.New("the transfer is over")
@@ -516,6 +548,21 @@ func (r *TransferReader) Size() int64 {
 	r.t.mu.Lock()
 	defer r.t.mu.Unlock()
 	return r.t.size
+}
+
+// Unverified says that the bytes come from somebody who may send anything, see
+// [Transfer.BeginUnverified].
+func (r *TransferReader) Unverified() bool {
+	r.t.mu.Lock()
+	defer r.t.mu.Unlock()
+	return r.t.again != nil
+}
+
+// Verified says that the transfer has ended, and that the bytes are the digest's.
+func (r *TransferReader) Verified() bool {
+	r.t.mu.Lock()
+	defer r.t.mu.Unlock()
+	return r.t.state == kept
 }
 
 // Arrived is how many bytes are there by now.
