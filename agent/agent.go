@@ -128,7 +128,7 @@ type Agent struct {
 	admin    *http.Server
 	adminL   net.Listener
 	own      *proxy.Egress // for what is prefetched, and to see what is down
-	explicit []*listener   // the mirror and the forward proxy
+	explicit []*listener   // the mirror, the forward proxy, and what prefetches
 	peers    *peers        // nil without a swarm key
 	history  history
 	heard    heard                    // from peers
@@ -204,6 +204,7 @@ func (a *Agent) start() (err error) {
 	if err := a.listenExplicit(ups); err != nil {
 		return err
 	}
+	a.listenPrefetch()
 	a.kernel, err = bpf.Load(bpf.Options{
 		Cgroup: a.conf.Cgroup,
 		Ports:  a.conf.Ports,

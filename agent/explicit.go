@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,13 +19,15 @@ import (
 type listener struct {
 	l      net.Listener
 	server *http.Server
-	egress *proxy.Egress
+	egress *proxy.Egress // of its own, or nil
 }
 
 func (l *listener) close() {
 	l.l.Close()
 	l.server.Close()
-	l.egress.Close()
+	if l.egress != nil {
+		l.egress.Close()
+	}
 }
 
 // listenExplicit opens the mirror and the forward proxy, if they are wanted.
@@ -42,6 +46,26 @@ func (a *Agent) listenExplicit(ups proxy.Upstreams) error {
 		return a.listen("--proxy-listen", a.conf.ProxyListen, e, a.proxy.Forward(a.ctx, e))
 	}
 	return nil
+}
+
+// Socket is the name, in the run directory, of the Unix socket at which the agent
+// answers `weir prefetch`, which is none of the programs whose connections are
+// redirected. Only root may connect.
+const Socket = "prefetch.sock"
+
+// listenPrefetch opens that socket, as a mirror of all known registries. Without it
+// there is no prefetching, and all else goes on.
+func (a *Agent) listenPrefetch() {
+	path := filepath.Join(a.conf.RunDir, Socket)
+	_ = os.Remove(path) // of a process that was killed; the run directory is locked
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		a.log.Warn("nothing can be prefetched", "err", err)
+		return
+	}
+	a.explicit = append(a.explicit, &listener{l, &http.Server{Handler: a.proxy.Mirror(a.own, DefaultMirror), ReadHeaderTimeout: 30 * time.Second}, nil})
 }
 
 // listen opens a listener, on loopback unless the address says where.

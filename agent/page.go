@@ -313,18 +313,6 @@ func guarded(next http.Handler) http.Handler {
 	})
 }
 
-// onLoopback is for what only this node's processes may ask, whatever --admin
-// listens on; not a browser, in which any page can ask without seeing the answer.
-func onLoopback(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, ok := loopback(r); !ok || r.Header.Get("Sec-Fetch-Mode") != "" {
-			http.Error(w, "only to be had on the node itself, and not with a browser", http.StatusForbidden)
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
 // loopback says whether a request came by the loopback interface, and where.
 func loopback(r *http.Request) (local string, ok bool) {
 	addr, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)

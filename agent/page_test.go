@@ -4,11 +4,9 @@ package agent
 
 import (
 	"bytes"
-	"context"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -119,27 +117,6 @@ func TestGuarded(t *testing.T) {
 		}
 		if want == 200 && !strings.Contains(resp.Header.Get("Content-Security-Policy"), "default-src 'none'") {
 			t.Errorf("%v", resp.Header)
-		}
-	}
-}
-
-// What weir prefetch asks for is not to be had through a browser, where any page
-// could have this node fetch images, nor from another machine.
-func TestOnLoopback(t *testing.T) {
-	h := onLoopback(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	for _, c := range []struct {
-		at, fetch string
-		want      int
-	}{{"127.0.0.1:5050", "", 200}, {"[::1]:5050", "", 200}, {"127.0.0.1:5050", "no-cors", 403}, {"127.0.0.1:5050", "navigate", 403}, {"192.0.2.1:5050", "", 403}} {
-		addr := net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.at))
-		r := httptest.NewRequest(http.MethodGet, "/v2/", nil)
-		if c.fetch != "" {
-			r.Header.Set("Sec-Fetch-Mode", c.fetch)
-		}
-		w := httptest.NewRecorder()
-		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), http.LocalAddrContextKey, addr)))
-		if w.Code != c.want {
-			t.Errorf("%+v: %d", c, w.Code)
 		}
 	}
 }

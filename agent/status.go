@@ -80,8 +80,6 @@ func (a *Agent) adminHandler() http.Handler {
 			_ = json.NewEncoder(w).Encode(get())
 		})
 	}
-	// For weir prefetch, which isn't one of the programs that are redirected.
-	mux.Handle("GET /v2/", onLoopback(a.proxy.Mirror(a.own, DefaultMirror)))
 	mux.HandleFunc("GET /{$}", a.page)
 	for _, name := range []string{"page.css", "page.js"} {
 		mux.HandleFunc("GET /"+name, func(w http.ResponseWriter, r *http.Request) { http.ServeFileFS(w, r, pageFiles, "page/"+name) })

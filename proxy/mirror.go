@@ -47,7 +47,10 @@ func (p *Proxy) Mirror(e *Egress, fallback string) http.Handler {
 			refuse(w, http.StatusNotFound, "NAME_UNKNOWN", fmt.Sprintf("%s is not a registry that weir knows; add it with --registry", m.registry))
 			return
 		}
-		client, _, _ := net.SplitHostPort(r.RemoteAddr)
+		client, _, err := net.SplitHostPort(r.RemoteAddr)
+		if err != nil {
+			client = "prefetch" // by a Unix socket
+		}
 		up := registry.Upstream{Host: host, Client: client, Transport: e.transport}
 		out := r.Clone(r.Context())
 		out.Host = host

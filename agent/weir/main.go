@@ -581,3 +581,7 @@ func uninstallCommand() *cobra.Command {
 	}
 	return c
 }
+
+func noAgent(admin string) error {
+	return fmt.Errorf("no agent answers at %s; start it with `weir agent`, or name its address with --admin", admin)
+}

@@ -140,7 +140,7 @@ func TestMistakes(t *testing.T) {
 		"no image":            {args: []string{"prefetch"}, code: 2, want: []string{"debian:12"}},
 		"not an image":        {args: []string{"prefetch", "Not/An:Image:"}, code: 2, want: []string{"Not/An:Image:"}},
 		"not a platform":      {args: []string{"prefetch", "--platform", "arm64", "debian"}, code: 2, want: []string{"arm64", "linux/arm64"}},
-		"prefetch, no agent":  {args: []string{"prefetch", "--admin", "127.0.0.1:1", "debian:12"}, code: 1, want: []string{"127.0.0.1:1", "weir agent", "debian:12"}},
+		"prefetch, no agent":  {args: []string{"prefetch", "--run-dir", dir, "debian:12"}, code: 1, want: []string{dir, "weir agent", "debian:12"}},
 		"pulls, no agent":     {args: []string{"pulls", "--admin", "127.0.0.1:1"}, code: 1, want: []string{"127.0.0.1:1", "weir agent"}},
 		"admin":               {args: []string{"status", "--admin", "nonsense"}, code: 2, want: []string{"--admin"}},
 	} {

@@ -8,8 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -26,13 +29,13 @@ import (
 )
 
 func prefetchCommand() *cobra.Command {
-	var admin, platform string
+	var runDir, platform string
 	c := &cobra.Command{
 		Use:   "prefetch IMAGE...",
 		Short: "Get images into the store before they are pulled",
 		Long:  "Get images into the store of this node, and so into the reach of its peers, before\nthey are pulled. What needs a login is asked for with what `docker login` has kept for\nthe user who runs this (~/.docker/config.json, or in $DOCKER_CONFIG).",
 	}
-	adminFlag(c.Flags(), &admin)
+	c.Flags().StringVar(&runDir, "run-dir", agent.DefaultRunDir, "the running agent's")
 	c.Flags().StringVar(&platform, "platform", "linux/"+runtime.GOARCH, "`OS/ARCHITECTURE` that is taken of images for several")
 	c.Args = func(_ *cobra.Command, args []string) error {
 		if len(args) == 0 {
@@ -41,7 +44,7 @@ func prefetchCommand() *cobra.Command {
 		return nil
 	}
 	c.RunE = func(cmd *cobra.Command, args []string) error {
-		p := &prefetcher{admin: admin, platform: platform, out: cmd.OutOrStdout(), tokens: make(map[string]string)}
+		p := &prefetcher{socket: filepath.Join(runDir, agent.Socket), platform: platform, out: cmd.OutOrStdout(), tokens: make(map[string]string)}
 		if name, arch, ok := strings.Cut(platform, "/"); !ok || name == "" || arch == "" {
 			return usageError{fmt.Errorf("--platform: %q is not OS/ARCHITECTURE, such as linux/arm64", platform)}
 		}
@@ -67,8 +70,11 @@ func prefetchCommand() *cobra.Command {
 
 // prefetcher reads images through the running agent.
 type prefetcher struct {
-	admin, platform string
-	out             io.Writer
+	socket, platform string
+	out              io.Writer
+
+	once sync.Once
+	http http.Client
 
 	mu     sync.Mutex
 	tokens map[string]string // Authorization headers, by repository
@@ -281,22 +287,32 @@ func (p *prefetcher) get(ctx context.Context, ref reference.Named, path string) 
 }
 
 func (p *prefetcher) ask(ctx context.Context, ref reference.Named, path, authorization string) (*http.Response, error) {
-	url := "http://" + p.admin + "/v2/" + reference.Path(ref) + "/" + path + "?ns=" + reference.Domain(ref)
+	url := "http://weir/v2/" + reference.Path(ref) + "/" + path + "?ns=" + reference.Domain(ref)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return nil, usageError{fmt.Errorf("--admin: %w", err)}
+		return nil, err
 	}
 	req.Header["Accept"] = documentTypes
 	if authorization != "" {
 		req.Header.Set("Authorization", authorization)
 	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return nil, noAgent(p.admin)
+	resp, err := p.client().Do(req)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%s is root's: run weir prefetch as root (with sudo --preserve-env=HOME, it is your login that counts)", p.socket)
+	case err != nil:
+		return nil, fmt.Errorf("no agent answers at %s; start it with `weir agent`, or name its directory with --run-dir", p.socket)
 	}
 	return resp, nil
 }
 
-func noAgent(admin string) error {
-	return fmt.Errorf("no agent answers at %s; start it with `weir agent`, or name its address with --admin", admin)
+// client connects to the agent.
+func (p *prefetcher) client() *http.Client {
+	p.once.Do(func() {
+		p.http.Transport = &http.Transport{DisableCompression: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", p.socket)
+		}}
+	})
+	return &p.http
 }

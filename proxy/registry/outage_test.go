@@ -518,3 +518,159 @@ func FuzzChallenge(f *testing.F) {
 type transportFunc func(*http.Request) (*http.Response, error)
 
 func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// What a registry refuses to one client changes nothing for others: neither an
+// expired token nor one for which nothing is there ends what is public, or what is
+// known of tags and content. That it isn't public any more weir finds out by itself.
+func TestRefusalIsOfOneClient(t *testing.T) {
+	u := newUpstream(t)
+	content := bytesOf(3, 5000)
+	layer := u.put("library/p", content)
+	m, body := u.putManifest("library/p", "1", docker2, layer)
+	u.allow("library/p", "Bearer 1", "Bearer anonymous")
+	s := newSide(t, u, store.Options{})
+	byTag, byDigest, blob := "/v2/library/p/manifests/1", "/v2/library/p/manifests/"+m.String(), "/v2/library/p/blobs/"+layer.String()
+	for _, path := range []string{byTag, blob} {
+		if a := s.do("GET", path, "Bearer 1"); a.StatusCode != 200 {
+			t.Fatal(a.Status)
+		}
+	}
+	s.settle()
+	down := func(is bool) {
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		u.fault = nil
+		if is {
+			u.fault = faults["503"]
+		}
+	}
+	// served says whether an anonymous client gets the image in an outage.
+	served := func() bool {
+		down(true)
+		defer down(false)
+		n := 0
+		for path, want := range map[string][]byte{byTag: body, byDigest: body, blob: content} {
+			if a := s.do("GET", path, ""); a.StatusCode == 200 && bytes.Equal(a.body, want) {
+				n++
+			}
+		}
+		if n != 0 && n != 3 {
+			t.Errorf("%d of 3 are served", n)
+		}
+		return n == 3
+	}
+	refuse := func(auth string) {
+		for _, path := range []string{byTag, byDigest, blob, "/v2/library/p/manifests/none"} {
+			for _, method := range []string{"HEAD", "GET"} {
+				s.do(method, path, auth)
+			}
+		}
+		s.settle()
+	}
+	// A registry that has nothing for a token that it doesn't know.
+	u.mu.Lock()
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Authorization") == "Bearer nothing" {
+			w.WriteHeader(http.StatusNotFound)
+			return true
+		}
+		return false
+	}
+	u.mu.Unlock()
+	refuse("Bearer nothing")
+	refuse("Bearer expired")
+	if !served() {
+		t.Error("a refusal to one client took it from all")
+	}
+	s.later.Add(int64(2 * time.Minute)) // it is asked again by now
+	refuse("Bearer expired")
+	if !served() {
+		t.Error("it isn't public although it is")
+	}
+	// A tag that is gone for everybody is forgotten, and the rest is not.
+	_, _ = u.putManifest("library/p", "2", docker2)
+	s.do("GET", "/v2/library/p/manifests/2", "Bearer 1")
+	u.mu.Lock()
+	delete(u.tags, "library/p:2")
+	u.mu.Unlock()
+	s.later.Add(int64(2 * time.Minute))
+	s.do("HEAD", "/v2/library/p/manifests/2", "Bearer 1")
+	s.settle()
+	down(true)
+	if a := s.do("GET", "/v2/library/p/manifests/2", ""); a.StatusCode != 503 {
+		t.Errorf("a tag that was deleted: %s", a.Status)
+	}
+	if !served() {
+		t.Error("a tag that was deleted took the others with it")
+	}
+	// And when it is private.
+	u.allow("library/p", "Bearer 1")
+	s.later.Add(int64(2 * time.Minute))
+	refuse("Bearer expired")
+	if served() {
+		t.Error("it is public although it isn't")
+	}
+}
+
+// Credentials in whichever field, in the query, or in the request's target, are a
+// client's own.
+func TestCredentialsInAnyForm(t *testing.T) {
+	for _, form := range []struct {
+		name          string
+		header, query string
+	}{
+		{"Artifactory", "X-JFrog-Art-Api", ""}, {"GitLab", "Private-Token", ""}, {"Cloudflare", "CF-Access-Client-Secret", ""},
+		{"identity token", "X-Registry-Auth", ""}, {"query", "", "access_token"},
+	} {
+		t.Run(form.name, func(t *testing.T) {
+			u := newUpstream(t)
+			content := bytesOf(3, 5000)
+			layer := u.put("a", content)
+			u.putManifest("a", "1", docker2, layer)
+			u.allow("a", "")
+			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+				if form.header != "" && r.Header.Get(form.header) == "key" || form.query != "" && r.URL.Query().Get(form.query) == "key" {
+					return false
+				}
+				w.WriteHeader(http.StatusUnauthorized)
+				return true
+			}
+			s := newSide(t, u, store.Options{})
+			paths := []string{"/v2/a/manifests/1", "/v2/a/blobs/" + layer.String()}
+			ask := func(path, key string) int {
+				var header []string
+				if form.header != "" && key != "" {
+					header = []string{form.header, key}
+				} else if key != "" {
+					path += "?" + form.query + "=" + key
+				}
+				a := s.do("GET", path, "", header...)
+				if a.err != nil {
+					t.Fatal(a.err)
+				}
+				return a.StatusCode
+			}
+			for range 2 {
+				for _, path := range paths {
+					for key, want := range map[string]int{"key": 200, "wrong": 401, "": 401} {
+						if got := ask(path, key); got != want {
+							t.Errorf("%s with %q: %d", path, key, got)
+						}
+					}
+				}
+				s.settle()
+				s.restart()
+			}
+			u.mu.Lock()
+			u.fault = faults["503"]
+			u.mu.Unlock()
+			for _, path := range paths {
+				for _, key := range []string{"wrong", ""} {
+					if got := ask(path, key); got != 503 {
+						t.Errorf("in an outage %s with %q: %d", path, key, got)
+					}
+				}
+			}
+		})
+	}
+}

@@ -374,7 +374,7 @@ func TestTransferManyReaders(t *testing.T) {
 		if leader {
 			t.Fatal("two lead")
 		}
-		r, err := tr.Wait(t.Context(), nil)
+		r, err := tr.Wait(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -477,7 +477,7 @@ func TestAbandon(t *testing.T) {
 	}
 	why := errors.New("unauthorized")
 	go tr.Abandon(why)
-	if _, err := follower.Wait(t.Context(), nil); !errors.Is(err, why) {
+	if _, err := follower.Wait(t.Context()); !errors.Is(err, why) {
 		t.Error(err)
 	}
 	tr, leader = s.Claim(d, Origin{})
@@ -486,7 +486,7 @@ func TestAbandon(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	go cancel()
-	if _, err := tr.Wait(ctx, nil); !errors.Is(err, context.Canceled) {
+	if _, err := tr.Wait(ctx); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 }
@@ -730,7 +730,7 @@ func TestReaderGoneTransferGoesOn(t *testing.T) {
 	if leader {
 		t.Fatal("the transfer ended with its reader")
 	}
-	r2, err := tr.Wait(t.Context(), nil)
+	r2, err := tr.Wait(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,6 +58,25 @@ func (w *world) nothingFetched(t *testing.T) {
 	}
 }
 
+// onlyManifests fails the test when a registry was asked for a blob since the last
+// forget, or more than once for a manifest: what is in a repository each node has
+// the registry show once, and a manifest is shown by being sent.
+func (w *world) onlyManifests(t *testing.T) {
+	t.Helper()
+	for _, r := range []*lab.Registry{w.hub, w.ghcr} {
+		sent := make(map[string]int)
+		for _, m := range r.Log.All(func(m lab.Request) bool { return m.Method == "GET" && strings.Contains(m.Path, "/manifests/") && m.Status == 200 }) {
+			sent[m.Path]++
+			if sent[m.Path] > 1 {
+				t.Errorf("%s has sent %s twice:\n%s", r.Host, m.Path, r.Log)
+			}
+		}
+		if b := r.Log.BlobGETs(); b > 0 {
+			t.Errorf("%s was asked for %d blobs:\n%s", r.Host, b, r.Log)
+		}
+	}
+}
+
 // fetched fails the test unless a registry was asked for blobs.
 func fetched(t *testing.T, r *lab.Registry) {
 	t.Helper()

@@ -226,6 +226,13 @@ func TestPrefetch(t *testing.T) {
 			t.Errorf("no %q in\n%s", want, out)
 		}
 	}
+	// By a socket that is root's; the address for status and metrics is no way in.
+	if out, err := node.Output("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:5050/v2/flyway/flyway/manifests/10.11.0"); err != nil || out != "404" {
+		t.Errorf("%v: %s", err, out)
+	}
+	if out := node.Run("stat", "-c", "%U %a", "/run/weir/prefetch.sock"); strings.TrimSpace(out) != "root 600" {
+		t.Errorf("the socket is %s", out)
+	}
 	w.forget()
 	docker := node.Docker()
 	docker.Pull(flyway)

@@ -104,7 +104,7 @@ func TestPeer(t *testing.T) {
 	b.Pull(renovate)
 	b.Same(flyway, w.flyway)
 	b.Same(renovate, w.renovate)
-	w.nothingFetched(t)
+	w.onlyManifests(t)
 	if bytesFromPeers(agents[1]) < 6<<20 {
 		t.Errorf("%+v", agents[1].Status().Registries)
 	}
@@ -131,7 +131,7 @@ func TestPeer(t *testing.T) {
 	w.forget()
 	b.Pull("acme/secret:1", "alice", "wonderland")
 	b.Same("acme/secret:1", secret)
-	w.nothingFetched(t)
+	w.onlyManifests(t)
 }
 
 // What the host's containerd holds is had from there too.
@@ -142,7 +142,7 @@ func TestPeersContainerd(t *testing.T) {
 	a.Pull(flyway)
 	w.forget()
 	nodes[1].Docker().Pull(flyway)
-	w.nothingFetched(t)
+	w.onlyManifests(t)
 }
 
 // Many nodes that pull the same at the same time: each blob leaves the registry

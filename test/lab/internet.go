@@ -451,7 +451,15 @@ func (r Request) String() string {
 
 // Kinds of requests, for [Log.Count].
 func blobGET(r Request) bool {
-	return r.Method == "GET" && strings.Contains(r.Path, "/blobs/sha") && r.Status != 401
+	return r.Method == "GET" && strings.Contains(r.Path, "/blobs/sha") && r.Status != 401 && !question(r)
+}
+
+// question says whether a request asks for so small a range that it can only be
+// meant to find out whether the registry gives the blob.
+func question(r Request) bool {
+	var from, to int64
+	n, err := fmt.Sscanf(r.Range, "bytes=%d-%d", &from, &to)
+	return n == 2 && err == nil && to-from < 1<<10
 }
 func manifestGET(r Request) bool {
 	return r.Method == "GET" && strings.Contains(r.Path, "/manifests/") && r.Status != 401
@@ -493,8 +501,9 @@ func (l *Log) All(match func(Request) bool) (rs []Request) {
 	return rs
 }
 
-// BlobGETs counts the GETs of blobs that were not refused. A redirect and what
-// it leads to are two.
+// BlobGETs counts the GETs of blobs that were not refused, but for those of so
+// small a range that they only ask whether the registry gives the blob. A redirect
+// and what it leads to are two.
 func (l *Log) BlobGETs() int { return len(l.All(blobGET)) }
 
 // ManifestGETs counts the GETs of manifests that were not refused.
