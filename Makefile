@@ -6,6 +6,7 @@ GO ?= go
 # it is another: `make vulncheck` finds nothing in its standard library.
 export GOTOOLCHAIN := go1.27.3
 BENCH ?= .
+ORACLE_SEED ?= 1
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
@@ -24,7 +25,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 VULNDB = v0.0.0-20261105234957-e22db6528018
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos race scale lint vulncheck generate check-generated fuzz demo clean
+.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos oracle race scale lint vulncheck generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +84,9 @@ soak: ## the long tests: 100 pulls for each fault among peers, 1,000 starts, 500
 chaos: ## break whatever can break while runtimes pull, a thousand times, and write test/CHAOS.md (20 minutes)
 	@$(call need,$(TEST_PACKAGES))
 	$(AS_ROOT) $(GO) test -count=1 -v -timeout 60m -run '^TestChaos$$' ./test/e2e -chaos.all -chaos.pulls 5 -chaos.stop 30s -chaos.out ../CHAOS.md
+
+oracle: ## play a million steps of random stories against what registries would answer (10 minutes; ORACLE_SEED=2 for others)
+	$(GO) test -count=1 -v -timeout 60m -run '^TestOracle' ./proxy/registry -oracle.steps 1000000 -oracle.seed $(ORACLE_SEED)
 
 race: ## run the whole-system tests with the race detector in weir (45 minutes)
 	@$(call need,$(TEST_PACKAGES))

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"mime/multipart"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// modelLedger is what registries have said to weir, and when. It is the
+// oracle's own: from what goes over the wire, never from weir's state.
+type modelLedger struct {
+	right  map[string]time.Time // a registry, repository and client: content was given
+	denied map[string]bool      // the same, and a content: it isn't there
+	has    map[string]time.Time // a registry, repository and content: its bytes were sent
+	public map[string]time.Time // a registry, repository and network: content was given to an anonymous request
+}
+
+func newModelLedger() modelLedger {
+	return modelLedger{make(map[string]time.Time), make(map[string]bool), make(map[string]time.Time), make(map[string]time.Time)}
+}
+
+// modelOrigin is a request of weir's that was redirected.
+type modelOrigin struct {
+	g    *modelRegistry
+	repo string
+	q    *modelRequest
+}
+
+func (o modelOrigin) key() string {
+	return fmt.Sprintf("%s/%s as %s", o.g.name, o.repo, o.q.identity())
+}
+
+// publicKey is for whom a repository is public: where a registry knows clients
+// by their network, for those of one network.
+func publicKey(g *modelRegistry, repo, net string) string {
+	if !g.byAddress {
+		net = "any"
+	}
+	return g.name + "/" + repo + " in " + net
+}
+
+// record takes in an answer to weir.
+func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *modelAnswer, own bool) {
+	l := &w.ledger
+	o := modelOrigin{g, a.repo, q}
+	if !own {
+		n, _ := strconv.Atoi(u.Query().Get("n"))
+		if n <= 0 || n >= len(w.origins) {
+			return
+		}
+		o = w.origins[n]
+	}
+	has := ""
+	if a.truth != nil {
+		has = o.g.name + "/" + o.repo + " " + a.truth.name
+	}
+	switch {
+	case o.repo == "":
+	case q.method != http.MethodGet && q.method != http.MethodHead:
+		if a.truth != nil {
+			l.has[has] = w.now
+		}
+		if q.method == http.MethodDelete && a.asked != nil && a.status == http.StatusAccepted {
+			delete(l.has, o.g.name+"/"+o.repo+" "+a.asked.name)
+		}
+	case a.says:
+		l.right[o.key()] = w.now
+		if a.truth == nil {
+			break
+		}
+		delete(l.denied, o.key()+" "+a.truth.name)
+		if q.method == http.MethodGet {
+			l.has[has] = w.now
+		}
+		if o.q.anonymous() {
+			l.public[publicKey(o.g, o.repo, q.net)] = w.now
+		}
+	case own && (a.status == http.StatusUnauthorized || a.status == http.StatusForbidden) && a.header.Get("Content-Type") != "text/html":
+		delete(l.right, o.key())
+		if q.header.Get("User-Agent") == "weir" && (!o.g.tokens || q.header.Get("Authorization") != "") {
+			delete(l.public, publicKey(o.g, o.repo, q.net))
+		}
+	case own && a.status == http.StatusNotFound && a.asked != nil:
+		l.denied[o.key()+" "+a.asked.name] = true
+	}
+}
+
+// fault is an answer of weir's that it should not have given.
+type fault struct {
+	kind string // "security", "difference", "hang"
+	text string
+}
+
+// answered is an answer of weir's, as its client sees it.
+type answered struct {
+	status int
+	header http.Header
+	body   []byte
+	err    error // it broke off, or there was none
+	lost   bool  // the connection ended with an answer before
+}
+
+// question is a request that a client sends to weir, and what the registry would
+// answer to it.
+type question struct {
+	g           *modelRegistry
+	q           *modelRequest // nil when it is none
+	raw         string
+	last, first *modelAnswer
+	bare        *modelAnswer // without the userinfo of the absolute form
+	whole       *modelAnswer // to GET, without ranges and conditions
+	anonymous   *modelAnswer // to whole, with the token that anybody gets
+	when        time.Time
+}
+
+// ask asks the registry what it would answer.
+func (w *modelWorld) ask(x *question) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	q := x.q
+	clone := func() *modelRequest {
+		c := *q
+		c.header = q.header.Clone()
+		return &c
+	}
+	x.when = w.now
+	x.last, x.first = w.follow(x.g, x.g.url(q.path, q.query), clone())
+	bare := clone()
+	bare.userinfo = ""
+	_, x.bare = w.follow(x.g, x.g.url(q.path, q.query), bare)
+	if q.method != http.MethodGet && q.method != http.MethodHead {
+		return
+	}
+	plain := clone()
+	plain.method = http.MethodGet
+	for _, h := range []string{"Range", "If-None-Match", "If-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range"} {
+		plain.header.Del(h)
+	}
+	x.whole, _ = w.follow(x.g, x.g.url(q.path, q.query), plain)
+	if q.identity() == (&modelRequest{net: q.net}).identity() {
+		anon := *plain
+		anon.header = plain.header.Clone()
+		anon.header.Set("Authorization", "Bearer anon-9")
+		x.anonymous, _ = w.follow(x.g, x.g.url(q.path, q.query), &anon)
+	}
+}
+
+var nonceRE = regexp.MustCompile(`(n=|n%3D)\d+`)
+
+func samePlace(a, b string) bool {
+	return nonceRE.ReplaceAllString(a, "n=") == nonceRE.ReplaceAllString(b, "n=")
+}
+
+// silent says whether an answer is none: it says nothing of what was asked for.
+func (a *modelAnswer) silent() bool {
+	return a.err != nil || a.status == http.StatusTooManyRequests || a.status >= 500 || a.header.Get("Content-Type") == "text/html"
+}
+
+// equals says whether weir's answer is one that the registry would have given.
+func (got *answered) equals(a *modelAnswer, method string) bool {
+	if a.err != nil {
+		return got.err != nil && got.status == 0 || got.status == http.StatusBadGateway
+	}
+	if got.err != nil || got.status != a.status || !samePlace(got.header.Get("Location"), a.header.Get("Location")) {
+		return false
+	}
+	if method == http.MethodHead {
+		return got.header.Get("Content-Length") == a.header.Get("Content-Length") || a.header.Get("Content-Length") == ""
+	}
+	return bytes.Equal(got.body, a.body)
+}
+
+// pieceOf says whether weir's answer has nothing but bytes of b, at the places
+// that it names, and the size of b. What broke off may have less.
+func (got *answered) pieceOf(b []byte, method string) bool {
+	size := strconv.Itoa(len(b))
+	at := func(contentRange string, piece []byte) bool {
+		var from, to, all int
+		if _, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &from, &to, &all); err != nil || all != len(b) || to >= all || from > to {
+			return false
+		}
+		return bytes.Equal(piece, b[from:to+1]) || (got.err != nil || method == http.MethodHead) && bytes.HasPrefix(b[from:], piece)
+	}
+	length := got.header.Get("Content-Length")
+	switch got.status {
+	case http.StatusOK:
+		return (length == "" || length == size) && (bytes.Equal(got.body, b) || (got.err != nil || method == http.MethodHead) && bytes.HasPrefix(b, got.body))
+	case http.StatusPartialContent:
+		mt, params, err := mime.ParseMediaType(got.header.Get("Content-Type"))
+		if err != nil || mt != "multipart/byteranges" {
+			return at(got.header.Get("Content-Range"), got.body)
+		}
+		r := multipart.NewReader(bytes.NewReader(got.body), params["boundary"])
+		for {
+			part, err := r.NextRawPart()
+			if err != nil {
+				return errors.Is(err, io.EOF) || got.err != nil || method == http.MethodHead
+			}
+			piece, _ := io.ReadAll(part)
+			if !at(part.Header.Get("Content-Range"), piece) {
+				return false
+			}
+		}
+	case http.StatusRequestedRangeNotSatisfiable:
+		all, ok := strings.CutPrefix(got.header.Get("Content-Range"), "bytes */")
+		return !ok || all == size
+	}
+	return true // that something is there, and no more
+}
+
+// check compares weir's answer with the registry's. why is the reason that
+// allows an answer which is another.
+func (w *modelWorld) check(x *question, got *answered, ttl, stale time.Duration) (why string, f *fault) {
+	method := x.q.method
+	if got.equals(x.first, method) || got.equals(x.last, method) {
+		return "equal", nil
+	}
+	if got.equals(x.bare, method) {
+		return "without userinfo", nil
+	}
+	if x.whole != nil && got.equals(x.whole, method) {
+		return "without a range", nil
+	}
+	said := func(kind, because string) *fault {
+		a := x.last
+		return &fault{kind, fmt.Sprintf("%s\n  weir:     %d %v, %d bytes %.60q, %v\n  directly: %d %v, %d bytes %.60q, %v", because,
+			got.status, got.header, len(got.body), got.body, got.err, a.status, a.header, len(a.body), a.body, a.err)}
+	}
+	m := modelPathRE.FindStringSubmatch(x.q.path)
+	reading := method == http.MethodGet || method == http.MethodHead
+	var target *modelContent
+	if m != nil {
+		target = modelByDigest[m[3]]
+	}
+	broken := got.status == 0 || got.status == http.StatusBadGateway
+	switch {
+	case !reading:
+		return "", said("difference", "a request that writes is answered in another way")
+	case got.status == http.StatusOK && x.first.silent() && (x.q.path == "/v2/"):
+		return "base while the registry is silent", nil
+	case m == nil:
+		return "", said("difference", "a request for no content is answered in another way")
+	case broken && target != nil && method == http.MethodGet && x.last.truth == nil && x.last.status/100 == 2:
+		return "wrong bytes", nil
+	case broken && x.whole.status == http.StatusOK && x.whole.truth == nil && target != nil:
+		return "wrong bytes", nil
+	}
+	content := target
+	if content == nil { // of a tag
+		content = modelByDigest[got.header.Get("Docker-Content-Digest")]
+	}
+	switch got.status {
+	case http.StatusOK, http.StatusPartialContent, http.StatusNotModified, http.StatusPreconditionFailed, http.StatusRequestedRangeNotSatisfiable:
+	default:
+		return "", said("difference", "the registry would have answered otherwise")
+	}
+	// What the registry gives to this request, though cut, or broken off.
+	given := got.status == http.StatusOK || got.status == http.StatusPartialContent
+	if x.whole.err == nil && x.whole.status == http.StatusOK && got.pieceOf(x.whole.body, method) && (given || x.whole.truth != nil) {
+		if got.err != nil && x.whole.truth != nil {
+			return "", said("difference", "what the registry gives broke off")
+		}
+		return "a part", nil
+	}
+	if content == nil || !got.pieceOf(content.bytes, method) {
+		return "", said("security", "it is neither what the registry gives nor what was asked for")
+	}
+	if a := x.anonymous; a != nil && a.truth == content && !a.silent() {
+		return "anybody's", nil
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	key := modelOrigin{x.g, m[1], x.q}.key()
+	within := func(t time.Time, age time.Duration) bool { return !t.IsZero() && x.when.Sub(t) < age }
+	right := within(w.ledger.right[key], ttl) && !w.ledger.denied[key+" "+content.name]
+	has := w.ledger.has[x.g.name+"/"+m[1]+" "+content.name]
+	public := within(w.ledger.public[publicKey(x.g, m[1], x.q.net)], stale)
+	switch {
+	case x.first.silent() && (right || public) && within(has, max(memberTTL, stale)):
+		return "stale", nil
+	case target == nil && !x.last.silent() && right && within(has, memberTTL):
+		return "", said("difference", "a tag is what the registry says now")
+	case right && within(has, memberTTL):
+		return "remembered", nil
+	}
+	return "", said("security", fmt.Sprintf("%s is given without a right (a right: %v; its bytes came from there: %v; public: %v)", content.name, right, has, public))
+}
