@@ -15,6 +15,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"weir/proxy/rights"
 )
 
 // modelLedger is what registries have said to weir, and when. It is the
@@ -86,6 +88,7 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		if o.q.anonymous() {
 			l.public[publicKey(o.g, o.repo, q.net)] = w.now
 		}
+	case own && !plainForm(q.path):
 	case own && (a.status == http.StatusUnauthorized || a.status == http.StatusForbidden) && a.header.Get("Content-Type") != "text/html":
 		delete(l.right, o.key())
 		if q.header.Get("User-Agent") == "weir" && (!o.g.tokens || q.header.Get("Authorization") != "") {
@@ -94,6 +97,12 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 	case own && a.status == http.StatusNotFound && a.asked != nil:
 		l.denied[o.key()+" "+a.asked.name] = true
 	}
+}
+
+// plainForm says whether a path is one whose refusal says something of a
+// repository. Of any other weir doesn't know what the registry takes it for.
+func plainForm(path string) bool {
+	return !strings.Contains(path, "//") && !strings.Contains(path, "/.") && !strings.Contains(path, "%")
 }
 
 // fault is an answer of weir's that it should not have given.
@@ -111,9 +120,9 @@ type answered struct {
 	lost   bool  // the connection ended with an answer before
 }
 
-// question is a request that a client sends to weir, and what the registry would
+// oracleQuestion is a request that a client sends to weir, and what the registry would
 // answer to it.
-type question struct {
+type oracleQuestion struct {
 	g           *modelRegistry
 	q           *modelRequest // nil when it is none
 	raw         string
@@ -125,7 +134,7 @@ type question struct {
 }
 
 // ask asks the registry what it would answer.
-func (w *modelWorld) ask(x *question) {
+func (w *modelWorld) ask(x *oracleQuestion) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	q := x.q
@@ -221,7 +230,7 @@ func (got *answered) pieceOf(b []byte, method string) bool {
 
 // check compares weir's answer with the registry's. why is the reason that
 // allows an answer which is another.
-func (w *modelWorld) check(x *question, got *answered, ttl, stale time.Duration) (why string, f *fault) {
+func (w *modelWorld) check(x *oracleQuestion, got *answered, ttl, stale time.Duration) (why string, f *fault) {
 	method := x.q.method
 	if got.equals(x.first, method) || got.equals(x.last, method) {
 		return "equal", nil
@@ -287,11 +296,11 @@ func (w *modelWorld) check(x *question, got *answered, ttl, stale time.Duration)
 	has := w.ledger.has[x.g.name+"/"+m[1]+" "+content.name]
 	public := within(w.ledger.public[publicKey(x.g, m[1], x.q.net)], stale)
 	switch {
-	case x.first.silent() && (right || public) && within(has, max(memberTTL, stale)):
+	case x.first.silent() && (right || public) && within(has, max(rights.ContentTTL, stale)):
 		return "stale", nil
-	case target == nil && !x.last.silent() && right && within(has, memberTTL):
+	case target == nil && !x.last.silent() && right && within(has, rights.ContentTTL):
 		return "", said("difference", "a tag is what the registry says now")
-	case right && within(has, memberTTL):
+	case right && within(has, rights.ContentTTL):
 		return "remembered", nil
 	}
 	return "", said("security", fmt.Sprintf("%s is given without a right (a right: %v; its bytes came from there: %v; public: %v)", content.name, right, has, public))

@@ -57,8 +57,7 @@ func newOracleSide(dir string, now func() time.Time) (*oracleSide, error) {
 }
 
 func (s *oracleSide) start() {
-	s.h = New(Options{Store: s.store, RightsTTL: oracleTTL, StaleIfError: oracleStale, File: filepath.Join(s.dir, "memory.json"), Log: slog.New(slog.DiscardHandler)})
-	s.h.rights.now = s.now
+	s.h = New(Options{Store: s.store, RightsTTL: oracleTTL, StaleIfError: oracleStale, File: filepath.Join(s.dir, "memory.json"), Log: slog.New(slog.DiscardHandler), now: s.now})
 }
 
 // restart begins anew, with what is kept over restarts.
@@ -76,7 +75,7 @@ func (s *oracleSide) close() {
 
 // connect is a client's connection to a registry.
 func (s *oracleSide) connect(g *modelRegistry, transport http.RoundTripper, network, cert string) net.Conn {
-	up := Upstream{Host: g.host, Plain: g.plain, Place: network, Own: g.roots, As: cert, Client: "a client in " + network, Transport: transport}
+	up := Upstream{Host: g.host, Plain: g.plain, NetworkID: network, TrustRootsID: g.roots, ClientIdentity: cert, Client: "a client in " + network, Transport: transport}
 	client, server := net.Pipe()
 	select {
 	case s.conns <- &oracleConn{server, up}:
@@ -90,10 +89,10 @@ func (s *oracleSide) connect(g *modelRegistry, transport http.RoundTripper, netw
 func (s *oracleSide) idle() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	if err := s.h.asking.Acquire(ctx, 4); err != nil {
+	if err := s.h.asking.all.Acquire(ctx, maxAskingAll); err != nil {
 		return errors.New("what weir asks by itself doesn't end")
 	}
-	s.h.asking.Release(4)
+	s.h.asking.all.Release(maxAskingAll)
 	for s.store.Stats().Running > 0 {
 		select {
 		case <-ctx.Done():
