@@ -156,13 +156,21 @@ func client(what string, args []string) error {
 		time.Sleep(time.Hour)
 	case "raw": // registry, repository, "blobs" or "manifests", reference; without credentials
 		c := http.Client{Timeout: 20 * time.Second}
-		resp, err := c.Get("https://" + args[0] + "/v2/" + args[1] + "/" + args[2] + "/" + args[3])
+		base := args[0]
+		if !strings.Contains(base, "://") {
+			base = "https://" + base
+		}
+		resp, err := c.Get(base + "/v2/" + args[1] + "/" + args[2] + "/" + args[3])
 		if err != nil {
 			return err
 		}
 		defer resp.Body.Close()
 		b, err := io.ReadAll(resp.Body)
-		fmt.Println(resp.Status, resp.Header.Get("Www-Authenticate"), string(b), resp.TLS.PeerCertificates[0].Issuer.CommonName)
+		issuer := ""
+		if resp.TLS != nil {
+			issuer = resp.TLS.PeerCertificates[0].Issuer.CommonName
+		}
+		fmt.Println(resp.Status, resp.Header.Get("Www-Authenticate"), string(b), issuer)
 		return err
 	default:
 		return fmt.Errorf("no scenario %q", what)

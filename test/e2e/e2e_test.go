@@ -65,7 +65,9 @@ func (w *world) onlyManifests(t *testing.T) {
 	t.Helper()
 	for _, r := range []*lab.Registry{w.hub, w.ghcr} {
 		sent := make(map[string]int)
-		for _, m := range r.Log.All(func(m lab.Request) bool { return m.Method == "GET" && strings.Contains(m.Path, "/manifests/") && m.Status == 200 }) {
+		for _, m := range r.Log.All(func(m lab.Request) bool {
+			return m.Method == "GET" && strings.Contains(m.Path, "/manifests/") && m.Status == 200
+		}) {
 			sent[m.Path]++
 			if sent[m.Path] > 1 {
 				t.Errorf("%s has sent %s twice:\n%s", r.Host, m.Path, r.Log)

@@ -414,6 +414,16 @@ func (in *Internet) HTTPS(name string, h2 bool, h http.Handler) {
 	}
 }
 
+// HTTP serves a handler as a host without TLS, at a port.
+func (in *Internet) HTTP(name string, port int, h http.Handler) {
+	in.t.Helper()
+	for _, l := range in.listen(name, port) {
+		srv := &http.Server{Handler: h}
+		go func() { _ = srv.Serve(l) }()
+		in.t.Cleanup(func() { srv.Close() })
+	}
+}
+
 // TCP serves connections as a host, at a port.
 func (in *Internet) TCP(name string, port int, serve func(net.Conn)) {
 	in.t.Helper()

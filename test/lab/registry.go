@@ -137,11 +137,7 @@ func (in *Internet) PlainRegistry(host string, port int) *Registry {
 		pr.SetURL(r.backend)
 		pr.Out.Host = pr.In.Host
 	}}
-	for _, l := range in.listen(host, port) {
-		srv := &http.Server{Handler: r.Log.logging(host, proxy)}
-		go func() { _ = srv.Serve(l) }()
-		in.t.Cleanup(func() { srv.Close() })
-	}
+	in.HTTP(host, port, r.Log.logging(host, proxy))
 	return r
 }
 
