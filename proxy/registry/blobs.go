@@ -125,7 +125,7 @@ func (x *exchange) registrySays() bool {
 // miss answers GET of a blob that isn't kept: by keeping it.
 func (x *exchange) miss() {
 	start, ranged := rangeStart(x.r.Header.Get("Range"))
-	t, leader := x.h.store.Claim(x.target.digest)
+	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	if leader {
 		if ranged && start > 0 {
 			// Part of a blob can't be verified, so it isn't kept.
@@ -270,7 +270,7 @@ func (x *exchange) prove() {
 		return
 	}
 	x.learn(resp)
-	up := x.h.store.NewUpload()
+	up := x.h.store.NewUpload(x.origin())
 	defer up.Close()
 	s := store.NewStream(x.r.Context(), x.target.digest, resp.ContentLength, x.counted(resp.Body), x.source())
 	defer s.Close()
@@ -523,7 +523,7 @@ func (c *content) replace(cause error) error {
 		return cause
 	}
 	// A damaged file: the blob is fetched again, all of it.
-	t, leader := x.h.store.Claim(x.target.digest)
+	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	var r *store.TransferReader
 	if leader {
 		ctx := context.WithoutCancel(x.r.Context())

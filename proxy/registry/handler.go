@@ -137,6 +137,7 @@ type Handler struct {
 	rights   *rights
 	tags     *tags
 	sessions *sessions
+	memory   *quota // of manifests that pass by
 	outages  outages
 	tokens   *tokens
 	peers    Peers
@@ -170,7 +171,7 @@ func New(o Options) *Handler {
 		o.Tracer = noop.Tracer{}
 	}
 	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer}, rights: newRights(o.RightsTTL, o.StaleIfError), tags: newTags(),
-		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: semaphore.NewWeighted(4)}
+		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: semaphore.NewWeighted(4)}
 	h.types, _ = lru.New[digest.Digest, string](4096)
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {

@@ -125,7 +125,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	// It can't be kept, and what isn't kept can't be verified before a client
 	// gets it: it comes from the upstream.
 	cb.Close()
-	t, leader := x.h.store.Claim(x.target.digest)
+	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	if leader {
 		t.Abandon(errNotLed)
 	}
@@ -151,7 +151,7 @@ func (x *exchange) manifestFromPeer(d digest.Digest) bool {
 		return false
 	}
 	x.stats.fromPeers.Add(int64(len(b)))
-	return x.h.keep(d, b) == nil
+	return x.h.keep(d, b, x.origin()) == nil
 }
 
 // names are the repositories of which something is known, by the hash of the

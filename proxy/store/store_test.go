@@ -50,7 +50,7 @@ func open(t *testing.T, dir string, o Options) *Store {
 func put(t *testing.T, s *Store, b []byte) digest.Digest {
 	t.Helper()
 	d := digest.FromBytes(b)
-	if err := s.Put(d, b); err != nil {
+	if err := s.Put(d, b, Origin{}); err != nil {
 		t.Fatal(err)
 	}
 	return d
@@ -70,7 +70,7 @@ func body(b []byte) io.ReadCloser { return io.NopCloser(bytes.NewReader(b)) }
 // begin claims a blob and starts its transfer.
 func begin(t *testing.T, s *Store, d digest.Digest, size int64, from io.ReadCloser, more Source) *TransferReader {
 	t.Helper()
-	tr, leader := s.Claim(d)
+	tr, leader := s.Claim(d, Origin{})
 	if !leader {
 		t.Fatal("somebody else leads")
 	}
@@ -108,10 +108,10 @@ func TestPutGet(t *testing.T) {
 	}
 	big := random(2, 900<<10)
 	d512 := digest.SHA512.FromBytes(big)
-	if err := s.Put(d512, big); err != nil {
+	if err := s.Put(d512, big, Origin{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Put(d512, big[1:]); !errors.Is(err, ErrCorrupt) {
+	if err := s.Put(d512, big[1:], Origin{}); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("other bytes for a digest: %v", err)
 	}
 	if _, err := s.Get(digest.FromString("nobody has this")); !errors.Is(err, ErrNotFound) {
@@ -146,7 +146,7 @@ func TestPermissions(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	arriving, leader := s.Claim(digest.FromString("arriving"))
+	arriving, leader := s.Claim(digest.FromString("arriving"), Origin{})
 	if !leader {
 		t.Fatal("somebody else has it")
 	}
@@ -158,9 +158,9 @@ func TestPermissions(t *testing.T) {
 	}
 	defer r.Close()
 	pushed := []byte("pushed")
-	up := s.NewUpload()
+	up := s.NewUpload(Origin{})
 	_, _ = up.Write(pushed)
-	if err := errors.Join(up.Commit(digest.FromBytes(pushed)), s.Put(digest.SHA512.FromString("put"), []byte("put"))); err != nil {
+	if err := errors.Join(up.Commit(digest.FromBytes(pushed)), s.Put(digest.SHA512.FromString("put"), []byte("put"), Origin{})); err != nil {
 		t.Fatal(err)
 	}
 	files := 0
@@ -202,7 +202,7 @@ func TestUpload(t *testing.T) {
 		"none":                         {"", false},
 	} {
 		s := open(t, t.TempDir(), Options{})
-		up := s.NewUpload()
+		up := s.NewUpload(Origin{})
 		_, _ = up.Write(is[:5])
 		_, _ = up.Write(is[5:])
 		err := up.Commit(c.d)
@@ -214,7 +214,7 @@ func TestUpload(t *testing.T) {
 			b.Close()
 		}
 		// The same in one piece.
-		if err := s.Put(c.d, is); (err == nil) != c.kept {
+		if err := s.Put(c.d, is, Origin{}); (err == nil) != c.kept {
 			t.Errorf("%s, put: %v", name, err)
 		}
 		if st := s.Stats(); !c.kept && (st.Blobs != 0 || st.Bytes != 0) {
@@ -338,7 +338,7 @@ func TestEviction(t *testing.T) {
 		t.Error("a blob that was open when it was evicted can't be read:", err)
 	}
 	big := random(202, 10_001)
-	if err := s.Put(digest.FromBytes(big), big); !errors.Is(err, ErrNoSpace) {
+	if err := s.Put(digest.FromBytes(big), big, Origin{}); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("larger than the store: %v", err)
 	}
 	if got := files(t, dir); got != 3 { // blob, sums, lock
@@ -370,7 +370,7 @@ func TestTransferManyReaders(t *testing.T) {
 	}
 	follow(first)
 	for i := 0; i < len(want); i += 100_000 {
-		tr, leader := s.Claim(d)
+		tr, leader := s.Claim(d, Origin{})
 		if leader {
 			t.Fatal("two lead")
 		}
@@ -470,8 +470,8 @@ func TestSourcesExhausted(t *testing.T) {
 func TestAbandon(t *testing.T) {
 	s := open(t, t.TempDir(), Options{})
 	d := digest.FromString("x")
-	tr, _ := s.Claim(d)
-	follower, leader := s.Claim(d)
+	tr, _ := s.Claim(d, Origin{})
+	follower, leader := s.Claim(d, Origin{})
 	if leader {
 		t.Fatal("two lead")
 	}
@@ -480,7 +480,7 @@ func TestAbandon(t *testing.T) {
 	if _, err := follower.Wait(t.Context(), nil); !errors.Is(err, why) {
 		t.Error(err)
 	}
-	tr, leader = s.Claim(d)
+	tr, leader = s.Claim(d, Origin{})
 	if !leader {
 		t.Error("an abandoned transfer stays")
 	}
@@ -568,7 +568,7 @@ func TestDiskFull(t *testing.T) {
 	s := open(t, dir, Options{})
 	want := random(11, 3<<20)
 	d := digest.FromBytes(want)
-	tr, _ := s.Claim(d)
+	tr, _ := s.Claim(d, Origin{})
 	if _, err := tr.Begin(int64(len(want)), body(want), nil); !errors.Is(err, ErrNoSpace) {
 		t.Fatalf("begin on a full disk: %v", err)
 	}
@@ -661,10 +661,10 @@ func crash(dir string) {
 				b := random(w<<4+i%16, int(1+i*7919%(700<<10)))
 				d := digest.FromBytes(b)
 				if w == 0 {
-					_ = s.Put(d, b)
+					_ = s.Put(d, b, Origin{})
 					continue
 				}
-				if tr, leader := s.Claim(d); leader {
+				if tr, leader := s.Claim(d, Origin{}); leader {
 					if r, err := tr.Begin(int64(len(b)), body(b), nil); err == nil {
 						_, _ = io.Copy(io.Discard, r)
 						r.Close()
@@ -726,7 +726,7 @@ func TestReaderGoneTransferGoesOn(t *testing.T) {
 	pr, pw := io.Pipe()
 	r := begin(t, s, d, 2000, pr, nil)
 	r.Close()
-	tr, leader := s.Claim(d)
+	tr, leader := s.Claim(d, Origin{})
 	if leader {
 		t.Fatal("the transfer ended with its reader")
 	}
@@ -788,7 +788,7 @@ func BenchmarkRead(b *testing.B) {
 	defer s.Close()
 	data := random(15, 64<<20)
 	d := digest.FromBytes(data)
-	if err := s.Put(d, data); err != nil {
+	if err := s.Put(d, data, Origin{}); err != nil {
 		b.Fatal(err)
 	}
 	b.SetBytes(int64(len(data)))
@@ -817,7 +817,7 @@ func BenchmarkTransfer(b *testing.B) {
 		copy(data, random(i, 32))
 		d := digest.FromBytes(data)
 		b.StartTimer()
-		tr, _ := s.Claim(d)
+		tr, _ := s.Claim(d, Origin{})
 		r, err := tr.Begin(int64(len(data)), body(data), nil)
 		if err != nil {
 			b.Fatal(err)
@@ -863,7 +863,7 @@ func TestUnproven(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			kept := make(map[digest.Digest]bool)
 			s := open(t, t.TempDir(), Options{MaxBytes: 10 << 20, Changed: func(d digest.Digest, is bool) { kept[d] = is }})
-			tr, _ := s.Claim(d)
+			tr, _ := s.Claim(d, Origin{})
 			ended := make(chan bool, 1)
 			tr.OnEnd(func(kept bool) { ended <- kept })
 			// The last byte comes only when somebody follows and waits.
