@@ -277,9 +277,16 @@ func TestTransfersOfTwo(t *testing.T) {
 	}
 	one, two, free := claim(Origin{Name: "one"}), claim(Origin{Name: "two"}), claim(Origin{Name: "three", Owner: "x", Free: true})
 	defer free.r.Close()
-	_, _ = free.w.Write(bytes.Repeat([]byte("x"), 90_000))
-	_, _ = one.w.Write(want[:1000])
-	_, _ = two.w.Write(want[:50_000])
+	write := func(w way, b []byte) {
+		t.Helper()
+		_, _ = w.w.Write(b)
+		if _, err := io.ReadFull(w.r, make([]byte, len(b)-1)); err != nil { // it has arrived
+			t.Fatal(err)
+		}
+	}
+	write(free, bytes.Repeat([]byte("x"), 90_000))
+	write(one, want[:1000])
+	write(two, want[:50_000])
 	if n, size, err := s.Arriving(d); n != 50_000 || size != int64(len(want)) || err != nil {
 		t.Error(n, size, err)
 	}
@@ -296,10 +303,10 @@ func TestTransfersOfTwo(t *testing.T) {
 	free.w.CloseWithError(io.ErrUnexpectedEOF)
 	for _, w := range []struct {
 		way
-		rest []byte
-	}{{two, want[50_000:]}, {one, want[1000:]}} {
-		go func() { _, _ = w.w.Write(w.rest) }()
-		if got, err := io.ReadAll(w.r); err != nil || !bytes.Equal(got, want) {
+		from int
+	}{{two, 50_000}, {one, 1000}} {
+		go func() { _, _ = w.w.Write(want[w.from:]) }()
+		if got, err := io.ReadAll(w.r); err != nil || !bytes.Equal(got, want[w.from-1:]) {
 			t.Error(len(got), err)
 		}
 		w.r.Close()
