@@ -142,6 +142,7 @@ func Run(ctx context.Context, conf Config, ready func(*Agent)) error {
 	if a.log == nil {
 		a.log = slog.Default()
 	}
+	limitMemory(a.log)
 	a.ctx, a.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer a.cancel()
 	defer a.close()
