@@ -91,7 +91,7 @@ const (
 	maxActive = 512
 	maxAll    = 1024
 	// minActive is what a network namespace is served in any case while there
-	// are maxAll, and leastActive when there are twice as many.
+	// are maxAll, and leastActive when there are half as many more.
 	minActive, leastActive = 64, 8
 	// maxAhead is how many doors there are when none is opened any more where
 	// no runtime is.
@@ -308,7 +308,7 @@ func (f *flow) share() int {
 	switch {
 	case !f.crowded:
 		return maxActive
-	case f.all < 2*maxAll:
+	case f.all < maxAll*3/2:
 		return min(max(maxAll/max(len(f.busy), 1), minActive), maxActive)
 	}
 	return min(max(maxAll/max(len(f.busy), 1), leastActive), maxActive)
