@@ -87,9 +87,10 @@ const (
 	// maxActive is how many connections of one network namespace are served at
 	// a time, and maxAll how many of all together. What is beyond goes direct,
 	// so that no pod can take the agent's memory from the others: a connection
-	// costs some 80 KiB while a large answer comes. A runtime has some tens.
+	// costs some 90 KiB while an answer comes, and Go's heap may be twice what
+	// lives. A runtime has some tens.
 	maxActive = 512
-	maxAll    = 1024
+	maxAll    = 768
 	// minActive is what a network namespace is served in any case while there
 	// are maxAll, and leastActive when there are half as many more.
 	minActive, leastActive = 64, 8

@@ -240,14 +240,15 @@ func stripPort(host string) string {
 	return host
 }
 
-// bufferPool lends the buffers for forwarding.
+// bufferPool lends the buffers for forwarding. One is held while a body is waited
+// for; a TLS record has no more than that.
 type bufferPool struct{ pool sync.Pool }
 
 func (p *bufferPool) Get() []byte {
 	if b, ok := p.pool.Get().(*[]byte); ok {
 		return *b
 	}
-	return make([]byte, 32<<10)
+	return make([]byte, 16<<10)
 }
 
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
