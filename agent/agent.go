@@ -142,6 +142,7 @@ func Run(ctx context.Context, conf Config, ready func(*Agent)) error {
 	if a.log == nil {
 		a.log = slog.Default()
 	}
+	limitMemory(a.log)
 	a.ctx, a.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer a.cancel()
 	defer a.close()
@@ -419,19 +420,21 @@ func (a *Agent) follow() {
 }
 
 // serve carries a connection that came through a door.
-func (a *Agent) serve(d *door, c *net.TCPConn) {
+func (a *Agent) serve(d *door, c *net.TCPConn, t turn) {
 	origin, err := a.kernel.Origin(c)
 	if err != nil {
 		// Somebody has connected to the door's port by itself.
 		_ = c.SetLinger(0)
 		c.Close()
+		t.closed()
 		return
 	}
 	if addr := origin.Dst.Addr(); addr == probeSystem || addr == probeCertsD {
 		a.answerProbe(c, origin.PID, addr)
+		t.closed()
 		return
 	}
-	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID)}
+	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.direct, Closed: t.closed}
 	if rt := a.runtimes.find(origin.PID); rt != nil {
 		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
 		f.Trusts = func(known registry.Known, host string) bool { return a.runtimes.trusts(rt, known, host) }

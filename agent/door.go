@@ -30,9 +30,10 @@ import (
 type doors struct {
 	kernel *bpf.Kernel
 	ups    proxy.Upstreams
-	serve  func(*door, *net.TCPConn)
+	serve  func(d *door, c *net.TCPConn, t turn)
 	log    *slog.Logger
 	boot   string
+	flow   flow
 
 	mu   sync.Mutex
 	open map[uint64]*door // by the namespace's inode
@@ -41,8 +42,9 @@ type doors struct {
 	wg   sync.WaitGroup
 }
 
-func newDoors(k *bpf.Kernel, ups proxy.Upstreams, serve func(*door, *net.TCPConn), log *slog.Logger) *doors {
-	return &doors{kernel: k, ups: ups, serve: serve, log: log, boot: bootID(), open: make(map[uint64]*door), at: make(map[int]*door)}
+func newDoors(k *bpf.Kernel, ups proxy.Upstreams, serve func(*door, *net.TCPConn, turn), log *slog.Logger) *doors {
+	return &doors{kernel: k, ups: ups, serve: serve, log: log, boot: bootID(), flow: flow{busy: make(map[*door]struct{})},
+		open: make(map[uint64]*door), at: make(map[int]*door)}
 }
 
 // door is where the runtimes of one network namespace are redirected to.
@@ -60,17 +62,38 @@ type door struct {
 	users     sync.WaitGroup
 	accepting sync.WaitGroup // those who may make more users
 
-	flow   sync.Mutex
-	active int  // connections that are being served
+	// Guarded by flow.mu.
+	active int  // connections that are served, until they are closed
 	shut   bool // there are too many
+}
+
+// flow is what all doors' connections come to.
+type flow struct {
+	mu      sync.Mutex
+	busy    map[*door]struct{} // those with active connections
+	all     int                // active connections
+	crowded bool               // there are too many of them
+}
+
+// turn is how a connection is to be served.
+type turn struct {
+	// direct says that there are too many: it is passed through unseen.
+	direct bool
+	// closed is to be called once the connection is closed.
+	closed func()
 }
 
 const (
 	// maxActive is how many connections of one network namespace are served at
-	// a time. What is beyond goes direct, so that one pod can't take the
-	// agent's memory from the others: each has a buffer of 64 KiB at most
-	// before it is known for what it is. A runtime has some tens.
-	maxActive = 1024
+	// a time, and maxAll how many of all together. What is beyond goes direct,
+	// so that no pod can take the agent's memory from the others: a connection
+	// costs some 90 KiB while an answer comes, and Go's heap may be twice what
+	// lives. A runtime has some tens.
+	maxActive = 512
+	maxAll    = 768
+	// minActive is what a network namespace is served in any case while there
+	// are maxAll, and leastActive when there are half as many more.
+	minActive, leastActive = 64, 8
 	// maxAhead is how many doors there are when none is opened any more where
 	// no runtime is.
 	maxAhead = 1000
@@ -242,22 +265,61 @@ func (ds *doors) accept(d *door, l *net.TCPListener) {
 		waiting = true
 		d.accepted.Add(1)
 		d.users.Add(1)
-		ds.count(d, 1)
-		ds.wg.Go(func() {
-			defer d.users.Done()
-			defer ds.count(d, -1)
-			ds.serve(d, c)
-		})
+		ds.wg.Add(1)
+		served := ds.count(d, 1)
+		go ds.serve(d, c, turn{!served, sync.OnceFunc(func() {
+			if served {
+				ds.count(d, -1)
+			}
+			d.users.Done()
+			ds.wg.Done()
+		})})
 	}
 }
 
 // count counts a door's connections, and has no more of them sent to it while
-// there are too many.
-func (ds *doors) count(d *door, n int) {
-	d.flow.Lock()
-	defer d.flow.Unlock()
+// there are too many. It returns false, and counts none, for one that came to a
+// door that is shut: it was on its way.
+func (ds *doors) count(d *door, n int) bool {
+	f := &ds.flow
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if n > 0 && d.shut {
+		return false
+	}
 	d.active += n
-	shut := d.active >= maxActive || d.shut && d.active > maxActive*3/4
+	f.all += n
+	if d.active > 0 {
+		f.busy[d] = struct{}{}
+	} else {
+		delete(f.busy, d)
+	}
+	if crowded := f.all >= maxAll || f.crowded && f.all > maxAll*3/4; crowded != f.crowded {
+		f.crowded = crowded
+		for other := range f.busy {
+			ds.bound(other)
+		}
+	}
+	ds.bound(d)
+	return true
+}
+
+// share is how many connections each door may have.
+func (f *flow) share() int {
+	switch {
+	case !f.crowded:
+		return maxActive
+	case f.all < maxAll*3/2:
+		return min(max(maxAll/max(len(f.busy), 1), minActive), maxActive)
+	}
+	return min(max(maxAll/max(len(f.busy), 1), leastActive), maxActive)
+}
+
+// bound shuts a door that has too many connections, and opens it when it has
+// fewer again. The caller holds flow.mu.
+func (ds *doors) bound(d *door) {
+	share := ds.flow.share()
+	shut := d.active >= share || d.shut && d.active > share*3/4
 	if shut == d.shut {
 		return
 	}
@@ -269,9 +331,9 @@ func (ds *doors) count(d *door, n int) {
 		return
 	}
 	if shut {
-		ds.log.Warn("a network namespace has too many connections; further ones go direct", "netns", d.ns.ino, "served", d.active)
+		ds.log.Warn("a network namespace has too many connections; further ones go direct", "netns", d.ns.ino, "served", d.active, "of_all", ds.flow.all)
 	} else {
-		ds.log.Info("a network namespace's connections are served again", "netns", d.ns.ino, "served", d.active)
+		ds.log.Info("a network namespace's connections are served again", "netns", d.ns.ino, "served", d.active, "of_all", ds.flow.all)
 	}
 }
 

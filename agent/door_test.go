@@ -55,7 +55,7 @@ func watchedDoors(t *testing.T) (ds *doors, cgroup *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ds = newDoors(k, proxy.Upstreams{}, func(_ *door, c *net.TCPConn) { c.Close() }, slog.New(slog.DiscardHandler))
+	ds = newDoors(k, proxy.Upstreams{}, func(_ *door, c *net.TCPConn, t turn) { c.Close(); t.closed() }, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() {
 		ds.closeAll()
 		ds.wg.Wait()
@@ -228,13 +228,94 @@ func TestDoorIsShut(t *testing.T) {
 	for _, step := range []struct {
 		n    int
 		shut bool
-	}{{1023, false}, {1, true}, {10, true}, {-10, true}, {-256, false}, {255, false}, {1, true}, {-1024, false}} {
+	}{{511, false}, {1, true}, {-1, true}, {-127, false}, {127, false}, {1, true}, {-512, false}} {
 		for range max(step.n, -step.n) {
 			ds.count(d, step.n/max(step.n, -step.n))
 		}
 		if d.shut != step.shut || own.shut {
 			t.Errorf("with %d connections it is shut: %v; another: %v", d.active, d.shut, own.shut)
 		}
+	}
+}
+
+// Where there are too many connections in all, those network namespaces are shut
+// that have more than their share, however many they are; the others notice
+// nothing.
+func TestDoorsShare(t *testing.T) {
+	ds, _ := watchedDoors(t)
+	fake := func(n int) (all []*door) {
+		for i := range n {
+			all = append(all, &door{cookie: 1<<40 + uint64(i), ns: &netns{}})
+		}
+		return all
+	}
+	quiet := fake(1)[0]
+	for range 20 {
+		ds.count(quiet, 1)
+	}
+	for _, pods := range []int{1, 3, 20, 150, 900} {
+		greedy := fake(pods)
+		served, direct := 0, 0
+		for range 600 {
+			for _, d := range greedy {
+				if ds.count(d, 1) {
+					served++
+				} else {
+					direct++
+				}
+			}
+			if quiet.shut {
+				t.Fatalf("with %d others, who have %d, one with %d is shut", pods, served, quiet.active)
+			}
+		}
+		// What is over the share was there before.
+		if most := maxAll*3/2 + pods*leastActive; served > most || direct != 600*pods-served || ds.flow.all != served+20 {
+			t.Errorf("%d pods have %d connections served and %d direct; %d in all", pods, served, direct, ds.flow.all)
+		}
+		late := fake(1)[0]
+		for range 5 {
+			if !ds.count(late, 1) {
+				t.Errorf("with %d pods, one that comes late is shut", pods)
+			}
+		}
+		for _, d := range append(greedy, late) {
+			for d.active > 0 {
+				ds.count(d, -1)
+			}
+			if d.shut {
+				t.Error("shut without a connection")
+			}
+		}
+		if quiet.shut || ds.flow.crowded || ds.flow.all != 20 || len(ds.flow.busy) != 1 {
+			t.Errorf("after %d pods: %+v", pods, ds.flow.all)
+		}
+	}
+}
+
+// A connection counts until what serves it says that it is closed.
+func TestDoorCountsUntilClosed(t *testing.T) {
+	ds, _ := watchedDoors(t)
+	turns := make(chan turn, 1)
+	ds.serve = func(_ *door, c *net.TCPConn, t turn) { c.Close(); turns <- t }
+	d := ds.entered(t, os.Getpid())
+	c, err := net.Dial("tcp", d.l4.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	active := func() int {
+		ds.flow.mu.Lock()
+		defer ds.flow.mu.Unlock()
+		return d.active
+	}
+	turn := <-turns
+	if n := active(); n != 1 || turn.direct {
+		t.Errorf("%d connections", n)
+	}
+	turn.closed()
+	turn.closed()
+	if n := active(); n != 0 {
+		t.Errorf("%d connections", n)
 	}
 }
 

@@ -26,7 +26,7 @@ import (
 // door is closed before anybody has accepted it.
 func TestDoorClosedWithConnectionsWaiting(t *testing.T) {
 	ds, _ := watchedDoors(t)
-	ds.serve = func(_ *door, c *net.TCPConn) { _, _ = c.Write([]byte("x")); c.Close() }
+	ds.serve = func(_ *door, c *net.TCPConn, t turn) { _, _ = c.Write([]byte("x")); c.Close(); t.closed() }
 	var served, reset atomic.Int64
 	for range 20 {
 		addr := ds.entered(t, os.Getpid()).l4.Addr().String()

@@ -143,7 +143,11 @@ type replayConn struct {
 
 func (c *replayConn) Read(p []byte) (int, error) {
 	if c.head.Len() > 0 {
-		return c.head.Read(p)
+		n, err := c.head.Read(p)
+		if c.head.Len() == 0 {
+			c.head.Reset(nil) // the connection may live long
+		}
+		return n, err
 	}
 	return c.TCPConn.Read(p)
 }

@@ -41,6 +41,11 @@ type Flow struct {
 	Egress *Egress
 	// Client names the client in logs.
 	Client string
+	// Direct says that the connection is passed through unseen.
+	Direct bool
+	// Closed is called once, when the client's connection is closed. It may be
+	// nil.
+	Closed func()
 	// Trusts says whether the client's runtime trusts weir's CA for a
 	// registry, and sees to it that it can. Nil means never.
 	Trusts func(host registry.Known, name string) bool
@@ -143,10 +148,15 @@ type intercepted struct {
 	up registry.Upstream
 	// opened is called when it has had a request, or none comes.
 	opened func()
+	closed func()
 }
 
-func (p *Proxy) newIntercepted(conn *net.TCPConn, o opening, up registry.Upstream) *intercepted {
-	return &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, p.open()}
+func (p *Proxy) newIntercepted(conn *net.TCPConn, f Flow, o opening, up registry.Upstream) *intercepted {
+	c := &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, p.open(), func() {}}
+	if f.Closed != nil {
+		c.closed = sync.OnceFunc(f.Closed)
+	}
+	return c
 }
 
 // open counts a connection of which it isn't known yet what becomes of it, until
@@ -166,6 +176,7 @@ func (p *Proxy) open() (opened func()) {
 // Close implements net.Conn.
 func (c *intercepted) Close() error {
 	c.opened()
+	defer c.closed()
 	return c.replayConn.Close()
 }
 
@@ -180,35 +191,45 @@ func (p *Proxy) Stats() Stats {
 func (p *Proxy) Serve(ctx context.Context, conn *net.TCPConn, f Flow) {
 	p.active.Add(1)
 	defer p.active.Done()
+	if !p.carry(ctx, conn, f) && f.Closed != nil {
+		f.Closed()
+	}
+}
+
+// carry is Serve, and says whether the connection was handed over.
+func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bool) {
 	opened := p.open()
 	defer opened()
+	if f.Direct {
+		p.pass(ctx, conn, f, opening{opened: opened})
+		return false
+	}
 
 	o, err := p.listen(ctx, conn, f)
 	o.opened = opened
 	if err != nil {
 		p.log.Debug("nothing to carry", "client", f.Client, "dst", f.Dst, "err", err)
 		abort(conn)
-		return
+		return false
 	}
 	if len(o.greeting) > 0 {
 		p.pass(ctx, conn, f, o)
-		return
+		return false
 	}
 	if o.registry != "" {
-		p.interceptPlain(ctx, conn, f, o)
-		return
+		return p.interceptPlain(ctx, conn, f, o)
 	}
 	if o.protocol != tlsHello {
 		p.pass(ctx, conn, f, o)
-		return
+		return false
 	}
 	up, why := p.decide(ctx, f, o.hello)
 	if why != "" {
 		p.log.Debug("passed through", "client", f.Client, "host", o.host, "dst", f.Dst, "why", why)
 		p.pass(ctx, conn, f, o)
-		return
+		return false
 	}
-	p.intercept(ctx, conn, f, o, up)
+	return p.intercept(ctx, conn, f, o, up)
 }
 
 // opening is how a connection begins.
@@ -364,8 +385,9 @@ func portOf(a netip.AddrPort) string {
 }
 
 // interceptPlain answers requests to a registry without TLS, whoever it is: the
-// client trusts anybody there. It has to be there, though.
-func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) {
+// client trusts anybody there. It has to be there, though. It returns false when
+// it isn't, and the connection is closed.
+func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) bool {
 	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.Place, Client: f.Client, Transport: f.Egress.transport}
 	if o.server != nil {
 		f.Egress.keep(plain(f.Dst), o.server)
@@ -373,15 +395,18 @@ func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o
 		p.failed.Add(1)
 		p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
 		abort(conn)
-		return
+		return false
 	}
 	p.intercepted.Add(1)
-	if c := p.newIntercepted(conn, o, up); !p.ready.hand(c) {
+	if c := p.newIntercepted(conn, f, o, up); !p.ready.hand(c) {
 		c.Close()
 	}
+	return true
 }
 
-func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, up registry.Upstream) {
+// intercept answers requests to a registry with TLS. It returns false when the
+// connection was passed through instead, to its end.
+func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, up registry.Upstream) bool {
 	host := up.Host
 	name := o.host
 	if name == "" {
@@ -391,13 +416,13 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 	if err != nil {
 		p.log.Error("no certificate for a registry; passed through", "registry", host, "err", err)
 		p.pass(ctx, conn, f, o)
-		return
+		return false
 	}
 	if o.server != nil {
 		o.server.Close()
 	}
 	p.intercepted.Add(1)
-	raw := p.newIntercepted(conn, o, up)
+	raw := p.newIntercepted(conn, f, o, up)
 	c := newTLSConn(raw, &tls.Config{
 		Certificates: []tls.Certificate{*leaf},
 		NextProtos:   []string{"http/1.1"},
@@ -418,11 +443,12 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 		}
 		p.log.Debug("TLS with a client failed", "client", f.Client, "registry", host, "err", err)
 		raw.Close()
-		return
+		return true
 	}
 	if !p.ready.hand(c) {
 		c.Close()
 	}
+	return true
 }
 
 // pass passes a connection through, with what was said already.

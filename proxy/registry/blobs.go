@@ -88,15 +88,11 @@ func (x *exchange) arriving(body io.ReadCloser) io.ReadCloser {
 	return x.stats.arrivals.measure(body, &x.stats.fromUpstream)
 }
 
-// origin is where a transfer comes from. Only clients of the same repository
-// follow it: they are given what this repository's registry sends, which is no
-// more than it would send them.
+// origin is where what the exchange brings to the store comes from. Only clients of
+// the same repository follow a transfer: they are given what this repository's
+// registry sends, which is no more than it would send them.
 func (x *exchange) origin() store.Origin {
-	o := store.Origin{Name: x.who.Registry + "/" + x.who.Name}
-	if !x.up.authenticated() {
-		o.Owner, o.Free = x.who.Network, true
-	}
-	return o
+	return store.Origin{Name: x.who.Registry + "/" + x.who.Name, Owner: x.up.owner(), Free: !x.up.authenticated()}
 }
 
 // blob answers GET and HEAD of a blob.

@@ -100,9 +100,9 @@ func (x *exchange) reading() bool {
 const diskTime = 2 * time.Second
 
 // keep keeps a manifest, and doesn't wait for a disk that hangs.
-func (h *Handler) keep(d digest.Digest, body []byte) error {
+func (h *Handler) keep(d digest.Digest, body []byte, from store.Origin) error {
 	kept := make(chan error, 1)
-	h.wg.Go(func() { kept <- h.store.Put(d, body) })
+	h.wg.Go(func() { kept <- h.store.Put(d, body, from) })
 	select {
 	case err := <-kept:
 		return err
@@ -114,13 +114,14 @@ func (h *Handler) keep(d digest.Digest, body []byte) error {
 // keepManifest keeps a manifest that passes by. The error is for one that
 // isn't what was asked for, or what the upstream says that it is.
 func (x *exchange) keepManifest(resp *http.Response) error {
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest+1))
-	rest := resp.Body
-	resp.Body = readCloser{io.MultiReader(bytes.NewReader(raw), rest), rest}
-	if err != nil || len(raw) > maxManifest {
+	raw, plain := x.buffer(), x.buffer()
+	defer plain.release()
+	err := raw.fill(resp.Body)
+	resp.Body = &replayed{buffer: raw, ReadCloser: resp.Body}
+	if err != nil || raw.over {
 		return nil // the client will see the same
 	}
-	body, ok := decoded(resp.Header.Get("Content-Encoding"), raw)
+	body, ok := decoded(resp.Header.Get("Content-Encoding"), raw.bytes, plain)
 	if !ok {
 		return nil
 	}
@@ -133,7 +134,7 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), signedSchema1) {
 		return nil
 	}
-	switch err := x.h.keep(d, body); {
+	switch err := x.h.keep(d, body, x.origin()); {
 	case errors.Is(err, store.ErrCorrupt):
 		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
 	case err != nil:
@@ -155,8 +156,8 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 // Schema 1").
 const signedSchema1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 
-// decoded undoes a content encoding that is known.
-func decoded(encoding string, raw []byte) ([]byte, bool) {
+// decoded undoes a content encoding that is known, into a buffer.
+func decoded(encoding string, raw []byte, to *buffer) ([]byte, bool) {
 	switch encoding {
 	case "":
 		return raw, true
@@ -165,8 +166,8 @@ func decoded(encoding string, raw []byte) ([]byte, bool) {
 		if err != nil {
 			return nil, false
 		}
-		body, err := io.ReadAll(io.LimitReader(zr, maxManifest+1))
-		return body, err == nil && len(body) <= maxManifest
+		err = to.fill(zr)
+		return to.bytes, err == nil && !to.over
 	}
 	return nil, false
 }
@@ -258,14 +259,15 @@ func stripPort(host string) string {
 	return host
 }
 
-// bufferPool lends the buffers for forwarding.
+// bufferPool lends the buffers for forwarding. One is held while a body is waited
+// for; a TLS record has no more than that.
 type bufferPool struct{ pool sync.Pool }
 
 func (p *bufferPool) Get() []byte {
 	if b, ok := p.pool.Get().(*[]byte); ok {
 		return *b
 	}
-	return make([]byte, 32<<10)
+	return make([]byte, 16<<10)
 }
 
 func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }

@@ -148,6 +148,7 @@ type Handler struct {
 	store    *store.Store
 	rights   *rights.Rights
 	sessions *sessions
+	memory   *quota // of manifests that pass by
 	outages  outages
 	tokens   *tokens
 	peers    Peers
@@ -185,7 +186,7 @@ func New(o Options) *Handler {
 	}
 	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer},
 		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
-		sessions: newSessions(), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: newAsking()}
+		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: newAsking()}
 	h.types, _ = lru.New[digest.Digest, string](4096)
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {

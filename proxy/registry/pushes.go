@@ -3,7 +3,6 @@
 package registry
 
 import (
-	"bytes"
 	"io"
 	"net/http"
 	"net/url"
@@ -23,6 +22,7 @@ import (
 // blobs". Its requests come one after the other.
 type session struct {
 	repo  string
+	owner string
 	timer *time.Timer // gives it up
 
 	mu     sync.Mutex
@@ -41,28 +41,38 @@ func (s *session) drop() {
 // sessions are the pushes under way, by registry and the path of their
 // location.
 type sessions struct {
-	mu  sync.Mutex
-	all map[string]*session
+	mu    sync.Mutex
+	all   map[string]*session
+	quota *quota
 }
 
 const (
-	maxSessions = 256
+	maxSessions   = 256
+	ownerSessions = 32
 	// sessionTTL is how long a push may rest between two requests.
 	sessionTTL = 30 * time.Minute
 )
 
-func newSessions() *sessions { return &sessions{all: make(map[string]*session)} }
+func newSessions() *sessions {
+	return &sessions{all: make(map[string]*session), quota: newQuota(maxSessions, ownerSessions)}
+}
 
 // take takes the session out: it is expected at another place next, or over.
 func (ss *sessions) take(key string) *session {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	s := ss.all[key]
-	delete(ss.all, key)
 	if s != nil {
 		s.timer.Stop()
+		ss.remove(key, s)
 	}
 	return s
+}
+
+// remove takes a session out of the table. The caller holds ss.mu.
+func (ss *sessions) remove(key string, s *session) {
+	delete(ss.all, key)
+	ss.quota.give(s.owner, 1)
 }
 
 // expect waits for the session's next request, or gives it up when there are
@@ -70,7 +80,7 @@ func (ss *sessions) take(key string) *session {
 func (ss *sessions) expect(key string, s *session) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	if old := ss.all[key]; len(ss.all) >= maxSessions || old != nil {
+	if ss.all[key] != nil || !ss.quota.take(s.owner, 1) {
 		s.drop()
 		return
 	}
@@ -78,7 +88,7 @@ func (ss *sessions) expect(key string, s *session) {
 	s.timer = time.AfterFunc(sessionTTL, func() {
 		ss.mu.Lock()
 		if ss.all[key] == s {
-			delete(ss.all, key)
+			ss.remove(key, s)
 		}
 		ss.mu.Unlock()
 		s.drop()
@@ -92,7 +102,7 @@ func (ss *sessions) close() {
 	for key, s := range ss.all {
 		s.timer.Stop()
 		s.drop()
-		delete(ss.all, key)
+		ss.remove(key, s)
 	}
 }
 
@@ -101,7 +111,7 @@ type push struct {
 	session  *session
 	goesOn   bool          // the session is expected to have another request
 	digest   digest.Digest // of the blob, when the request ends it
-	manifest *bytes.Buffer
+	manifest *buffer
 }
 
 // write answers requests that aren't for reading.
@@ -109,11 +119,12 @@ func (x *exchange) write() {
 	q := x.r.URL.Query()
 	switch {
 	case x.target.kind == manifest && x.r.Method == http.MethodPut:
-		p := &push{manifest: &bytes.Buffer{}}
+		p := &push{manifest: x.buffer()}
+		defer p.manifest.release()
 		x.push = p
-		x.r.Body = readCloser{io.TeeReader(x.r.Body, limited{p.manifest}), x.r.Body}
+		x.r.Body = readCloser{io.TeeReader(x.r.Body, p.manifest), x.r.Body}
 	case x.target.kind == uploads && x.r.Method == http.MethodPost:
-		x.push = &push{session: &session{repo: x.target.repo}}
+		x.push = &push{session: &session{repo: x.target.repo, owner: x.up.owner()}}
 		if d, err := digest.Parse(q.Get("digest")); err == nil { // all in one request
 			x.push.digest = d
 			x.tee()
@@ -142,16 +153,6 @@ func (x *exchange) write() {
 	x.forward()
 }
 
-// limited keeps what is small enough for a manifest.
-type limited struct{ b *bytes.Buffer }
-
-func (l limited) Write(p []byte) (int, error) {
-	if l.b.Len() <= maxManifest {
-		l.b.Write(p[:min(len(p), maxManifest+1-l.b.Len())])
-	}
-	return len(p), nil
-}
-
 // tee copies the request's body to the session's upload as it is sent on.
 func (x *exchange) tee() {
 	s := x.push.session
@@ -161,7 +162,7 @@ func (x *exchange) tee() {
 		return
 	}
 	if s.upload == nil {
-		s.upload = x.h.store.NewUpload()
+		s.upload = x.h.store.NewUpload(x.origin())
 	}
 	x.r.Body = &teeBody{x.r.Body, s}
 }
@@ -187,8 +188,8 @@ func (b *teeBody) Read(p []byte) (int, error) {
 func (p *push) answered(x *exchange, resp *http.Response) {
 	switch code := resp.StatusCode; {
 	case p.manifest != nil:
-		if code == http.StatusCreated && p.manifest.Len() <= maxManifest {
-			x.pushedManifest(p.manifest.Bytes(), resp)
+		if body, whole := p.manifest.whole(); code == http.StatusCreated && whole {
+			x.pushedManifest(body, resp)
 		}
 	case code == http.StatusCreated && p.digest != "":
 		p.pushedBlob(x)
@@ -249,7 +250,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 	if x.target.tag != "" {
 		x.h.rights.ForgetTag(repo, x.target.tag)
 	}
-	if err := x.h.keep(d, body); err != nil {
+	if err := x.h.keep(d, body, x.origin()); err != nil {
 		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.ID(), "repository", repo.Name, "digest", d, "err", err)
 		return
 	}

@@ -98,16 +98,29 @@ type Store struct {
 	stats   Stats
 	index   map[digest.Digest]*list.Element // of *entry
 	recent  *list.List                      // most recently used first
-	running map[transferKey]*Transfer
-	foreign []string
+	running map[running]*Transfer
+	owners  map[string]*owned
+	owned   int64      // bytes of all owners but the one without a name
+	waiting *list.List // of *room: the provisional ones, the oldest first
+	// provisional are the bytes of those.
+	provisional int64
+	foreign     []string
 	// promised are the bytes of running transfers that are not on the disk yet.
 	promised int64
+}
+
+// running names a running transfer: that of a blob from one repository.
+type running struct {
+	digest digest.Digest
+	name   string
 }
 
 type entry struct {
 	digest  digest.Digest
 	size    int64
 	touched time.Time // what the file's mtime says
+	owner   string
+	own     *list.Element // of the owner's blobs; nil for one without a name
 }
 
 // Stats are a store's figures.
@@ -131,7 +144,9 @@ func Open(dir string, opts Options) (*Store, error) {
 		log:     opts.Log,
 		index:   make(map[digest.Digest]*list.Element),
 		recent:  list.New(),
-		running: make(map[transferKey]*Transfer),
+		running: make(map[running]*Transfer),
+		owners:  make(map[string]*owned),
+		waiting: list.New(),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -190,13 +205,14 @@ func (s *Store) load() error {
 			if err != nil || d.Validate() != nil || !info.Mode().IsRegular() {
 				continue // not ours: left alone
 			}
-			found = append(found, &entry{d, info.Size(), info.ModTime()})
+			found = append(found, &entry{digest: d, size: info.Size(), touched: info.ModTime()})
 		}
 	}
 	slices.SortFunc(found, func(a, b *entry) int { return b.touched.Compare(a.touched) })
 	for _, e := range found {
 		s.index[e.digest] = s.recent.PushBack(e)
 		s.stats.Bytes += e.size
+		s.own("", e.size)
 	}
 	for _, alg := range algorithms {
 		names, _ := os.ReadDir(s.path("sums", alg.Name()))
@@ -208,7 +224,7 @@ func (s *Store) load() error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.makeRoom(0)
+	s.makeRoom("", 0)
 	return nil
 }
 
@@ -263,7 +279,7 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 	el, kept := s.index[d]
 	var touch bool
 	if kept {
-		s.recent.MoveToFront(el)
+		s.used(el)
 		// The order has to survive a restart only roughly, so a busy blob's
 		// inode isn't written each time.
 		if e := el.Value.(*entry); time.Since(e.touched) > time.Minute {
@@ -325,22 +341,19 @@ func (s *Store) kept(d digest.Digest) bool {
 
 // Put keeps a small blob that is in memory. The error is [ErrCorrupt] when
 // the bytes aren't those of the digest.
-func (s *Store) Put(d digest.Digest, b []byte) error {
+func (s *Store) Put(d digest.Digest, b []byte, from Origin) error {
 	if err := d.Validate(); err != nil {
 		return fmt.Errorf("%q: %w", d, err)
 	}
 	if d.Algorithm().FromBytes(b) != d {
 		return fmt.Errorf("%s: %w", d, ErrCorrupt)
 	}
-	s.mu.Lock()
-	if _, kept := s.index[d]; kept {
-		s.mu.Unlock()
+	r := s.newRoom(from, false)
+	if s.keptAlready(d, r) {
 		return nil
 	}
-	err := s.reserve(int64(len(b)))
-	s.mu.Unlock()
-	if err != nil {
-		return fmt.Errorf("keeping %s: %w", d, err)
+	if !r.reserve(int64(len(b))) {
+		return fmt.Errorf("keeping %s: %w", d, s.notKept())
 	}
 	f, err := os.CreateTemp(s.path("ingest"), d.Encoded()+".")
 	if err == nil {
@@ -349,20 +362,33 @@ func (s *Store) Put(d digest.Digest, b []byte) error {
 		if err == nil {
 			sum := newSums()
 			_, _ = sum.Write(b)
-			err = s.keep(d, f.Name(), int64(len(b)), sum)
+			err = s.keep(d, f.Name(), r, sum)
 		} else {
 			os.Remove(f.Name())
 		}
 	}
 	if err != nil {
-		s.release(int64(len(b)))
+		r.release()
 		return fmt.Errorf("keeping %s: %w", d, err)
 	}
 	return nil
 }
 
-// keep makes a finished file a kept blob. Its size must have been reserved.
-func (s *Store) keep(d digest.Digest, tmp string, size int64, sum *sums) error {
+// notKept counts a blob that there was no room for.
+func (s *Store) notKept() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stats.NotKept++
+	return ErrNoSpace
+}
+
+// keep makes a finished file a kept blob, and its room the blob's. When the
+// blob is kept already, the file and the room are given up.
+func (s *Store) keep(d digest.Digest, tmp string, r *room, sum *sums) error {
+	if s.keptAlready(d, r) {
+		os.Remove(tmp)
+		return nil
+	}
 	for _, p := range []string{s.blobPath(d), s.sumsPath(d)} {
 		if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
 			return err
@@ -380,12 +406,50 @@ func (s *Store) keep(d digest.Digest, tmp string, size int64, sum *sums) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if old, ok := s.index[d]; ok { // renamed over its twin
-		s.stats.Bytes -= old.Value.(*entry).size
-		s.recent.Remove(old)
+		s.forget(old)
 	}
-	s.index[d] = s.recent.PushFront(&entry{d, size, time.Now()})
+	e := &entry{digest: d, size: r.bytes, touched: time.Now(), owner: r.from.Owner}
+	if e.owner != "" {
+		e.own = s.ownedBy(e.owner).blobs.PushFront(e)
+	}
+	s.index[d] = s.recent.PushFront(e)
 	s.changed(d, true)
 	return nil
+}
+
+// keptAlready says whether a blob is kept, and gives up the room for it if it
+// is. A blob that an authenticated registry has too isn't an owner's any more.
+func (s *Store) keptAlready(d digest.Digest, r *room) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	el, ok := s.index[d]
+	if !ok {
+		return false
+	}
+	if e := el.Value.(*entry); r.from.Owner == "" && e.owner != "" {
+		s.disown(e)
+		s.own("", e.size)
+	}
+	s.giveUp(r)
+	return true
+}
+
+// disown takes a blob from its owner. The caller holds s.mu.
+func (s *Store) disown(e *entry) {
+	s.own(e.owner, -e.size)
+	if e.own != nil {
+		s.owners[e.owner].blobs.Remove(e.own)
+	}
+	s.forgetOwner(e.owner)
+	e.owner, e.own = "", nil
+}
+
+// used says that a blob is the most recently used one. The caller holds s.mu.
+func (s *Store) used(el *list.Element) {
+	s.recent.MoveToFront(el)
+	if e := el.Value.(*entry); e.own != nil {
+		s.owners[e.owner].blobs.MoveToFront(e.own)
+	}
 }
 
 func (s *Store) changed(d digest.Digest, kept bool) {
@@ -409,13 +473,17 @@ func (s *Store) drop(d digest.Digest, why error) {
 	s.log.Warn("dropped a blob from the store; it will be fetched again", "digest", d, "err", why)
 }
 
+// evict removes a blob to make room. The caller holds s.mu.
+func (s *Store) evict(el *list.Element) {
+	s.remove(el)
+	s.stats.Evicted++
+}
+
 // remove takes a blob out. The caller holds s.mu.
 func (s *Store) remove(el *list.Element) {
 	e := el.Value.(*entry)
-	s.recent.Remove(el)
-	delete(s.index, e.digest)
+	s.forget(el)
 	s.changed(e.digest, false)
-	s.stats.Bytes -= e.size
 	for _, p := range []string{s.blobPath(e.digest), s.sumsPath(e.digest)} {
 		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			s.log.Warn("can't remove a blob's file", "err", err)
@@ -423,52 +491,13 @@ func (s *Store) remove(el *list.Element) {
 	}
 }
 
-// reserve makes room for size bytes and counts them as used. The caller holds
-// s.mu.
-func (s *Store) reserve(size int64) error {
-	if !s.makeRoom(size) {
-		s.stats.NotKept++
-		return ErrNoSpace
-	}
-	s.stats.Bytes += size
-	return nil
-}
-
-func (s *Store) release(size int64) {
-	s.mu.Lock()
-	s.stats.Bytes -= size
-	s.mu.Unlock()
-}
-
-// makeRoom evicts the least recently used blobs until size bytes more fit both
-// bounds. The caller holds s.mu.
-func (s *Store) makeRoom(size int64) bool {
-	if s.opts.MaxBytes > 0 && size > s.opts.MaxBytes {
-		return false
-	}
-	for {
-		fits := s.opts.MaxBytes <= 0 || s.stats.Bytes+size <= s.opts.MaxBytes
-		if fits && (s.opts.MinFree <= 0 || s.free()-size >= s.opts.MinFree) {
-			return true
-		}
-		el := s.recent.Back()
-		if el == nil {
-			return false
-		}
-		s.remove(el)
-		s.stats.Evicted++
-	}
-}
-
-// free is how many bytes the file system has left beside what running transfers
-// will need, or MinFree's bound lifted when it doesn't say. The caller holds
-// s.mu.
-func (s *Store) free() int64 {
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.dir, &st); err != nil {
-		return 1 << 62
-	}
-	return int64(st.Bavail)*st.Bsize - s.promised
+// forget takes a blob out of the books. The caller holds s.mu.
+func (s *Store) forget(el *list.Element) {
+	e := el.Value.(*entry)
+	s.recent.Remove(el)
+	delete(s.index, e.digest)
+	s.stats.Bytes -= e.size
+	s.disown(e)
 }
 
 func (s *Store) path(elem ...string) string {

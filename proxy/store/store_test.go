@@ -50,7 +50,7 @@ func open(t *testing.T, dir string, o Options) *Store {
 func put(t *testing.T, s *Store, b []byte) digest.Digest {
 	t.Helper()
 	d := digest.FromBytes(b)
-	if err := s.Put(d, b); err != nil {
+	if err := s.Put(d, b, Origin{}); err != nil {
 		t.Fatal(err)
 	}
 	return d
@@ -108,10 +108,10 @@ func TestPutGet(t *testing.T) {
 	}
 	big := random(2, 900<<10)
 	d512 := digest.SHA512.FromBytes(big)
-	if err := s.Put(d512, big); err != nil {
+	if err := s.Put(d512, big, Origin{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Put(d512, big[1:]); !errors.Is(err, ErrCorrupt) {
+	if err := s.Put(d512, big[1:], Origin{}); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("other bytes for a digest: %v", err)
 	}
 	if _, err := s.Get(digest.FromString("nobody has this")); !errors.Is(err, ErrNotFound) {
@@ -158,9 +158,9 @@ func TestPermissions(t *testing.T) {
 	}
 	defer r.Close()
 	pushed := []byte("pushed")
-	up := s.NewUpload()
+	up := s.NewUpload(Origin{})
 	_, _ = up.Write(pushed)
-	if err := errors.Join(up.Commit(digest.FromBytes(pushed)), s.Put(digest.SHA512.FromString("put"), []byte("put"))); err != nil {
+	if err := errors.Join(up.Commit(digest.FromBytes(pushed)), s.Put(digest.SHA512.FromString("put"), []byte("put"), Origin{})); err != nil {
 		t.Fatal(err)
 	}
 	files := 0
@@ -202,7 +202,7 @@ func TestUpload(t *testing.T) {
 		"none":                         {"", false},
 	} {
 		s := open(t, t.TempDir(), Options{})
-		up := s.NewUpload()
+		up := s.NewUpload(Origin{})
 		_, _ = up.Write(is[:5])
 		_, _ = up.Write(is[5:])
 		err := up.Commit(c.d)
@@ -214,7 +214,7 @@ func TestUpload(t *testing.T) {
 			b.Close()
 		}
 		// The same in one piece.
-		if err := s.Put(c.d, is); (err == nil) != c.kept {
+		if err := s.Put(c.d, is, Origin{}); (err == nil) != c.kept {
 			t.Errorf("%s, put: %v", name, err)
 		}
 		if st := s.Stats(); !c.kept && (st.Blobs != 0 || st.Bytes != 0) {
@@ -338,7 +338,7 @@ func TestEviction(t *testing.T) {
 		t.Error("a blob that was open when it was evicted can't be read:", err)
 	}
 	big := random(202, 10_001)
-	if err := s.Put(digest.FromBytes(big), big); !errors.Is(err, ErrNoSpace) {
+	if err := s.Put(digest.FromBytes(big), big, Origin{}); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("larger than the store: %v", err)
 	}
 	if got := files(t, dir); got != 3 { // blob, sums, lock
@@ -661,7 +661,7 @@ func crash(dir string) {
 				b := random(w<<4+i%16, int(1+i*7919%(700<<10)))
 				d := digest.FromBytes(b)
 				if w == 0 {
-					_ = s.Put(d, b)
+					_ = s.Put(d, b, Origin{})
 					continue
 				}
 				if tr, leader := s.Claim(d, Origin{}); leader {
@@ -788,7 +788,7 @@ func BenchmarkRead(b *testing.B) {
 	defer s.Close()
 	data := random(15, 64<<20)
 	d := digest.FromBytes(data)
-	if err := s.Put(d, data); err != nil {
+	if err := s.Put(d, data, Origin{}); err != nil {
 		b.Fatal(err)
 	}
 	b.SetBytes(int64(len(data)))

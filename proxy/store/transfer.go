@@ -51,6 +51,7 @@ type Transfer struct {
 	from   Origin
 	ctx    context.Context
 	cancel context.CancelFunc
+	room   *room
 
 	mu      sync.Mutex
 	change  sync.Cond // of anything below
@@ -78,24 +79,18 @@ type transferState int
 
 const (
 	claimed transferState = iota // the leader is asking for the blob
-	running
+	arriving
 	kept
 	failed
 )
 
-// transferKey tells transfers apart.
-type transferKey struct {
-	digest digest.Digest
-	from   string
-}
-
-// Claim returns the one transfer of a blob from an origin, and whether the caller is to lead
-// it: a leader must call [Transfer.Begin] or [Transfer.Abandon]. The others
-// call [Transfer.Wait].
+// Claim returns the one transfer of a blob from a repository, and whether the
+// caller is to lead it: a leader must call [Transfer.Begin] or
+// [Transfer.Abandon]. The others call [Transfer.Wait].
 func (s *Store) Claim(d digest.Digest, from Origin) (t *Transfer, leader bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := transferKey{d, from.Name}
+	key := running{d, from.Name}
 	if t, ok := s.running[key]; ok {
 		return t, false
 	}
@@ -127,7 +122,7 @@ func (t *Transfer) end(kept bool) {
 
 func (t *Transfer) forget() {
 	t.store.mu.Lock()
-	delete(t.store.running, transferKey{t.digest, t.from.Name})
+	delete(t.store.running, running{t.digest, t.from.Name})
 	t.store.mu.Unlock()
 }
 
@@ -135,34 +130,41 @@ func (t *Transfer) forget() {
 // and from more when body breaks off. It returns a reader for the leader. The
 // error is [ErrNoSpace] when the blob can't be kept; then the transfer is
 // abandoned and body is still the caller's.
+//
+// Kept blobs make room for one whose size is known. One without may be endless,
+// and takes only room that is free.
 func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*TransferReader, error) {
-	return t.begin(size, max(size, 0), body, more, nil)
+	t.room = t.store.newRoom(t.from, t.from.Free || size < 0)
+	return t.begin(size, t.room.reserve(max(size, 0)), body, more, nil)
 }
 
 // BeginUnverified is Begin for a body of somebody who may send anything, such as
 // a peer. Its readers get nothing before the digest is verified, or a long time
 // has passed, see [TransferReader.Settle]. When the digest turns out to be
 // wrong before that, the blob is taken from again, and nobody has noticed.
+//
+// It takes room that is free, too, if there is enough. Otherwise kept blobs make
+// room for those bytes that come, and not for those that are announced.
 func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
-	// Kept blobs don't make room for what may be nothing, if there is any.
-	s, reserved := t.store, int64(0)
-	s.mu.Lock()
-	if s.opts.MinFree > 0 && s.free()-size < s.opts.MinFree || s.opts.MaxBytes > 0 && size > s.opts.MaxBytes {
-		reserved = max(size, 0)
+	s := t.store
+	t.room = s.newRoom(t.from, true)
+	reserved := t.room.reserve(max(size, 0))
+	if !reserved && !t.from.Free && size >= 0 && (s.opts.MaxBytes <= 0 || size <= s.opts.MaxBytes) {
+		t.room.release()
+		t.room, reserved = s.newRoom(t.from, false), true
 	}
-	s.mu.Unlock()
 	return t.begin(size, reserved, body, more, again)
 }
 
-func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
+// begin is Begin once the room is reserved, or can't be.
+func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	s := t.store
-	s.mu.Lock()
 	err := s.ctx.Err()
-	if err == nil {
-		err = s.reserve(reserved)
+	if err == nil && !reserved {
+		err = s.notKept()
 	}
-	s.mu.Unlock()
 	if err != nil {
+		t.room.release()
 		t.Abandon(err)
 		return nil, err
 	}
@@ -182,18 +184,15 @@ func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, 
 	}
 	if err != nil {
 		t.promise(0)
-		s.release(reserved)
-		s.mu.Lock()
-		s.stats.NotKept++
-		s.mu.Unlock()
-		err = fmt.Errorf("%w: %w", ErrNoSpace, err)
+		t.room.release()
+		err = fmt.Errorf("%w: %w", s.notKept(), err)
 		t.Abandon(err)
 		return nil, err
 	}
 
 	t.mu.Lock()
 	t.ctx, t.cancel = context.WithCancel(s.ctx)
-	t.state, t.refs = running, 1
+	t.state, t.refs = arriving, 1
 	if more != nil {
 		t.sources = append(t.sources, more)
 	}
@@ -205,7 +204,7 @@ func (t *Transfer) begin(size, reserved int64, body io.ReadCloser, more Source, 
 	t.change.Broadcast()
 	t.mu.Unlock()
 
-	s.wg.Go(func() { t.run(body, reserved) })
+	s.wg.Go(func() { t.run(body) })
 	return r, nil
 }
 
@@ -234,27 +233,6 @@ func (t *Transfer) promise(n int64) bool {
 	t.store.promised += n - t.promised
 	t.promised = n
 	return t.store.free() >= 0
-}
-
-// furthest returns the transfer of a blob of which most has arrived, or nil.
-func (s *Store) furthest(d digest.Digest) (best *Transfer) {
-	s.mu.Lock()
-	var all []*Transfer
-	for key, t := range s.running {
-		if key.digest == d {
-			all = append(all, t)
-		}
-	}
-	s.mu.Unlock()
-	most := int64(-1)
-	for _, t := range all {
-		t.mu.Lock()
-		if t.written > most {
-			best, most = t, t.written
-		}
-		t.mu.Unlock()
-	}
-	return best
 }
 
 // Follow returns a reader of a running transfer for somebody who verifies the
@@ -286,6 +264,29 @@ func (s *Store) Arriving(d digest.Digest) (arrived, size int64, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.written, t.size, nil
+}
+
+// furthest returns the transfer of a blob of which most has arrived, or nil. One
+// for whose bytes nothing vouches isn't passed on: who gets them from here takes
+// this node for the liar.
+func (s *Store) furthest(d digest.Digest) (t *Transfer) {
+	s.mu.Lock()
+	var all []*Transfer
+	for key, t := range s.running {
+		if key.digest == d && !t.from.Free {
+			all = append(all, t)
+		}
+	}
+	s.mu.Unlock()
+	most := int64(-1)
+	for _, c := range all {
+		c.mu.Lock()
+		if c.written > most {
+			t, most = c, c.written
+		}
+		c.mu.Unlock()
+	}
+	return t
 }
 
 // wakeWith wakes those who wait for a change when ctx is done, until what it
@@ -344,35 +345,28 @@ func (t *Transfer) reader() *TransferReader {
 func (t *Transfer) unref() {
 	if t.refs--; t.refs == 0 {
 		t.file.Close()
+		if t.state == failed {
+			t.room.release()
+		}
 	}
 }
 
-// run takes the blob in. reserved are the bytes that the store counts for it.
-func (t *Transfer) run(body io.ReadCloser, reserved int64) {
+// run takes the blob in.
+func (t *Transfer) run(body io.ReadCloser) {
 	sum, err := t.takeIn(body)
 	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
 		sum, err = t.takeIn(body)
 	}
 	t.promise(0)
-	name := t.file.Name()
-	stored := err == nil
-	if err == nil {
-		if t.written != reserved { // it wasn't known, or not believed
-			t.store.mu.Lock()
-			t.store.stats.Bytes += t.written - reserved
-			reserved = t.written
-			t.store.makeRoom(0)
-			t.store.mu.Unlock()
-		}
-		if kerr := t.store.keep(t.digest, name, t.written, sum); kerr != nil {
-			// Verified all the same: the readers have the open file.
-			t.store.log.Warn("a blob could not be kept", "digest", t.digest, "err", kerr)
-			t.store.release(reserved)
-			stored = false
-		}
-	} else {
-		os.Remove(name)
-		t.store.release(reserved)
+	stored := err == nil && t.keep(sum)
+	var werr *writeError
+	if !stored {
+		os.Remove(t.file.Name())
+	}
+	if err != nil && !errors.As(err, &werr) {
+		// Readers have nothing more of it. When it can't be written, they read
+		// on, and the file is there until they are done.
+		t.room.release()
 	}
 	t.forget()
 	t.end(stored)
@@ -389,6 +383,20 @@ func (t *Transfer) run(body io.ReadCloser, reserved int64) {
 	t.cancel()
 	t.unref()
 	t.change.Broadcast()
+}
+
+// keep makes a verified blob a kept one. When that fails the readers have the
+// open file all the same.
+func (t *Transfer) keep(sum *sums) bool {
+	err := t.room.confirm(t.written)
+	if err == nil {
+		err = t.store.keep(t.digest, t.file.Name(), t.room, sum)
+	}
+	if err != nil {
+		t.store.log.Warn("a blob could not be kept", "digest", t.digest, "err", err)
+		t.room.release()
+	}
+	return err == nil
 }
 
 // takeIn takes the blob in once, and verifies it.
@@ -470,6 +478,9 @@ func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, e
 			if t.size >= 0 && t.written+int64(k) > t.size {
 				return n, fmt.Errorf("%s: more than the announced %d bytes: %w", t.digest, t.size, ErrCorrupt)
 			}
+			if err := t.room.reach(t.written + int64(k)); err != nil {
+				return n, &writeError{err}
+			}
 			if err := t.allocate(t.written + int64(k)); err != nil {
 				return n, &writeError{err}
 			}
@@ -550,14 +561,6 @@ func (r *TransferReader) Size() int64 {
 	return r.t.size
 }
 
-// Unverified says that the bytes come from somebody who may send anything, see
-// [Transfer.BeginUnverified].
-func (r *TransferReader) Unverified() bool {
-	r.t.mu.Lock()
-	defer r.t.mu.Unlock()
-	return r.t.again != nil
-}
-
 // Verified says that the transfer has ended, and that the bytes are the digest's.
 func (r *TransferReader) Verified() bool {
 	r.t.mu.Lock()
@@ -581,16 +584,16 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 	t := r.t
 	t.mu.Lock()
 	visible := t.visible(r)
-	if r.off >= visible && t.state == running && r.ctx != nil {
+	if r.off >= visible && t.state == arriving && r.ctx != nil {
 		defer t.wakeWith(r.ctx)()
 	}
-	for r.off >= visible && t.state == running && !r.closed && (!r.raw || r.round == t.round) && (r.ctx == nil || r.ctx.Err() == nil) {
+	for r.off >= visible && t.state == arriving && !r.closed && (!r.raw || r.round == t.round) && (r.ctx == nil || r.ctx.Err() == nil) {
 		t.change.Wait()
 		visible = t.visible(r)
 	}
 	state, err := t.state, t.err
 	stale := r.raw && r.round != t.round
-	if !r.raw && r.off < visible && state == running {
+	if !r.raw && r.off < visible && state == arriving {
 		t.given = true
 	}
 	t.mu.Unlock()
@@ -634,7 +637,7 @@ func (t *Transfer) visible(r *TransferReader) int64 {
 
 // holding says whether bytes are held back. The caller holds t.mu.
 func (t *Transfer) holding() bool {
-	return t.state == running && t.again != nil && time.Now().Before(t.held)
+	return t.state == arriving && t.again != nil && time.Now().Before(t.held)
 }
 
 // Settle waits until there is something to read, and the size is known to be
@@ -707,7 +710,7 @@ func (r *TransferReader) Close() error {
 		return nil
 	}
 	r.closed = true
-	if t.readers--; t.readers == 0 && t.state == running {
+	if t.readers--; t.readers == 0 && t.state == arriving {
 		t.linger = time.AfterFunc(lingerTime, t.cancel)
 	}
 	t.unref()

@@ -12,11 +12,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// reserveStep is by how much at a time room is made for a blob of unknown size.
-const reserveStep = 8 << 20
-
 // Upload takes in a blob whose digest is known only at its end, as that of a
-// blob which passes by. It is for one goroutine at a time.
+// blob which passes by. It is for one goroutine at a time. As it may come to
+// nothing, it takes only room that is free, whatever its origin.
 //
 // Write never fails: what is kept of a blob that passes by must not keep it
 // from passing. Commit tells.
@@ -26,15 +24,15 @@ type Upload struct {
 	sums     *sums
 	digester digest.Digester
 	written  int64
-	reserved int64
+	room     *room
 	err      error
 	kept     bool
 	once     sync.Once
 }
 
 // NewUpload begins an upload. Close it.
-func (s *Store) NewUpload() *Upload {
-	return &Upload{store: s, sums: newSums(), digester: digest.Canonical.Digester()}
+func (s *Store) NewUpload(from Origin) *Upload {
+	return &Upload{store: s, room: s.newRoom(from, true), sums: newSums(), digester: digest.Canonical.Digester()}
 }
 
 // Size is how many bytes were written.
@@ -54,22 +52,19 @@ func (u *Upload) Write(p []byte) (int, error) {
 
 func (u *Upload) write(p []byte) (err error) {
 	s := u.store
+	if err := s.ctx.Err(); err != nil {
+		return err
+	}
 	if u.file == nil {
 		if u.file, err = os.CreateTemp(s.path("ingest"), "upload."); err != nil {
 			return err
 		}
-	}
-	if u.written+int64(len(p)) > u.reserved {
-		more := max(reserveStep, int64(len(p)))
 		s.mu.Lock()
-		if err = s.ctx.Err(); err == nil {
-			err = s.reserve(more)
-		}
+		u.room.file = u.file
 		s.mu.Unlock()
-		if err != nil {
-			return err
-		}
-		u.reserved += more
+	}
+	if err := u.room.reach(u.written + int64(len(p))); err != nil {
+		return err
 	}
 	if _, err := u.file.Write(p); err != nil {
 		return fmt.Errorf("%w: %w", ErrNoSpace, err)
@@ -102,15 +97,16 @@ func (u *Upload) Commit(d digest.Digest) error {
 	if is != d || u.file == nil {
 		return fmt.Errorf("%s: what was sent has another digest: %w", d, ErrCorrupt)
 	}
-	if u.store.kept(d) {
+	if u.store.keptAlready(d, u.room) {
 		return nil
 	}
-	u.store.release(u.reserved - u.written)
-	u.reserved = u.written
-	if err := u.store.keep(d, u.file.Name(), u.written, u.sums); err != nil {
+	if err := u.room.confirm(u.written); err != nil {
 		return err
 	}
-	u.kept, u.reserved = true, 0 // it is the blob's now
+	if err := u.store.keep(d, u.file.Name(), u.room, u.sums); err != nil {
+		return err
+	}
+	u.kept = true
 	return nil
 }
 
@@ -120,7 +116,9 @@ func (u *Upload) Close() {
 		if u.err == nil {
 			u.err = errors.New("the upload is over")
 		}
-		u.store.release(u.reserved)
+		if !u.kept {
+			u.room.release()
+		}
 		if u.file == nil {
 			return
 		}

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -129,6 +130,12 @@ func client(what string, args []string) error {
 		fmt.Println("flooded")
 		_, _ = os.Stdin.Read(make([]byte, 1))
 		time.Sleep(time.Hour)
+	case "stall": // how many connections
+		n, err := strconv.Atoi(args[0])
+		if err != nil {
+			return err
+		}
+		return stall(n)
 	case "hostile": // host
 		return hostile(args[0] + ":443")
 	case "pull": // registry, repository, tag
@@ -188,6 +195,51 @@ func echoes(w io.Writer, r io.Reader) error {
 	if !bytes.Equal(got, msg) {
 		return fmt.Errorf("other bytes came back")
 	}
+	return nil
+}
+
+// stall asks a plain registry of its own for n manifests at once, each of which
+// stops ten bytes before its end.
+func stall(n int) error {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return err
+	}
+	var own net.IP // which isn't loopback's
+	for _, a := range addrs {
+		if ip := a.(*net.IPNet).IP; ip.IsGlobalUnicast() && ip.To4() != nil {
+			own = ip
+		}
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(own.String(), "5000"))
+	if err != nil {
+		return err
+	}
+	var stopped sync.WaitGroup
+	stopped.Add(n)
+	manifest := bytes.Repeat([]byte(" "), 4<<20-10)
+	go func() {
+		_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+			w.Header().Set("Content-Length", strconv.Itoa(len(manifest)+10))
+			_, _ = w.Write(manifest)
+			_ = http.NewResponseController(w).Flush()
+			stopped.Done()
+			<-r.Context().Done()
+		}))
+	}()
+	for i := range n {
+		c, err := net.DialTimeout("tcp", l.Addr().String(), 20*time.Second)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		fmt.Fprintf(c, "GET /v2/x/manifests/%d HTTP/1.1\r\nHost: %s\r\nAccept: */*\r\n\r\n", i, l.Addr())
+		go func() { _, _ = io.Copy(io.Discard, c) }()
+	}
+	stopped.Wait()
+	fmt.Println("stalled")
+	time.Sleep(time.Hour)
 	return nil
 }
 
