@@ -34,19 +34,8 @@ func (x *exchange) fetch(ctx context.Context, offset int64) (*http.Response, err
 		req.Header.Del("Referer")
 		return nil
 	}}
-	ctx, cancel := context.WithCancel(ctx)
-	timer := time.AfterFunc(headTime, cancel)
-	resp, err := c.Do(x.request(ctx, http.MethodGet, extra))
-	if timer.Stop(); err != nil {
-		cancel()
-		return nil, err
-	}
-	resp.Body = &cancelBody{resp.Body, cancel}
-	return resp, nil
+	return c.Do(x.request(ctx, http.MethodGet, extra))
 }
-
-// headTime bounds the wait for an answer that more than one client may wait for.
-const headTime = 2 * time.Minute
 
 // source opens the blob for a transfer that broke off. It outlives the
 // client's request, with the client's credentials.
@@ -526,18 +515,22 @@ func (c *content) replace(cause error) error {
 	t, leader := x.h.store.Claim(x.target.digest)
 	var r *store.TransferReader
 	if leader {
-		ctx := context.WithoutCancel(x.r.Context())
+		ctx, cancel := context.WithCancel(context.WithoutCancel(x.r.Context()))
+		stop := context.AfterFunc(x.r.Context(), cancel)
 		resp, err := x.fetch(ctx, 0)
+		stop()
 		if err == nil && (resp.StatusCode != http.StatusOK || resp.ContentLength != c.size) {
 			resp.Body.Close()
 			err = fmt.Errorf("%s answers with %s and %d bytes", x.up.Host, resp.Status, resp.ContentLength)
 		}
 		if err != nil {
+			cancel()
 			t.Abandon(errNotLed)
 			return errors.Join(cause, err)
 		}
-		if r, err = t.Begin(c.size, x.counted(resp.Body), x.source()); err != nil {
-			resp.Body.Close()
+		body := &cancelBody{x.counted(resp.Body), cancel}
+		if r, err = t.Begin(c.size, body, x.source()); err != nil {
+			body.Close()
 			return errors.Join(cause, err)
 		}
 	} else {

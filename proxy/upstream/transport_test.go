@@ -30,6 +30,7 @@ func TestForgottenConnections(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t)
 				w.egress.times.guess = 500 * time.Millisecond // new ones must be quicker
+				w.egress.times.slow = time.Hour
 				var forgotten atomic.Pointer[map[net.Conn]bool]
 				end := make(chan struct{})
 				s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
