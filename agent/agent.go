@@ -37,6 +37,7 @@ import (
 	"weir/proxy"
 	"weir/proxy/registry"
 	"weir/proxy/store"
+	"weir/proxy/upstream"
 )
 
 // Config of an agent. Empty fields mean what DefaultConfig has.
@@ -127,9 +128,9 @@ type Agent struct {
 	runtimes *runtimes
 	admin    *http.Server
 	adminL   net.Listener
-	own      *proxy.Egress // for what is prefetched, and to see what is down
-	explicit []*listener   // the mirror, the forward proxy, and what prefetches
-	peers    *peers        // nil without a swarm key
+	own      *upstream.Egress // for what is prefetched, and to see what is down
+	explicit []*listener      // the mirror, the forward proxy, and what prefetches
+	peers    *peers           // nil without a swarm key
 	history  history
 	heard    heard                    // from peers
 	traces   *sdktrace.TracerProvider // nil when nobody wants any
@@ -198,10 +199,9 @@ func (a *Agent) start() (err error) {
 		options.Tracer = a.traces.Tracer("weir")
 	}
 	a.registry = registry.New(options)
-	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Log: a.log})
-	ups := proxy.Upstreams{Roots: a.regs.roots, Remembers: a.registry.Remembers}
-	a.own = ups.NewOwnEgress()
-	ups.Reaches = a.own.Reaches
+	ups := upstream.Config{Roots: a.regs.roots}
+	a.own = ups.NewNodeEgress()
+	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Node: a.own, Log: a.log})
 	if err := a.listenExplicit(ups); err != nil {
 		return err
 	}
@@ -438,7 +438,7 @@ func (a *Agent) serve(d *door, c *net.TCPConn, t turn) {
 	if rt := a.runtimes.find(origin.PID); rt != nil {
 		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
 		f.Trusts = func(known registry.Known, host string) bool { return a.runtimes.trusts(rt, known, host) }
-		f.Settings = func(known registry.Known, host string) (proxy.Settings, error) { return settings(rt, known, host) }
+		f.Settings = func(known registry.Known, host string) (upstream.Settings, error) { return settings(rt, known, host) }
 		f.Rejected = func(host string, err error) { a.runtimes.rejected(rt, host, err) }
 	}
 	a.proxy.Serve(a.ctx, c, f)

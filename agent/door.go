@@ -18,7 +18,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/time/rate"
 	"weir/bpf"
-	"weir/proxy"
+	"weir/proxy/upstream"
 )
 
 // doors are the listeners that redirected connections come to: one pair in each
@@ -29,7 +29,7 @@ import (
 // them starts has it opened again.
 type doors struct {
 	kernel *bpf.Kernel
-	ups    proxy.Upstreams
+	ups    upstream.Config
 	serve  func(d *door, c *net.TCPConn, t turn)
 	log    *slog.Logger
 	boot   string
@@ -42,7 +42,7 @@ type doors struct {
 	wg   sync.WaitGroup
 }
 
-func newDoors(k *bpf.Kernel, ups proxy.Upstreams, serve func(*door, *net.TCPConn, turn), log *slog.Logger) *doors {
+func newDoors(k *bpf.Kernel, ups upstream.Config, serve func(*door, *net.TCPConn, turn), log *slog.Logger) *doors {
 	return &doors{kernel: k, ups: ups, serve: serve, log: log, boot: bootID(), flow: flow{busy: make(map[*door]struct{})},
 		open: make(map[uint64]*door), at: make(map[int]*door)}
 }
@@ -52,7 +52,7 @@ type door struct {
 	ns     *netns
 	cookie uint64
 	l4, l6 *net.TCPListener // l6 is nil where there is no IPv6
-	egress *proxy.Egress
+	egress *upstream.Egress
 	place  string // see proxy.Flow
 	pids   int    // how many of doors.at are its own
 
@@ -214,11 +214,7 @@ func (ds *doors) make(ns *netns) (*door, error) {
 	if err != nil {
 		return nil, err
 	}
-	ups := ds.ups
-	if ns.own {
-		ups.Reaches = nil // as the client does
-	}
-	d := &door{ns: ns, l4: l4, l6: l6, egress: ups.NewEgress(ns.dial)}
+	d := &door{ns: ns, l4: l4, l6: l6, egress: ds.ups.NewEgress(ns.dial)}
 	if d.cookie, err = ds.kernel.OpenDoor(l4, l6); err != nil {
 		l4.Close()
 		if l6 != nil {

@@ -21,7 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	"weir/agent/trust"
 	"weir/bpf"
-	"weir/proxy"
+	"weir/proxy/upstream"
 )
 
 // ownCgroup makes a cgroup for the test.
@@ -55,7 +55,7 @@ func watchedDoors(t *testing.T) (ds *doors, cgroup *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ds = newDoors(k, proxy.Upstreams{}, func(_ *door, c *net.TCPConn, t turn) { c.Close(); t.closed() }, slog.New(slog.DiscardHandler))
+	ds = newDoors(k, upstream.Config{}, func(_ *door, c *net.TCPConn, t turn) { c.Close(); t.closed() }, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() {
 		ds.closeAll()
 		ds.wg.Wait()

@@ -12,14 +12,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"weir/proxy"
+	"weir/proxy/upstream"
 )
 
 // listener serves those who name weir in their configuration.
 type listener struct {
 	l      net.Listener
 	server *http.Server
-	egress *proxy.Egress // of its own, or nil
+	egress *upstream.Egress // of its own, or nil
 }
 
 func (l *listener) close() {
@@ -31,18 +31,18 @@ func (l *listener) close() {
 }
 
 // listenExplicit opens the mirror and the forward proxy, if they are wanted.
-func (a *Agent) listenExplicit(ups proxy.Upstreams) error {
+func (a *Agent) listenExplicit(ups upstream.Config) error {
 	if a.conf.MirrorListen != "" {
 		if _, ok := a.regs.hosts.Named(a.conf.MirrorDefault); !ok {
 			return fmt.Errorf("--mirror-default %q is not a known registry; name one, such as %s", a.conf.MirrorDefault, DefaultMirror)
 		}
-		e := ups.NewOwnEgress()
+		e := ups.NewNodeEgress()
 		if err := a.listen("--mirror-listen", a.conf.MirrorListen, e, a.proxy.Mirror(e, a.conf.MirrorDefault)); err != nil {
 			return err
 		}
 	}
 	if a.conf.ProxyListen != "" {
-		e := ups.NewOwnEgress()
+		e := ups.NewNodeEgress()
 		return a.listen("--proxy-listen", a.conf.ProxyListen, e, a.proxy.Forward(a.ctx, e))
 	}
 	return nil
@@ -69,7 +69,7 @@ func (a *Agent) listenPrefetch() {
 }
 
 // listen opens a listener, on loopback unless the address says where.
-func (a *Agent) listen(flag, addr string, e *proxy.Egress, h http.Handler) error {
+func (a *Agent) listen(flag, addr string, e *upstream.Egress, h http.Handler) error {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return fmt.Errorf("%s %s: %w; write HOST:PORT", flag, addr, err)

@@ -16,8 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"weir/agent/trust"
-	"weir/proxy"
 	"weir/proxy/registry"
+	"weir/proxy/upstream"
 )
 
 // maxSetting bounds a file of certificates.
@@ -28,7 +28,7 @@ const maxSetting = 1 << 20
 // their *.key) that it can show (Docker, "Verify repository client with
 // certificates"; containers-certs.d(5)). weir speaks to the registry in the
 // runtime's place, so it has to verify and to show the same.
-func settings(rt *runtimeProc, known registry.Known, host string) (s proxy.Settings, err error) {
+func settings(rt *runtimeProc, known registry.Known, host string) (s upstream.Settings, err error) {
 	root, err := trust.OpenRoot(rt.pid)
 	if err != nil {
 		return s, err
@@ -50,12 +50,12 @@ func settings(rt *runtimeProc, known registry.Known, host string) (s proxy.Setti
 	for _, dir := range dirs {
 		for _, name := range names {
 			if err := readSettings(&s, root, filepath.Join(dir, name), key.Write); err != nil {
-				return proxy.Settings{}, err
+				return upstream.Settings{}, err
 			}
 			// weir reads as root: it must not show a registry what the
 			// runtime's user may not read.
 			if uid != 0 && len(s.Certificates) > 0 {
-				return proxy.Settings{}, fmt.Errorf("%s has a client certificate, and the process is not root's", filepath.Join(dir, name))
+				return upstream.Settings{}, fmt.Errorf("%s has a client certificate, and the process is not root's", filepath.Join(dir, name))
 			}
 		}
 	}
@@ -65,7 +65,7 @@ func settings(rt *runtimeProc, known registry.Known, host string) (s proxy.Setti
 	return s, nil
 }
 
-func readSettings(s *proxy.Settings, root *trust.Root, dir string, sum func([]byte) (int, error)) error {
+func readSettings(s *upstream.Settings, root *trust.Root, dir string, sum func([]byte) (int, error)) error {
 	files, err := root.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return nil

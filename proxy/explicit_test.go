@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"net/url"
 	"strings"
 	"sync/atomic"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"weir/proxy/registry"
+	"weir/proxy/upstream"
 )
 
 func TestParseMirror(t *testing.T) {
@@ -99,7 +99,7 @@ func TestMirror(t *testing.T) {
 			w.WriteHeader(http.StatusNotFound)
 		}
 	}))
-	s.egress.addrs[fmt.Sprintf("registry.test:%d", s.dst.Port())] = s.dst
+	resolveBy(t, nameServer(t, &atomic.Int64{}, "127.0.0.1"))
 	name := strings.TrimPrefix(base, "https://")
 	mirror := httptest.NewServer(s.proxy.Mirror(s.egress, name))
 	defer mirror.Close()
@@ -154,15 +154,13 @@ func TestForward(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
 	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "this is ", r.Host) }))
-	e := Upstreams{Roots: func(string) *x509.CertPool { return s.world.pool }}.NewOwnEgress()
+	e := upstream.Config{Roots: func(string) *x509.CertPool { return s.world.pool }}.NewNodeEgress()
 	defer e.Close()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	proxy := httptest.NewServer(s.proxy.Forward(ctx, e))
 	defer proxy.Close()
-	for _, name := range []string{"registry.test", "other.test", "evil.test"} {
-		e.addrs[fmt.Sprintf("%s:%d", name, s.dst.Port())] = s.dst
-	}
+	resolveBy(t, nameServer(t, &atomic.Int64{}, "127.0.0.1"))
 	connect := func(name string, roots *x509.CertPool) (*tls.Conn, error) {
 		t.Helper()
 		c, err := net.Dial("tcp", proxy.Listener.Addr().String())
@@ -283,47 +281,44 @@ func TestPlainRegistry(t *testing.T) {
 func TestDownButRemembered(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
-	s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
-	var remembers atomic.Bool
-	remembers.Store(true)
-	s.egress.ups.Remembers = func(string) bool { return remembers.Load() }
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(giveManifest))
+	s.remember()
+	// What was found out before isn't known to these.
+	anew := func(place string) {
+		e := s.newEgress(s.world.pool)
+		s.change(func(f *Flow) { f.Egress, f.Place = e, place })
+	}
 	l.Close()
-	if got := s.issuer("registry.test"); got != "weir" {
-		t.Errorf("certificate of %q", got)
+	for range 2 {
+		anew("")
+		if got := s.issuer("registry.test"); got != "weir" {
+			t.Errorf("certificate of %q", got)
+		}
 	}
 	// Down for this client alone: its network policy, and not an outage.
-	s.egress.verdicts.Purge()
-	node := listen(t)
-	s.serveTLS(node, &tls.Config{}, http.NotFoundHandler())
-	own := s.egress.ups.NewOwnEgress()
-	defer own.Close()
-	host := fmt.Sprintf("registry.test:%d", s.dst.Port())
-	own.addrs[host] = netip.MustParseAddrPort(node.Addr().String())
-	s.egress.ups.Reaches = own.Reaches
+	s.node.Store(true)
+	anew("a pod")
 	if got := s.issuer("registry.test"); got == "weir" {
 		t.Error("intercepted for a client that is kept from the registry")
 	}
 	// And when it is down for the node too.
-	s.egress.verdicts.Purge()
-	own.verdicts.Purge()
-	own.Close()
-	node.Close()
-	own = s.egress.ups.NewOwnEgress()
-	own.addrs[host] = s.dst
-	s.egress.ups.Reaches = own.Reaches
+	s.node.Store(false)
+	anew("a pod")
 	if got := s.issuer("registry.test"); got != "weir" {
 		t.Errorf("in an outage: certificate of %q", got)
 	}
-	s.egress.verdicts.Purge()
-	remembers.Store(false)
-	if got := s.issuer("registry.test"); got == "weir" {
+	l2 := listen(t)
+	fresh := newStage(t, l2)
+	l2.Close()
+	if got := fresh.issuer("registry.test"); got == "weir" {
 		t.Error("intercepted with nothing to serve")
 	}
-	l2 := listen(t)
-	evil := newStage(t, l2)
-	evil.serveTLS(l2, &tls.Config{}, http.NotFoundHandler())
-	evil.egress.ups.Roots = func(string) *x509.CertPool { return s.world.pool }
-	evil.egress.ups.Remembers = func(string) bool { return true }
+	l3 := listen(t)
+	evil := newStage(t, l3)
+	evil.serveTLS(l3, &tls.Config{}, http.HandlerFunc(giveManifest))
+	evil.remember()
+	e := evil.newEgress(s.world.pool)
+	evil.change(func(f *Flow) { f.Egress = e })
 	if got := evil.issuer("registry.test"); got != "world" {
 		t.Errorf("with a wrong certificate: certificate of %q", got)
 	}
@@ -336,20 +331,24 @@ func TestSettings(t *testing.T) {
 	s.serveTLS(l, &tls.Config{ClientAuth: tls.RequireAnyClientCert}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, r.TLS.PeerCertificates[0].DNSNames)
 	}))
-	s.egress.ups.Roots = nil // the system's don't do
+	e := s.newEgress(nil) // the system's don't do
 	leaf, err := s.world.Leaf("client.test")
 	if err != nil {
 		t.Fatal(err)
 	}
-	settings := Settings{Roots: s.world.pool, Certificates: []tls.Certificate{*leaf}, Key: "1"}
-	s.change(func(f *Flow) { f.Settings = func(registry.Known, string) (Settings, error) { return settings, nil } })
+	settings := upstream.Settings{Roots: s.world.pool, Certificates: []tls.Certificate{*leaf}, Key: "1"}
+	s.change(func(f *Flow) {
+		f.Egress, f.Settings = e, func(registry.Known, string) (upstream.Settings, error) { return settings, nil }
+	})
 	c := tls.Client(s.dial(), &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool})
 	fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: registry.test\r\nConnection: close\r\n\r\n")
 	if b, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(b), "[client.test]") {
 		t.Errorf("%q, %v", b, err)
 	}
 	s.change(func(f *Flow) {
-		f.Settings = func(registry.Known, string) (Settings, error) { return Settings{}, fmt.Errorf("a key is missing") }
+		f.Settings = func(registry.Known, string) (upstream.Settings, error) {
+			return upstream.Settings{}, fmt.Errorf("a key is missing")
+		}
 	})
 	if got := s.issuer("registry.test"); got != "world" && !strings.Contains(got, "certificate required") {
 		t.Errorf("certificate of %q", got)
@@ -375,8 +374,8 @@ func TestCertificatesTellClientsApart(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.change(func(f *Flow) {
-			f.Settings = func(registry.Known, string) (Settings, error) {
-				return Settings{Certificates: []tls.Certificate{*leaf}, Key: who}, nil
+			f.Settings = func(registry.Known, string) (upstream.Settings, error) {
+				return upstream.Settings{Certificates: []tls.Certificate{*leaf}, Key: who}, nil
 			}
 		})
 		c := tls.Client(s.dial(), &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool})
@@ -384,39 +383,6 @@ func TestCertificatesTellClientsApart(t *testing.T) {
 		if b, err := io.ReadAll(c); err != nil || bytes.HasSuffix(b, secret) != (who == "alice.test") {
 			t.Errorf("%s: %q, %v", who, b, err)
 		}
-	}
-}
-
-// Behind a proxy of the node's own, registries are verified as everywhere.
-func TestOwnEgressVerifies(t *testing.T) {
-	world, evil := newAuthority(t, "world"), newAuthority(t, "evil")
-	e := Upstreams{Roots: func(host string) *x509.CertPool {
-		if host == "registry.test" {
-			return world.pool
-		}
-		return evil.pool
-	}}.NewOwnEgress()
-	defer e.Close()
-	for _, c := range []struct {
-		by   *authority
-		name string // in the certificate
-		ok   bool
-	}{{world, "registry.test", true}, {evil, "registry.test", false}, {world, "other.test", false}} {
-		leaf, err := c.by.Leaf(c.name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		here, there := net.Pipe()
-		go func() {
-			_ = tls.Server(there, &tls.Config{Certificates: []tls.Certificate{*leaf}}).Handshake()
-			there.Close()
-		}()
-		conf := e.transport.TLSClientConfig.Clone()
-		conf.ServerName = "registry.test"
-		if err := tls.Client(here, conf).Handshake(); (err == nil) != c.ok {
-			t.Errorf("%s by %s: %v", c.name, c.by.cert.Subject.CommonName, err)
-		}
-		here.Close()
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/elazarl/goproxy"
 	lru "github.com/hashicorp/golang-lru/v2/expirable"
 	"weir/proxy/registry"
+	"weir/proxy/upstream"
 )
 
 // distrust is for how long a client that did not trust our certificate is
@@ -24,12 +25,12 @@ const distrust = 10 * time.Minute
 // HTTPS_PROXY and trust its CA: it answers for known registries, and tunnels
 // everything else. What is answered is for the host of the CONNECT request,
 // whatever is asked inside. ctx ends the tunnels to registries.
-func (p *Proxy) Forward(ctx context.Context, e *Egress) http.Handler {
+func (p *Proxy) Forward(ctx context.Context, e *upstream.Egress) http.Handler {
 	distrusts := lru.NewLRU[string, struct{}](1024, nil, distrust)
 	g := goproxy.NewProxyHttpServer()
 	g.Logger = slog.NewLogLogger(p.log.Handler(), slog.LevelDebug)
 	// Its own transport doesn't verify, and its own CA is known to all.
-	g.Tr = e.transport
+	g.Tr = e.HTTPTransport()
 	g.CertStore = nil
 	g.KeepAcceptEncoding = true
 	g.ConnectDialWithReq = func(r *http.Request, network, addr string) (net.Conn, error) {
@@ -40,7 +41,7 @@ func (p *Proxy) Forward(ctx context.Context, e *Egress) http.Handler {
 		if via != nil {
 			return g.NewConnectDialToProxy(via.String())(network, addr)
 		}
-		return e.dialHost(r.Context(), network, addr)
+		return e.DialName(r.Context(), addr)
 	}
 	g.OnRequest().HandleConnectFunc(func(authority string, c *goproxy.ProxyCtx) (*goproxy.ConnectAction, string) {
 		tunnel := &goproxy.ConnectAction{Action: goproxy.ConnectAccept}
@@ -51,7 +52,8 @@ func (p *Proxy) Forward(ctx context.Context, e *Egress) http.Handler {
 		if _, known := p.opts.Hosts.Find(host); err != nil || !known || !p.opts.Leaves.Permits(name) || distrusts.Contains(key) {
 			return tunnel, authority
 		}
-		if err := e.verifyNamed(c.Req.Context(), host); err != nil {
+		target := upstream.Target{Host: upstream.ParseHost(host)}
+		if err := p.verify(c.Req.Context(), Flow{Egress: e}, target); err != nil {
 			p.log.Info("a registry can't be verified; tunnelled", "registry", host, "err", err)
 			return tunnel, authority
 		}
@@ -67,31 +69,9 @@ func (p *Proxy) Forward(ctx context.Context, e *Egress) http.Handler {
 			}}
 			p.active.Go(func() {
 				o := opening{hello: hello{protocol: tlsHello, host: registry.Canonical(name)}}
-				p.intercept(ctx, tcp, f, o, registry.Upstream{Host: host, Client: client, Transport: e.transport})
+				p.intercept(ctx, tcp, f, o, registry.Upstream{Host: host, Client: client}, target)
 			})
 		}}, authority
 	})
 	return g
-}
-
-// verifyNamed finds out whether a host can be spoken to in a client's place, the
-// way that requests go.
-func (e *Egress) verifyNamed(ctx context.Context, host string) error {
-	hostport := withPort(host)
-	if v, ok := e.verdicts.Get(hostport); ok && time.Now().Before(v.until) {
-		return v.err
-	}
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
-	_, err := e.base(ctx, host)
-	switch {
-	case err == nil:
-		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(verifiedTTL)})
-		return nil
-	case !badCertificate(err) && e.remembers(host):
-		e.verdicts.Add(hostport, verdict{nil, time.Now().Add(downTTL)})
-		return nil
-	}
-	e.verdicts.Add(hostport, verdict{err, time.Now().Add(refusedTTL)})
-	return err
 }

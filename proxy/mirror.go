@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"weir/proxy/registry"
+	"weir/proxy/upstream"
 )
 
 // Mirror returns a handler for clients that name weir as a mirror in their
@@ -22,7 +23,7 @@ import (
 // Only known registries can be meant, and only reading is possible. Clients
 // without credentials get what everybody gets; the mirror fetches the token
 // that a registry may want for that.
-func (p *Proxy) Mirror(e *Egress, fallback string) http.Handler {
+func (p *Proxy) Mirror(e *upstream.Egress, fallback string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		m, err := parseMirror(r.URL, fallback)
 		if err != nil {
@@ -51,7 +52,7 @@ func (p *Proxy) Mirror(e *Egress, fallback string) http.Handler {
 		if err != nil {
 			client = "prefetch" // by a Unix socket
 		}
-		up := registry.Upstream{Host: host, Client: client, Transport: e.transport}
+		up := registry.Upstream{Host: host, Client: client, Transport: e.Transport(upstream.Target{Host: upstream.ParseHost(host)})}
 		out := r.Clone(r.Context())
 		out.Host = host
 		out.URL.Path, out.URL.RawPath, out.URL.RawQuery = m.path, "", m.query

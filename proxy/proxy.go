@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"weir/proxy/registry"
+	"weir/proxy/upstream"
 )
 
 // Flow is a redirected connection's meaning: what the agent knows of it.
@@ -38,7 +39,7 @@ type Flow struct {
 	// there ever were. Empty means the node's.
 	Place string
 	// Egress is the way out of the client's network namespace.
-	Egress *Egress
+	Egress *upstream.Egress
 	// Client names the client in logs.
 	Client string
 	// Direct says that the connection is passed through unseen.
@@ -52,7 +53,7 @@ type Flow struct {
 	// Settings returns what the client's runtime verifies a registry with, and
 	// shows to it, beside the usual. The error says why that can't be had.
 	// Nil means nothing.
-	Settings func(host registry.Known, name string) (Settings, error)
+	Settings func(host registry.Known, name string) (upstream.Settings, error)
 	// Rejected is told when the client did not trust weir's certificate all
 	// the same. It may be nil.
 	Rejected func(host string, err error)
@@ -64,12 +65,18 @@ type Leaves interface {
 	Permits(host string) bool
 }
 
-// Options of a proxy. All but Log are required.
+// Options of a proxy. All but Node and Log are required.
 type Options struct {
 	Hosts    *registry.Hosts
 	Leaves   Leaves
 	Registry *registry.Handler
-	Log      *slog.Logger // nil means slog.Default()
+	// Node says whether the node itself gets an answer of a registry. One that
+	// a client can't reach is not down then, but out of the client's bounds. Nil
+	// means that it doesn't.
+	Node interface {
+		Reaches(ctx context.Context, host upstream.Host) bool
+	}
+	Log *slog.Logger // nil means slog.Default()
 }
 
 // Proxy serves flows.
@@ -108,6 +115,9 @@ const (
 	silence = 100 * time.Millisecond
 	// helloTime is how much longer it is listened to when nobody is there.
 	helloTime = 2 * time.Second
+	// staleDialTimeout bounds the look at a registry that there is something to
+	// serve of without it. Clients wait 10 seconds for a TLS handshake.
+	staleDialTimeout = 3 * time.Second
 )
 
 // New returns a proxy. Close it.
@@ -145,14 +155,16 @@ func (p *Proxy) serveHTTP(w http.ResponseWriter, r *http.Request) {
 // intercepted is a connection whose client believes to speak to up.
 type intercepted struct {
 	replayConn
-	up registry.Upstream
+	up  registry.Upstream
+	out *upstream.Transport // up's
 	// opened is called when it has had a request, or none comes.
 	opened func()
 	closed func()
 }
 
-func (p *Proxy) newIntercepted(conn *net.TCPConn, f Flow, o opening, up registry.Upstream) *intercepted {
-	c := &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, p.open(), func() {}}
+func (p *Proxy) newIntercepted(conn *net.TCPConn, f Flow, o opening, up registry.Upstream, out *upstream.Transport) *intercepted {
+	up.Transport = out
+	c := &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, out, p.open(), func() {}}
 	if f.Closed != nil {
 		c.closed = sync.OnceFunc(f.Closed)
 	}
@@ -177,6 +189,7 @@ func (p *Proxy) open() (opened func()) {
 func (c *intercepted) Close() error {
 	c.opened()
 	defer c.closed()
+	c.out.Close()
 	return c.replayConn.Close()
 }
 
@@ -223,13 +236,13 @@ func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bo
 		p.pass(ctx, conn, f, o)
 		return false
 	}
-	up, why := p.decide(ctx, f, o.hello)
+	up, target, why := p.decide(ctx, f, o.hello)
 	if why != "" {
 		p.log.Debug("passed through", "client", f.Client, "host", o.host, "dst", f.Dst, "why", why)
 		p.pass(ctx, conn, f, o)
 		return false
 	}
-	return p.intercept(ctx, conn, f, o, up)
+	return p.intercept(ctx, conn, f, o, up, target)
 }
 
 // opening is how a connection begins.
@@ -282,7 +295,7 @@ func (p *Proxy) dialAside(ctx context.Context, client *net.TCPConn, f Flow, firs
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		until := time.Unix(1, 0)
-		if server, derr = f.Egress.dialOr(dctx, f.Dst, ""); derr != nil && ctx.Err() == nil {
+		if server, derr = f.Egress.Dial(dctx, f.Dst, upstream.Host{}); derr != nil && ctx.Err() == nil {
 			until = time.Now().Add(helloTime)
 		}
 		_ = client.SetReadDeadline(until)
@@ -330,32 +343,33 @@ func whoIsFirst(ctx context.Context, client, server *net.TCPConn, first []byte) 
 	return n, buf[:k], err
 }
 
-// decide returns the registry when the connection is to be intercepted, and
-// otherwise why not.
-func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstream, why string) {
+// decide returns the registry, and where it is, when the connection is to be
+// intercepted, and otherwise why not.
+func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstream, t upstream.Target, why string) {
 	name := h.host
 	if name == "" { // clients name no IP addresses, RFC 6066 section 3
 		name = f.Dst.Addr().String()
 	}
-	host := registry.Canonical(net.JoinHostPort(name, portOf(f.Dst)))
+	t = upstream.Target{Host: upstream.ParseHost(net.JoinHostPort(name, portOf(f.Dst))), Addr: f.Dst}
+	host := t.Host.String()
 	known, ok := p.opts.Hosts.Find(host)
 	switch {
 	case !ok:
 		p.see(ctx, host, f)
-		return up, "not a known registry"
+		return up, t, "not a known registry"
 	case !h.http1:
-		return up, "the client doesn't speak HTTP/1.1"
+		return up, t, "the client doesn't speak HTTP/1.1"
 	case !p.opts.Leaves.Permits(name):
-		return up, "the CA may not speak for this host, or not at this time"
+		return up, t, "the CA may not speak for this host, or not at this time"
 	case f.Trusts == nil || !f.Trusts(known, host):
-		return up, "the runtime isn't known to trust the CA"
+		return up, t, "the runtime isn't known to trust the CA"
 	}
-	var s Settings
+	var s upstream.Settings
 	if f.Settings != nil {
 		var err error
 		if s, err = f.Settings(known, host); err != nil {
 			p.log.Warn("a runtime's settings for a registry can't be used; passed through", "client", f.Client, "registry", host, "err", err)
-			return up, "the runtime's settings for the registry can't be used"
+			return up, t, "the runtime's settings for the registry can't be used"
 		}
 	}
 	up = registry.Upstream{Host: host, NetworkID: f.Place, AnyNetwork: known.AnyNetwork, Client: f.Client}
@@ -364,19 +378,37 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	}
 	// Who is trusted by this node is the registry of that name for everybody;
 	// who is trusted by the runtime alone, only for those with the same settings.
-	egress := f.Egress.under(s.withoutRoots())
-	err := egress.verify(ctx, host, f.Dst)
-	if err != nil && s.Roots != nil && badCertificate(err) {
-		up.TrustRootsID = s.Key
-		egress = f.Egress.under(s)
-		err = egress.verify(ctx, host, f.Dst)
+	t.Settings = s.WithoutRoots()
+	err := p.verify(ctx, f, t)
+	if err != nil && s.Roots != nil && upstream.Refused(err) {
+		up.TrustRootsID, t.Settings = s.Key, s
+		err = p.verify(ctx, f, t)
 	}
 	if err != nil {
 		p.log.Info("a registry can't be verified; passed through", "registry", host, "dst", f.Dst, "err", err)
-		return up, "the registry can't be verified"
+		return up, t, "the registry can't be verified"
 	}
-	up.Transport = egress.transport
-	return up, ""
+	return up, t, ""
+}
+
+// verify finds out whether a registry can be spoken to in a client's place. One
+// that is down can when there may be something to serve without it.
+func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
+	if !p.opts.Registry.HasStale(registry.Upstream{Host: t.Host.String()}) {
+		return f.Egress.Verify(ctx, t)
+	}
+	vctx, cancel := context.WithTimeout(ctx, staleDialTimeout)
+	defer cancel()
+	err := f.Egress.Verify(vctx, t)
+	if err == nil || upstream.Refused(err) || ctx.Err() != nil {
+		return err
+	}
+	if f.Place != "" && p.opts.Node != nil && p.opts.Node.Reaches(ctx, t.Host) {
+		// A network policy, say. What others were given by it is not for this
+		// client, who could not have asked.
+		return err
+	}
+	return nil // requests try it again
 }
 
 func portOf(a netip.AddrPort) string {
@@ -388,17 +420,17 @@ func portOf(a netip.AddrPort) string {
 // client trusts anybody there. It has to be there, though. It returns false when
 // it isn't, and the connection is closed.
 func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) bool {
-	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.Place, Client: f.Client, Transport: f.Egress.transport}
+	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.Place, Client: f.Client}
 	if o.server != nil {
-		f.Egress.keep(plain(f.Dst), o.server)
-	} else if err := f.Egress.reach(ctx, f.Dst); err != nil && !p.opts.Registry.Remembers(up.ID()) {
+		f.Egress.Keep(f.Dst, o.server)
+	} else if err := f.Egress.Connect(ctx, f.Dst); err != nil && !p.opts.Registry.HasStale(up) {
 		p.failed.Add(1)
 		p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
 		abort(conn)
 		return false
 	}
 	p.intercepted.Add(1)
-	if c := p.newIntercepted(conn, f, o, up); !p.ready.hand(c) {
+	if c := p.newIntercepted(conn, f, o, up, f.Egress.Transport(upstream.Target{Addr: f.Dst})); !p.ready.hand(c) {
 		c.Close()
 	}
 	return true
@@ -406,7 +438,7 @@ func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o
 
 // intercept answers requests to a registry with TLS. It returns false when the
 // connection was passed through instead, to its end.
-func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, up registry.Upstream) bool {
+func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, up registry.Upstream, t upstream.Target) bool {
 	host := up.Host
 	name := o.host
 	if name == "" {
@@ -422,7 +454,7 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 		o.server.Close()
 	}
 	p.intercepted.Add(1)
-	raw := p.newIntercepted(conn, f, o, up)
+	raw := p.newIntercepted(conn, f, o, up, f.Egress.Transport(t))
 	c := newTLSConn(raw, &tls.Config{
 		Certificates: []tls.Certificate{*leaf},
 		NextProtos:   []string{"http/1.1"},
@@ -456,12 +488,12 @@ func (p *Proxy) pass(ctx context.Context, conn *net.TCPConn, f Flow, o opening) 
 	if o.server == nil {
 		// Where the client dialled; for a host whose certificate the client
 		// is going to verify, another of its addresses will do if need be.
-		alternative := ""
+		var alternative upstream.Host
 		if o.protocol == tlsHello && o.host != "" {
-			alternative = net.JoinHostPort(o.host, portOf(f.Dst))
+			alternative = upstream.ParseHost(net.JoinHostPort(o.host, portOf(f.Dst)))
 		}
 		var err error
-		if o.server, err = f.Egress.dialOr(ctx, f.Dst, alternative); err != nil {
+		if o.server, err = f.Egress.Dial(ctx, f.Dst, alternative); err != nil {
 			p.failed.Add(1)
 			p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
 			abort(conn)

@@ -30,6 +30,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"weir/proxy/registry"
 	"weir/proxy/store"
+	"weir/proxy/upstream"
 )
 
 // authority is a CA for tests; as Leaves it is weir's.
@@ -74,11 +75,13 @@ type stage struct {
 	proxy  *Proxy
 	weir   *authority // what clients may trust
 	world  *authority // what the destination's certificate is of
-	egress *Egress
+	egress *upstream.Egress
 	door   net.Listener
 	dst    netip.AddrPort
 	flow   atomic.Pointer[func(*Flow)]
 	dials  atomic.Int64
+	dialed atomic.Pointer[func(netip.AddrPort) netip.AddrPort] // where an address is
+	node   atomic.Bool                                         // whether the node reaches registries
 }
 
 func newStage(t testing.TB, dst net.Listener) *stage {
@@ -91,18 +94,9 @@ func newStage(t testing.TB, dst net.Listener) *stage {
 	t.Cleanup(func() { st.Close() })
 	s.proxy = New(Options{
 		Hosts: registry.NewHosts(fmt.Sprintf("registry.test:%d", s.dst.Port()), fmt.Sprintf("forbidden.test:%d", s.dst.Port())), Leaves: s.weir,
-		Registry: registry.New(registry.Options{Store: st}),
+		Registry: registry.New(registry.Options{Store: st, StaleIfError: registry.DefaultStaleIfError}), Node: s,
 	})
-	ups := Upstreams{Roots: func(string) *x509.CertPool { return s.world.pool }}
-	s.egress = ups.NewEgress(func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
-		s.dials.Add(1)
-		var d net.Dialer
-		c, err := d.DialContext(ctx, "tcp", addr.String())
-		if err != nil {
-			return nil, err
-		}
-		return c.(*net.TCPConn), nil
-	})
+	s.egress = s.newEgress(s.world.pool)
 	if s.door, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 		t.Fatal(err)
 	}
@@ -129,6 +123,56 @@ func newStage(t testing.TB, dst net.Listener) *stage {
 		wg.Wait()
 	})
 	return s
+}
+
+// newEgress returns a way out that knows nothing yet.
+func (s *stage) newEgress(roots *x509.CertPool) *upstream.Egress {
+	e := upstream.Config{Roots: func(string) *x509.CertPool { return roots }}.NewEgress(func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
+		s.dials.Add(1)
+		if at := s.dialed.Load(); at != nil {
+			addr = (*at)(addr)
+		}
+		if addr == silent {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", addr.String())
+		if err != nil {
+			return nil, err
+		}
+		return c.(*net.TCPConn), nil
+	})
+	s.t.Cleanup(e.Close)
+	return e
+}
+
+// silent is an address that doesn't answer.
+var silent = netip.MustParseAddrPort("198.51.100.9:1")
+
+// place puts addresses elsewhere.
+func (s *stage) place(at func(netip.AddrPort) netip.AddrPort) { s.dialed.Store(&at) }
+
+// Reaches implements Options.Node.
+func (s *stage) Reaches(context.Context, upstream.Host) bool { return s.node.Load() }
+
+// remember has something to serve of the registry without it.
+func (s *stage) remember() {
+	s.t.Helper()
+	resp, err := s.client().Get(fmt.Sprintf("https://registry.test:%d/v2/a/manifests/1", s.dst.Port()))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusOK {
+		s.t.Fatal(resp.Status, err)
+	}
+}
+
+// giveManifest answers every request with a manifest.
+func giveManifest(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+	_, _ = io.WriteString(w, `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{},"layers":[]}`)
 }
 
 // change changes what the agent knows of later connections.
@@ -315,19 +359,18 @@ func TestForgedName(t *testing.T) {
 				s.issuer("registry.test")
 				s.change(func(*Flow) {})
 			}
-			dial := s.egress.dial
-			s.egress.dial = func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
+			s.place(func(addr netip.AddrPort) netip.AddrPort {
 				if addr.Addr() != s.dst.Addr() {
-					addr = netip.MustParseAddrPort(fake.Addr().String())
+					return netip.MustParseAddrPort(fake.Addr().String())
 				}
-				return dial(ctx, addr)
-			}
+				return addr
+			})
 			if first == "the registry" {
 				ask()
 			}
 			forge()
 			ask()
-			s.egress.transport.CloseIdleConnections()
+			s.egress.Close()
 			ask() // on the same connection to weir, and a new one to the registry
 		})
 	}
@@ -711,8 +754,8 @@ func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 		t.Fatalf("%d %q", code, body)
 	}
 	// The port is part of a registry's name, so he has to be at the real one's.
-	pod := func(to net.Addr) *Egress {
-		e := Upstreams{Roots: func(string) *x509.CertPool { return s.world.pool }}.NewEgress(func(context.Context, netip.AddrPort) (*net.TCPConn, error) {
+	pod := func(to net.Addr) *upstream.Egress {
+		e := upstream.Config{Roots: func(string) *x509.CertPool { return s.world.pool }}.NewEgress(func(context.Context, netip.AddrPort) (*net.TCPConn, error) {
 			c, err := net.Dial(to.Network(), to.String())
 			if err != nil {
 				return nil, err
@@ -724,10 +767,12 @@ func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 	}
 	pool := s.world.pool.Clone()
 	pool.AddCert(mallory.cert)
-	own := func(e *Egress) {
+	own := func(e *upstream.Egress) {
 		s.change(func(f *Flow) {
 			f.Egress = e
-			f.Settings = func(registry.Known, string) (Settings, error) { return Settings{Roots: pool, Key: "mallory"}, nil }
+			f.Settings = func(registry.Known, string) (upstream.Settings, error) {
+				return upstream.Settings{Roots: pool, Key: "mallory"}, nil
+			}
 		})
 	}
 	own(pod(fake.Addr()))
@@ -749,61 +794,5 @@ func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 	asked := s.proxy.opts.Registry.Stats()
 	if code, body := get("Bearer right"); code != 200 || body != string(secret) || len(s.proxy.opts.Registry.Stats()) != len(asked) {
 		t.Errorf("%d %q, %+v", code, body, s.proxy.opts.Registry.Stats())
-	}
-}
-
-// Another address of a host is looked for when the one that the client has
-// dialled fails, and not beside one that answers: that would be a question to a
-// name server for nothing.
-func TestOtherAddress(t *testing.T) {
-	l := listen(t)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			c.Close()
-		}
-	}()
-	there := netip.MustParseAddrPort(l.Addr().String())
-	var asked, slow atomic.Int64
-	defer func(was *net.Resolver) { net.DefaultResolver = was }(net.DefaultResolver)
-	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
-		asked.Add(1)
-		return nil, errors.New("no name server")
-	}}
-	e := Upstreams{}.NewEgress(func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error) {
-		var d net.Dialer
-		c, err := d.DialContext(ctx, "tcp", addr.String())
-		if err != nil {
-			return nil, err
-		}
-		return c.(*net.TCPConn), nil
-	})
-	defer e.Close()
-	dial := func(addr netip.AddrPort) error {
-		start := time.Now()
-		c, err := e.dialOr(t.Context(), addr, fmt.Sprintf("registry.test:%d", there.Port()))
-		if err == nil {
-			c.Close()
-		}
-		if time.Since(start) >= fallbackDelay {
-			slow.Add(1) // it is right to ask then
-		}
-		return err
-	}
-	for range 300 {
-		if err := dial(there); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if asked.Load() > 0 && slow.Load() == 0 {
-		t.Errorf("for 300 connections name servers were asked %d times", asked.Load())
-	}
-	asked.Store(0)
-	// Where nobody listens.
-	if err := dial(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.9"), there.Port())); err == nil || asked.Load() == 0 {
-		t.Errorf("no other address was looked for: %v", err)
 	}
 }

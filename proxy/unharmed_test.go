@@ -5,7 +5,6 @@ package proxy
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"io"
 	"net"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/net/dns/dnsmessage"
 )
 
 // client makes requests through the stage, each on a connection of its own.
@@ -36,6 +36,38 @@ func resolveBy(t *testing.T, addr string) {
 		var d net.Dialer
 		return d.DialContext(ctx, "udp", addr)
 	}}
+}
+
+// nameServer is one that knows everything, at ip.
+func nameServer(t *testing.T, asked *atomic.Int64, ip string) (addr string) {
+	t.Helper()
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	go func() {
+		b := make([]byte, 1500)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			asked.Add(1)
+			var m dnsmessage.Message
+			if m.Unpack(b[:n]) != nil {
+				continue
+			}
+			m.Response, m.Additionals = true, nil
+			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
+				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: netip.MustParseAddr(ip).As4()}}}
+			}
+			if out, err := m.Pack(); err == nil {
+				_, _ = c.WriteTo(out, from)
+			}
+		}
+	}()
+	return c.LocalAddr().String()
 }
 
 // containerd tries again when a connection to a registry ends without an answer.
@@ -74,10 +106,11 @@ func TestDropped(t *testing.T) {
 }
 
 // Where a client dials a registry is where it is now, whatever it was before and
-// whoever is there by now.
+// whoever is there by now. A client that stays connected dials no more: for it,
+// another address of the registry is better than none.
 func TestMoved(t *testing.T) {
-	for _, kept := range []bool{false, true} {
-		t.Run(fmt.Sprint("the old address is remembered: ", kept), func(t *testing.T) {
+	for _, stays := range []bool{false, true} {
+		t.Run(fmt.Sprint("the client stays connected: ", stays), func(t *testing.T) {
 			l := listen(t)
 			s := newStage(t, l)
 			h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "right") })
@@ -89,9 +122,10 @@ func TestMoved(t *testing.T) {
 			s.serveTLS(moved, &tls.Config{}, h)
 			old := &http.Server{Handler: h, TLSConfig: &tls.Config{GetCertificate: func(c *tls.ClientHelloInfo) (*tls.Certificate, error) { return s.world.Leaf(c.ServerName) }}}
 			go func() { _ = old.ServeTLS(l, "", "") }()
-			host := fmt.Sprintf("registry.test:%d", s.dst.Port())
+			client := s.client()
+			client.Transport.(*http.Transport).DisableKeepAlives = !stays
 			get := func() string {
-				resp, err := s.client().Get("https://" + host + "/v2/a/tags/list")
+				resp, err := client.Get(fmt.Sprintf("https://registry.test:%d/v2/a/tags/list", s.dst.Port()))
 				if err != nil {
 					return err.Error()
 				}
@@ -104,7 +138,7 @@ func TestMoved(t *testing.T) {
 			}
 			// Somebody else is at the old address.
 			old.Close()
-			s.egress.transport.CloseIdleConnections()
+			s.egress.Close()
 			again, err := net.Listen("tcp", s.dst.String())
 			if err != nil {
 				t.Fatal(err)
@@ -113,30 +147,46 @@ func TestMoved(t *testing.T) {
 			srv := &http.Server{TLSConfig: &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return other.Leaf("tenant.test") }}}
 			go func() { _ = srv.ServeTLS(again, "", "") }()
 			t.Cleanup(func() { srv.Close() })
-			before, dst := s.dst, netip.MustParseAddrPort(moved.Addr().String())
-			var asked atomic.Int64
-			resolveBy(t, nameServer(t, &asked))
-			dial := s.egress.dial
-			s.egress.dial = func(ctx context.Context, a netip.AddrPort) (*net.TCPConn, error) {
-				if a.Addr() == netip.MustParseAddr("192.0.2.1") {
-					a = dst // it is called that
-				}
-				return dial(ctx, a)
-			}
+			dst := netip.MustParseAddrPort(moved.Addr().String())
+			resolveBy(t, nameServer(t, &atomic.Int64{}, "127.0.0.2"))
 			s.change(func(f *Flow) { f.Dst = dst })
 			for range 3 {
-				if kept {
-					// As for a request on a connection that was opened before.
-					s.egress.mu.Lock()
-					s.egress.addrs[host] = before
-					s.egress.mu.Unlock()
-					s.egress.transport.CloseIdleConnections()
-				}
 				if got := get(); got != "200 OK right" {
 					t.Errorf("the client dialled the right address, and got %s", got)
 				}
+				s.egress.Close()
 			}
 		})
+	}
+}
+
+// A registry moves to a new server, and the old one still answers: who dials the
+// new one gets the new one, and who dials the old one the old one.
+func TestOldServerStillAnswers(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "old") }))
+	moved, err := net.Listen("tcp", fmt.Sprintf("127.0.0.2:%d", s.dst.Port()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { moved.Close() })
+	s.serveTLS(moved, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "new") }))
+	for _, want := range []string{"old", "new", "new", "old", "new"} {
+		dst := s.dst
+		if want == "new" {
+			dst = netip.MustParseAddrPort(moved.Addr().String())
+		}
+		s.change(func(f *Flow) { f.Dst = dst })
+		resp, err := s.client().Get(fmt.Sprintf("https://registry.test:%d/v2/a/tags/list", s.dst.Port()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || string(b) != want {
+			t.Errorf("who dialled the %s server got the %s one (%v)", want, b, err)
+		}
 	}
 }
 
@@ -148,18 +198,15 @@ func TestLateHello(t *testing.T) {
 			l := listen(t)
 			s := newStage(t, l)
 			s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
-			var asked atomic.Int64
-			resolveBy(t, nameServer(t, &asked))
-			silent := netip.AddrPortFrom(netip.MustParseAddr("198.51.100.9"), s.dst.Port())
-			dial := s.egress.dial
-			s.egress.dial = func(ctx context.Context, a netip.AddrPort) (*net.TCPConn, error) {
-				if a == silent {
-					<-ctx.Done()
-					return nil, ctx.Err()
+			resolveBy(t, nameServer(t, &atomic.Int64{}, "127.0.0.1"))
+			dialled := netip.AddrPortFrom(silent.Addr(), s.dst.Port())
+			s.place(func(a netip.AddrPort) netip.AddrPort {
+				if a == dialled {
+					return silent
 				}
-				return dial(ctx, s.dst) // which is called 192.0.2.1 there
-			}
-			s.change(func(f *Flow) { f.Dst = silent })
+				return a
+			})
+			s.change(func(f *Flow) { f.Dst = dialled })
 			raw := s.dial()
 			time.Sleep(late)                                                // the silence is what it is about
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // as runtimes have it
@@ -171,10 +218,10 @@ func TestLateHello(t *testing.T) {
 		t.Run(fmt.Sprint("down, after ", late), func(t *testing.T) {
 			l := listen(t)
 			s := newStage(t, l)
+			s.serveTLS(l, &tls.Config{}, http.HandlerFunc(giveManifest))
+			s.remember()
 			l.Close()
-			ups := Upstreams{Roots: func(string) *x509.CertPool { return s.world.pool }, Remembers: func(string) bool { return true }}
-			e := ups.NewEgress(s.egress.dial)
-			t.Cleanup(e.Close)
+			e := s.newEgress(s.world.pool)
 			s.change(func(f *Flow) { f.Egress = e })
 			raw := s.dial()
 			time.Sleep(late) // the silence is what it is about
@@ -192,28 +239,6 @@ func TestSilentToNobody(t *testing.T) {
 	l.Close()
 	if n, err := s.dial().Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
 		t.Errorf("%d bytes, %v", n, err)
-	}
-}
-
-// While the own name servers are silent, the node's are asked before a runtime
-// loses its patience, whatever the search list.
-func TestSilentNameServers(t *testing.T) {
-	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
-	resolveBy(t, silent.LocalAddr().String())
-	var asked atomic.Int64
-	n := &names{own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "nameserver "+nameServer(t, &asked)+"\n")}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*ownServersTime)
-	defer cancel()
-	ips, err := n.lookup(ctx, "cdn.example.com")
-	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" {
-		t.Errorf("%v, %v", ips, err)
-	}
-	if n.down.Load() == 0 {
-		t.Error("the silent ones are asked first again")
 	}
 }
 

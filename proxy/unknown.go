@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
+	"weir/proxy/upstream"
 )
 
 // Unknown is a host that clients connect to with TLS and that isn't among the
@@ -107,47 +108,26 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 func speaksDistribution(ctx context.Context, host string, f Flow) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	if err := f.Egress.verify(ctx, host, f.Dst); err != nil {
-		if badCertificate(err) {
+	target := upstream.Target{Host: upstream.ParseHost(host), Addr: f.Dst}
+	if err := f.Egress.Verify(ctx, target); err != nil {
+		if upstream.Refused(err) {
 			return false, fmt.Errorf("its certificate can't be verified; if it is a registry, name its CA too: %w", err)
 		}
 		return false, errors.New("no connection")
 	}
-	answer, err := f.Egress.base(ctx, host)
+	status, header, err := f.Egress.Base(ctx, target)
 	if err != nil {
 		return false, errors.New("no answer")
 	}
-	if strings.HasPrefix(answer.Get("Docker-Distribution-Api-Version"), "registry/2.") {
+	if strings.HasPrefix(header.Get("Docker-Distribution-Api-Version"), "registry/2.") {
 		return true, nil
 	}
-	if answer.status == http.StatusUnauthorized {
-		for _, c := range auth.ParseAuthHeader(answer.Header) {
+	if status == http.StatusUnauthorized {
+		for _, c := range auth.ParseAuthHeader(header) {
 			if c.Scheme == auth.BearerAuth && c.Parameters["service"] != "" {
 				return true, nil
 			}
 		}
 	}
 	return false, nil
-}
-
-// head is an answer without its body.
-type head struct {
-	http.Header
-	status int
-}
-
-// base asks a host for /v2/ in weir's own name, the way that requests go.
-func (e *Egress) base(ctx context.Context, host string) (head, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+withPort(host)+"/v2/", nil)
-	if err != nil {
-		return head{}, err
-	}
-	req.Host = host
-	req.Header.Set("User-Agent", "weir")
-	resp, err := e.transport.RoundTrip(req)
-	if err != nil {
-		return head{}, err
-	}
-	resp.Body.Close()
-	return head{resp.Header, resp.StatusCode}, nil
 }

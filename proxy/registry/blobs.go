@@ -30,14 +30,7 @@ func (x *exchange) fetch(ctx context.Context, offset int64) (*http.Response, err
 	if offset > 0 {
 		extra.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	resp, err := x.send(x.request(ctx, http.MethodGet, extra), true)
-	if err != nil {
-		cancel()
-		return nil, err
-	}
-	resp.Body = &cancelBody{resp.Body, cancel}
-	return resp, nil
+	return x.send(x.request(ctx, http.MethodGet, extra), true)
 }
 
 // open opens the blob at the upstream for somebody who has its beginning.
@@ -713,18 +706,22 @@ func (c *content) replace(cause error) error {
 	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	var r *store.TransferReader
 	if leader {
-		ctx := context.WithoutCancel(x.r.Context())
+		ctx, cancel := context.WithCancel(context.WithoutCancel(x.r.Context()))
+		stop := context.AfterFunc(x.r.Context(), cancel)
 		resp, err := x.fetch(ctx, 0)
+		stop()
 		if err == nil && (resp.StatusCode != http.StatusOK || resp.ContentLength != c.size) {
 			resp.Body.Close()
 			err = fmt.Errorf("%s answers with %s and %d bytes", x.up.Host, resp.Status, resp.ContentLength)
 		}
 		if err != nil {
+			cancel()
 			t.Abandon(errNotLed)
 			return errors.Join(cause, err)
 		}
-		if r, err = t.Begin(c.size, x.arriving(resp.Body), x.source()); err != nil {
-			resp.Body.Close()
+		body := &cancelBody{x.arriving(resp.Body), cancel}
+		if r, err = t.Begin(c.size, body, x.source()); err != nil {
+			body.Close()
 			return errors.Join(cause, err)
 		}
 	} else {

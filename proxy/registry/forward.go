@@ -183,7 +183,7 @@ type readCloser struct {
 // that believes it has no way to what is only its own, were the upstream just
 // slow. (dockerd waits 15 s for this answer.)
 func (x *exchange) base() {
-	if !x.h.Remembers(x.up.ID()) {
+	if !x.h.HasStale(x.up) {
 		x.forward()
 		return
 	}

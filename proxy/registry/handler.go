@@ -219,11 +219,9 @@ func (h *Handler) save() {
 	}
 }
 
-// Remembers says whether there may be something to serve of a registry even
-// while it can't be reached. id is the identity of an [Upstream].
-func (h *Handler) Remembers(id string) bool {
-	return h.rights.HasStale(Upstream{Host: id}.repository(""))
-}
+// HasStale says whether there may be something to serve of an upstream while it
+// can't be reached.
+func (h *Handler) HasStale(up Upstream) bool { return h.rights.HasStale(up.repository("")) }
 
 // Close ends what runs in the background and keeps what is known.
 func (h *Handler) Close() {

@@ -3,10 +3,11 @@
 package registry
 
 import (
-	"net"
 	"slices"
 	"strings"
 	"sync/atomic"
+
+	ups "weir/proxy/upstream" // upstream is a type of the tests
 )
 
 // Known is a registry that weir knows to be one.
@@ -104,16 +105,6 @@ func (h *Hosts) Find(host string) (Known, bool) {
 	return Known{}, false
 }
 
-// Canonical returns the form in which a registry's host is compared: lower
-// case, no trailing dot, and no port when it is 443.
-func Canonical(hostport string) string {
-	h := strings.ToLower(hostport)
-	if host, port, err := net.SplitHostPort(h); err == nil {
-		host = strings.TrimRight(host, ".")
-		if port == "443" {
-			return host
-		}
-		return net.JoinHostPort(host, port)
-	}
-	return strings.TrimRight(strings.Trim(h, "[]"), ".")
-}
+// Canonical returns the form in which a registry's host is compared: see
+// [ups.Host].
+func Canonical(hostport string) string { return ups.ParseHost(hostport).String() }

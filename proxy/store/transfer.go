@@ -20,9 +20,6 @@ import (
 type Source func(ctx context.Context, offset int64) (io.ReadCloser, error)
 
 const (
-	// idleTimeout is how long a source may send nothing before another is
-	// asked.
-	idleTimeout = 30 * time.Second
 	// lingerTime is how long a transfer that nobody reads goes on: runtimes
 	// come back for the rest within seconds after a broken connection.
 	lingerTime = 30 * time.Second
@@ -467,13 +464,12 @@ func (e *writeError) Unwrap() error { return e.err }
 
 // copy takes in what body gives, and returns nil when that was the rest.
 func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, err error) {
-	// Reads of a body can't be bounded in time but by closing it.
-	idle := time.AfterFunc(idleTimeout, func() { body.Close() })
-	stop := context.AfterFunc(t.ctx, func() { body.Close() })
-	defer func() { idle.Stop(); stop(); body.Close() }()
+	from := newBeside(body, t.written, t.source)
+	// Reads can't be ended but by closing what is read.
+	stop := context.AfterFunc(t.ctx, func() { from.Close() })
+	defer func() { stop(); from.Close() }()
 	for {
-		k, rerr := body.Read(buf)
-		idle.Reset(idleTimeout)
+		k, rerr := from.Read(buf)
 		if k > 0 {
 			if t.size >= 0 && t.written+int64(k) > t.size {
 				return n, fmt.Errorf("%s: more than the announced %d bytes: %w", t.digest, t.size, ErrCorrupt)
@@ -507,33 +503,38 @@ func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, e
 	}
 }
 
+// source returns a source for the rest, beside the one that is silent.
+func (t *Transfer) source(try int, offset int64, instead bool) io.ReadCloser {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := len(t.sources)
+	if n == 0 || try > attempts*n || instead && n < 2 {
+		return nil
+	}
+	return newOpening(t.ctx, t.sources[try%n], offset)
+}
+
 // reopen finds a source for the rest.
 func (t *Transfer) reopen(failures *int, cause error) (io.ReadCloser, error) {
-	for {
-		t.mu.Lock()
-		var src Source
-		if len(t.sources) > 0 {
-			src = t.sources[*failures%len(t.sources)]
-		}
-		limit := attempts * len(t.sources)
-		t.mu.Unlock()
-		if src == nil || *failures >= limit {
-			return nil, fmt.Errorf("%s broke off after %d bytes: %w", t.digest, t.written, cause)
-		}
-		if *failures > 0 {
-			select {
-			case <-t.ctx.Done():
-				return nil, t.ctx.Err()
-			case <-time.After(100 * time.Millisecond << min(*failures, 5)):
-			}
-		}
-		*failures++
-		body, err := src(t.ctx, t.written)
-		if err == nil {
-			return body, nil
-		}
-		cause = err
+	t.mu.Lock()
+	var src Source
+	if len(t.sources) > 0 {
+		src = t.sources[*failures%len(t.sources)]
 	}
+	limit := attempts * len(t.sources)
+	t.mu.Unlock()
+	if src == nil || *failures >= limit {
+		return nil, fmt.Errorf("%s broke off after %d bytes: %w", t.digest, t.written, cause)
+	}
+	if *failures > 0 {
+		select {
+		case <-t.ctx.Done():
+			return nil, t.ctx.Err()
+		case <-time.After(100 * time.Millisecond << min(*failures, 5)):
+		}
+	}
+	*failures++
+	return newOpening(t.ctx, src, t.written), nil
 }
 
 // TransferReader reads a blob while it arrives. It is not for concurrent use.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package proxy
+package upstream
 
 import (
+	"context"
 	"net"
 	"net/netip"
 	"os"
@@ -14,8 +15,8 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// nameServer is one that knows everything, at 192.0.2.1.
-func nameServer(t *testing.T, asked *atomic.Int64) (addr string) {
+// nameServer is one that knows everything, at ip.
+func nameServer(t *testing.T, asked *atomic.Int64, ip string) (addr string) {
 	t.Helper()
 	c, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -36,7 +37,7 @@ func nameServer(t *testing.T, asked *atomic.Int64) (addr string) {
 			}
 			m.Response, m.Additionals = true, nil
 			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
-				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: [4]byte{192, 0, 2, 1}}}}
+				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: netip.MustParseAddr(ip).As4()}}}
 			}
 			if out, err := m.Pack(); err == nil {
 				_, _ = c.WriteTo(out, from)
@@ -58,7 +59,7 @@ func resolvConf(t *testing.T, content string) string {
 // While the own name servers don't answer, the node's are asked.
 func TestNodeNames(t *testing.T) {
 	var asked atomic.Int64
-	n := &names{own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "# the node's\nsearch lan\nnameserver "+nameServer(t, &asked)+"\noptions edns0\n")}
+	n := &names{own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "# the node's\nsearch lan\nnameserver "+nameServer(t, &asked, "192.0.2.1")+"\noptions edns0\n")}
 	n.down.Store(time.Now().Add(time.Hour).UnixNano())
 	ips, err := n.lookup(t.Context(), "registry.example.com")
 	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" || asked.Load() == 0 {
@@ -72,6 +73,31 @@ func TestNodeNames(t *testing.T) {
 	}
 	if n.ofNode() != nil {
 		t.Error("the same name servers are asked twice")
+	}
+}
+
+// While the own name servers are silent, the node's are asked before a runtime
+// loses its patience, whatever the search list.
+func TestSilentNameServers(t *testing.T) {
+	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	own := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "udp", silent.LocalAddr().String())
+	}}
+	var asked atomic.Int64
+	n := &names{resolver: own, own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "nameserver "+nameServer(t, &asked, "192.0.2.1")+"\n")}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*ownServersTime)
+	defer cancel()
+	ips, err := n.lookup(ctx, "cdn.example.com")
+	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" {
+		t.Errorf("%v, %v", ips, err)
+	}
+	if n.down.Load() == 0 {
+		t.Error("the silent ones are asked first again")
 	}
 }
 

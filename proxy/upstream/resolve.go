@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package proxy
+package upstream
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"net"
@@ -18,8 +19,9 @@ import (
 // name servers don't answer, as the node does. In a Kubernetes pod the former
 // are the cluster's own, which may be waiting for an image themselves.
 type names struct {
-	own, node string       // resolv.conf(5) of this process and of the node
-	down      atomic.Int64 // until when the own ones aren't asked first, in Unix nanoseconds
+	own, node string        // resolv.conf(5) of this process and of the node
+	resolver  *net.Resolver // of the own ones; nil for net.DefaultResolver
+	down      atomic.Int64  // until when the own ones aren't asked first, in Unix nanoseconds
 }
 
 // ownServersDown is for how long name servers that gave no answer are left out.
@@ -27,7 +29,7 @@ const ownServersDown = 30 * time.Second
 
 // ownServersTime is how long they have where there are others to ask. A search
 // list would have them asked, and waited for, eight times as long.
-const ownServersTime = 3 * time.Second
+const ownServersTime = time.Second
 
 var upstreamNames = &names{own: "/etc/resolv.conf", node: "/proc/1/root/etc/resolv.conf"}
 
@@ -44,7 +46,8 @@ func (n *names) lookup(ctx context.Context, host string) ([]netip.Addr, error) {
 		own, cancel = context.WithTimeout(ctx, ownServersTime)
 		defer cancel()
 	}
-	ips, err := net.DefaultResolver.LookupNetIP(own, "ip", host)
+	resolver := cmp.Or(n.resolver, net.DefaultResolver)
+	ips, err := resolver.LookupNetIP(own, "ip", host)
 	var dns *net.DNSError
 	if err == nil || ctx.Err() != nil || errors.As(err, &dns) && dns.IsNotFound {
 		return ips, err

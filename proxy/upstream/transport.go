@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"sync"
+	"time"
+)
+
+// Transport is an http.RoundTripper for the requests of one client connection.
+// Those to the target go to the address that the client dialled, and those to
+// other hosts, such as where the registry redirects, to what their name resolves
+// to.
+//
+// A request that may be sent twice uses a connection that is kept for all clients
+// of the target. Such a connection may have been forgotten on the way, which nobody
+// is told of, so it is a guess: when nothing comes back for a moment, the request is
+// sent over a new connection as well, and the first answer counts. Every other
+// request uses a connection that was made for this client connection, as the client
+// would have.
+type Transport struct {
+	egress *Egress
+	target Target
+
+	mu  sync.Mutex
+	own *http.Transport // nil until it is needed
+}
+
+// Transport returns a RoundTripper for a client connection to a target. Close it
+// with the client connection.
+func (e *Egress) Transport(t Target) *Transport { return &Transport{egress: e, target: t} }
+
+// Close closes the connections that were made for this client connection. Requests
+// that run on go on.
+func (t *Transport) Close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.own != nil {
+		t.own.CloseIdleConnections()
+	}
+}
+
+// RoundTrip implements http.RoundTripper.
+func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	if repeatable(req) {
+		k := t.target.keyFor(req.URL)
+		return t.egress.pool(k).roundTrip(req, t.egress.times, func() *http.Transport { return t.egress.newHTTP(t.target, userTimeout) })
+	}
+	t.mu.Lock()
+	if t.own == nil {
+		t.own = t.egress.newHTTP(t.target, 0)
+		t.own.MaxIdleConnsPerHost = 1
+	}
+	own := t.own
+	t.mu.Unlock()
+	return own.RoundTrip(req)
+}
+
+// repeatable says whether a request may be sent twice.
+func repeatable(req *http.Request) bool {
+	return (req.Method == http.MethodGet || req.Method == http.MethodHead) && (req.Body == nil || req.Body == http.NoBody) &&
+		req.Header.Get("Upgrade") == ""
+}
+
+// ErrUnreachable says that a host could not be reached in the time that
+// [WithDialBudget] gave.
+var ErrUnreachable = errors.New("the host can't be reached from here")
+
+type budgetKey struct{}
+
+// WithDialBudget bounds the time to connect to hosts other than the registry
+// itself, for requests that something can be done without: the client can be left
+// to follow a redirect its own way, which may be another than weir's. A host that
+// could not be reached in that time fails at once for a while, with
+// [ErrUnreachable]. Requests without a budget try it.
+func WithDialBudget(ctx context.Context, d time.Duration) context.Context {
+	return context.WithValue(ctx, budgetKey{}, d)
+}
+
+const (
+	// keepAlive is how long a connection is silent before the kernel looks whether
+	// it is still there, and how long between two such looks.
+	keepAlive = 15 * time.Second
+	// userTimeout is how long what was sent on a kept connection may go without an
+	// acknowledgement, see TCP_USER_TIMEOUT in tcp(7). Uploads have no such bound:
+	// it counts too while the other side is there and takes nothing.
+	userTimeout = 2 * time.Minute
+)
+
+func (p *pool) transport(fresh func() *http.Transport) *http.Transport {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.http == nil {
+		p.http = fresh()
+	}
+	return p.http
+}
+
+// replace has further requests use the connections of fresh, which has answered
+// where those of old were silent.
+func (p *pool) replace(old, fresh *http.Transport) {
+	p.mu.Lock()
+	current := p.http == old
+	if current {
+		p.http = fresh
+	}
+	p.mu.Unlock()
+	old.CloseIdleConnections()
+	if !current {
+		fresh.CloseIdleConnections()
+	}
+}
+
+// isSlow says whether the target is known to take its time.
+func (p *pool) isSlow() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return time.Now().Before(p.slow)
+}
+
+func (p *pool) setSlow() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.slow = time.Now().Add(slowTTL)
+}
+
+// roundTrip sends a request that may be sent twice. fresh makes transports for the
+// pool.
+func (p *pool) roundTrip(req *http.Request, times times, fresh func() *http.Transport) (*http.Response, error) {
+	g := &guess{pool: p, times: times, req: req, fresh: fresh, old: p.transport(fresh)}
+	// It ends with its parent, or is cancelled when the second answer counts: what
+	// is read of an answer depends on it.
+	ctx, cancel := context.WithCancel(req.Context())
+	g.giveUp = cancel
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: g.got, GotFirstResponseByte: g.stop})
+	resp, err := g.end(g.old.RoundTrip(req.WithContext(ctx)))
+	if resp != nil {
+		resp.Request = req
+	}
+	return resp, err
+}
+
+// guess is a request that may be on a connection which was forgotten on the way.
+type guess struct {
+	pool   *pool
+	times  times
+	req    *http.Request
+	fresh  func() *http.Transport
+	old    *http.Transport
+	giveUp context.CancelFunc // the first attempt
+
+	mu    sync.Mutex
+	timer *time.Timer // until it is found suspicious; nil when it isn't a guess
+	since time.Time   // when it had its connection
+	over  bool        // the first attempt's answer counts, or none
+	done  chan struct{}
+	won   bool // the second attempt's answer counts
+	end2  context.CancelFunc
+	resp  *http.Response
+}
+
+// got begins to wait when the connection is one that was used before.
+func (g *guess) got(info httptrace.GotConnInfo) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.timer != nil {
+		g.timer.Stop()
+		g.timer = nil
+	}
+	g.since = time.Now()
+	if (info.Reused || info.WasIdle) && !g.over {
+		g.timer = time.AfterFunc(g.times.guess, func() { g.suspect(info.Conn, false) })
+	}
+}
+
+// stop is called when an answer begins.
+func (g *guess) stop() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.timer != nil {
+		g.timer.Stop()
+	}
+}
+
+// suspect sends the request a second time, unless the first one is known to have
+// come and the answer to take time.
+func (g *guess) suspect(c net.Conn, again bool) {
+	g.mu.Lock()
+	if g.over || g.done != nil {
+		g.mu.Unlock()
+		return
+	}
+	if !again && arrived(c) && g.pool.isSlow() {
+		g.timer = time.AfterFunc(g.times.slow-g.times.guess, func() { g.suspect(c, true) })
+		g.mu.Unlock()
+		return
+	}
+	g.done = make(chan struct{})
+	ctx, cancel := context.WithCancel(g.req.Context())
+	g.end2 = cancel
+	// The caller may change its own as soon as the first attempt has returned.
+	req := g.req.Clone(ctx)
+	g.mu.Unlock()
+	defer close(g.done)
+	fresh := g.fresh()
+	resp, err := fresh.RoundTrip(req)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case err != nil:
+		cancel()
+	case g.over:
+		resp.Body.Close()
+		fresh.CloseIdleConnections()
+		cancel()
+	default:
+		g.won, g.resp = true, resp
+		g.giveUp()
+		g.pool.replace(g.old, fresh)
+	}
+}
+
+// end takes the first attempt's answer, and returns the one that counts.
+func (g *guess) end(resp *http.Response, err error) (*http.Response, error) {
+	g.mu.Lock()
+	if g.timer != nil {
+		g.timer.Stop()
+	}
+	if g.won {
+		defer g.mu.Unlock()
+		if err == nil {
+			resp.Body.Close()
+		}
+		return g.resp, nil
+	}
+	second := g.done
+	if err == nil || second == nil {
+		g.over = true
+		if err == nil && time.Since(g.since) > g.times.guess {
+			g.pool.setSlow()
+		}
+		if second != nil {
+			g.end2()
+		}
+		g.mu.Unlock()
+		return resp, err
+	}
+	g.mu.Unlock()
+	// The connection has failed meanwhile, or the client has left.
+	<-second
+	if g.won {
+		return g.resp, nil
+	}
+	return nil, err
+}

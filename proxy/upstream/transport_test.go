@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// Connections that were kept are forgotten on the way: nothing comes through any
+// more, and nobody is told. Requests are answered over new ones all the same, and
+// once it is known none is tried in vain again.
+func TestForgottenConnections(t *testing.T) {
+	for name, tt := range map[string]struct {
+		packets bool // they are dropped; else they are taken, and not passed on
+		slow    bool // the registry is known to take its time
+	}{"dropped": {true, false}, "dropped by a slow one": {true, true}, "taken and not passed on": {false, false}} {
+		for _, method := range []string{"GET", "HEAD"} {
+			t.Run(name+" "+method, func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t)
+				w.egress.times.guess = 500 * time.Millisecond // new ones must be quicker
+				w.egress.times.slow = time.Hour
+				var forgotten atomic.Pointer[map[net.Conn]bool]
+				end := make(chan struct{})
+				s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
+					if f := forgotten.Load(); f != nil && (*f)[r.Context().Value(connKey{}).(net.Conn)] {
+						<-end
+					}
+					fmt.Fprint(rw, "here")
+				})
+				defer close(end)
+				url := s.target().url()
+				const kept = 3
+				ask := func() error {
+					got, err := send(t, w.egress.Transport(s.target()), method, url, nil)
+					if err == nil && got != map[string]string{"GET": "here", "HEAD": ""}[method] {
+						err = fmt.Errorf("got %q", got)
+					}
+					return err
+				}
+				w.several(kept, s.target())
+				s.idle()
+				if tt.packets {
+					s.drop()
+				} else {
+					f := make(map[net.Conn]bool)
+					s.mu.Lock()
+					for c := range s.open {
+						f[c] = true
+					}
+					s.mu.Unlock()
+					forgotten.Store(&f)
+				}
+				if tt.slow {
+					w.egress.pool(s.target().key()).setSlow()
+				}
+				for range 5 {
+					if err := ask(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if n := w.dialled(s.addr); n != kept+1 {
+					t.Errorf("%d new connections, want 1: others were tried in vain", n-kept)
+				}
+			})
+		}
+	}
+}
+
+// several has some connections to a target kept.
+func (w *world) several(n int, target Target) {
+	w.t.Helper()
+	tr := w.egress.Transport(target)
+	var bodies []io.Closer
+	for range n {
+		req, _ := http.NewRequestWithContext(w.t.Context(), "GET", target.url(), nil)
+		resp, err := tr.RoundTrip(req)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		bodies = append(bodies, resp.Body) // not read, so that the next one needs another
+		defer func() { _, _ = io.Copy(io.Discard, resp.Body); resp.Body.Close() }()
+	}
+	if len(bodies) != n || w.dialled(target.Addr) != n {
+		w.t.Fatalf("%d connections", w.dialled(target.Addr))
+	}
+}
+
+// A registry that takes its time is not given up, though it was asked a second
+// time; and it isn't asked twice again, as long as what it is sent arrives.
+func TestSlowRegistry(t *testing.T) {
+	w := newWorld(t)
+	w.egress.times.guess = 50 * time.Millisecond
+	var n atomic.Int64
+	second, end := make(chan struct{}), make(chan struct{})
+	s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
+		switch n.Add(1) {
+		case 2:
+			<-second // the same again has come
+		case 3:
+			close(second)
+			select {
+			case <-r.Context().Done(): // it is broken off
+			case <-end:
+			}
+		}
+		fmt.Fprint(rw, n.Load())
+	})
+	defer close(end)
+	target := s.target()
+	p := w.egress.pool(target.key())
+	for _, want := range []string{"1", "3"} {
+		if got, err := send(t, w.egress.Transport(target), "GET", target.url(), nil); err != nil || got != want {
+			t.Fatalf("%q, %v; want %q", got, err, want)
+		}
+		if p.isSlow() != (want == "3") {
+			t.Errorf("after %s requests it is slow: %v", want, p.isSlow())
+		}
+	}
+	c, err := net.Dial("tcp", s.addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("arrives")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "what was sent has arrived", func() bool { return arrived(c) })
+	g := &guess{pool: p, times: defaultTimes}
+	if g.suspect(c, false); g.done != nil || g.timer == nil {
+		t.Error("a slow registry is asked twice at once")
+	}
+	g.timer.Stop()
+}
+
+// When the first attempt fails while the second one is under way, that one's
+// answer counts; and when both fail, the request does.
+func TestBothAttempts(t *testing.T) {
+	for _, answered := range []bool{true, false} {
+		t.Run(fmt.Sprint("the second is answered: ", answered), func(t *testing.T) {
+			w := newWorld(t)
+			w.egress.times.guess = 50 * time.Millisecond
+			var n atomic.Int64
+			second, failed := make(chan struct{}), make(chan struct{})
+			s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
+				switch n.Add(1) {
+				case 2:
+					<-second
+					defer close(failed)
+					panic(http.ErrAbortHandler)
+				case 3:
+					close(second)
+					<-failed
+				}
+				if n.Load() >= 3 && !answered {
+					panic(http.ErrAbortHandler)
+				}
+				fmt.Fprint(rw, "here")
+			})
+			target := s.target()
+			w.several(1, target)
+			s.idle()
+			got, err := send(t, w.egress.Transport(target), "GET", target.url(), nil)
+			if answered != (err == nil && got == "here") {
+				t.Errorf("%q, %v", got, err)
+			}
+		})
+	}
+}
+
+// What may not be sent twice never goes over a connection that others have used:
+// one that was forgotten on the way, or that the registry closes just now. One
+// connection is made for it, and kept as long as the client's.
+func TestUploadsHaveTheirOwnConnection(t *testing.T) {
+	for _, method := range []string{"POST", "PUT", "PATCH", "DELETE"} {
+		t.Run("forgotten, "+method, func(t *testing.T) {
+			w := newWorld(t)
+			s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
+				b, _ := io.ReadAll(r.Body)
+				fmt.Fprintf(rw, "%s %s", r.Method, b)
+			})
+			target := s.target()
+			w.several(2, target)
+			s.idle()
+			s.drop()
+			tr := w.egress.Transport(target)
+			for range 3 {
+				if got, err := send(t, tr, method, target.url(), strings.NewReader("body")); err != nil || got != method+" body" {
+					t.Fatalf("%q, %v", got, err)
+				}
+			}
+			if n := w.dialled(s.addr); n != 3 {
+				t.Errorf("%d connections for three requests of one client connection, want 1", n-2)
+			}
+			tr.Close()
+			eventually(t, "the connection is closed with the client's", func() bool { return s.conns() == 2 })
+		})
+	}
+	t.Run("closed just now", func(t *testing.T) {
+		w := newWorld(t)
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		go func() { // gives one answer on each connection, and closes it when more comes
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer c.Close()
+					r := bufio.NewReader(c)
+					req, err := http.ReadRequest(r)
+					if err != nil {
+						return
+					}
+					_, _ = io.Copy(io.Discard, req.Body)
+					fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(req.Method), req.Method)
+					_, _ = r.ReadByte()
+				}()
+			}
+		}()
+		target := Target{Addr: netip.MustParseAddrPort(l.Addr().String())}
+		for _, method := range []string{"GET", "POST", "POST"} {
+			tr := w.egress.Transport(target)
+			if got, err := send(t, tr, method, "http://"+target.Addr.String()+"/v2/", nil); err != nil || got != method {
+				t.Errorf("%s: %q, %v", method, got, err)
+			}
+			tr.Close()
+		}
+	})
+}
+
+// A connection that was made to look at a registry is the one that the client's
+// first request uses, and none that others left behind.
+func TestReadyConnection(t *testing.T) {
+	w := newWorld(t)
+	s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, "here") })
+	target := s.target()
+	if err := w.egress.Verify(t.Context(), target); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := send(t, w.egress.Transport(target), "POST", target.url(), nil); err != nil || w.dialled(s.addr) != 1 {
+		t.Errorf("%v, %d connections", err, w.dialled(s.addr))
+	}
+	plain := netip.MustParseAddrPort(s.addr.String())
+	for range 2 {
+		if err := w.egress.Connect(t.Context(), plain); err != nil || w.dialled(s.addr) != 2 {
+			t.Errorf("%v, %d connections", err, w.dialled(s.addr))
+		}
+	}
+	p := w.egress.pool(Target{Addr: plain}.key())
+	if c := p.take(); c == nil || !alive(c) {
+		t.Error("no connection is ready")
+	} else {
+		p.keep(c)
+	}
+	w.egress.Close()
+	if p.waiting() {
+		t.Error("it outlives the way out")
+	}
+}
+
+// A host that a registry redirects to, and that can't be reached from here, costs
+// those who can do without a moment, once. Those who can't try it all the same.
+func TestDialBudget(t *testing.T) {
+	w := newWorld(t)
+	w.egress.times.fallback = time.Millisecond
+	w.name("127.0.0.2")
+	here := func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, "here") }
+	s := w.serve("127.0.0.1", 0, w.ca, here)
+	cdn := w.serve("127.0.0.2", 0, w.ca, here)
+	w.silence(cdn.addr, true)
+	tr := w.egress.Transport(s.target())
+	blob := fmt.Sprintf("https://cdn.test:%d/blob", cdn.addr.Port())
+	get := func(ctx context.Context, url string) error {
+		req, _ := http.NewRequestWithContext(ctx, "GET", url, nil)
+		resp, err := tr.RoundTrip(req)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	}
+	for i := range 3 {
+		if err := get(WithDialBudget(t.Context(), 10*time.Millisecond), blob); !errors.Is(err, ErrUnreachable) {
+			t.Errorf("request %d: %v", i, err)
+		}
+	}
+	if n := w.dialled(cdn.addr); n != 1 {
+		t.Errorf("it was dialled %d times", n)
+	}
+	// The registry itself has as long as it likes, and so has who has no budget.
+	w.watch(func(ctx context.Context, addr netip.AddrPort) {
+		if end, ok := ctx.Deadline(); ok && time.Until(end) < defaultTimes.connect/2 {
+			t.Errorf("%s has until %s", addr, end)
+		}
+	})
+	if err := get(WithDialBudget(t.Context(), defaultTimes.connect/4), s.target().url()); err != nil {
+		t.Error(err)
+	}
+	w.silence(cdn.addr, false)
+	if err := get(t.Context(), blob); err != nil {
+		t.Error(err)
+	}
+	w.watch(nil)
+	w.egress.Close()
+	if err := get(WithDialBudget(t.Context(), defaultTimes.connect), blob); err != nil {
+		t.Errorf("after it could be reached again: %v", err)
+	}
+}
+
+// What the runtime has for a registry tells its connections apart.
+func TestSettingsTellConnectionsApart(t *testing.T) {
+	w := newWorld(t)
+	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
+	evil := newAuthority(t, "evil")
+	target := s.target()
+	for i, tt := range []struct {
+		settings Settings
+		ok       bool
+	}{{Settings{}, true}, {Settings{Roots: evil.pool, Key: "evil"}, false}, {Settings{Roots: w.ca.pool, Key: "own"}, true}, {Settings{}, true}} {
+		target.Settings = tt.settings
+		if _, err := send(t, w.egress.Transport(target), "GET", target.url(), nil); (err == nil) != tt.ok {
+			t.Errorf("%d: %v", i, err)
+		}
+	}
+	if n := w.dialled(s.addr); n != 3 {
+		t.Errorf("%d connections", n)
+	}
+}
