@@ -36,6 +36,7 @@ import (
 	"go.opentelemetry.io/otel/trace/noop"
 	"weir/proxy/rights"
 	"weir/proxy/store"
+	"weir/proxy/upstream"
 )
 
 // Upstream is the registry that a client has connected to.
@@ -446,8 +447,13 @@ func (x *exchange) send(req *http.Request, follow bool) (*http.Response, error) 
 	if !follow {
 		return x.up.Transport.RoundTrip(req)
 	}
-	return x.up.follow(x.up.Transport).Do(req)
+	// Where a redirect leads may be out of weir's reach, and not of the client's,
+	// which may go there by a proxy: it is left to the client then.
+	return x.up.follow(x.up.Transport).Do(req.WithContext(upstream.WithDialBudget(req.Context(), redirectTime)))
 }
+
+// redirectTime is how long it may take to connect to where a registry redirects.
+const redirectTime = time.Second
 
 // follow is a client that follows redirects from the registry.
 func (u Upstream) follow(rt http.RoundTripper) *http.Client {
