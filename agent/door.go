@@ -306,9 +306,9 @@ func (f *flow) share() int {
 	case !f.crowded:
 		return maxActive
 	case f.all < maxAll*3/2:
-		return min(max(maxAll/max(len(f.busy), 1), minActive), maxActive)
+		return min(max(maxAll/len(f.busy), minActive), maxActive)
 	}
-	return min(max(maxAll/max(len(f.busy), 1), leastActive), maxActive)
+	return leastActive
 }
 
 // bound shuts a door that has too many connections, and opens it when it has

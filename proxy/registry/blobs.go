@@ -484,7 +484,9 @@ func (x *exchange) fromTransfer(r *store.TransferReader, status string) {
 		return
 	}
 	if r.Size() < 0 {
-		x.stream(r.WithContext(x.r.Context()), status)
+		o := &onward{x: x, from: r.WithContext(x.r.Context())}
+		defer o.Close()
+		x.stream(o, status)
 		return
 	}
 	c := &content{x: x, size: r.Size()}
