@@ -162,6 +162,7 @@ type guess struct {
 	won   bool // the second attempt's answer counts
 	end2  context.CancelFunc
 	resp  *http.Response
+	err   error // of the second attempt, if the first was given up for it
 }
 
 // got begins to wait when the connection is one that was used before.
@@ -214,6 +215,10 @@ func (g *guess) suspect(c net.Conn, again bool) {
 	switch {
 	case err != nil:
 		cancel()
+		if !arrived(c) { // a client without weir would have come no farther
+			g.err = err
+			g.giveUp()
+		}
 	case g.over:
 		resp.Body.Close()
 		fresh.CloseIdleConnections()
@@ -253,8 +258,11 @@ func (g *guess) end(resp *http.Response, err error) (*http.Response, error) {
 	g.mu.Unlock()
 	// The connection has failed meanwhile, or the client has left.
 	<-second
-	if g.won {
+	switch {
+	case g.won:
 		return g.resp, nil
+	case g.err != nil:
+		err = g.err
 	}
 	return nil, err
 }
