@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"strings"
@@ -275,6 +276,41 @@ func TestUploadsHaveTheirOwnConnection(t *testing.T) {
 			tr.Close()
 		}
 	})
+}
+
+// The kernel notices when a kept connection is dead. An upload to a registry that
+// takes nothing for a while goes on, as it would without weir.
+func TestSocketOptions(t *testing.T) {
+	w := newWorld(t)
+	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
+	target := s.target()
+	if err := w.egress.Verify(t.Context(), target); err != nil {
+		t.Fatal(err)
+	}
+	tr := w.egress.Transport(target)
+	for method, want := range map[string]time.Duration{"POST": 0, "GET": userTimeout} {
+		var got, alive int
+		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+			if err := control(i.Conn, func(fd int) (err error) {
+				if alive, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE); err != nil {
+					return err
+				}
+				got, err = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT)
+				return err
+			}); err != nil {
+				t.Error(err)
+			}
+		}})
+		req, _ := http.NewRequestWithContext(ctx, method, target.url(), nil)
+		resp, err := tr.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if got != int(want.Milliseconds()) || alive != 1 {
+			t.Errorf("%s: TCP_USER_TIMEOUT %d ms, keep-alive %d", method, got, alive)
+		}
+	}
 }
 
 // A connection that was made to look at a registry is the one that the client's
