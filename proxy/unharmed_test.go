@@ -5,12 +5,14 @@ package proxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -18,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
 )
 
 // client makes requests through the stage, each on a connection of its own.
@@ -187,6 +190,79 @@ func TestOldServerStillAnswers(t *testing.T) {
 		if err != nil || string(b) != want {
 			t.Errorf("who dialled the %s server got the %s one (%v)", want, b, err)
 		}
+	}
+}
+
+// recorded is a listener that knows what it has accepted.
+type recorded struct {
+	net.Listener
+	mu    sync.Mutex
+	conns []*net.TCPConn
+}
+
+func (l *recorded) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.mu.Lock()
+		l.conns = append(l.conns, c.(*net.TCPConn))
+		l.mu.Unlock()
+	}
+	return c, err
+}
+
+// drop has the connections that there are receive nothing any more, which nobody is
+// told of.
+func (l *recorded) drop(t *testing.T) {
+	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range l.conns {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = raw.Control(func(fd uintptr) {
+			err = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+				&unix.SockFprog{Len: 1, Filter: &unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K}})
+		})
+		if err != nil && !errors.Is(err, net.ErrClosed) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// weir's connections to a registry are forgotten on the way, as those are that were
+// there before a node's firewall was restarted. The clients, which come with new
+// ones, pull and push all the same.
+func TestForgottenFlows(t *testing.T) {
+	l := &recorded{Listener: listen(t)}
+	s := newStage(t, l)
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%s %s", r.Method, b)
+	}))
+	ask := func(method, path string) {
+		t.Helper()
+		req, err := http.NewRequest(method, fmt.Sprintf("https://registry.test:%d%s", s.dst.Port(), path), strings.NewReader(strings.Repeat("x", map[string]int{"PUT": 5}[method])))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := s.client()
+		c.Timeout = 20 * time.Second
+		resp, err := c.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if b, err := io.ReadAll(resp.Body); err != nil || string(b) != method+" "+map[string]string{"PUT": "xxxxx"}[method] {
+			t.Errorf("%s: %q, %v", method, b, err)
+		}
+	}
+	for range 2 {
+		ask("GET", "/v2/a/tags/list")
+		l.drop(t)
+		ask("PUT", "/v2/a/manifests/1")
+		ask("GET", "/v2/a/tags/list")
 	}
 }
 

@@ -234,16 +234,41 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 	if err := p.unreachable(); err != nil {
 		return nil, err
 	}
-	bctx, cancel := context.WithTimeout(ctx, budget)
-	defer cancel()
-	c, err := e.connect(bctx, k, t.Settings, false)
-	if err != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%s: %w: %w", k.hostport, ErrUnreachable, err)
+	type result struct {
+		c   net.Conn
+		err error
 	}
-	if ctx.Err() == nil {
+	results := make(chan result)
+	late := make(chan struct{})
+	go func() {
+		c, err := e.connect(context.WithoutCancel(ctx), k, t.Settings, false)
+		if err != nil {
+			err = fmt.Errorf("%s: %w: %w", k.hostport, ErrUnreachable, err)
+		}
 		p.found(err)
+		select {
+		case results <- result{c, err}:
+		case <-late:
+			if err == nil {
+				p.keep(c)
+			}
+		}
+	}()
+	timer := time.NewTimer(budget)
+	defer timer.Stop()
+	select {
+	case r := <-results:
+		return r.c, r.err
+	case <-timer.C:
+		// It goes on, and the next request may find that it could be reached.
+		defer close(late)
+		err := fmt.Errorf("%s: %w: no connection in %s", k.hostport, ErrUnreachable, budget)
+		p.found(err)
+		return nil, err
+	case <-ctx.Done():
+		close(late)
+		return nil, ctx.Err()
 	}
-	return c, err
 }
 
 // connect opens a connection: to the address that was dialled, or else to another

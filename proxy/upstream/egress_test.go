@@ -32,7 +32,7 @@ type authority struct {
 	pool *x509.CertPool
 }
 
-func newAuthority(t *testing.T, name string) *authority {
+func newAuthority(t testing.TB, name string) *authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -58,7 +58,7 @@ func (a *authority) leaf(host string) (*tls.Certificate, error) {
 
 // world is a way out to servers on loopback.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	ca     *authority
 	egress *Egress
 
@@ -70,7 +70,7 @@ type world struct {
 	asked int        // how often for one
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	w := &world{t: t, ca: newAuthority(t, "world"), dials: make(map[netip.AddrPort]int), hold: make(map[netip.AddrPort]bool)}
 	w.egress = Config{Roots: func(string) *x509.CertPool { return w.ca.pool }}.NewEgress(w.dial)
 	w.egress.lookup = w.lookup
@@ -142,10 +142,11 @@ func (w *world) silence(addr netip.AddrPort, silent bool) {
 
 // server is a registry.
 type server struct {
-	w    *world
-	addr netip.AddrPort
-	mu   sync.Mutex
-	open map[net.Conn]http.ConnState
+	w        *world
+	addr     netip.AddrPort
+	listener net.Listener
+	mu       sync.Mutex
+	open     map[net.Conn]http.ConnState
 }
 
 type connKey struct{}
@@ -157,7 +158,7 @@ func (w *world) serve(ip string, port uint16, by *authority, h http.HandlerFunc)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	s := &server{w: w, addr: netip.MustParseAddrPort(l.Addr().String()), open: make(map[net.Conn]http.ConnState)}
+	s := &server{w: w, listener: l, addr: netip.MustParseAddrPort(l.Addr().String()), open: make(map[net.Conn]http.ConnState)}
 	srv := &http.Server{
 		Handler:     h,
 		TLSConfig:   &tls.Config{GetCertificate: func(c *tls.ClientHelloInfo) (*tls.Certificate, error) { return by.leaf(c.ServerName) }},
@@ -213,7 +214,7 @@ func (s *server) idle() {
 	})
 }
 
-func eventually(t *testing.T, what string, is func() bool) {
+func eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(20 * time.Second); !is(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {

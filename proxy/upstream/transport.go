@@ -155,13 +155,15 @@ type guess struct {
 	giveUp context.CancelFunc // the first attempt
 
 	mu    sync.Mutex
-	timer *time.Timer // until it is found suspicious; nil when it isn't a guess
+	timer *time.Timer // until it is suspect; nil when it isn't a guess
 	since time.Time   // when it had its connection
+	heard bool        // an answer to it has begun
 	over  bool        // the first attempt's answer counts, or none
 	done  chan struct{}
 	won   bool // the second attempt's answer counts
 	end2  context.CancelFunc
 	resp  *http.Response
+	err   error // of the second attempt, if the first was given up for it
 }
 
 // got begins to wait when the connection is one that was used before.
@@ -172,7 +174,7 @@ func (g *guess) got(info httptrace.GotConnInfo) {
 		g.timer.Stop()
 		g.timer = nil
 	}
-	g.since = time.Now()
+	g.since, g.heard = time.Now(), false
 	if (info.Reused || info.WasIdle) && !g.over {
 		g.timer = time.AfterFunc(g.times.guess, func() { g.suspect(info.Conn, false) })
 	}
@@ -182,6 +184,7 @@ func (g *guess) got(info httptrace.GotConnInfo) {
 func (g *guess) stop() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.heard = true
 	if g.timer != nil {
 		g.timer.Stop()
 	}
@@ -191,7 +194,7 @@ func (g *guess) stop() {
 // come and the answer to take time.
 func (g *guess) suspect(c net.Conn, again bool) {
 	g.mu.Lock()
-	if g.over || g.done != nil {
+	if g.heard || g.over || g.done != nil {
 		g.mu.Unlock()
 		return
 	}
@@ -213,7 +216,12 @@ func (g *guess) suspect(c net.Conn, again bool) {
 	defer g.mu.Unlock()
 	switch {
 	case err != nil:
+		fresh.CloseIdleConnections()
 		cancel()
+		if !arrived(c) { // a client without weir would have come no farther
+			g.err = err
+			g.giveUp()
+		}
 	case g.over:
 		resp.Body.Close()
 		fresh.CloseIdleConnections()
@@ -253,8 +261,11 @@ func (g *guess) end(resp *http.Response, err error) (*http.Response, error) {
 	g.mu.Unlock()
 	// The connection has failed meanwhile, or the client has left.
 	<-second
-	if g.won {
+	switch {
+	case g.won:
 		return g.resp, nil
+	case g.err != nil:
+		err = g.err
 	}
 	return nil, err
 }

@@ -10,11 +10,15 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Connections that were kept are forgotten on the way: nothing comes through any
@@ -144,6 +148,34 @@ func TestSlowRegistry(t *testing.T) {
 	g.timer.Stop()
 }
 
+// A connection was forgotten on the way, and there is no other: the request fails
+// as it would for a client without weir, and doesn't wait for the kernel to find
+// out.
+func TestForgottenAndDown(t *testing.T) {
+	w := newWorld(t)
+	w.egress.times.guess = 50 * time.Millisecond
+	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
+	target := s.target()
+	w.several(1, target)
+	s.idle()
+	s.drop()
+	s.listener.Close()
+	if _, err := send(t, w.egress.Transport(target), "GET", target.url(), nil); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Error(err)
+	}
+}
+
+// nonsense gives no answer, for which net/http doesn't ask again, and waits until
+// the client has closed the connection.
+func nonsense(rw http.ResponseWriter) {
+	c, _, err := http.NewResponseController(rw).Hijack()
+	if err == nil {
+		_, _ = io.WriteString(c, "nonsense\r\n\r\n")
+		_, _ = c.Read(make([]byte, 1))
+		c.Close()
+	}
+}
+
 // When the first attempt fails while the second one is under way, that one's
 // answer counts; and when both fail, the request does.
 func TestBothAttempts(t *testing.T) {
@@ -158,13 +190,15 @@ func TestBothAttempts(t *testing.T) {
 				case 2:
 					<-second
 					defer close(failed)
-					panic(http.ErrAbortHandler)
+					nonsense(rw)
+					return
 				case 3:
 					close(second)
 					<-failed
 				}
 				if n.Load() >= 3 && !answered {
-					panic(http.ErrAbortHandler)
+					nonsense(rw)
+					return
 				}
 				fmt.Fprint(rw, "here")
 			})
@@ -244,6 +278,41 @@ func TestUploadsHaveTheirOwnConnection(t *testing.T) {
 	})
 }
 
+// The kernel notices when a kept connection is dead. An upload to a registry that
+// takes nothing for a while goes on, as it would without weir.
+func TestSocketOptions(t *testing.T) {
+	w := newWorld(t)
+	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
+	target := s.target()
+	if err := w.egress.Verify(t.Context(), target); err != nil {
+		t.Fatal(err)
+	}
+	tr := w.egress.Transport(target)
+	for method, want := range map[string]time.Duration{"POST": 0, "GET": userTimeout} {
+		var got, alive int
+		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+			if err := control(i.Conn, func(fd int) (err error) {
+				if alive, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE); err != nil {
+					return err
+				}
+				got, err = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT)
+				return err
+			}); err != nil {
+				t.Error(err)
+			}
+		}})
+		req, _ := http.NewRequestWithContext(ctx, method, target.url(), nil)
+		resp, err := tr.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if got != int(want.Milliseconds()) || alive != 1 {
+			t.Errorf("%s: TCP_USER_TIMEOUT %d ms, keep-alive %d", method, got, alive)
+		}
+	}
+}
+
 // A connection that was made to look at a registry is the one that the client's
 // first request uses, and none that others left behind.
 func TestReadyConnection(t *testing.T) {
@@ -285,6 +354,7 @@ func TestDialBudget(t *testing.T) {
 	cdn := w.serve("127.0.0.2", 0, w.ca, here)
 	w.silence(cdn.addr, true)
 	tr := w.egress.Transport(s.target())
+	const budget = 10 * time.Millisecond
 	blob := fmt.Sprintf("https://cdn.test:%d/blob", cdn.addr.Port())
 	get := func(ctx context.Context, url string) error {
 		req, _ := http.NewRequestWithContext(ctx, "GET", url, nil)
@@ -295,7 +365,7 @@ func TestDialBudget(t *testing.T) {
 		return err
 	}
 	for i := range 3 {
-		if err := get(WithDialBudget(t.Context(), 10*time.Millisecond), blob); !errors.Is(err, ErrUnreachable) {
+		if err := get(WithDialBudget(t.Context(), budget), blob); !errors.Is(err, ErrUnreachable) {
 			t.Errorf("request %d: %v", i, err)
 		}
 	}
@@ -303,28 +373,65 @@ func TestDialBudget(t *testing.T) {
 		t.Errorf("it was dialled %d times", n)
 	}
 	// The registry itself has as long as it likes, and so has who has no budget.
-	w.watch(func(ctx context.Context, addr netip.AddrPort) {
-		if end, ok := ctx.Deadline(); ok && time.Until(end) < defaultTimes.connect/2 {
-			t.Errorf("%s has until %s", addr, end)
+	w.watch(func(_ context.Context, addr netip.AddrPort) {
+		if addr == s.addr {
+			time.Sleep(budget)
 		}
 	})
-	if err := get(WithDialBudget(t.Context(), defaultTimes.connect/4), s.target().url()); err != nil {
+	if err := get(WithDialBudget(t.Context(), budget), s.target().url()); err != nil {
 		t.Error(err)
 	}
 	w.silence(cdn.addr, false)
 	if err := get(t.Context(), blob); err != nil {
 		t.Error(err)
 	}
-	w.watch(nil)
 	w.egress.Close()
 	if err := get(WithDialBudget(t.Context(), defaultTimes.connect), blob); err != nil {
 		t.Errorf("after it could be reached again: %v", err)
 	}
 }
 
+// A host that takes longer than there was time for is reached all the same, and is
+// there for the next request.
+func TestDialOverBudget(t *testing.T) {
+	w := newWorld(t)
+	w.name("127.0.0.1")
+	cdn := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, "here") })
+	slow := make(chan struct{})
+	w.watch(func(context.Context, netip.AddrPort) { <-slow })
+	tr := w.egress.Transport(Target{Host: ParseHost("registry.test")})
+	url := fmt.Sprintf("https://cdn.test:%d/blob", cdn.addr.Port())
+	get := func(budget time.Duration) error {
+		req, _ := http.NewRequestWithContext(WithDialBudget(t.Context(), budget), "GET", url, nil)
+		resp, err := tr.RoundTrip(req)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	}
+	if err := get(time.Millisecond); !errors.Is(err, ErrUnreachable) {
+		t.Error(err)
+	}
+	close(slow)
+	eventually(t, "the connection is ready", w.egress.pool(tr.target.keyFor(mustParse(t, url))).waiting)
+	if err := get(time.Minute); err != nil {
+		t.Error(err)
+	}
+}
+
+func mustParse(t *testing.T, s string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
 // What the runtime has for a registry tells its connections apart.
 func TestSettingsTellConnectionsApart(t *testing.T) {
 	w := newWorld(t)
+	w.name("127.0.0.1")
 	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
 	evil := newAuthority(t, "evil")
 	target := s.target()
@@ -333,11 +440,13 @@ func TestSettingsTellConnectionsApart(t *testing.T) {
 		ok       bool
 	}{{Settings{}, true}, {Settings{Roots: evil.pool, Key: "evil"}, false}, {Settings{Roots: w.ca.pool, Key: "own"}, true}, {Settings{}, true}} {
 		target.Settings = tt.settings
-		if _, err := send(t, w.egress.Transport(target), "GET", target.url(), nil); (err == nil) != tt.ok {
-			t.Errorf("%d: %v", i, err)
+		for _, url := range []string{target.url(), fmt.Sprintf("https://cdn.test:%d/", s.addr.Port())} {
+			if _, err := send(t, w.egress.Transport(target), "GET", url, nil); (err == nil) != tt.ok {
+				t.Errorf("%d: %s: %v", i, url, err)
+			}
 		}
 	}
-	if n := w.dialled(s.addr); n != 3 {
+	if n := w.dialled(s.addr); n < 6 {
 		t.Errorf("%d connections", n)
 	}
 }
