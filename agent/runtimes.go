@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"regexp"
@@ -20,7 +21,6 @@ import (
 	"golang.org/x/sync/semaphore"
 	"weir/agent/trust"
 	"weir/bpf"
-	"weir/proxy/registry"
 )
 
 // Probe addresses: what runtimes are asked to pull from, to see whether they
@@ -78,14 +78,19 @@ type runtimeProc struct {
 	settled chan struct{}
 	once    sync.Once
 
+	// files bounds what looks at its files.
+	files looks
+
 	mu       sync.Mutex
 	reach    string
 	how      string
-	certsD   bool           // trusts by certs.d alone
-	coverage trust.Coverage // of certs.d, when it counts
+	certsD   *trust.CertsD // what it trusts the CA by, if that is all
+	caFile   string        // what it finds the CA in, if it may not have read that yet
+	program  program       // when it is settled
 	reason   string
 	step     string
 	verdicts map[netip.Addr]chan error // of the probes under way
+	led      map[string]time.Time      // when a pull of it was last seen to be led to a host without the CA
 }
 
 // runtimes follows the processes that pull images and establishes which of
@@ -101,11 +106,13 @@ type runtimes struct {
 	// establishing bounds those that are being looked at, each of which may hold a
 	// thread for as long as a file system gives no answer.
 	establishing *semaphore.Weighted
+	// looking is the same for those whose files are looked at again.
+	looking *semaphore.Weighted
 }
 
 func newRuntimes(a *Agent, state *stateFile) *runtimes {
 	return &runtimes{a: a, state: state, all: make(map[int]*runtimeProc), paused: make(map[string]map[int]struct{}),
-		establishing: semaphore.NewWeighted(maxEstablishing)}
+		establishing: semaphore.NewWeighted(maxEstablishing), looking: semaphore.NewWeighted(maxEstablishing)}
 }
 
 // maxEstablishing is far above what starts at a time, and far below the threads
@@ -284,7 +291,7 @@ func (rs *runtimes) remode(kind string) {
 func (rs *runtimes) setMode(rt *runtimeProc) {
 	rt.mu.Lock()
 	mode := bpf.ModeProbe
-	if rt.reach == ReachIntercepted && (!rt.certsD || len(rs.paused[rt.kind.name]) == 0) {
+	if rt.reach == ReachIntercepted && (rt.certsD == nil || len(rs.paused[rt.kind.name]) == 0) {
 		mode = bpf.ModeRedirect
 	}
 	rt.mu.Unlock()
@@ -298,11 +305,13 @@ func (rs *runtimes) setMode(rt *runtimeProc) {
 
 func (rt *runtimeProc) settle() { rt.once.Do(func() { close(rt.settled) }) }
 
-// intercept makes a runtime one whose connections are intercepted.
-func (rs *runtimes) intercept(rt *runtimeProc, how string, coverage trust.Coverage) {
+// intercept makes a runtime one whose connections are intercepted. It trusts the
+// CA by certsD alone, or finds it in caFile when it first looks, or has both
+// empty: it has the CA in its memory.
+func (rs *runtimes) intercept(rt *runtimeProc, how string, certsD *trust.CertsD, caFile string) {
 	rt.mu.Lock()
 	rt.reach, rt.how, rt.reason, rt.step = ReachIntercepted, how, "", ""
-	rt.certsD, rt.coverage = coverage != nil, coverage
+	rt.certsD, rt.caFile = certsD, caFile
 	rt.mu.Unlock()
 	rs.mu.Lock()
 	rs.setMode(rt)
@@ -361,6 +370,13 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 	defer root.Close()
 
 	host := rs.a.lasting[root.ID()]
+	rt.mu.Lock()
+	rt.program = programOf(rt.pid, host)
+	rt.mu.Unlock()
+	if flag := ownRoots(rt.kind, nulSeparated(rt.pid, "cmdline")); flag != "" {
+		rs.passThrough(rt, flag+" on its command line names all the roots that it trusts", "nothing to do: without "+flag+" it is intercepted")
+		return
+	}
 	if host == "" && inImage(rt, root) {
 		rs.passThrough(rt, "its root file system is an image's that is being made: the CA would come to be in that", "nothing to do")
 		return
@@ -385,16 +401,16 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 		case !seeded:
 			// No connection of its has left unseen, so it can't have
 			// verified anything yet, and will find the CA when it does.
-			rs.intercept(rt, trustByStart, nil)
+			rs.intercept(rt, trustByStart, nil, res.File)
 			if !rs.a.kernel.Early(rt.pid) { // between the question and the answer
 				return
 			}
 			why = "it connected somewhere before the CA was installed"
 		case seeded && host != "" && rs.state.installedBefore(host, rt.start):
-			rs.intercept(rt, trustByStart, nil)
+			rs.intercept(rt, trustByStart, nil, res.File)
 			return
 		case seeded && rs.state.remembers(rt) == rememberedSystem:
-			rs.intercept(rt, trustRemembered, nil)
+			rs.intercept(rt, trustRemembered, nil, "")
 			return
 		}
 	}
@@ -478,14 +494,14 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 	var perr error
 	if system == nil {
 		if perr = rs.probe(rt, probeSystem); perr == nil {
-			rs.intercept(rt, trustBySystem, nil)
+			rs.intercept(rt, trustBySystem, nil, "")
 			return
 		}
 	}
 	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
-		if coverage, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
+		if certsD, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
 			if !fresh || rs.quiet(rt) {
-				rs.intercept(rt, trustByCertsD, coverage)
+				rs.intercept(rt, trustByCertsD, certsD, "")
 			}
 			return
 		} else if perr == nil || !errors.Is(err, errDistrusts) {
@@ -505,13 +521,14 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 // proveCertsD tries the directories that the runtime reads at each pull, one
 // after the other, and leaves the CA only in the one that it does read. fresh
 // says that it wasn't there before.
-func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (coverage trust.Coverage, fresh bool, err error) {
+func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (certsD *trust.CertsD, fresh bool, err error) {
 	// Its configuration says where: only root's may say where root writes.
 	if uid, err := userOf(rt.pid); err != nil || uid != 0 {
 		return nil, false, errors.Join(errors.New("its certs.d is not root's"), err)
 	}
 	var last error
-	for _, dir := range certsDOf(rt, root) {
+	dirs := certsDOf(rt, root)
+	for _, dir := range dirs {
 		place := trust.Places{CertsD: []string{dir}}
 		res := rs.a.ca.Install(root, place, rs.a.certsDHosts())
 		rs.record(host, res)
@@ -522,7 +539,7 @@ func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) 
 		}
 		err := rs.probe(rt, probeCertsD)
 		if err == nil {
-			return coverage, len(res.Files) > 0, nil
+			return rt.lookup(root, dir, dirs), len(res.Files) > 0, nil
 		}
 		last = err
 		made := slices.DeleteFunc(rs.a.ledger.Made(host), func(m trust.Made) bool { return m.Path != dir && !strings.HasPrefix(m.Path, dir+"/") })
@@ -565,6 +582,16 @@ var configPathRE = regexp.MustCompile(`(?m)^\s*config_path\s*=\s*["']([^"'\n]+)[
 // certsDOf returns the certs.d directories that a runtime may read.
 func certsDOf(rt *runtimeProc, root *trust.Root) []string {
 	dirs := slices.Clone(rt.kind.certsD)
+	for _, dir := range configPaths(rt, root) {
+		if filepath.IsAbs(dir) && filepath.Clean(dir) == dir && !slices.Contains(dirs, dir) {
+			dirs = append([]string{dir}, dirs...)
+		}
+	}
+	return dirs
+}
+
+// configPaths returns what a containerd's configuration has for config_path.
+func configPaths(rt *runtimeProc, root *trust.Root) (paths []string) {
 	config := "/etc/containerd/config.toml"
 	args := nulSeparated(rt.pid, "cmdline")
 	for i, arg := range args {
@@ -576,14 +603,36 @@ func certsDOf(rt *runtimeProc, root *trust.Root) []string {
 	}
 	b, err := root.ReadFile(config, 1<<20)
 	if err != nil {
-		return dirs
+		return nil
 	}
 	for _, m := range configPathRE.FindAllSubmatch(b, 8) {
-		if dir := string(m[1]); filepath.IsAbs(dir) && filepath.Clean(dir) == dir && !slices.Contains(dirs, dir) {
-			dirs = append([]string{dir}, dirs...)
+		paths = append(paths, string(m[1]))
+	}
+	return paths
+}
+
+// lookup returns how a runtime that has been seen to read dir, one of dirs, finds
+// the settings of a registry.
+func (rt *runtimeProc) lookup(root *trust.Root, dir string, dirs []string) *trust.CertsD {
+	if !rt.kind.contentStore { // containers/image
+		users := rt.userSettings()
+		if len(users) == 0 { // a service without a HOME looks it up; it is root's
+			users = []string{"/root/.config/" + trust.UserContainersCertsD}
+		}
+		return &trust.CertsD{Dirs: slices.Concat(users, rt.kind.settings)}
+	}
+	c := &trust.CertsD{HostsFiles: true, Also: append(slices.Clone(dirs), trust.DockerCertsD)}
+	// A pull by containerd's own client, and not by its transfer service, takes
+	// a config_path for a list.
+	for _, list := range append(configPaths(rt, root), trust.ContainerdPairCertsD) {
+		paths := filepath.SplitList(list)
+		c.Also = append(c.Also, paths...)
+		if i := slices.Index(paths, dir); i > 0 {
+			c.Dirs = append(c.Dirs, paths[:i]...)
 		}
 	}
-	return dirs
+	c.Dirs = append(c.Dirs, dir)
+	return c
 }
 
 var (
@@ -655,32 +704,100 @@ func (rs *runtimes) probed(pid int, addr netip.Addr, err error) {
 // trusts says whether a runtime trusts the CA for a registry. It waits until
 // that is known, so that a client gets its certificate only after the CA is in
 // place.
-func (rs *runtimes) trusts(rt *runtimeProc, known registry.Known, host string) bool {
+func (rs *runtimes) trusts(rt *runtimeProc, host string) bool {
 	select {
 	case <-rt.settled:
 	case <-time.After(2 * time.Second):
 		return false
 	}
-	rt.mu.Lock()
-	defer rt.mu.Unlock()
-	if rt.reach != ReachIntercepted {
+	if err := rs.except(rt, host)[host]; err != nil {
+		rs.a.log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
 		return false
 	}
-	if !rt.certsD {
-		return true
-	}
-	name := host
-	if known.Name != "" {
-		name = known.Name
-	}
-	return rt.coverage.Covers(name)
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	return rt.reach == ReachIntercepted
 }
 
+// except says for which of hosts a runtime that is intercepted for others is
+// passed through, and why. It looks at the files that the runtime reads.
+func (rs *runtimes) except(rt *runtimeProc, hosts ...string) map[string]error {
+	rt.mu.Lock()
+	reach, certsD, caFile, program := rt.reach, rt.certsD, rt.caFile, rt.program
+	rt.mu.Unlock()
+	found := make(map[string]error, len(hosts))
+	if reach != ReachIntercepted {
+		return found
+	}
+	if certsD != nil || caFile != "" {
+		now, err := bounded(rs, rt, func() (trust.Coverage, error) {
+			root, err := trust.OpenRoot(rt.pid)
+			if err != nil {
+				return nil, err
+			}
+			defer root.Close()
+			if certsD == nil {
+				return nil, rs.a.ca.Holds(root, caFile)
+			}
+			return rs.a.ca.Coverage(root, *certsD, hosts), nil
+		})
+		for _, host := range hosts {
+			if found[host] = err; err == nil {
+				found[host] = rt.lingers(host, now[host])
+			}
+		}
+	}
+	for _, host := range hosts {
+		if found[host] == nil && rs.state.programRefused(program, host) {
+			found[host] = errProgramRefused
+		}
+	}
+	return found
+}
+
+var errProgramRefused = errors.New("this program has refused weir's certificate for it; it is tried again when the program changes, and after the next boot")
+
+// lingerTime is how long a runtime is still passed through to a registry when
+// nothing leads there any more: a pull that is running was led there before.
+const lingerTime = 10 * time.Minute
+
+// lingers takes in whether a pull of a runtime may be led to a host without the
+// CA, and returns whether one may be on its way.
+func (rt *runtimeProc) lingers(host string, err error) error {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if errors.Is(err, trust.ErrLeads) {
+		if rt.led == nil || len(rt.led) >= maxLed {
+			rt.led = make(map[string]time.Time)
+		}
+		rt.led[host] = time.Now()
+	}
+	if since, ok := rt.led[host]; ok && err == nil && time.Since(since) < lingerTime {
+		return fmt.Errorf("%w, without weir's CA, until just now: a pull that began then may be running; it is intercepted %s after that", trust.ErrLeads, lingerTime)
+	}
+	return err
+}
+
+// maxLed bounds what is remembered of one runtime. Few registries are known.
+const maxLed = 1024
+
 // rejected takes in that a runtime did not trust a certificate after all. It is
-// left alone from then on.
+// left alone from then on, and so is, for this registry, every run of the
+// program if that is what the CA was put in place for: a restart would not
+// change it.
 func (rs *runtimes) rejected(rt *runtimeProc, host string, err error) {
 	rs.a.log.Error("a runtime refused weir's certificate; it is passed through from now on", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
-	rs.passThrough(rt, "it refused weir's certificate for "+host, rt.restartStep())
+	rt.mu.Lock()
+	byStart, program := rt.how == trustByStart, rt.program
+	rt.mu.Unlock()
+	if byStart {
+		rs.state.programRefuses(program, host)
+	}
+	step := rt.restartStep()
+	if rs.state.programRefused(program, host) { // by one of several connections
+		step = "nothing to do: its next starts are passed through to " + host + " too, until the program changes or the next boot"
+	}
+	rs.passThrough(rt, "it refused weir's certificate for "+host, step)
 	rs.state.refused(rt)
 }
 
@@ -749,22 +866,44 @@ func contentDir(rt *runtimeProc) (string, error) {
 
 func (rs *runtimes) status() []RuntimeStatus {
 	rs.mu.Lock()
-	defer rs.mu.Unlock()
-	all := make([]RuntimeStatus, 0, len(rs.all))
-	for _, rt := range rs.all {
+	all := slices.Collect(maps.Values(rs.all))
+	rs.mu.Unlock()
+	slices.SortFunc(all, func(a, b *runtimeProc) int { return a.pid - b.pid })
+	hosts := rs.a.certsDHosts()
+	found := make([]RuntimeStatus, 0, len(all))
+	for _, rt := range all {
+		rt.mu.Lock()
+		refused := rs.state.refusedBy(rt.program)
+		rt.mu.Unlock()
+		except := exceptions(rs.except(rt, slices.Compact(slices.Sorted(slices.Values(slices.Concat(hosts, refused))))...))
 		rt.mu.Lock()
 		s := RuntimeStatus{Kind: rt.kind.name, PID: rt.pid, Netns: rt.netns, Reach: rt.reach, Trust: rt.how, Reason: rt.reason, Step: rt.step}
-		for host, err := range rt.coverage {
-			if err != nil && rt.certsD {
-				if s.Except == nil {
-					s.Except = make(map[string]string)
-				}
-				s.Except[host] = err.Error()
-			}
+		if rt.reach == ReachIntercepted {
+			s.Except = except
 		}
 		rt.mu.Unlock()
-		all = append(all, s)
+		found = append(found, s)
 	}
-	slices.SortFunc(all, func(a, b RuntimeStatus) int { return a.PID - b.PID })
-	return all
+	return found
+}
+
+// exceptions puts exceptions into words, what is the same for all registries
+// once.
+func exceptions(all map[string]error) (said map[string]string) {
+	texts := make(map[string]bool)
+	for host, err := range all {
+		if err == nil {
+			texts[""] = true
+			continue
+		}
+		if said == nil {
+			said = make(map[string]string)
+		}
+		said[host] = err.Error()
+		texts[err.Error()] = true
+	}
+	if len(all) > 1 && len(texts) == 1 && !texts[""] {
+		return map[string]string{"any registry": slices.Collect(maps.Keys(texts))[0]}
+	}
+	return said
 }

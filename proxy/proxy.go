@@ -322,6 +322,10 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	case !ok:
 		p.see(ctx, host, f)
 		return up, "not a known registry"
+	case h.upper:
+		// Its runtime looks for the registry's settings by that name, in which
+		// nobody has put the CA, nor looks for others of a user.
+		return up, "the client writes the host with upper-case letters"
 	case !h.http1:
 		return up, "the client doesn't speak HTTP/1.1"
 	case !p.opts.Leaves.Permits(name):
