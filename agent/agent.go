@@ -433,7 +433,7 @@ func (a *Agent) serve(d *door, c *net.TCPConn) {
 	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID)}
 	if rt := a.runtimes.find(origin.PID); rt != nil {
 		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
-		f.Trusts = func(_ registry.Known, host string) bool { return a.runtimes.trusts(rt, host) }
+		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.trusts(rt, name) }
 		f.Settings = func(known registry.Known, host string) (proxy.Settings, error) {
 			return bounded(a.runtimes, rt, func() (proxy.Settings, error) { return settings(rt, known, host) })
 		}

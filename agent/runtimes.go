@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	"weir/agent/trust"
 	"weir/bpf"
+	"weir/proxy/registry"
 )
 
 // Probe addresses: what runtimes are asked to pull from, to see whether they
@@ -704,11 +705,18 @@ func (rs *runtimes) probed(pid int, addr netip.Addr, err error) {
 // trusts says whether a runtime trusts the CA for a registry. It waits until
 // that is known, so that a client gets its certificate only after the CA is in
 // place.
-func (rs *runtimes) trusts(rt *runtimeProc, host string) bool {
+func (rs *runtimes) trusts(rt *runtimeProc, name string) bool {
 	select {
 	case <-rt.settled:
 	case <-time.After(2 * time.Second):
 		return false
+	}
+	host := registry.Canonical(name)
+	if name != host {
+		// An image reference with upper-case letters: in a certs.d that is another
+		// registry, without weir's CA, also where its server sends the client
+		// for a token.
+		rt.leads(host)
 	}
 	if err := rs.except(rt, host)[host]; err != nil {
 		rs.a.log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
@@ -761,21 +769,28 @@ var errProgramRefused = errors.New("this program has refused weir's certificate 
 // nothing leads there any more: a pull that is running was led there before.
 const lingerTime = 10 * time.Minute
 
-// lingers takes in whether a pull of a runtime may be led to a host without the
-// CA, and returns whether one may be on its way.
+// lingers returns err, or that a pull may still be on its way to host without
+// the CA.
 func (rt *runtimeProc) lingers(host string, err error) error {
+	if errors.Is(err, trust.ErrLeads) {
+		rt.leads(host)
+	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	if errors.Is(err, trust.ErrLeads) {
-		if rt.led == nil || len(rt.led) >= maxLed {
-			rt.led = make(map[string]time.Time)
-		}
-		rt.led[host] = time.Now()
-	}
-	if since, ok := rt.led[host]; ok && err == nil && time.Since(since) < lingerTime {
-		return fmt.Errorf("%w, without weir's CA, until just now: a pull that began then may be running; it is intercepted %s after that", trust.ErrLeads, lingerTime)
+	if since, ok := rt.led[host]; ok && err == nil && rt.certsD != nil && time.Since(since) < lingerTime {
+		return fmt.Errorf("%w, or did until just now, without weir's CA; a pull may be running: it is intercepted %s after that", trust.ErrLeads, lingerTime)
 	}
 	return err
+}
+
+// leads takes in that a pull of a runtime may be led to a host without the CA.
+func (rt *runtimeProc) leads(host string) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if rt.led == nil || len(rt.led) >= maxLed {
+		rt.led = make(map[string]time.Time)
+	}
+	rt.led[host] = time.Now()
 }
 
 // maxLed bounds what is remembered of one runtime. Few registries are known.

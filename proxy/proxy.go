@@ -23,6 +23,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,7 +43,8 @@ type Flow struct {
 	// Client names the client in logs.
 	Client string
 	// Trusts says whether the client's runtime trusts weir's CA for a
-	// registry, and sees to it that it can. Nil means never.
+	// registry, and sees to it that it can. The name is canonical, but for
+	// upper-case letters that the client has written. Nil means never.
 	Trusts func(host registry.Known, name string) bool
 	// Settings returns what the client's runtime verifies a registry with, and
 	// shows to it, beside the usual. The error says why that can't be had.
@@ -318,19 +320,19 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	}
 	host := registry.Canonical(net.JoinHostPort(name, portOf(f.Dst)))
 	known, ok := p.opts.Hosts.Find(host)
+	spelled := host
+	if h.spelled != strings.ToLower(h.spelled) {
+		spelled = net.JoinHostPort(h.spelled, portOf(f.Dst))
+	}
 	switch {
 	case !ok:
 		p.see(ctx, host, f)
 		return up, "not a known registry"
-	case h.upper:
-		// Its runtime looks for the registry's settings by that name, in which
-		// nobody has put the CA, nor looks for others of a user.
-		return up, "the client writes the host with upper-case letters"
 	case !h.http1:
 		return up, "the client doesn't speak HTTP/1.1"
 	case !p.opts.Leaves.Permits(name):
 		return up, "the CA may not speak for this host, or not at this time"
-	case f.Trusts == nil || !f.Trusts(known, host):
+	case f.Trusts == nil || !f.Trusts(known, spelled):
 		return up, "the runtime isn't known to trust the CA"
 	}
 	var s Settings

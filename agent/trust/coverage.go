@@ -52,9 +52,10 @@ const (
 	hostsFile  = "hosts.toml"
 	defaultDir = "_default"
 
-	// maxHostsFile bounds a hosts.toml, and maxDirs the registries' directories
-	// that are looked at.
+	// maxHostsFile bounds a hosts.toml, maxBundle a file of CAs that it names, and
+	// maxDirs the registries' directories that are looked at.
 	maxHostsFile = 64 << 10
+	maxBundle    = 1 << 20
 	maxDirs      = 4096
 )
 
@@ -171,7 +172,7 @@ func (l *looker) readHosts(dir, name string) error {
 // hasCA reports whether a file of certificates has the CA's. One that isn't
 // there hasn't; the runtime's pull fails then, whatever weir does.
 func (l *looker) hasCA(file string) (bool, error) {
-	b, err := l.root.ReadFile(file, maxHostsFile)
+	b, err := l.root.ReadFile(file, maxBundle)
 	if absent(err) {
 		return false, nil
 	}
