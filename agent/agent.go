@@ -437,6 +437,7 @@ func (a *Agent) serve(d *door, c *net.TCPConn) {
 		f.Settings = func(known registry.Known, host string) (proxy.Settings, error) {
 			return bounded(a.runtimes, rt, func() (proxy.Settings, error) { return settings(rt, known, host) })
 		}
+		f.Accepted = func() { a.runtimes.accepted(rt) }
 		f.Rejected = func(host string, err error) { a.runtimes.rejected(rt, host, err) }
 	}
 	a.proxy.Serve(a.ctx, c, f)

@@ -85,13 +85,22 @@ type runtimeProc struct {
 	mu       sync.Mutex
 	reach    string
 	how      string
-	certsD   *trust.CertsD // what it trusts the CA by, if that is all
-	caFile   string        // what it finds the CA in, if it may not have read that yet
-	program  program       // when it is settled
+	rests    ground
+	program  program // when it is settled
 	reason   string
 	step     string
 	verdicts map[netip.Addr]chan error // of the probes under way
 	led      map[string]time.Time      // when a pull of it was last seen to be led to a host without the CA
+}
+
+// ground is what a runtime's trust in the CA rests on. The zero value is its
+// memory.
+type ground struct {
+	certsD *trust.CertsD // that alone
+	// file is among the roots that it reads when it first verifies a
+	// certificate, which may not have been yet.
+	file string
+	id   trust.FileID
 }
 
 // runtimes follows the processes that pull images and establishes which of
@@ -292,7 +301,7 @@ func (rs *runtimes) remode(kind string) {
 func (rs *runtimes) setMode(rt *runtimeProc) {
 	rt.mu.Lock()
 	mode := bpf.ModeProbe
-	if rt.reach == ReachIntercepted && (rt.certsD == nil || len(rs.paused[rt.kind.name]) == 0) {
+	if rt.reach == ReachIntercepted && (rt.rests.certsD == nil || len(rs.paused[rt.kind.name]) == 0) {
 		mode = bpf.ModeRedirect
 	}
 	rt.mu.Unlock()
@@ -306,13 +315,11 @@ func (rs *runtimes) setMode(rt *runtimeProc) {
 
 func (rt *runtimeProc) settle() { rt.once.Do(func() { close(rt.settled) }) }
 
-// intercept makes a runtime one whose connections are intercepted. It trusts the
-// CA by certsD alone, or finds it in caFile when it first looks, or has both
-// empty: it has the CA in its memory.
-func (rs *runtimes) intercept(rt *runtimeProc, how string, certsD *trust.CertsD, caFile string) {
+// intercept makes a runtime one whose connections are intercepted.
+func (rs *runtimes) intercept(rt *runtimeProc, how string, rests ground) {
 	rt.mu.Lock()
 	rt.reach, rt.how, rt.reason, rt.step = ReachIntercepted, how, "", ""
-	rt.certsD, rt.caFile = certsD, caFile
+	rt.rests = rests
 	rt.mu.Unlock()
 	rs.mu.Lock()
 	rs.setMode(rt)
@@ -384,7 +391,10 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 	}
 	res := rs.install(rt, root)
 	rs.record(host, res)
-	system := res.System
+	system, finds := res.System, ground{file: res.File}
+	if system == nil {
+		finds.id, system = rs.a.ca.Holds(root, res.File)
+	}
 	if system == nil && host != "" {
 		rs.state.installed(host, len(res.Files) > 0)
 	}
@@ -402,16 +412,16 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 		case !seeded:
 			// No connection of its has left unseen, so it can't have
 			// verified anything yet, and will find the CA when it does.
-			rs.intercept(rt, trustByStart, nil, res.File)
+			rs.intercept(rt, trustByStart, finds)
 			if !rs.a.kernel.Early(rt.pid) { // between the question and the answer
 				return
 			}
 			why = "it connected somewhere before the CA was installed"
 		case seeded && host != "" && rs.state.installedBefore(host, rt.start):
-			rs.intercept(rt, trustByStart, nil, res.File)
+			rs.intercept(rt, trustByStart, finds)
 			return
 		case seeded && rs.state.remembers(rt) == rememberedSystem:
-			rs.intercept(rt, trustRemembered, nil, "")
+			rs.intercept(rt, trustRemembered, ground{})
 			return
 		}
 	}
@@ -495,14 +505,14 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 	var perr error
 	if system == nil {
 		if perr = rs.probe(rt, probeSystem); perr == nil {
-			rs.intercept(rt, trustBySystem, nil, "")
+			rs.intercept(rt, trustBySystem, ground{})
 			return
 		}
 	}
 	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
 		if certsD, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
 			if !fresh || rs.quiet(rt) {
-				rs.intercept(rt, trustByCertsD, certsD, "")
+				rs.intercept(rt, trustByCertsD, ground{certsD: certsD})
 			}
 			return
 		} else if perr == nil || !errors.Is(err, errDistrusts) {
@@ -731,28 +741,21 @@ func (rs *runtimes) trusts(rt *runtimeProc, name string) bool {
 // passed through, and why. It looks at the files that the runtime reads.
 func (rs *runtimes) except(rt *runtimeProc, hosts ...string) map[string]error {
 	rt.mu.Lock()
-	reach, certsD, caFile, program := rt.reach, rt.certsD, rt.caFile, rt.program
+	reach, rests, program := rt.reach, rt.rests, rt.program
 	rt.mu.Unlock()
 	found := make(map[string]error, len(hosts))
 	if reach != ReachIntercepted {
 		return found
 	}
-	if certsD != nil || caFile != "" {
-		now, err := bounded(rs, rt, func() (trust.Coverage, error) {
-			root, err := trust.OpenRoot(rt.pid)
-			if err != nil {
-				return nil, err
-			}
-			defer root.Close()
-			if certsD == nil {
-				return nil, rs.a.ca.Holds(root, caFile)
-			}
-			return rs.a.ca.Coverage(root, *certsD, hosts), nil
-		})
+	if rests != (ground{}) {
+		now, err := bounded(rs, rt, func() (trust.Coverage, error) { return rs.holds(rt, rests, hosts) })
 		for _, host := range hosts {
 			if found[host] = err; err == nil {
 				found[host] = rt.lingers(host, now[host])
 			}
+		}
+		if errors.Is(err, errGone) {
+			rs.passThrough(rt, err.Error(), rt.restartStep())
 		}
 	}
 	for _, host := range hosts {
@@ -761,6 +764,39 @@ func (rs *runtimes) except(rt *runtimeProc, hosts ...string) map[string]error {
 		}
 	}
 	return found
+}
+
+// errGone says that a runtime may have read its roots without the CA.
+var errGone = errors.New("it may have read its roots while that was so")
+
+// holds says for which of hosts what a runtime's trust rests on is still there.
+func (rs *runtimes) holds(rt *runtimeProc, rests ground, hosts []string) (trust.Coverage, error) {
+	root, err := trust.OpenRoot(rt.pid)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	if rests.certsD != nil {
+		return rs.a.ca.Coverage(root, *rests.certsD, hosts), nil
+	}
+	id, err := rs.a.ca.Holds(root, rests.file)
+	if err == nil && id != rests.id {
+		err = fmt.Errorf("weir's CA was removed and made anew: %s", rests.file)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w; %w", err, errGone)
+	}
+	return nil, nil
+}
+
+// accepted takes in that a runtime has verified a certificate of weir's: it has
+// its roots in its memory now.
+func (rs *runtimes) accepted(rt *runtimeProc) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if rt.rests.certsD == nil {
+		rt.rests = ground{}
+	}
 }
 
 var errProgramRefused = errors.New("this program has refused weir's certificate for it; it is tried again when the program changes, and after the next boot")
@@ -777,7 +813,7 @@ func (rt *runtimeProc) lingers(host string, err error) error {
 	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	if since, ok := rt.led[host]; ok && err == nil && rt.certsD != nil && time.Since(since) < lingerTime {
+	if since, ok := rt.led[host]; ok && err == nil && rt.rests.certsD != nil && time.Since(since) < lingerTime {
 		return fmt.Errorf("%w, or did until just now, without weir's CA; a pull may be running: it is intercepted %s after that", trust.ErrLeads, lingerTime)
 	}
 	return err

@@ -99,7 +99,7 @@ func (f *stateFile) installedBefore(root string, start time.Duration) bool {
 // for life.
 func (f *stateFile) remember(rt *runtimeProc) {
 	rt.mu.Lock()
-	certsD := rt.certsD != nil
+	certsD := rt.rests.certsD != nil
 	rt.mu.Unlock()
 	if certsD {
 		return // proven again, at no cost

@@ -50,6 +50,9 @@ type Flow struct {
 	// shows to it, beside the usual. The error says why that can't be had.
 	// Nil means nothing.
 	Settings func(host registry.Known, name string) (Settings, error)
+	// Accepted is told when the client has trusted weir's certificate. It may be
+	// nil.
+	Accepted func()
 	// Rejected is told when the client did not trust weir's certificate all
 	// the same. It may be nil.
 	Rejected func(host string, err error)
@@ -425,6 +428,9 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 		p.log.Debug("TLS with a client failed", "client", f.Client, "registry", host, "err", err)
 		raw.Close()
 		return
+	}
+	if f.Accepted != nil {
+		f.Accepted()
 	}
 	if !p.ready.hand(c) {
 		c.Close()

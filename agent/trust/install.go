@@ -188,17 +188,26 @@ func (in *installer) system(p Places) error {
 	return nil
 }
 
-// Holds reports whether a file that [CA.Install] named still has the CA's
-// certificate. The error says that it hasn't.
-func (ca *CA) Holds(r *Root, file string) error {
-	b, err := r.ReadFile(file, maxPEM)
+// FileID tells a file from one that was made anew in its place. It is comparable.
+type FileID struct {
+	dev, ino uint64
+	born     unix.StatxTimestamp
+}
+
+// Holds fails unless a file that [CA.Install] named has the CA's certificate.
+func (ca *CA) Holds(r *Root, file string) (FileID, error) {
+	id, err := r.fileID(file)
+	var b []byte
+	if err == nil {
+		b, err = r.ReadFile(file, maxPEM)
+	}
 	if err == nil && !bytes.Equal(b, ca.pem) {
-		err = errors.New("another content")
+		err = fmt.Errorf("%s has another content", file)
 	}
 	if err != nil {
-		return fmt.Errorf("weir's CA, which was installed, is no longer there: %w; see what removes it", err)
+		return FileID{}, fmt.Errorf("weir's CA was installed and is gone: %w", err)
 	}
-	return nil
+	return id, nil
 }
 
 // hasRoots reports whether a process has roots but for weir's.
