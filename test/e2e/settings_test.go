@@ -358,3 +358,35 @@ func TestCAIsRemoved(t *testing.T) {
 		t.Errorf("%+v", s.Connections)
 	}
 }
+
+// The node's roots, and a container's, are put together anew, as an upgrade of
+// the package ca-certificates does: weir's CA stays, and nothing fails.
+func TestUpdateCACertificates(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	a := node.Agent()
+	for i, m := range []*lab.Node{node, node.Box()} {
+		m.WriteFile("/var/lib/home/local/lab.crt", w.Roots()[strings.LastIndex(w.Roots(), "-----BEGIN"):])
+		docker := m.Docker()
+		if rt := a.Runtime(docker.PID()); rt.Reach != "intercepted" {
+			t.Fatalf("%+v", rt)
+		}
+		for _, fresh := range []string{"", "--fresh"} {
+			m.Run("sh", "-ec", "mkdir -p /var/lib/home/hooks; update-ca-certificates --localcertsdir /var/lib/home/local --hooksdir /var/lib/home/hooks "+fresh)
+			if _, err := m.File("/etc/ssl/certs/weir-ca.pem"); err != nil {
+				t.Error(err)
+			}
+			w.forget()
+			docker.Pull(flyway)
+			docker.Same(flyway, w.flyway)
+			docker.Remove(flyway)
+			m.Run(m.As(lab.Tool(t, "crane"), "crane"), "pull", flyway, "/dev/null")
+			if i > 0 || fresh != "" {
+				w.nothingFetched(t)
+			}
+		}
+		if rt := a.Runtime(docker.PID()); rt.Reach != "intercepted" {
+			t.Errorf("%+v", rt)
+		}
+	}
+}
