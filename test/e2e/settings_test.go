@@ -14,6 +14,14 @@ import (
 	"weir/test/lab"
 )
 
+const (
+	certsD     = "/etc/containerd/certs.d"
+	configPath = `version = 3
+[plugins."io.containerd.cri.v1.images".registry]
+  config_path = "` + certsD + `"
+`
+)
+
 // copies are four small images, the same on several registries.
 type copies struct {
 	images []lab.Pushed
@@ -89,15 +97,11 @@ func arrangements(ca string) []arrangement {
 // each pull, and the connection doesn't say which image it is for. The same
 // containerd runs before weir, proves that it reads certs.d, and is restarted.
 func TestHostsFiles(t *testing.T) {
-	const certsD = "/etc/containerd/certs.d"
 	w := newWorld(t)
 	given, corp := w.Registry("registry.given"), w.Registry("registry.corp")
 	images := newCopies(w.hub, w.ghcr, given, corp)
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", `version = 3
-[plugins."io.containerd.cri.v1.images".registry]
-  config_path = "`+certsD+`"
-`)
+	node.WriteFile("/etc/containerd/config.toml", configPath)
 	containerd := node.NewestContainerd()
 	// rows plays all arrangements. check is called while one is in place.
 	rows := func(t *testing.T, check func(*testing.T, arrangement)) {
@@ -389,4 +393,49 @@ func TestUpdateCACertificates(t *testing.T) {
 			t.Errorf("%+v", rt)
 		}
 	}
+}
+
+// A file system below a certs.d that gives no answer: containerd, which reads
+// other directories there, goes on pulling, and so does the agent in its place as
+// soon as there is an answer.
+func TestCertsDHangs(t *testing.T) {
+	w := newWorld(t)
+	node := w.Node()
+	node.WriteFile("/etc/containerd/config.toml", configPath)
+	containerd := node.NewestContainerd()
+	containerd.Pull(renovate) // its roots are read
+	containerd.Remove(renovate, w.renovate)
+	a := node.Agent()
+	if rt := a.Runtime(containerd.PID()); rt.Reach != "intercepted" || !strings.Contains(rt.Trust, "certs.d") {
+		t.Fatalf("%+v", rt)
+	}
+	containerd.Pull(renovate)
+	containerd.Remove(renovate, w.renovate)
+
+	node.Run("mkdir", certsD+"/corp.test")
+	fuse := node.Spawn("fuse", "sh", "-ec", "exec 3<>/dev/fuse; mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 silent "+certsD+"/corp.test; echo mounted; exec sleep 1000")
+	fuse.Says("mounted")
+	w.forget()
+	containerd.Pull(flyway)
+	containerd.Same(flyway, w.flyway)
+	containerd.Pull(renovate)
+	containerd.Remove(renovate, w.renovate)
+	fetched(t, w.hub)
+	fetched(t, w.ghcr)
+	if rt := a.Runtime(containerd.PID()); rt.Reach != "intercepted" || !strings.Contains(rt.Except["any registry"], "NFS, FUSE") {
+		t.Errorf("%+v", rt)
+	}
+	fuse.Kill()
+	node.Run("umount", certsD+"/corp.test")
+	if err := lab.Eventually(nil, func(context.Context) error {
+		if rt := a.Runtime(containerd.PID()); len(rt.Except) > 0 {
+			return fmt.Errorf("except %q", rt.Except)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	w.forget()
+	containerd.Pull(renovate)
+	w.nothingFetched(t)
 }
