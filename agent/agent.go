@@ -437,8 +437,11 @@ func (a *Agent) serve(d *door, c *net.TCPConn, t turn) {
 	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.direct, Closed: t.closed}
 	if rt := a.runtimes.find(origin.PID); rt != nil {
 		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
-		f.Trusts = func(known registry.Known, host string) bool { return a.runtimes.trusts(rt, known, host) }
-		f.Settings = func(known registry.Known, host string) (upstream.Settings, error) { return settings(rt, known, host) }
+		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.trusts(rt, name) }
+		f.Settings = func(known registry.Known, host string) (upstream.Settings, error) {
+			return bounded(a.runtimes, rt, func() (upstream.Settings, error) { return settings(rt, known, host) })
+		}
+		f.Accepted = func() { a.runtimes.accepted(rt) }
 		f.Rejected = func(host string, err error) { a.runtimes.rejected(rt, host, err) }
 	}
 	a.proxy.Serve(a.ctx, c, f)

@@ -147,12 +147,12 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 		t.Fatal("the kernel side didn't forget it")
 	}
 	// Before the news of its end is read, and after.
-	rs.intercept(rt, trustByStart, nil)
+	rs.intercept(rt, trustByStart, ground{})
 	if m, ok := k.Mode(pid); ok {
 		t.Errorf("it is still tracked, as %d", m)
 	}
 	rs.ended(pid)
-	rs.intercept(rt, trustByStart, nil)
+	rs.intercept(rt, trustByStart, ground{})
 	if rs.state.remembers(rt) != rememberedNothing {
 		t.Error("it is remembered")
 	}

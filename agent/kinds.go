@@ -41,6 +41,9 @@ type kind struct {
 	// userSettings are the same of the user who runs it, below that user's
 	// directory of settings.
 	userSettings []string
+	// ownRoots are flags that name a file whose certificates are all that it
+	// then trusts.
+	ownRoots []string
 	// builds says that it runs the steps of a build.
 	builds bool
 	// sockets are where it listens, when its command line names no other.
@@ -63,6 +66,16 @@ type kind struct {
 // kaniko reads its roots as it starts (pkg/util/transport_util.go). The strace
 // of podman, buildah, skopeo, crane and oras shows none read before the first
 // connection.
+//
+// ownRoots: ctr (cmd/ctr/commands/resolver.go, resolverDefaultTLS), oras
+// (cmd/oras/internal/option/remote.go, tlsConfig), helm (internal/tlsutil/tls.go,
+// NewTLSConfig; pkg/registry/client.go), cosign (cmd/cosign/cli/options/registry.go,
+// getTLSConfig). What the others are told of is added to the system's roots:
+// containers/image (pkg/tlsclientconfig, SetupCertificates), buildkitd
+// (util/resolver/resolver.go, loadTLSConfig), kaniko (pkg/util/transport_util.go),
+// regctl (internal/reghttp/http.go, makeRootPool), trivy
+// (pkg/flag/global_flags.go), nerdctl (containerd's hosts.go,
+// updateTLSConfigFromHost).
 var kinds = []*kind{
 	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker, builds: true,
 		settings:     []string{trust.DockerCertsD},
@@ -82,13 +95,13 @@ var kinds = []*kind{
 	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, eager: true, pullsThrough: "containerd",
 		settings:     []string{trust.ContainerdCertsD, trust.DockerCertsD},
 		userSettings: []string{trust.UserContainerdCertsD, trust.UserDockerCertsD}},
-	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd"},
+	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd", ownRoots: []string{"--tlscacert"}},
 	{name: "crane", programs: []string{"crane", "gcrane", "krane"}, oneShot: true},
-	{name: "oras", programs: []string{"oras"}, oneShot: true},
+	{name: "oras", programs: []string{"oras"}, oneShot: true, ownRoots: []string{"--ca-file", "--from-ca-file", "--to-ca-file"}},
 	{name: "regctl", programs: []string{"regctl", "regsync"}, oneShot: true, eager: true},
 	{name: "kaniko", programs: []string{"executor"}, oneShot: true, eager: true, builds: true},
-	{name: "helm", programs: []string{"helm"}, oneShot: true, eager: true},
-	{name: "cosign", programs: []string{"cosign"}, oneShot: true, eager: true},
+	{name: "helm", programs: []string{"helm"}, oneShot: true, eager: true, ownRoots: []string{"--ca-file"}},
+	{name: "cosign", programs: []string{"cosign"}, oneShot: true, eager: true, ownRoots: []string{"--registry-cacert"}},
 	{name: "trivy", programs: []string{"trivy"}, oneShot: true, eager: true},
 }
 
@@ -97,6 +110,17 @@ var (
 	containersSettings     = []string{trust.ContainersCertsD, trust.DockerCertsD}
 	containersUserSettings = []string{trust.UserContainersCertsD}
 )
+
+// ownRoots returns the flag on a command line that names all the roots which a
+// program of a kind trusts, empty if there is none.
+func ownRoots(k *kind, args []string) string {
+	for _, arg := range args {
+		if flag, _, _ := strings.Cut(arg, "="); slices.Contains(k.ownRoots, flag) {
+			return flag
+		}
+	}
+	return ""
+}
 
 // programs are all executables' names, for the kernel side.
 func programs() (names []string) {

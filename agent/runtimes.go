@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"regexp"
@@ -78,14 +79,28 @@ type runtimeProc struct {
 	settled chan struct{}
 	once    sync.Once
 
+	// files bounds what looks at its files.
+	files looks
+
 	mu       sync.Mutex
 	reach    string
 	how      string
-	certsD   bool           // trusts by certs.d alone
-	coverage trust.Coverage // of certs.d, when it counts
+	rests    ground
+	program  program // when it is settled
 	reason   string
 	step     string
 	verdicts map[netip.Addr]chan error // of the probes under way
+	led      map[string]time.Time      // when a pull of it was last seen to be led to a host without the CA
+}
+
+// ground is what a runtime's trust in the CA rests on. The zero value is its
+// memory.
+type ground struct {
+	certsD *trust.CertsD // that alone
+	// file is among the roots that it reads when it first verifies a
+	// certificate, which may not have been yet.
+	file string
+	id   trust.FileID
 }
 
 // runtimes follows the processes that pull images and establishes which of
@@ -101,11 +116,13 @@ type runtimes struct {
 	// establishing bounds those that are being looked at, each of which may hold a
 	// thread for as long as a file system gives no answer.
 	establishing *semaphore.Weighted
+	// looking is the same for those whose files are looked at again.
+	looking *semaphore.Weighted
 }
 
 func newRuntimes(a *Agent, state *stateFile) *runtimes {
 	return &runtimes{a: a, state: state, all: make(map[int]*runtimeProc), paused: make(map[string]map[int]struct{}),
-		establishing: semaphore.NewWeighted(maxEstablishing)}
+		establishing: semaphore.NewWeighted(maxEstablishing), looking: semaphore.NewWeighted(maxEstablishing)}
 }
 
 // maxEstablishing is far above what starts at a time, and far below the threads
@@ -284,7 +301,7 @@ func (rs *runtimes) remode(kind string) {
 func (rs *runtimes) setMode(rt *runtimeProc) {
 	rt.mu.Lock()
 	mode := bpf.ModeProbe
-	if rt.reach == ReachIntercepted && (!rt.certsD || len(rs.paused[rt.kind.name]) == 0) {
+	if rt.reach == ReachIntercepted && (rt.rests.certsD == nil || len(rs.paused[rt.kind.name]) == 0) {
 		mode = bpf.ModeRedirect
 	}
 	rt.mu.Unlock()
@@ -299,10 +316,10 @@ func (rs *runtimes) setMode(rt *runtimeProc) {
 func (rt *runtimeProc) settle() { rt.once.Do(func() { close(rt.settled) }) }
 
 // intercept makes a runtime one whose connections are intercepted.
-func (rs *runtimes) intercept(rt *runtimeProc, how string, coverage trust.Coverage) {
+func (rs *runtimes) intercept(rt *runtimeProc, how string, rests ground) {
 	rt.mu.Lock()
 	rt.reach, rt.how, rt.reason, rt.step = ReachIntercepted, how, "", ""
-	rt.certsD, rt.coverage = coverage != nil, coverage
+	rt.rests = rests
 	rt.mu.Unlock()
 	rs.mu.Lock()
 	rs.setMode(rt)
@@ -361,13 +378,23 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 	defer root.Close()
 
 	host := rs.a.lasting[root.ID()]
+	rt.mu.Lock()
+	rt.program = programOf(rt.pid, host)
+	rt.mu.Unlock()
+	if flag := ownRoots(rt.kind, nulSeparated(rt.pid, "cmdline")); flag != "" {
+		rs.passThrough(rt, flag+" on its command line names all the roots that it trusts", "nothing to do: without "+flag+" it is intercepted")
+		return
+	}
 	if host == "" && inImage(rt, root) {
 		rs.passThrough(rt, "its root file system is an image's that is being made: the CA would come to be in that", "nothing to do")
 		return
 	}
 	res := rs.install(rt, root)
 	rs.record(host, res)
-	system := res.System
+	system, finds := res.System, ground{file: res.File}
+	if system == nil {
+		finds.id, system = rs.a.ca.Holds(root, res.File)
+	}
 	if system == nil && host != "" {
 		rs.state.installed(host, len(res.Files) > 0)
 	}
@@ -385,16 +412,16 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 		case !seeded:
 			// No connection of its has left unseen, so it can't have
 			// verified anything yet, and will find the CA when it does.
-			rs.intercept(rt, trustByStart, nil)
+			rs.intercept(rt, trustByStart, finds)
 			if !rs.a.kernel.Early(rt.pid) { // between the question and the answer
 				return
 			}
 			why = "it connected somewhere before the CA was installed"
 		case seeded && host != "" && rs.state.installedBefore(host, rt.start):
-			rs.intercept(rt, trustByStart, nil)
+			rs.intercept(rt, trustByStart, finds)
 			return
 		case seeded && rs.state.remembers(rt) == rememberedSystem:
-			rs.intercept(rt, trustRemembered, nil)
+			rs.intercept(rt, trustRemembered, ground{})
 			return
 		}
 	}
@@ -478,14 +505,14 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 	var perr error
 	if system == nil {
 		if perr = rs.probe(rt, probeSystem); perr == nil {
-			rs.intercept(rt, trustBySystem, nil)
+			rs.intercept(rt, trustBySystem, ground{})
 			return
 		}
 	}
 	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
-		if coverage, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
+		if certsD, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
 			if !fresh || rs.quiet(rt) {
-				rs.intercept(rt, trustByCertsD, coverage)
+				rs.intercept(rt, trustByCertsD, ground{certsD: certsD})
 			}
 			return
 		} else if perr == nil || !errors.Is(err, errDistrusts) {
@@ -505,13 +532,14 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 // proveCertsD tries the directories that the runtime reads at each pull, one
 // after the other, and leaves the CA only in the one that it does read. fresh
 // says that it wasn't there before.
-func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (coverage trust.Coverage, fresh bool, err error) {
+func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (certsD *trust.CertsD, fresh bool, err error) {
 	// Its configuration says where: only root's may say where root writes.
 	if uid, err := userOf(rt.pid); err != nil || uid != 0 {
 		return nil, false, errors.Join(errors.New("its certs.d is not root's"), err)
 	}
 	var last error
-	for _, dir := range certsDOf(rt, root) {
+	dirs := certsDOf(rt, root)
+	for _, dir := range dirs {
 		place := trust.Places{CertsD: []string{dir}}
 		res := rs.a.ca.Install(root, place, rs.a.certsDHosts())
 		rs.record(host, res)
@@ -522,7 +550,7 @@ func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) 
 		}
 		err := rs.probe(rt, probeCertsD)
 		if err == nil {
-			return coverage, len(res.Files) > 0, nil
+			return rt.lookup(root, dir, dirs), len(res.Files) > 0, nil
 		}
 		last = err
 		made := slices.DeleteFunc(rs.a.ledger.Made(host), func(m trust.Made) bool { return m.Path != dir && !strings.HasPrefix(m.Path, dir+"/") })
@@ -565,6 +593,16 @@ var configPathRE = regexp.MustCompile(`(?m)^\s*config_path\s*=\s*["']([^"'\n]+)[
 // certsDOf returns the certs.d directories that a runtime may read.
 func certsDOf(rt *runtimeProc, root *trust.Root) []string {
 	dirs := slices.Clone(rt.kind.certsD)
+	for _, dir := range configPaths(rt, root) {
+		if filepath.IsAbs(dir) && filepath.Clean(dir) == dir && !slices.Contains(dirs, dir) {
+			dirs = append([]string{dir}, dirs...)
+		}
+	}
+	return dirs
+}
+
+// configPaths returns what a containerd's configuration has for config_path.
+func configPaths(rt *runtimeProc, root *trust.Root) (paths []string) {
 	config := "/etc/containerd/config.toml"
 	args := nulSeparated(rt.pid, "cmdline")
 	for i, arg := range args {
@@ -576,14 +614,36 @@ func certsDOf(rt *runtimeProc, root *trust.Root) []string {
 	}
 	b, err := root.ReadFile(config, 1<<20)
 	if err != nil {
-		return dirs
+		return nil
 	}
 	for _, m := range configPathRE.FindAllSubmatch(b, 8) {
-		if dir := string(m[1]); filepath.IsAbs(dir) && filepath.Clean(dir) == dir && !slices.Contains(dirs, dir) {
-			dirs = append([]string{dir}, dirs...)
+		paths = append(paths, string(m[1]))
+	}
+	return paths
+}
+
+// lookup returns how a runtime that has been seen to read dir, one of dirs, finds
+// the settings of a registry.
+func (rt *runtimeProc) lookup(root *trust.Root, dir string, dirs []string) *trust.CertsD {
+	if !rt.kind.contentStore { // containers/image
+		users := rt.userSettings()
+		if len(users) == 0 { // a service without a HOME looks it up; it is root's
+			users = []string{"/root/.config/" + trust.UserContainersCertsD}
+		}
+		return &trust.CertsD{Dirs: slices.Concat(users, rt.kind.settings)}
+	}
+	c := &trust.CertsD{HostsFiles: true, Also: append(slices.Clone(dirs), trust.DockerCertsD)}
+	// A pull by containerd's own client, and not by its transfer service, takes
+	// a config_path for a list.
+	for _, list := range append(configPaths(rt, root), trust.ContainerdPairCertsD) {
+		paths := filepath.SplitList(list)
+		c.Also = append(c.Also, paths...)
+		if i := slices.Index(paths, dir); i > 0 {
+			c.Dirs = append(c.Dirs, paths[:i]...)
 		}
 	}
-	return dirs
+	c.Dirs = append(c.Dirs, dir)
+	return c
 }
 
 var (
@@ -655,32 +715,140 @@ func (rs *runtimes) probed(pid int, addr netip.Addr, err error) {
 // trusts says whether a runtime trusts the CA for a registry. It waits until
 // that is known, so that a client gets its certificate only after the CA is in
 // place.
-func (rs *runtimes) trusts(rt *runtimeProc, known registry.Known, host string) bool {
+func (rs *runtimes) trusts(rt *runtimeProc, name string) bool {
 	select {
 	case <-rt.settled:
 	case <-time.After(2 * time.Second):
 		return false
 	}
-	rt.mu.Lock()
-	defer rt.mu.Unlock()
-	if rt.reach != ReachIntercepted {
+	host := registry.Canonical(name)
+	if name != host {
+		// An image reference with upper-case letters: in a certs.d that is another
+		// registry, without weir's CA, also where its server sends the client
+		// for a token.
+		rt.leads(host)
+	}
+	if err := rs.except(rt, host)[host]; err != nil {
+		rs.a.log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
 		return false
 	}
-	if !rt.certsD {
-		return true
-	}
-	name := host
-	if known.Name != "" {
-		name = known.Name
-	}
-	return rt.coverage.Covers(name)
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	return rt.reach == ReachIntercepted
 }
 
+// except says for which of hosts a runtime that is intercepted for others is
+// passed through, and why. It looks at the files that the runtime reads.
+func (rs *runtimes) except(rt *runtimeProc, hosts ...string) map[string]error {
+	rt.mu.Lock()
+	reach, rests, program := rt.reach, rt.rests, rt.program
+	rt.mu.Unlock()
+	found := make(map[string]error, len(hosts))
+	if reach != ReachIntercepted {
+		return found
+	}
+	if rests != (ground{}) {
+		now, err := bounded(rs, rt, func() (trust.Coverage, error) { return rs.holds(rt, rests, hosts) })
+		for _, host := range hosts {
+			if found[host] = err; err == nil {
+				found[host] = rt.lingers(host, now[host])
+			}
+		}
+		if errors.Is(err, errGone) {
+			rs.passThrough(rt, err.Error(), rt.restartStep())
+		}
+	}
+	for _, host := range hosts {
+		if found[host] == nil && rs.state.programRefused(program, host) {
+			found[host] = errProgramRefused
+		}
+	}
+	return found
+}
+
+// errGone says that a runtime may have read its roots without the CA.
+var errGone = errors.New("it may have read its roots while that was so")
+
+// holds says for which of hosts what a runtime's trust rests on is still there.
+func (rs *runtimes) holds(rt *runtimeProc, rests ground, hosts []string) (trust.Coverage, error) {
+	root, err := trust.OpenRoot(rt.pid)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	if rests.certsD != nil {
+		return rs.a.ca.Coverage(root, *rests.certsD, hosts), nil
+	}
+	id, err := rs.a.ca.Holds(root, rests.file)
+	if err == nil && id != rests.id {
+		err = fmt.Errorf("weir's CA was removed and made anew: %s", rests.file)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w; %w", err, errGone)
+	}
+	return nil, nil
+}
+
+// accepted takes in that a runtime has verified a certificate of weir's: it has
+// its roots in its memory now.
+func (rs *runtimes) accepted(rt *runtimeProc) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if rt.rests.certsD == nil {
+		rt.rests = ground{}
+	}
+}
+
+var errProgramRefused = errors.New("this program has refused weir's certificate for it; it is tried again when the program changes, and after the next boot")
+
+// lingerTime is how long a runtime is still passed through to a registry when
+// nothing leads there any more: a pull that is running was led there before.
+const lingerTime = 10 * time.Minute
+
+// lingers returns err, or that a pull may still be on its way to host without
+// the CA.
+func (rt *runtimeProc) lingers(host string, err error) error {
+	if errors.Is(err, trust.ErrLeads) {
+		rt.leads(host)
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if since, ok := rt.led[host]; ok && err == nil && rt.rests.certsD != nil && time.Since(since) < lingerTime {
+		return fmt.Errorf("%w, or did until just now, without weir's CA; a pull may be running: it is intercepted %s after that", trust.ErrLeads, lingerTime)
+	}
+	return err
+}
+
+// leads takes in that a pull of a runtime may be led to a host without the CA.
+func (rt *runtimeProc) leads(host string) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if rt.led == nil || len(rt.led) >= maxLed {
+		rt.led = make(map[string]time.Time)
+	}
+	rt.led[host] = time.Now()
+}
+
+// maxLed bounds what is remembered of one runtime. Few registries are known.
+const maxLed = 1024
+
 // rejected takes in that a runtime did not trust a certificate after all. It is
-// left alone from then on.
+// left alone from then on, and so is, for this registry, every run of the
+// program if that is what the CA was put in place for: a restart would not
+// change it.
 func (rs *runtimes) rejected(rt *runtimeProc, host string, err error) {
 	rs.a.log.Error("a runtime refused weir's certificate; it is passed through from now on", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
-	rs.passThrough(rt, "it refused weir's certificate for "+host, rt.restartStep())
+	rt.mu.Lock()
+	byStart, program := rt.how == trustByStart, rt.program
+	rt.mu.Unlock()
+	if byStart {
+		rs.state.programRefuses(program, host)
+	}
+	step := rt.restartStep()
+	if rs.state.programRefused(program, host) { // by one of several connections
+		step = "nothing to do: its next starts are passed through to " + host + " too, until the program changes or the next boot"
+	}
+	rs.passThrough(rt, "it refused weir's certificate for "+host, step)
 	rs.state.refused(rt)
 }
 
@@ -749,22 +917,44 @@ func contentDir(rt *runtimeProc) (string, error) {
 
 func (rs *runtimes) status() []RuntimeStatus {
 	rs.mu.Lock()
-	defer rs.mu.Unlock()
-	all := make([]RuntimeStatus, 0, len(rs.all))
-	for _, rt := range rs.all {
+	all := slices.Collect(maps.Values(rs.all))
+	rs.mu.Unlock()
+	slices.SortFunc(all, func(a, b *runtimeProc) int { return a.pid - b.pid })
+	hosts := rs.a.certsDHosts()
+	found := make([]RuntimeStatus, 0, len(all))
+	for _, rt := range all {
+		rt.mu.Lock()
+		refused := rs.state.refusedBy(rt.program)
+		rt.mu.Unlock()
+		except := exceptions(rs.except(rt, slices.Compact(slices.Sorted(slices.Values(slices.Concat(hosts, refused))))...))
 		rt.mu.Lock()
 		s := RuntimeStatus{Kind: rt.kind.name, PID: rt.pid, Netns: rt.netns, Reach: rt.reach, Trust: rt.how, Reason: rt.reason, Step: rt.step}
-		for host, err := range rt.coverage {
-			if err != nil && rt.certsD {
-				if s.Except == nil {
-					s.Except = make(map[string]string)
-				}
-				s.Except[host] = err.Error()
-			}
+		if rt.reach == ReachIntercepted {
+			s.Except = except
 		}
 		rt.mu.Unlock()
-		all = append(all, s)
+		found = append(found, s)
 	}
-	slices.SortFunc(all, func(a, b RuntimeStatus) int { return a.PID - b.PID })
-	return all
+	return found
+}
+
+// exceptions puts exceptions into words, what is the same for all registries
+// once.
+func exceptions(all map[string]error) (said map[string]string) {
+	texts := make(map[string]bool)
+	for host, err := range all {
+		if err == nil {
+			texts[""] = true
+			continue
+		}
+		if said == nil {
+			said = make(map[string]string)
+		}
+		said[host] = err.Error()
+		texts[err.Error()] = true
+	}
+	if len(all) > 1 && len(texts) == 1 && !texts[""] {
+		return map[string]string{"any registry": slices.Collect(maps.Keys(texts))[0]}
+	}
+	return said
 }

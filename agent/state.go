@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 )
@@ -31,6 +32,17 @@ type state struct {
 	// file system.
 	Installed map[string]time.Duration `json:"installed"`
 	Runtimes  []rememberedTrust        `json:"runtimes"`
+	// Refusals are the last maxRefusals, the oldest first.
+	Refusals []refusal `json:"refusals,omitempty"`
+}
+
+const maxRefusals = 1000
+
+// refusal is that of a program which doesn't trust the CA for a registry,
+// wherever it reads its roots, and won't the next time.
+type refusal struct {
+	Program program `json:"program"`
+	Host    string  `json:"host"`
 }
 
 type rememberedTrust struct {
@@ -87,7 +99,7 @@ func (f *stateFile) installedBefore(root string, start time.Duration) bool {
 // for life.
 func (f *stateFile) remember(rt *runtimeProc) {
 	rt.mu.Lock()
-	certsD := rt.certsD
+	certsD := rt.rests.certsD != nil
 	rt.mu.Unlock()
 	if certsD {
 		return // proven again, at no cost
@@ -147,4 +159,32 @@ func (f *stateFile) save() {
 	if err != nil {
 		f.log.Warn("the state can't be kept; runtimes will be proven again after a restart", "err", err)
 	}
+}
+
+// programRefuses notes that a program must not be tried again with a registry.
+func (f *stateFile) programRefuses(p program, host string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r := (refusal{p, host}); p != (program{}) && !slices.Contains(f.s.Refusals, r) {
+		f.s.Refusals = append(f.s.Refusals, r)
+		f.s.Refusals = f.s.Refusals[max(0, len(f.s.Refusals)-maxRefusals):]
+		f.save()
+	}
+}
+
+// programRefused says whether a program must not be tried with a registry.
+func (f *stateFile) programRefused(p program, host string) bool {
+	return slices.Contains(f.refusedBy(p), host)
+}
+
+// refusedBy returns the registries that a program must not be tried with.
+func (f *stateFile) refusedBy(p program) (hosts []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, r := range f.s.Refusals {
+		if r.Program == p && p != (program{}) {
+			hosts = append(hosts, r.Host)
+		}
+	}
+	return hosts
 }

@@ -701,8 +701,8 @@ func TestSquatter(t *testing.T) {
 	}
 }
 
-// Where there is no loopback interface to reach the door by, or no ::1 on it,
-// connections go direct; so do those to a door that is shut.
+// Where there is no loopback interface to reach the door by, or no 127.0.0.1 or
+// ::1 on it, connections go direct; so do those to a door that is shut.
 func TestDoorOutOfReach(t *testing.T) {
 	s := newStage(t)
 	s.openDoor()
@@ -735,6 +735,15 @@ func TestDoorOutOfReach(t *testing.T) {
 	p.redirected("tcp4", "203.0.113.9:443")
 
 	s.serve("tcp4", "203.0.113.9:443")
+	ip("addr", "del", "127.0.0.1/8", "dev", "lo")
+	p.direct("tcp4", "203.0.113.9:443")
+	ip("addr", "add", "127.0.0.2/32", "dev", "lo")
+	p.direct("tcp4", "203.0.113.9:443")
+	ip("addr", "add", "127.0.0.1/32", "dev", "lo")
+	p.redirected("tcp4", "203.0.113.9:443")
+	ip("addr", "del", "127.0.0.1/32", "dev", "lo")
+	ip("addr", "add", "127.0.0.3/8", "dev", "lo")
+	p.redirected("tcp4", "203.0.113.9:443")
 	if err := s.k.ShutDoor(s.cookie, true); err != nil {
 		t.Fatal(err)
 	}

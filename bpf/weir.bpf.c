@@ -25,7 +25,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define NAME_LEN 16 // TASK_COMM_LEN
 #define MAX_PORTS 16
 #define MAX_PROBES 4
-#define MAX_LOOPBACK6 8 // addresses of lo that are looked at
+#define MAX_LOOPBACK 8 // addresses of lo, of each family, that are looked at
 #define IFF_UP 1
 #define LOOPBACK4 bpf_htonl(0x7f000001)
 #define MAPPED bpf_htonl(0xffff) // third word of ::ffff:a.b.c.d
@@ -241,8 +241,17 @@ struct inet6_ifaddr {
 struct inet6_dev {
 	struct list_head addr_list;
 } CORE;
+struct in_ifaddr {
+	struct in_ifaddr *ifa_next;
+	__u32 ifa_local;
+	__u32 ifa_mask;
+} CORE;
+struct in_device {
+	struct in_ifaddr *ifa_list;
+} CORE;
 struct net_device {
 	unsigned int flags;
+	struct in_device *ip_ptr;
 	struct inet6_dev *ip6_ptr;
 } CORE;
 struct net {
@@ -310,6 +319,7 @@ static __always_inline int works(struct bpf_sock *sk, int v6)
 {
 	struct sock *s = (struct sock *)bpf_skc_to_tcp_sock(sk);
 	struct list_head *head, *at;
+	struct in_ifaddr *ifa4;
 	struct net_device *lo;
 	struct ip6 ip;
 
@@ -318,14 +328,25 @@ static __always_inline int works(struct bpf_sock *sk, int v6)
 	lo = s->__sk_common.skc_net.net->loopback_dev;
 	if (!(lo->flags & IFF_UP))
 		return 0;
-	if (!v6)
-		return 1;
+	if (!v6) {
+		// With an address of a network in lo, all of that network is local.
+		ifa4 = BPF_CORE_READ(lo, ip_ptr, ifa_list);
+#pragma unroll
+		for (int i = 0; i < MAX_LOOPBACK; i++) {
+			if (!ifa4)
+				return 0;
+			if (!((BPF_CORE_READ(ifa4, ifa_local) ^ LOOPBACK4) & BPF_CORE_READ(ifa4, ifa_mask)))
+				return 1;
+			ifa4 = BPF_CORE_READ(ifa4, ifa_next);
+		}
+		return 0;
+	}
 	if (!bpf_core_field_exists(struct inet6_ifaddr, if_list))
 		return 0;
 	head = __builtin_preserve_access_index(&lo->ip6_ptr->addr_list);
 	at = BPF_CORE_READ(lo, ip6_ptr, addr_list.next);
 #pragma unroll
-	for (int i = 0; i < MAX_LOOPBACK6; i++) {
+	for (int i = 0; i < MAX_LOOPBACK; i++) {
 		void *ifa = (void *)at - bpf_core_field_offset(struct inet6_ifaddr, if_list);
 
 		if (!at || at == head)

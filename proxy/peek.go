@@ -36,6 +36,8 @@ type hello struct {
 	// registry is the Host header, in canonical form, of a request to the
 	// distribution API without TLS; empty for all else.
 	registry string
+	// spelled is the TLS server name as the client wrote it.
+	spelled string
 	// http1 says that the client can speak HTTP/1.1 over this TLS connection.
 	http1 bool
 	// bytes are what was read to find this out.
@@ -76,6 +78,7 @@ func peekTLS(rec *recorder) (h hello) {
 		GetConfigForClient: func(chi *tls.ClientHelloInfo) (*tls.Config, error) {
 			h.protocol = tlsHello
 			h.host = registry.Canonical(chi.ServerName)
+			h.spelled = chi.ServerName
 			h.http1 = len(chi.SupportedProtos) == 0 || slices.Contains(chi.SupportedProtos, "http/1.1")
 			return nil, stop
 		},

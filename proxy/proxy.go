@@ -23,6 +23,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -48,12 +49,16 @@ type Flow struct {
 	// nil.
 	Closed func()
 	// Trusts says whether the client's runtime trusts weir's CA for a
-	// registry, and sees to it that it can. Nil means never.
+	// registry, and sees to it that it can. The name is canonical, but for
+	// upper-case letters that the client has written. Nil means never.
 	Trusts func(host registry.Known, name string) bool
 	// Settings returns what the client's runtime verifies a registry with, and
 	// shows to it, beside the usual. The error says why that can't be had.
 	// Nil means nothing.
 	Settings func(host registry.Known, name string) (upstream.Settings, error)
+	// Accepted is told when the client has trusted weir's certificate. It may be
+	// nil.
+	Accepted func()
 	// Rejected is told when the client did not trust weir's certificate all
 	// the same. It may be nil.
 	Rejected func(host string, err error)
@@ -353,6 +358,10 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	t = upstream.Target{Host: upstream.ParseHost(net.JoinHostPort(name, portOf(f.Dst))), Addr: f.Dst}
 	host := t.Host.String()
 	known, ok := p.opts.Hosts.Find(host)
+	spelled := host
+	if h.spelled != strings.ToLower(h.spelled) {
+		spelled = net.JoinHostPort(h.spelled, portOf(f.Dst))
+	}
 	switch {
 	case !ok:
 		p.see(ctx, host, f)
@@ -361,7 +370,7 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 		return up, t, "the client doesn't speak HTTP/1.1"
 	case !p.opts.Leaves.Permits(name):
 		return up, t, "the CA may not speak for this host, or not at this time"
-	case f.Trusts == nil || !f.Trusts(known, host):
+	case f.Trusts == nil || !f.Trusts(known, spelled):
 		return up, t, "the runtime isn't known to trust the CA"
 	}
 	var s upstream.Settings
@@ -476,6 +485,9 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 		p.log.Debug("TLS with a client failed", "client", f.Client, "registry", host, "err", err)
 		raw.Close()
 		return true
+	}
+	if f.Accepted != nil {
+		f.Accepted()
 	}
 	if !p.ready.hand(c) {
 		c.Close()

@@ -24,6 +24,9 @@ const (
 // hubName is what runtimes call Docker Hub in a certs.d.
 const hubName = "docker.io"
 
+// hubHost is the host that runtimes pull Docker Hub's images from.
+const hubHost = "registry-1.docker.io"
+
 // Why a registry is not covered in a certs.d. All are about settings of a user
 // that weir leaves alone.
 var (
@@ -79,7 +82,8 @@ type Result struct {
 	// Go reads all of them.
 	System error
 
-	// Since is when the CA was in that place at the latest.
+	// File is the CA's in that place, and Since when it was there at the latest.
+	File  string
 	Since time.Time
 
 	// CertsD has an entry for each of Places.CertsD.
@@ -94,9 +98,10 @@ type Result struct {
 // is. Calling it again is cheap: it is made for being called whenever a runtime
 // starts.
 //
-// In a certs.d each of hosts gets a directory, the second probe address as
-// well, and docker.io if one of the other names of Docker Hub is among hosts:
-// runtimes look for Hub by that name. A directory that a user needs more than
+// In a certs.d each of hosts gets a directory for each of the names that image
+// references may have for it: with port 443 as well, and docker.io if one of the
+// other names of Docker Hub is among hosts. So does the second probe address. A
+// directory that a user needs more than
 // weir does is left, and the registry reported as not covered. If such a need
 // came up later, because a _default appeared, what weir had made is removed.
 //
@@ -105,8 +110,11 @@ func (ca *CA) Install(r *Root, p Places, hosts []string) Result {
 	in := installer{ca: ca, root: r, current: make(map[inode]bool), users: make(map[string]bool)}
 	in.res.System = in.system(p)
 
-	wanted := slices.Clone(hosts)
-	if slices.Contains(wanted, "registry-1.docker.io") || slices.Contains(wanted, "index.docker.io") {
+	var wanted []string
+	for _, h := range hosts {
+		wanted = append(wanted, namesOf(h)...)
+	}
+	if slices.Contains(wanted, "index.docker.io") {
 		wanted = append(wanted, hubName)
 	}
 	if len(ca.probes) > 1 {
@@ -156,6 +164,7 @@ func (in *installer) system(p Places) error {
 			d.close()
 		}
 		if err == nil {
+			in.res.File = path.Join(name, systemFile)
 			return nil
 		}
 		failed = append(failed, explain("install CA in "+name, err))
@@ -175,7 +184,30 @@ func (in *installer) system(p Places) error {
 	if err := in.systemDir(d, nil); err != nil {
 		return explain("install CA in "+dirs[0], err)
 	}
+	in.res.File = path.Join(dirs[0], systemFile)
 	return nil
+}
+
+// FileID tells a file from one that was made anew in its place. It is comparable.
+type FileID struct {
+	dev, ino uint64
+	born     unix.StatxTimestamp
+}
+
+// Holds fails unless a file that [CA.Install] named has the CA's certificate.
+func (ca *CA) Holds(r *Root, file string) (FileID, error) {
+	id, err := r.fileID(file)
+	var b []byte
+	if err == nil {
+		b, err = r.ReadFile(file, maxPEM)
+	}
+	if err == nil && !bytes.Equal(b, ca.pem) {
+		err = fmt.Errorf("%s has another content", file)
+	}
+	if err != nil {
+		return FileID{}, fmt.Errorf("weir's CA was installed and is gone: %w", err)
+	}
+	return id, nil
 }
 
 // hasRoots reports whether a process has roots but for weir's.

@@ -113,7 +113,7 @@ func TestInstallUninstall(t *testing.T) {
 			if res.System != nil {
 				t.Errorf("System: %v", res.System)
 			}
-			all := append([]string{"docker.io", "198.18.0.2"}, hosts...)
+			all := append([]string{"docker.io", "198.18.0.2", "registry-1.docker.io:443", "ghcr.io:443", "europe-docker.pkg.dev:443"}, hosts...)
 			mustCover(t, res, DockerCertsD, all...)
 			mustCover(t, res, ContainerdPairCertsD, all...)
 			mustCover(t, res, ContainerdCertsD, "docker.io", "198.18.0.2", "europe-docker.pkg.dev")

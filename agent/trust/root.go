@@ -140,6 +140,24 @@ func (r *Root) size(name string) (int64, error) {
 	return st.Size, nil
 }
 
+// fileID identifies the file name, following symbolic links.
+func (r *Root) fileID(name string) (FileID, error) {
+	fd, err := r.open(name, unix.O_PATH)
+	if err != nil {
+		return FileID{}, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Statx_t
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_INO|unix.STATX_CTIME|unix.STATX_BTIME, &st); err != nil {
+		return FileID{}, &fs.PathError{Op: "stat", Path: name, Err: err}
+	}
+	id := FileID{dev: unix.Mkdev(st.Dev_major, st.Dev_minor), ino: st.Ino, born: st.Btime}
+	if st.Mask&unix.STATX_BTIME == 0 { // NFS, say: an inode may be used again
+		id.born = st.Ctime
+	}
+	return id, nil
+}
+
 // ReadFile returns the content of the regular file name, following symbolic
 // links. It fails with [ErrTooLarge] if that is more than limit bytes.
 func (r *Root) ReadFile(name string, limit int) ([]byte, error) {

@@ -5,6 +5,8 @@ package registry
 import (
 	"io"
 	"sync"
+
+	"weir/proxy/store"
 )
 
 // owner is whose bounds count for what the upstream brings: empty when it is
@@ -212,7 +214,7 @@ func (o *onward) Read(p []byte) (int, error) {
 	if n > 0 || err == nil || err == io.EOF {
 		return n, err
 	}
-	rest, rerr := o.from.Rest(o.x.r.Context(), o.x.source())
+	rest, rerr := o.from.Rest(o.x.r.Context(), o.x.ownSource())
 	if rerr != nil {
 		return 0, rerr
 	}

@@ -19,7 +19,7 @@ import (
 
 // uploading makes an upstream take uploads, as the distribution registry does.
 // refuse may answer instead.
-func uploading(u *upstream, refuse func(http.ResponseWriter, *http.Request) bool) {
+func uploading(u *scripted, refuse func(http.ResponseWriter, *http.Request) bool) {
 	var got []byte
 	n := 0
 	u.fault = func(w http.ResponseWriter, r *http.Request) bool {

@@ -27,9 +27,9 @@ import (
 	"weir/proxy/store"
 )
 
-// upstream is a registry that a test scripts. It is told apart from a real one
+// scripted is a registry that a test scripts. It is told apart from a real one
 // only by keeping everything in memory.
-type upstream struct {
+type scripted struct {
 	t   *testing.T
 	srv *httptest.Server
 
@@ -43,14 +43,14 @@ type upstream struct {
 	log      []string
 }
 
-func newUpstream(t *testing.T) *upstream {
-	u := &upstream{t: t, readers: map[string]map[string]bool{}, blobs: map[string]map[digest.Digest][]byte{}, types: map[digest.Digest]string{}, tags: map[string]digest.Digest{}}
+func newUpstream(t *testing.T) *scripted {
+	u := &scripted{t: t, readers: map[string]map[string]bool{}, blobs: map[string]map[digest.Digest][]byte{}, types: map[digest.Digest]string{}, tags: map[string]digest.Digest{}}
 	u.srv = httptest.NewTLSServer(u)
 	t.Cleanup(u.srv.Close)
 	return u
 }
 
-func (u *upstream) allow(repo string, auth ...string) {
+func (u *scripted) allow(repo string, auth ...string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.readers[repo] = map[string]bool{}
@@ -59,7 +59,7 @@ func (u *upstream) allow(repo string, auth ...string) {
 	}
 }
 
-func (u *upstream) put(repo string, content []byte) digest.Digest {
+func (u *scripted) put(repo string, content []byte) digest.Digest {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	d := digest.FromBytes(content)
@@ -70,7 +70,7 @@ func (u *upstream) put(repo string, content []byte) digest.Digest {
 	return d
 }
 
-func (u *upstream) putManifest(repo, tag, mediaType string, layers ...digest.Digest) (digest.Digest, []byte) {
+func (u *scripted) putManifest(repo, tag, mediaType string, layers ...digest.Digest) (digest.Digest, []byte) {
 	m := map[string]any{"schemaVersion": 2, "mediaType": mediaType, "config": map[string]any{"digest": digest.FromString("config")}}
 	var ls []any
 	for _, l := range layers {
@@ -86,7 +86,7 @@ func (u *upstream) putManifest(repo, tag, mediaType string, layers ...digest.Dig
 	return d, b
 }
 
-func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (u *scripted) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	u.mu.Lock()
 	fault := u.fault
 	if r.UserAgent() != "weir" { // what is asked in the background has tests of its own
@@ -149,7 +149,7 @@ func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // requests returns how many requests begin with a prefix, and forgets them.
-func (u *upstream) requests() (log []string) {
+func (u *scripted) requests() (log []string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	log, u.log = u.log, nil
@@ -159,7 +159,7 @@ func (u *upstream) requests() (log []string) {
 // side is a proxy in front of an upstream.
 type side struct {
 	t      *testing.T
-	up     *upstream
+	up     *scripted
 	h      *Handler
 	store  *store.Store
 	dir    string
@@ -188,7 +188,7 @@ func (s *side) restart() {
 	s.h.outages.whole, s.h.outages.rest = 200*time.Millisecond, 10*time.Millisecond
 }
 
-func newSide(t *testing.T, u *upstream, o store.Options) *side {
+func newSide(t *testing.T, u *scripted, o store.Options) *side {
 	s := &side{t: t, up: u, dir: t.TempDir()}
 	var err error
 	if s.store, err = store.Open(s.dir, o); err != nil {
@@ -551,7 +551,7 @@ func TestTogether(t *testing.T) {
 
 // holdsBack has the upstream stop in the middle of a blob that one client gets:
 // begun is closed there, and the rest is sent when rest is closed.
-func (u *upstream) holdsBack(auth string, blob []byte) (begun <-chan struct{}, rest chan<- struct{}) {
+func (u *scripted) holdsBack(auth string, blob []byte) (begun <-chan struct{}, rest chan<- struct{}) {
 	there, onward := make(chan struct{}), make(chan struct{})
 	var once sync.Once
 	u.fault = func(w http.ResponseWriter, r *http.Request) bool {

@@ -159,6 +159,15 @@ func client(what string, args []string) error {
 		roots.AppendCertsFromPEM(pem)
 		x509.SetFallbackRoots(roots)
 		return client(args[1], args[2:])
+	case "pinned": // FILE, and another scenario; it trusts what the file has alone
+		pem, err := os.ReadFile(args[0])
+		if err != nil {
+			return err
+		}
+		roots := x509.NewCertPool()
+		roots.AppendCertsFromPEM(pem)
+		http.DefaultTransport.(*http.Transport).TLSClientConfig = &tls.Config{RootCAs: roots}
+		return client(args[1], args[2:])
 	case "stay": // until it is killed
 		time.Sleep(time.Hour)
 	case "raw": // registry, repository, "blobs" or "manifests", reference; without credentials
