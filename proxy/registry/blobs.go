@@ -129,14 +129,9 @@ func (x *exchange) kept(b *store.Blob) {
 		x.serveKept(b)
 		return
 	}
-	stale := x.allowsStale(d)
-	shown, resp, err := x.askRange(b.Size(), func() bool { return stale })
+	shown, resp, err := x.askRange(b.Size())
 	switch {
-	case failed(resp, err) && stale:
-		if err == nil {
-			resp.Body.Close()
-		}
-		x.stale = true
+	case x.stale:
 		x.serveKept(b)
 	case shown != nil && shown.compare(b.Reader()) == nil:
 		x.h.rights.Grant(x.who)
@@ -167,8 +162,10 @@ const proofSize = 1 << 10
 
 // askRange asks the upstream, with the client's own request, for a small range of
 // a blob of size bytes at an offset that can't be foreseen. It returns what it has
-// shown, or else its answer, whose body is the caller's to close.
-func (x *exchange) askRange(size int64, instead func() bool) (*proof, *http.Response, error) {
+// shown, or else its answer, whose body is the caller's to close. It sets stale
+// instead when the upstream gives no answer and the client may have the blob all
+// the same.
+func (x *exchange) askRange(size int64) (*proof, *http.Response, error) {
 	n := min(size, proofSize)
 	if n <= 0 {
 		return nil, nil, errNothingToShow
@@ -180,7 +177,16 @@ func (x *exchange) askRange(size int64, instead func() bool) (*proof, *http.Resp
 	p := &proof{at.Int64(), make([]byte, n)}
 	wanted := fmt.Sprintf("bytes %d-%d/", p.offset, p.offset+n-1)
 	extra := http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", p.offset, p.offset+n-1)}}
-	resp, err := x.ask(question{method: http.MethodGet, extra: extra, follow: true, patience: x.h.outages.patience(x.up.ID()), instead: instead})
+	stale := x.allowsStale(x.target.digest)
+	resp, err := x.ask(question{method: http.MethodGet, extra: extra, follow: true,
+		patience: x.h.outages.patience(x.up.ID()), instead: func() bool { return stale }})
+	if stale && failed(resp, err) {
+		if err == nil {
+			resp.Body.Close()
+		}
+		x.stale = true
+		return nil, nil, err
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -340,7 +346,7 @@ func (x *exchange) follow(t *store.Transfer, start int64) {
 // is arriving; proven says that it is known to be in the repository. It answers the
 // client with what the registry gives, and returns false, if that isn't shown.
 func (x *exchange) askFor(size int64, proven bool) bool {
-	shown, resp, err := x.showsArriving(size)
+	shown, resp, err := x.askRange(size)
 	switch {
 	case x.stale:
 	case shown == nil:
@@ -352,21 +358,6 @@ func (x *exchange) askFor(size int64, proven bool) bool {
 		x.shown = shown
 	}
 	return true
-}
-
-// showsArriving is askRange for a blob that comes from a peer, or sets stale when
-// the registry gives no answer and the client may have the blob all the same.
-func (x *exchange) showsArriving(size int64) (*proof, *http.Response, error) {
-	stale := x.allowsStale(x.target.digest)
-	shown, resp, err := x.askRange(size, func() bool { return stale })
-	if stale && failed(resp, err) {
-		if err == nil {
-			resp.Body.Close()
-		}
-		x.stale = true
-		return nil, nil, errNothingToShow
-	}
-	return shown, resp, err
 }
 
 var errNotLed = errors.New("not to be had from the upstream through this client")

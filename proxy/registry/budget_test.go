@@ -30,7 +30,7 @@ func (s *side) networks(registry http.Handler) (url string) {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		place, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
 		r.URL.Path, r.Host = "/"+path, "registry.lan:5000"
-		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, Place: place, Transport: rt})
+		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: place, Transport: rt})
 	}))
 	s.t.Cleanup(func() {
 		srv.CloseClientConnections()

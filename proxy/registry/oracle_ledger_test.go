@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"mime/multipart"
 	"net/http"
@@ -15,8 +16,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"weir/proxy/rights"
 )
 
 // modelLedger is what registries have said to weir, and when. It is the
@@ -32,6 +31,10 @@ func newModelLedger() modelLedger {
 	return modelLedger{make(map[string]time.Time), make(map[string]bool), make(map[string]time.Time), make(map[string]time.Time)}
 }
 
+func (l modelLedger) clone() modelLedger {
+	return modelLedger{maps.Clone(l.right), maps.Clone(l.denied), maps.Clone(l.has), maps.Clone(l.public)}
+}
+
 // modelOrigin is a request of weir's that was redirected.
 type modelOrigin struct {
 	g    *modelRegistry
@@ -43,13 +46,28 @@ func (o modelOrigin) key() string {
 	return fmt.Sprintf("%s/%s as %s", o.g.name, o.repo, o.q.identity())
 }
 
+// hasKey is where a content is: a registry that only a runtime's own CA speaks
+// for may be another one in each network.
+func hasKey(g *modelRegistry, repo, net string, c *modelContent) string {
+	if g.roots == "" {
+		net = "any"
+	}
+	return g.name + "/" + repo + " in " + net + " " + c.name
+}
+
 // publicKey is for whom a repository is public: where a registry knows clients
 // by their network, for those of one network.
 func publicKey(g *modelRegistry, repo, net string) string {
-	if !g.byAddress {
+	if !g.byAddress && g.roots == "" {
 		net = "any"
 	}
 	return g.name + "/" + repo + " in " + net
+}
+
+// plainly says whether a request names its registry and its repository in the
+// one way that weir reads: an answer to any other need not be understood.
+func (o modelOrigin) plainly() bool {
+	return cleanPath(o.q.path) == o.q.path && (o.q.host == "" || Canonical(o.q.host) == o.g.host || o.q.host == o.g.plain)
 }
 
 // record takes in an answer to weir.
@@ -65,19 +83,22 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 	}
 	has := ""
 	if a.truth != nil {
-		has = o.g.name + "/" + o.repo + " " + a.truth.name
+		has = hasKey(o.g, o.repo, q.net, a.truth)
 	}
 	switch {
-	case o.repo == "":
+	case o.repo == "" || !o.plainly():
 	case q.method != http.MethodGet && q.method != http.MethodHead:
 		if a.truth != nil {
 			l.has[has] = w.now
 		}
 		if q.method == http.MethodDelete && a.asked != nil && a.status == http.StatusAccepted {
-			delete(l.has, o.g.name+"/"+o.repo+" "+a.asked.name)
+			delete(l.has, hasKey(o.g, o.repo, q.net, a.asked))
 		}
 	case a.says:
 		l.right[o.key()] = w.now
+		if o.q.anonymous() {
+			l.public[publicKey(o.g, o.repo, q.net)] = w.now
+		}
 		if a.truth == nil {
 			break
 		}
@@ -85,24 +106,15 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		if q.method == http.MethodGet {
 			l.has[has] = w.now
 		}
-		if o.q.anonymous() {
-			l.public[publicKey(o.g, o.repo, q.net)] = w.now
-		}
-	case own && !plainForm(q.path):
 	case own && (a.status == http.StatusUnauthorized || a.status == http.StatusForbidden) && a.header.Get("Content-Type") != "text/html":
-		delete(l.right, o.key())
-		if q.header.Get("User-Agent") == "weir" && (!o.g.tokens || q.header.Get("Authorization") != "") {
+		if q.header.Get("User-Agent") != "weir" {
+			delete(l.right, o.key())
+		} else if !o.g.tokens || q.header.Get("Authorization") != "" {
 			delete(l.public, publicKey(o.g, o.repo, q.net))
 		}
 	case own && a.status == http.StatusNotFound && a.asked != nil:
 		l.denied[o.key()+" "+a.asked.name] = true
 	}
-}
-
-// plainForm says whether a path is one whose refusal says something of a
-// repository. Of any other weir doesn't know what the registry takes it for.
-func plainForm(path string) bool {
-	return !strings.Contains(path, "//") && !strings.Contains(path, "/.") && !strings.Contains(path, "%")
 }
 
 // fault is an answer of weir's that it should not have given.
@@ -120,21 +132,24 @@ type answered struct {
 	lost   bool  // the connection ended with an answer before
 }
 
-// oracleQuestion is a request that a client sends to weir, and what the registry would
+// modelAsk is a request that a client sends to weir, and what the registry would
 // answer to it.
-type oracleQuestion struct {
+type modelAsk struct {
 	g           *modelRegistry
 	q           *modelRequest // nil when it is none
 	raw         string
 	last, first *modelAnswer
 	bare        *modelAnswer // without the userinfo of the absolute form
 	whole       *modelAnswer // to GET, without ranges and conditions
+	wholeBare   *modelAnswer // the same without userinfo
+	byHead      *modelAnswer // to HEAD
 	anonymous   *modelAnswer // to whole, with the token that anybody gets
 	when        time.Time
+	before      modelLedger // what was known when it was sent
 }
 
 // ask asks the registry what it would answer.
-func (w *modelWorld) ask(x *oracleQuestion) {
+func (w *modelWorld) ask(x *modelAsk) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	q := x.q
@@ -143,7 +158,7 @@ func (w *modelWorld) ask(x *oracleQuestion) {
 		c.header = q.header.Clone()
 		return &c
 	}
-	x.when = w.now
+	x.when, x.before = w.now, w.ledger.clone()
 	x.last, x.first = w.follow(x.g, x.g.url(q.path, q.query), clone())
 	bare := clone()
 	bare.userinfo = ""
@@ -157,6 +172,15 @@ func (w *modelWorld) ask(x *oracleQuestion) {
 		plain.header.Del(h)
 	}
 	x.whole, _ = w.follow(x.g, x.g.url(q.path, q.query), plain)
+	head := clone()
+	head.method, head.header = http.MethodHead, plain.header.Clone()
+	x.byHead, _ = w.follow(x.g, x.g.url(q.path, q.query), head)
+	x.wholeBare = x.whole
+	if q.userinfo != "" {
+		bare := *plain
+		bare.userinfo, bare.header = "", plain.header.Clone()
+		x.wholeBare, _ = w.follow(x.g, x.g.url(q.path, q.query), &bare)
+	}
 	if q.identity() == (&modelRequest{net: q.net}).identity() {
 		anon := *plain
 		anon.header = plain.header.Clone()
@@ -187,7 +211,16 @@ func (got *answered) equals(a *modelAnswer, method string) bool {
 	if method == http.MethodHead {
 		return got.header.Get("Content-Length") == a.header.Get("Content-Length") || a.header.Get("Content-Length") == ""
 	}
-	return bytes.Equal(got.body, a.body)
+	return bytes.Equal(withoutBoundary(got.header, got.body), withoutBoundary(a.header, a.body))
+}
+
+// withoutBoundary is the body of an answer without what is random in it.
+func withoutBoundary(h http.Header, body []byte) []byte {
+	_, params, err := mime.ParseMediaType(h.Get("Content-Type"))
+	if err != nil || params["boundary"] == "" {
+		return body
+	}
+	return bytes.ReplaceAll(body, []byte(params["boundary"]), nil)
 }
 
 // pieceOf says whether weir's answer has nothing but bytes of b, at the places
@@ -197,7 +230,7 @@ func (got *answered) pieceOf(b []byte, method string) bool {
 	at := func(contentRange string, piece []byte) bool {
 		var from, to, all int
 		if _, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &from, &to, &all); err != nil || all != len(b) || to >= all || from > to {
-			return false
+			return len(b) == 0 && len(piece) == 0 // net/http names a range of nothing then
 		}
 		return bytes.Equal(piece, b[from:to+1]) || (got.err != nil || method == http.MethodHead) && bytes.HasPrefix(b[from:], piece)
 	}
@@ -228,15 +261,37 @@ func (got *answered) pieceOf(b []byte, method string) bool {
 	return true // that something is there, and no more
 }
 
+// leads says whether weir's answer is a redirect that leads to what the registry
+// gives: weir may have followed the first ones of several.
+func (w *modelWorld) leads(x *modelAsk, got *answered) bool {
+	to, err := url.Parse(got.header.Get("Location"))
+	if err != nil || !to.IsAbs() || got.status/100 != 3 || x.whole == nil {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	onward := *x.q
+	onward.header, onward.host, onward.userinfo = x.q.header.Clone(), to.Host, ""
+	if to.Host != x.g.url("/", "").Host {
+		onward.header.Del("Authorization")
+		onward.header.Del("Cookie")
+	}
+	a, _ := w.follow(x.g, to, &onward)
+	return a.err == nil && x.last.err == nil && a.status == x.last.status && bytes.Equal(a.body, x.last.body)
+}
+
 // check compares weir's answer with the registry's. why is the reason that
 // allows an answer which is another.
-func (w *modelWorld) check(x *oracleQuestion, got *answered, ttl, stale time.Duration) (why string, f *fault) {
+func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration) (why string, f *fault) {
 	method := x.q.method
 	if got.equals(x.first, method) || got.equals(x.last, method) {
 		return "equal", nil
 	}
 	if got.equals(x.bare, method) {
 		return "without userinfo", nil
+	}
+	if w.leads(x, got) {
+		return "redirected", nil
 	}
 	if x.whole != nil && got.equals(x.whole, method) {
 		return "without a range", nil
@@ -275,9 +330,11 @@ func (w *modelWorld) check(x *oracleQuestion, got *answered, ttl, stale time.Dur
 		return "", said("difference", "the registry would have answered otherwise")
 	}
 	// What the registry gives to this request, though cut, or broken off.
-	given := got.status == http.StatusOK || got.status == http.StatusPartialContent
-	if x.whole.err == nil && x.whole.status == http.StatusOK && got.pieceOf(x.whole.body, method) && (given || x.whole.truth != nil) {
-		if got.err != nil && x.whole.truth != nil {
+	for _, whole := range []*modelAnswer{x.whole, x.wholeBare} {
+		if whole.err != nil || whole.status != http.StatusOK || !got.pieceOf(whole.body, method) {
+			continue
+		}
+		if got.err != nil && whole.truth != nil {
 			return "", said("difference", "what the registry gives broke off")
 		}
 		return "a part", nil
@@ -292,16 +349,20 @@ func (w *modelWorld) check(x *oracleQuestion, got *answered, ttl, stale time.Dur
 	defer w.mu.Unlock()
 	key := modelOrigin{x.g, m[1], x.q}.key()
 	within := func(t time.Time, age time.Duration) bool { return !t.IsZero() && x.when.Sub(t) < age }
-	right := within(w.ledger.right[key], ttl) && !w.ledger.denied[key+" "+content.name]
-	has := w.ledger.has[x.g.name+"/"+m[1]+" "+content.name]
-	public := within(w.ledger.public[publicKey(x.g, m[1], x.q.net)], stale)
-	switch {
-	case x.first.silent() && (right || public) && within(has, max(rights.ContentTTL, stale)):
-		return "stale", nil
-	case target == nil && !x.last.silent() && right && within(has, rights.ContentTTL):
-		return "", said("difference", "a tag is what the registry says now")
-	case right && within(has, rights.ContentTTL):
-		return "remembered", nil
+	// Other requests of the same moment may have changed what is known.
+	for _, l := range []modelLedger{x.before, w.ledger} {
+		right := within(l.right[key], ttl) && !l.denied[key+" "+content.name]
+		has := l.has[hasKey(x.g, m[1], x.q.net, content)]
+		public := within(l.public[publicKey(x.g, m[1], x.q.net)], stale)
+		switch {
+		case x.first.silent() && (right || public) && within(has, max(oracleContentTTL, stale)):
+			return "stale", nil
+		case target == nil && !x.last.silent() && modelByDigest[x.byHead.header.Get("Docker-Content-Digest")] != content && right && within(has, oracleContentTTL):
+			return "", said("difference", "a tag is what the registry says now")
+		case right && within(has, oracleContentTTL):
+			return "remembered", nil
+		}
+		f = said("security", fmt.Sprintf("%s is given without a right (a right: %v; its bytes came from there: %v; public: %v)", content.name, right, has, public))
 	}
-	return "", said("security", fmt.Sprintf("%s is given without a right (a right: %v; its bytes came from there: %v; public: %v)", content.name, right, has, public))
+	return "", f
 }

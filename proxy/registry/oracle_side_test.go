@@ -12,15 +12,18 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
-// oracleTTL and oracleStale are the handler's bounds, which its documents name.
+// Bounds of what the handler remembers, which its documents name.
 const (
-	oracleTTL   = DefaultRightsTTL
-	oracleStale = DefaultStaleIfError
+	oracleTTL        = DefaultRightsTTL
+	oracleStale      = DefaultStaleIfError
+	oracleContentTTL = rights.ContentTTL
 )
 
 // oracleSide is weir, as the oracle sees it: connections go in, and a clock. All
@@ -34,6 +37,7 @@ type oracleSide struct {
 	conns  chan net.Conn
 	closed chan struct{}
 	once   sync.Once
+	active atomic.Int64 // requests that are being answered
 }
 
 func newOracleSide(dir string, now func() time.Time) (*oracleSide, error) {
@@ -46,6 +50,8 @@ func newOracleSide(dir string, now func() time.Time) (*oracleSide, error) {
 	type key struct{}
 	s.server = &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			s.active.Add(1)
+			defer s.active.Add(-1)
 			s.h.Serve(w, r, r.Context().Value(key{}).(*oracleConn).up)
 		}),
 		ReadHeaderTimeout: time.Minute,
@@ -85,21 +91,22 @@ func (s *oracleSide) connect(g *modelRegistry, transport http.RoundTripper, netw
 	return client
 }
 
-// idle waits until nothing runs in the background but so many transfers.
+// idle waits until no request is being answered and nothing runs in the
+// background.
 func (s *oracleSide) idle() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
+	for s.active.Load() > 0 || s.store.Stats().Running > 0 {
+		select {
+		case <-ctx.Done():
+			return errors.New("a transfer or an answer doesn't end")
+		case <-time.After(20 * time.Microsecond):
+		}
+	}
 	if err := s.h.asking.all.Acquire(ctx, maxAskingAll); err != nil {
 		return errors.New("what weir asks by itself doesn't end")
 	}
 	s.h.asking.all.Release(maxAskingAll)
-	for s.store.Stats().Running > 0 {
-		select {
-		case <-ctx.Done():
-			return errors.New("a transfer doesn't end")
-		case <-time.After(50 * time.Microsecond):
-		}
-	}
 	return nil
 }
 

@@ -48,7 +48,7 @@ type teller struct {
 
 // talk is a connection with its requests.
 type talk struct {
-	questions []*oracleQuestion
+	questions []*modelAsk
 	answers   []*answered
 	headed    chan struct{} // closed when the first answer's header is there
 	done      chan struct{}
@@ -121,7 +121,7 @@ func (t *teller) finish() (*fault, error) {
 	return first, nil
 }
 
-func (t *teller) judge(x *oracleQuestion, got *answered) *fault {
+func (t *teller) judge(x *modelAsk, got *answered) *fault {
 	status := got.header.Get("Cache-Status")
 	from := "forwarded"
 	switch {
@@ -228,7 +228,7 @@ func (t *teller) step(group []string) (*fault, error) {
 	k := &talk{headed: make(chan struct{}), done: make(chan struct{})}
 	var all strings.Builder
 	for _, line := range group {
-		x := &oracleQuestion{g: g, raw: t.raw(g, strings.Split(line, "|")[1:])}
+		x := &modelAsk{g: g, raw: t.raw(g, strings.Split(line, "|")[1:])}
 		all.WriteString(x.raw)
 		if r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(x.raw))); err == nil {
 			body, _ := io.ReadAll(r.Body)

@@ -22,6 +22,7 @@ package registry
 //   - "without a range": what the registry answers to the request without it.
 //   - "without userinfo": weir need not send on the userinfo of an absolute
 //     form, so that the registry's answer may be the one without.
+//   - "redirected": of several redirects weir may have followed the first ones.
 //   - "anybody's": a request without any credentials may be answered with what
 //     the registry gives with the token that anybody gets.
 //   - "wrong bytes": where the registry sends bytes of another digest than was
@@ -32,8 +33,8 @@ package registry
 //     has not refused it since; and within the last 24 hours it sent the bytes
 //     of this content in this repository, to any client, directly or through a
 //     redirect, or accepted them in a push; and it has not said to this client
-//     since that this content isn't there. For a tag this is no exception while
-//     the registry answers.
+//     since that this content isn't there. A tag has to be what the registry
+//     answers now, to GET or to HEAD.
 //   - "stale": while the registry gives no answer (an error, 429, 5xx, a page of
 //     HTML), the client has such a right, or the repository was given to an
 //     anonymous request within the last DefaultStaleIfError, from the same
@@ -43,6 +44,9 @@ package registry
 //
 // A HEAD, a redirect, a manifest that lists a layer, a mount, a page of HTML, a
 // range of other bytes and a digest in a field prove nothing, whoever says so.
+//
+// What came through a redirect counts for the repository, though the host that
+// sent it may have looked at the client: the oracle allows what follows from that.
 //
 // It does not look at response fields but Content-Length, Content-Range and
 // Location, at how long an answer takes, nor at peers and the mirror.

@@ -85,8 +85,8 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		return false
 	}
 	if !x.h.rights.Allows(x.who, x.target.digest) {
-		shown, resp, err := x.showsArriving(size)
-		if err == nil && shown == nil {
+		shown, resp, err := x.askRange(size)
+		if err == nil && shown == nil && !x.stale {
 			resp.Body.Close()
 		}
 		if x.shown = shown; shown == nil && !x.stale {
