@@ -117,7 +117,6 @@ type modelWorld struct {
 	expired map[string]bool // credentials
 	origins []modelOrigin   // of redirects that weir was sent: by their number
 	ledger  modelLedger
-	traffic int
 	hold    *modelHold
 }
 
@@ -751,7 +750,6 @@ func (t *modelWire) RoundTrip(req *http.Request) (*http.Response, error) {
 	w := t.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.traffic++
 	a, own := w.dispatch(t.g, req.URL, q, true)
 	if a.err != nil {
 		return nil, a.err
