@@ -12,6 +12,7 @@ import (
 	"mime/multipart"
 	"net/http"
 	"net/url"
+	"path"
 	"regexp"
 	"strconv"
 	"strings"
@@ -119,7 +120,7 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 
 // fault is an answer of weir's that it should not have given.
 type fault struct {
-	kind string // "security", "difference", "hang"
+	kind string // "security", "difference", "corrupt", "hang"
 	text string
 }
 
@@ -143,7 +144,7 @@ type modelAsk struct {
 	whole       *modelAnswer // to GET, without ranges and conditions
 	wholeBare   *modelAnswer // the same without userinfo
 	byHead      *modelAnswer // to HEAD
-	anonymous   *modelAnswer // to whole, with the token that anybody gets
+	anonymous   *modelAnswer // to whole, with an anonymous token
 	when        time.Time
 	before      modelLedger // what was known when it was sent
 }
@@ -280,10 +281,20 @@ func (w *modelWorld) leads(x *modelAsk, got *answered) bool {
 	return a.err == nil && x.last.err == nil && a.status == x.last.status && bytes.Equal(a.body, x.last.body)
 }
 
+// wholly says whether a request is for all of a content, in the one way that weir
+// reads.
+func (x *modelAsk) wholly() bool {
+	return strings.HasPrefix(x.raw, "GET /") && x.q.query == "" && x.q.host != "" && x.q.header.Get("Range") == "" &&
+		modelOrigin{x.g, "", x.q}.plainly() && modelPathRE.MatchString(x.q.path)
+}
+
 // check compares weir's answer with the registry's. why is the reason that
 // allows an answer which is another.
 func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration) (why string, f *fault) {
 	method := x.q.method
+	if c := modelByDigest[path.Base(x.q.path)]; c != nil && x.wholly() && got.status == http.StatusOK && got.err == nil && !bytes.Equal(got.body, c.bytes) {
+		return "", &fault{"corrupt", fmt.Sprintf("the whole of %s came with other bytes: %v, %.60q", c.name, got.header, got.body)}
+	}
 	if got.equals(x.first, method) || got.equals(x.last, method) {
 		return "equal", nil
 	}
@@ -343,7 +354,7 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 		return "", said("security", "it is neither what the registry gives nor what was asked for")
 	}
 	if a := x.anonymous; a != nil && a.truth == content && !a.silent() {
-		return "anybody's", nil
+		return "anonymous", nil
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()

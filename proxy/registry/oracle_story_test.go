@@ -564,11 +564,19 @@ func (a *author) step() {
 	case n < 23 && is("outages"):
 		// A client gets something, and then the registry gives no answer.
 		who := a.member()
-		a.ask(g, r, c, who, "GET", "blobs")
+		if a.chance(60) {
+			a.say("repo %s %s %s alice", g, r, a.one("public", "private"))
+			a.say("put %s %s %s m0", g, r, c)
+			a.ask(g, r, "m0", who, "GET", "manifests")
+		}
+		a.ask(g, r, c, who, "GET", a.kindOf(c))
 		fail := a.one("conn", "silence", "429", "500", "503", "html200", "html403")
 		a.say("set %s fail %s", g, fail)
+		if a.chance(50) {
+			a.say("clock %s", a.one("1m", "6m", "2h"))
+		}
 		for range 1 + a.IntN(3) {
-			a.ask(g, r, a.one(c, c, "m0", "m1"), a.one(who, who, a.credentials()), "GET", a.one("blobs", "manifests"))
+			a.ask(g, r, a.one(c, c, "m0", ""), a.one(who, who, a.credentials()), "GET", a.one("blobs", "manifests"))
 		}
 		a.any(g)
 		if a.chance(70) {
@@ -582,8 +590,10 @@ func (a *author) step() {
 		a.say("set %s lies %s", a.one("evil", "evil", "fake", "plain", "pod"), a.lies())
 	case n < 38 && is("arriving"):
 		big := a.one("c6", "c7")
-		for _, d := range []string{big} {
-			a.say("evict %s", d)
+		a.say("evict %s", big)
+		if a.chance(60) {
+			a.say("repo %s %s %s alice", g, r, a.one("public", "private"))
+			a.say("put %s %s %s", g, r, big)
 		}
 		a.say("hold %s", a.one("65536", "70000", "99999"))
 		a.ask(g, r, big, a.member(), "GET", "blobs")

@@ -33,7 +33,7 @@ type modelContent struct {
 	sha512    digest.Digest
 }
 
-// modelKnown is how many bytes at the beginning of a blob anybody can guess.
+// modelKnown is how many bytes at the beginning of a blob can be guessed.
 const modelKnown = 16
 
 var (
@@ -95,7 +95,7 @@ type modelRegistry struct {
 	net        string // the only network that it can be reached from
 	roots      string // the runtime's own certificates that it is verified by
 	byAddress  bool   // a client of network n1 is alice
-	tokens     bool   // it asks even those without a name for a token
+	tokens     bool   // it asks anonymous clients for a token too
 	mixed      bool   // it gives manifests as blobs, and blobs as manifests
 
 	repos    map[string]*modelRepo
@@ -117,7 +117,6 @@ type modelWorld struct {
 	expired map[string]bool // credentials
 	origins []modelOrigin   // of redirects that weir was sent: by their number
 	ledger  modelLedger
-	traffic int
 	hold    *modelHold
 }
 
@@ -201,7 +200,7 @@ func (q *modelRequest) identity() string {
 }
 
 // anonymous says whether the request has nothing by which a registry could know
-// the client, but for its network and a token that anybody gets.
+// the client, but for its network and an anonymous token.
 func (q *modelRequest) anonymous() bool {
 	for k, vs := range q.header {
 		if !modelHarmless[k] && (k != "Authorization" || !strings.HasPrefix(vs[0], "Bearer anon-") || len(vs) > 1) {
@@ -216,7 +215,7 @@ func modelBasic(userinfo string) string {
 }
 
 // account finds out whose request it is: an account, or with valid no account
-// but a token for those without a name, or with shown just something.
+// but an anonymous token, or with shown just something.
 func (w *modelWorld) account(g *modelRegistry, q *modelRequest) (account string, valid, shown bool) {
 	var values []string
 	if auth := q.header.Values("Authorization"); len(auth) > 0 {
@@ -295,7 +294,7 @@ func modelError(status int, code string) *modelAnswer {
 }
 
 func modelHTML(status int) *modelAnswer {
-	return &modelAnswer{status: status, header: http.Header{"Content-Type": {"text/html"}}, length: true, body: []byte("<html>Please log in, or prove that you are none of us machines.</html>")}
+	return &modelAnswer{status: status, header: http.Header{"Content-Type": {"text/html"}}, length: true, body: []byte("<html>Please log in, or solve this.</html>")}
 }
 
 // modelPathRE reads a path in the way of the model: the shape of what is asked.
@@ -475,7 +474,7 @@ func (w *modelWorld) lie(g *modelRegistry, q *modelRequest, repo, kind, ref stri
 	case q.method == http.MethodHead && (g.lies["head"] || g.lies["relay"] && secret.has[c.name]):
 		return head(c)
 	case q.method == http.MethodGet && q.header.Get("Range") != "" && g.lies["part"]:
-		// What everybody knows of it, and zeros.
+		// What can be guessed of it, and zeros.
 		fake := make([]byte, len(c.bytes))
 		copy(fake, c.bytes[:min(len(fake), modelKnown)])
 		a := w.give(&modelRegistry{}, q, &modelContent{bytes: fake, sha256: c.sha256, mediaType: c.mediaType}, ref)
@@ -751,7 +750,6 @@ func (t *modelWire) RoundTrip(req *http.Request) (*http.Response, error) {
 	w := t.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.traffic++
 	a, own := w.dispatch(t.g, req.URL, q, true)
 	if a.err != nil {
 		return nil, a.err

@@ -1,4 +1,4 @@
-# It answers ranges with what anybody can guess, and zeros.
+# It answers ranges with what can be guessed, and zeros.
 repo hub acme/secret private alice
 put hub acme/secret c6
 set evil lies head,part
