@@ -229,10 +229,10 @@ func (x *exchange) notShown(shown *proof, resp *http.Response, err error) {
 	switch {
 	case err != nil && x.r.Context().Err() != nil:
 		panic(http.ErrAbortHandler) // the client has gone
+	case shown != nil, errors.Is(err, errNothingToShow): // other bytes, or none
+		x.unkept()
 	case err != nil:
 		x.forward()
-	case shown != nil: // other bytes
-		x.unkept()
 	case resp.StatusCode == http.StatusOK:
 		x.sent(resp)
 	case x.own(resp) && refusesAnyway(resp.StatusCode):

@@ -121,6 +121,10 @@ func TestManifestsHeldUp(t *testing.T) {
 	var stopped sync.WaitGroup
 	stopped.Add(networks * each)
 	url := s.networks(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.UserAgent() == "weir" { // whether it is public
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
 		w.Header().Set("Content-Length", strconv.Itoa(maxManifest))
 		_, _ = w.Write(bytes.Repeat([]byte(" "), maxManifest-10))
 		_ = http.NewResponseController(w).Flush()
