@@ -3,6 +3,7 @@
 package registry
 
 import (
+	"errors"
 	"io"
 	"sync"
 
@@ -211,7 +212,7 @@ func (o *onward) Read(p []byte) (int, error) {
 		return o.rest.Read(p)
 	}
 	n, err := o.from.Read(p)
-	if n > 0 || err == nil || err == io.EOF {
+	if n > 0 || err == nil || errors.Is(err, io.EOF) {
 		return n, err
 	}
 	rest, rerr := o.from.Rest(o.x.r.Context(), o.x.ownSource())

@@ -234,7 +234,7 @@ func TestPushEvictsNothing(t *testing.T) {
 	for _, step := range []struct {
 		method string
 		size   int
-	}{{"POST", 0}, {"PATCH", 64 << 20}} {
+	}{{"POST", 0}, {"PATCH", 18 << 20}} {
 		path := map[string]string{"POST": "", "PATCH": "1"}[step.method]
 		req, err := http.NewRequest(step.method, url+"/pod/v2/x/blobs/uploads/"+path, bytes.NewReader(make([]byte, step.size)))
 		if err != nil {

@@ -64,14 +64,13 @@ func TestNoLengthIsBounded(t *testing.T) {
 	for _, whole := range []bool{false, true} {
 		s, ds := filled(t, size, 8, whole)
 		want := random(20, 20<<20)
-		most := int64(0)
 		src := func(_ context.Context, off int64) (io.ReadCloser, error) { return body(want[off:]), nil }
 		r := begin(t, s, digest.FromBytes(want), -1, body(want), src)
 		got, err := io.ReadAll(r)
 		if err == nil {
 			t.Fatal("all of it was kept")
 		}
-		most = onDisk(t, filepath.Join(s.dir, "ingest"))
+		most := onDisk(t, filepath.Join(s.dir, "ingest"))
 		if used := s.Stats().Bytes; used > size || most > size/provisionalShare {
 			t.Errorf("%d bytes counted, %d on the disk", used, most)
 		}
