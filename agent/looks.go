@@ -65,11 +65,11 @@ func (l *looks) late() {
 func bounded[T any](rs *runtimes, rt *runtimeProc, f func() (T, error)) (found T, err error) {
 	timer := time.NewTimer(lookTime)
 	defer timer.Stop()
-	if !rs.looking.TryAcquire(1) {
+	if !rt.files.begin(timer.C) {
 		return found, errNoAnswer
 	}
-	if !rt.files.begin(timer.C) {
-		rs.looking.Release(1)
+	if !rs.looking.TryAcquire(1) { // by those that are stuck
+		rt.files.end()
 		return found, errNoAnswer
 	}
 	type result struct {
@@ -78,8 +78,8 @@ func bounded[T any](rs *runtimes, rt *runtimeProc, f func() (T, error)) (found T
 	}
 	done := make(chan result, 1)
 	go func() {
-		defer rs.looking.Release(1)
 		defer rt.files.end()
+		defer rs.looking.Release(1)
 		found, err := f()
 		done <- result{found, err}
 	}()

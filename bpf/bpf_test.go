@@ -735,10 +735,18 @@ func TestDoorOutOfReach(t *testing.T) {
 	p.redirected("tcp4", "203.0.113.9:443")
 
 	s.serve("tcp4", "203.0.113.9:443")
+	reached := func() {
+		t.Helper()
+		p.direct("tcp4", "203.0.113.9:443")
+		if got := p.do("dial", "tcp4", "203.0.113.9:443"); got != "203.0.113.9:443" {
+			t.Fatal(got)
+		}
+		<-s.direct
+	}
 	ip("addr", "del", "127.0.0.1/8", "dev", "lo")
-	p.direct("tcp4", "203.0.113.9:443")
+	reached()
 	ip("addr", "add", "127.0.0.2/32", "dev", "lo")
-	p.direct("tcp4", "203.0.113.9:443")
+	reached()
 	ip("addr", "add", "127.0.0.1/32", "dev", "lo")
 	p.redirected("tcp4", "203.0.113.9:443")
 	ip("addr", "del", "127.0.0.1/32", "dev", "lo")

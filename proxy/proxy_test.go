@@ -415,6 +415,39 @@ func TestRejected(t *testing.T) {
 	}
 }
 
+// The agent is told that weir's certificate was accepted, and asked with the name
+// in the client's own case, by which that looks for a registry's settings.
+func TestAccepted(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
+	accepted, asked := make(chan struct{}, 2), make(chan string, 2)
+	s.change(func(f *Flow) {
+		f.Accepted = func() { accepted <- struct{}{} }
+		f.Trusts = func(_ registry.Known, name string) bool { asked <- name; return name == strings.ToLower(name) }
+	})
+	if got := s.issuer("registry.test"); got == "world" {
+		t.Error("it was passed through")
+	}
+	select {
+	case <-accepted:
+	case <-time.After(10 * time.Second):
+		t.Fatal("nobody was told")
+	}
+	if name := <-asked; registry.Canonical(name) != name {
+		t.Errorf("asked for %q", name)
+	}
+	if got := s.issuer("Registry.TEST"); got != "world" {
+		t.Errorf("certificate of %q", got)
+	}
+	if name := <-asked; !strings.HasPrefix(name, "Registry.TEST") {
+		t.Errorf("asked for %q", name)
+	}
+	if len(accepted) > 0 {
+		t.Error("what passed through was taken for accepted")
+	}
+}
+
 // oneWay is a connection that breaks before the answer.
 type oneWay struct{ net.Conn }
 
