@@ -493,9 +493,9 @@ func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, e
 		switch {
 		case t.size >= 0 && t.written == t.size:
 			return n, nil
-		case rerr == io.EOF && t.size < 0:
+		case errors.Is(rerr, io.EOF) && t.size < 0:
 			return n, nil
-		case rerr == io.EOF:
+		case errors.Is(rerr, io.EOF):
 			return n, io.ErrUnexpectedEOF
 		case rerr != nil:
 			return n, rerr
