@@ -245,11 +245,10 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 		if err != nil {
 			err = fmt.Errorf("%s: %w: %w", k.hostport, ErrUnreachable, err)
 		}
-		p.found(err)
 		select {
 		case results <- result{c, err}:
 		case <-late:
-			if err == nil {
+			if p.found(err); err == nil {
 				p.keep(c)
 			}
 		}
@@ -258,6 +257,7 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 	defer timer.Stop()
 	select {
 	case r := <-results:
+		p.found(r.err)
 		return r.c, r.err
 	case <-timer.C:
 		// It goes on, and the next request may find that it could be reached.
