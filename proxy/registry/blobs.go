@@ -134,8 +134,8 @@ func (x *exchange) kept(b *store.Blob) {
 	case x.stale:
 		x.serveKept(b)
 	case shown != nil && shown.compare(b.Reader()) == nil:
-		x.h.rights.Grant(x.who)
-		x.h.rights.Prove(x.who.Repository, d)
+		x.grant()
+		x.prove(d)
 		x.serveKept(b)
 	default:
 		x.notShown(shown, resp, err)
@@ -260,6 +260,7 @@ func (x *exchange) unkept() {
 		x.refused(resp, err)
 		return
 	}
+	x.answered = x.h.rights.Now()
 	x.sent(resp)
 }
 
@@ -278,8 +279,8 @@ func (x *exchange) sent(resp *http.Response) {
 		x.w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
 	}
 	x.stream(s, "fwd=miss")
-	x.h.rights.Grant(x.who)
-	x.h.rights.Prove(x.who.Repository, x.target.digest)
+	x.grant()
+	x.prove(x.target.digest)
 }
 
 // miss answers GET of a blob that isn't kept: by keeping it.
@@ -353,7 +354,7 @@ func (x *exchange) askFor(size int64, proven bool) bool {
 		x.notShown(shown, resp, err)
 		return false
 	case proven:
-		x.h.rights.Grant(x.who)
+		x.grant()
 	default:
 		x.shown = shown
 	}
@@ -367,13 +368,14 @@ var errNotLed = errors.New("not to be had from the upstream through this client"
 func (x *exchange) lead(t *store.Transfer) {
 	x.stats.misses.Add(1)
 	share := x.share()
+	var when time.Time // the registry answered with the blob
 	t.OnEnd(func(kept bool) {
 		if share != nil {
 			share.Close(kept)
 		}
 		if _, fromRegistry := x.h.leaders.LoadAndDelete(t); kept && fromRegistry {
-			x.h.rights.Grant(x.who)
-			x.h.rights.Prove(x.who.Repository, x.target.digest)
+			x.h.rights.Grant(x.who, when)
+			x.h.rights.Prove(x.who.Repository, x.target.digest, when)
 		}
 	})
 	if share != nil && x.fromPeer(t, share) {
@@ -397,6 +399,8 @@ func (x *exchange) lead(t *store.Transfer) {
 		x.forward()
 		return
 	}
+	when = x.h.rights.Now()
+	x.answered = when
 	x.h.leaders.Store(t, x.who.Client)
 	body := &cancelBody{x.arriving(resp.Body), cancel}
 	r, err := t.Begin(resp.ContentLength, body, x.source())
@@ -666,9 +670,9 @@ func (x *exchange) compare(from io.ReadSeeker) error {
 		return err
 	}
 	x.shown = nil
-	x.h.rights.Grant(x.who)
+	x.grant()
 	if r, ok := from.(*store.TransferReader); ok && r.Verified() {
-		x.h.rights.Prove(x.who.Repository, x.target.digest)
+		x.prove(x.target.digest)
 	}
 	return nil
 }

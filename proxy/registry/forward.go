@@ -62,6 +62,7 @@ func absolute(u *url.URL) string {
 // passing sees each forwarded answer.
 func (x *exchange) passing(resp *http.Response) error {
 	x.h.outages.note(x.up.ID(), false)
+	x.answered = x.h.rights.Now()
 	switch {
 	case x.push != nil:
 		x.push.answered(x, resp)
@@ -140,11 +141,11 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	case err != nil:
 		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
 	}
-	x.h.rights.Prove(x.who.Repository, d)
+	x.prove(d)
 	if mediaTypeOf(body) == "" {
 		return nil
 	}
-	x.h.rights.Grant(x.who)
+	x.grant()
 	if x.target.tag != "" {
 		x.setTag(d)
 	}

@@ -248,6 +248,8 @@ type exchange struct {
 	again  bool   // the blob's transfer was somebody else's, and came to nothing
 	shown  *proof // what the registry has shown of the blob that arrives, to be compared
 	stale  bool   // the answer is what the upstream said before it fell silent
+	// answered is when the upstream last answered this client.
+	answered time.Time
 	// following says that the blob is read from another client's transfer.
 	following bool
 }
@@ -305,17 +307,23 @@ func (x *exchange) learn(resp *http.Response) {
 	switch resp.StatusCode {
 	case http.StatusOK:
 		if x.target.kind == manifest && describesManifest(resp, x.target.digest) {
-			x.h.rights.Grant(x.who)
+			x.grant()
 		}
 	case http.StatusPartialContent:
 		if x.target.kind == blob {
-			x.h.rights.Grant(x.who)
+			x.grant()
 		}
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound:
 		x.h.rights.Refuse(x.who)
 		x.recheck(resp.StatusCode)
 	}
 }
+
+// grant records that the client was answered with content, and prove that what it
+// was answered with proves that content is in the repository.
+func (x *exchange) grant() { x.h.rights.Grant(x.who, x.answered) }
+
+func (x *exchange) prove(d digest.Digest) { x.h.rights.Prove(x.who.Repository, d, x.answered) }
 
 // vantage is a network from which a repository is asked for, where that counts.
 func (u Upstream) vantage(repo rights.Repository) rights.Vantage {
@@ -434,6 +442,7 @@ func (x *exchange) ask(q question) (*http.Response, error) {
 		cancel()
 		return nil, err
 	}
+	x.answered = x.h.rights.Now()
 	resp.Body = &cancelBody{resp.Body, cancel}
 	if q.method == http.MethodHead {
 		resp.Body.Close()

@@ -46,7 +46,7 @@ func (x *exchange) manifest() {
 			x.forward()
 			return
 		default:
-			x.h.rights.Grant(x.who)
+			x.grant()
 		}
 	}
 	x.serveManifest(body, mediaType, x.hit())
@@ -117,7 +117,7 @@ func (x *exchange) tag() {
 	}
 	d, ok := x.learnTag(resp)
 	if ok {
-		x.h.rights.Grant(x.who)
+		x.grant()
 		x.checkPublic(resp)
 		body, mediaType, ok = x.keptManifest(d)
 	}

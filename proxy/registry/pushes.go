@@ -234,7 +234,7 @@ func (p *push) pushedBlob(x *exchange) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.Prove(repo, p.digest)
+	x.h.rights.Prove(repo, p.digest, x.answered)
 }
 
 // pushedManifest keeps a manifest that the upstream has accepted.
@@ -255,7 +255,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.Prove(repo, d)
+	x.prove(d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
 		x.setTag(d)
 	}

@@ -257,10 +257,13 @@ func (r *Rights) Fresh(then time.Time) bool { return r.Within(then, r.opts.Stale
 // Now is the time by the clock of the memory.
 func (r *Rights) Now() time.Time { return r.opts.Now() }
 
-// Grant records that the registry has answered a client with content of the
+// Grant records that the registry then answered a client with content of the
 // repository. Grants that are over make room: each pull comes with a new token.
-func (r *Rights) Grant(p Principal) {
-	r.grants.put(p.share(), p, r.opts.Now())
+func (r *Rights) Grant(p Principal, when time.Time) {
+	if was, ok := r.grants.get(p.share(), p); ok && was.After(when) {
+		return
+	}
+	r.grants.put(p.share(), p, when)
 	r.grants.expire(p.share(), func(when time.Time) bool { return !r.Within(when, r.opts.GrantTTL) })
 }
 
@@ -273,9 +276,10 @@ func (r *Rights) Granted(p Principal) bool {
 	return ok && r.Within(when, r.opts.GrantTTL)
 }
 
-// Prove records that content was proven to be in a repository.
-func (r *Rights) Prove(repo Repository, d digest.Digest) {
-	r.content.put(repo.share(), located{repo, d}, r.opts.Now())
+// Prove records that content was proven to be in a repository by what the registry
+// then answered.
+func (r *Rights) Prove(repo Repository, d digest.Digest, when time.Time) {
+	r.content.put(repo.share(), located{repo, d}, when)
 	r.changed.Store(true)
 }
 

@@ -86,11 +86,11 @@ func TestGrants(t *testing.T) {
 	repo, other := Repository{Registry: "r", Name: "a"}, Repository{Registry: "r", Name: "b"}
 	p := Principal{repo, Client{1}}
 	d := digest.FromString("x")
-	r.Grant(p)
+	r.Grant(p, r.Now())
 	if r.Allows(p, d) {
 		t.Error("a grant says that anything is in the repository")
 	}
-	r.Prove(repo, d)
+	r.Prove(repo, d, r.Now())
 	for _, q := range []Principal{{repo, Client{2}}, {other, Client{1}}, {Repository{Registry: "r", Name: "a", Network: "network x"}, Client{1}}} {
 		if r.Allows(q, d) {
 			t.Errorf("%v has the grant too", q)
@@ -103,7 +103,7 @@ func TestGrants(t *testing.T) {
 	if r.Allows(p, d) || !r.Contains(repo, d) {
 		t.Error("a refusal is no refusal, or takes more than the grant")
 	}
-	r.Grant(p)
+	r.Grant(p, r.Now())
 	later(5*time.Minute - time.Second)
 	if !r.Allows(p, d) {
 		t.Error("the grant is over too early")
@@ -113,7 +113,7 @@ func TestGrants(t *testing.T) {
 		t.Error("the grant isn't over")
 	}
 	later(24 * time.Hour)
-	r.Grant(p)
+	r.Grant(p, r.Now())
 	if r.Allows(p, d) {
 		t.Error("the content is in the repository for good")
 	}
@@ -124,16 +124,16 @@ func TestGrantsExpire(t *testing.T) {
 	r, later := clocked()
 	repo := Repository{Registry: "r", Name: "a"}
 	for i := range 5 {
-		r.Grant(Principal{repo, Client{byte(i)}})
+		r.Grant(Principal{repo, Client{byte(i)}}, r.Now())
 	}
 	later(5*time.Minute - time.Second)
-	r.Grant(Principal{repo, Client{0}})
-	r.Grant(Principal{repo, Client{9}})
+	r.Grant(Principal{repo, Client{0}}, r.Now())
+	r.Grant(Principal{repo, Client{9}}, r.Now())
 	if n := r.grants.size(); n != 6 {
 		t.Errorf("%d are remembered", n)
 	}
 	later(2 * time.Second)
-	r.Grant(Principal{repo, Client{10}})
+	r.Grant(Principal{repo, Client{10}}, r.Now())
 	if n := r.grants.size(); n != 3 {
 		t.Errorf("%d are remembered after the time of a grant", n)
 	}
@@ -145,7 +145,7 @@ func TestPublic(t *testing.T) {
 	v, elsewhere := Vantage{repo, "here"}, Vantage{repo, "there"}
 	d := digest.FromString("x")
 	p := Principal{repo, Client{1}}
-	r.Prove(repo, d)
+	r.Prove(repo, d, r.Now())
 	if r.AllowsStale(p, "here", d) || r.NeedsCheck(v, true) {
 		t.Error("public before anything was asked")
 	}
@@ -167,7 +167,7 @@ func TestPublic(t *testing.T) {
 	if r.AllowsStale(p, "here", d) {
 		t.Error("it is public after all")
 	}
-	r.Grant(p)
+	r.Grant(p, r.Now())
 	if !r.AllowsStale(p, "here", d) {
 		t.Error("a grant doesn't count in an outage")
 	}
@@ -216,8 +216,8 @@ func TestSharesAreFair(t *testing.T) {
 	pod := Repository{Registry: "http://a@10.0.0.1:5000#pod", Name: "a", Network: UnauthenticatedNetwork("pod")}
 	for _, repo := range []Repository{victim, pod} {
 		r.SetTag(repo, "12", d, r.Now())
-		r.Prove(repo, d)
-		r.Grant(Principal{repo, Client{1}})
+		r.Prove(repo, d, r.Now())
+		r.Grant(Principal{repo, Client{1}}, r.Now())
 		r.SetPublic(Vantage{Repository: repo}, true, "12")
 	}
 	// One network with many registries, and one registry with a good certificate.
@@ -227,10 +227,10 @@ func TestSharesAreFair(t *testing.T) {
 			{Registry: "evil.example", Name: fmt.Sprint("a", i)},
 		} {
 			e := digest.FromString(fmt.Sprint(i))
-			r.Prove(repo, e)
+			r.Prove(repo, e, r.Now())
 			if i < 2*maxTags {
 				r.SetTag(repo, "1", e, r.Now())
-				r.Grant(Principal{repo, Client{byte(i), byte(i >> 8), byte(i >> 16)}})
+				r.Grant(Principal{repo, Client{byte(i), byte(i >> 8), byte(i >> 16)}}, r.Now())
 				r.SetPublic(Vantage{Repository: repo}, true, "1")
 			}
 		}
@@ -278,9 +278,9 @@ func TestSave(t *testing.T) {
 		for _, x := range []string{"old", "new"} {
 			r.SetTag(repo, "1", digest.FromString(x), r.Now())
 		}
-		r.Prove(repo, d)
+		r.Prove(repo, d, r.Now())
 		r.SetPublic(Vantage{repo, "here"}, true, "1")
-		r.Grant(Principal{repo, Client{1}})
+		r.Grant(Principal{repo, Client{1}}, r.Now())
 	}
 	file := filepath.Join(t.TempDir(), "tags.json")
 	if err := r.Save(file); err != nil {
@@ -359,8 +359,8 @@ func TestMergeOnlyTheRepository(t *testing.T) {
 		}
 	}
 	p := Principal{repo, Client{1}}
-	r.Grant(p)
-	r.Grant(Principal{other, Client{1}})
+	r.Grant(p, r.Now())
+	r.Grant(Principal{other, Client{1}}, r.Now())
 	if len(r.Tag(other, "1")) > 0 || r.AllowsStale(Principal{other, Client{1}}, "", d) || r.Public(Vantage{Repository: repo}) ||
 		!r.AllowsStale(p, "", d) || r.Allows(p, d) || r.AllowsStale(p, "", "nonsense") {
 		t.Error("something else was merged")
