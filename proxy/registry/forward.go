@@ -21,6 +21,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
@@ -74,6 +75,7 @@ func (x *exchange) passing(resp *http.Response) error {
 	case x.target.kind == blob && x.reading():
 		x.learn(resp)
 	case x.target.kind == manifest && x.reading():
+		x.followed(resp)
 		x.learn(resp)
 		x.checkPublic(resp)
 		if x.target.tag != "" {
@@ -90,6 +92,41 @@ func (x *exchange) passing(resp *http.Response) error {
 	}
 	resp.Body = x.counted(resp.Body)
 	return nil
+}
+
+// followed makes an answer that redirects to a manifest what is there, if that can
+// be had: what a registry that redirects its manifests (registry.k8s.io) has, and
+// what its tags are, would never be known otherwise. Where it can't, the client is
+// left to find out why.
+func (x *exchange) followed(resp *http.Response) {
+	location, err := resp.Location()
+	if err != nil || !redirects(resp.StatusCode) || !x.up.authenticated() || location.Scheme != "https" {
+		return
+	}
+	req := x.request(x.r.Context(), x.r.Method, nil)
+	if req.URL.Host != location.Host {
+		req.Header = rights.Strip(req.Header)
+		req.Header["User-Agent"] = x.r.Header["User-Agent"]
+	}
+	if ranges := x.r.Header["Range"]; ranges != nil {
+		req.Header["Range"] = ranges
+	}
+	req.URL, req.Host = location, ""
+	there, err := x.send(req, true)
+	if err != nil {
+		return
+	}
+	if there.StatusCode != http.StatusOK || foreign(there) {
+		there.Body.Close()
+		return
+	}
+	resp.Body.Close()
+	*resp = *there
+}
+
+func redirects(status int) bool {
+	return status == http.StatusMovedPermanently || status == http.StatusFound || status == http.StatusSeeOther ||
+		status == http.StatusTemporaryRedirect || status == http.StatusPermanentRedirect
 }
 
 func (x *exchange) reading() bool {
@@ -135,10 +172,10 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), signedSchema1) {
 		return nil
 	}
-	switch err := x.h.keep(d, body, x.origin()); {
-	case errors.Is(err, store.ErrCorrupt):
+	if d.Algorithm().FromBytes(body) != d {
 		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
-	case err != nil:
+	}
+	if err := x.h.keep(d, body, x.origin()); err != nil {
 		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
 	}
 	x.prove(d)

@@ -23,6 +23,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"mime"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -304,6 +305,9 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 
 // learn records an upstream's own answer to a request to read.
 func (x *exchange) learn(resp *http.Response) {
+	if foreign(resp) {
+		return
+	}
 	switch resp.StatusCode {
 	case http.StatusOK:
 		if x.target.kind == manifest && describesManifest(resp, x.target.digest) {
@@ -483,9 +487,31 @@ func (x *exchange) own(resp *http.Response) bool {
 
 // failed says whether an upstream has not answered the question: an answer of
 // 429 or 5xx says something about the upstream, and nothing about what was
-// asked for.
+// asked for, and what isn't the registry's says nothing at all.
 func failed(resp *http.Response, err error) bool {
-	return err != nil || resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500
+	return err != nil || resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500 || foreign(resp)
+}
+
+// foreign says whether an answer is hardly a registry's, but that of something in
+// its stead: a page for people (a challenge, a captive portal), or a refusal
+// without a word. A registry's own has the version of the API in its header, or a
+// challenge (distribution specification, "Error Codes"; RFC 9110, section 11.6.1),
+// or an error in JSON.
+func foreign(resp *http.Response) bool {
+	if resp.Header.Get("Cf-Mitigated") != "" {
+		return true
+	}
+	if resp.Header.Get("Docker-Distribution-Api-Version") != "" || resp.Header.Get("Www-Authenticate") != "" || resp.Header.Get("Docker-Content-Digest") != "" {
+		return false
+	}
+	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	switch resp.StatusCode {
+	case http.StatusOK, http.StatusUnauthorized:
+		return mediaType == "text/html"
+	case http.StatusForbidden:
+		return mediaType == "text/html" || mediaType == ""
+	}
+	return false
 }
 
 // because says why an upstream has failed, for the log.

@@ -34,11 +34,11 @@ func (x *exchange) manifest() {
 		return
 	}
 	if !x.h.rights.Allows(x.who, d) {
-		resp, err := x.ask(x.head(x.r.Method == http.MethodGet, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
+		resp, err := x.ask(x.head(true, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
 		switch {
 		case failed(resp, err) && stale:
 			x.stale = true
-		case x.r.Method == http.MethodHead && err == nil:
+		case x.r.Method == http.MethodHead && err == nil && x.answers(resp):
 			x.relay(resp)
 			return
 		case err != nil || !contained || resp.StatusCode != http.StatusOK || !describesManifest(resp, d):
@@ -50,6 +50,13 @@ func (x *exchange) manifest() {
 		}
 	}
 	x.serveManifest(body, mediaType, x.hit())
+}
+
+// answers says whether an answer to a question that followed redirects is the one
+// to the client's own HEAD: where the registry redirects to may refuse what it
+// doesn't refuse the client.
+func (x *exchange) answers(resp *http.Response) bool {
+	return x.own(resp) || resp.StatusCode == http.StatusOK
 }
 
 // describesManifest says whether an answer of 200 is a manifest's, and of this
@@ -94,7 +101,7 @@ func (x *exchange) tag() {
 		}
 		return known && x.h.rights.Fresh(was.When) && x.allowsStale(was.Digest)
 	}
-	resp, err := x.ask(x.head(x.r.Method == http.MethodGet, instead)) //nolint:bodyclose // ask has closed that of a HEAD
+	resp, err := x.ask(x.head(true, instead)) //nolint:bodyclose // ask has closed that of a HEAD
 	switch {
 	case failed(resp, err) && instead():
 		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.Digest, "since", was.When, "err", because(resp, err))
@@ -108,6 +115,9 @@ func (x *exchange) tag() {
 		return
 	case err != nil:
 		x.unreachable(x.w, x.r, err)
+		return
+	case x.r.Method == http.MethodHead && !x.answers(resp):
+		x.forward() // where it redirects to has refused
 		return
 	case x.r.Method == http.MethodHead:
 		x.learnTag(resp)

@@ -127,7 +127,20 @@ var faults = map[string]func(http.ResponseWriter, *http.Request) bool{
 	},
 	"500": func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(500); return true },
 	"503": func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(503); return true },
-	"cut": func(w http.ResponseWriter, r *http.Request) bool { panic(http.ErrAbortHandler) },
+	"challenge": func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Cf-Mitigated", "challenge")
+		w.Header().Set("Content-Type", "text/html; charset=UTF-8")
+		w.WriteHeader(http.StatusForbidden)
+		_, _ = io.WriteString(w, "<html>are you human?</html>")
+		return true
+	},
+	"page": func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Type", "text/html")
+		_, _ = io.WriteString(w, "<html>log in to this network</html>")
+		return true
+	},
+	"empty 403": func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(http.StatusForbidden); return true },
+	"cut":       func(w http.ResponseWriter, r *http.Request) bool { panic(http.ErrAbortHandler) },
 	"hangs": func(w http.ResponseWriter, r *http.Request) bool {
 		select {
 		case <-r.Context().Done():
@@ -262,6 +275,9 @@ func TestStaleIfError(t *testing.T) {
 				s.do("GET", "/v2/library/cold/manifests/1", ""),
 				s.do("GET", "/v2/library/cold/blobs/"+images["library/cold"].layer.String(), ""),
 			} {
+				if name == "page" && a.err != nil {
+					continue // it isn't the blob, and its end doesn't come
+				}
 				if name == "cut" { // as it is without weir, so that the client tries again
 					if !errors.Is(a.err, io.EOF) {
 						t.Errorf("%v, %v", a.Response, a.err)
@@ -271,7 +287,7 @@ func TestStaleIfError(t *testing.T) {
 				if a.err != nil {
 					t.Fatal(a.err)
 				}
-				if want := map[string]int{"429": 429, "500": 500, "503": 503, "garbage": 502}[name]; a.StatusCode != want {
+				if want := map[string]int{"429": 429, "500": 500, "503": 503, "garbage": 502, "challenge": 403, "empty 403": 403, "page": 200}[name]; a.StatusCode != want {
 					t.Errorf("%s: %s, want %d", a.Request.URL, a.Status, want)
 				}
 				if name == "429" && (a.Header.Get("Retry-After") != "60" || a.Header.Get("Ratelimit-Remaining") == "") {
@@ -280,7 +296,7 @@ func TestStaleIfError(t *testing.T) {
 			}
 			// Not forever.
 			s.later.Add(int64(time.Hour))
-			if a := s.do("GET", "/v2/library/p/manifests/1", ""); a.err == nil && a.StatusCode == 200 {
+			if a := s.do("GET", "/v2/library/p/manifests/1", ""); a.err == nil && a.StatusCode == 200 && bytes.Equal(a.body, images["library/p"].body) {
 				t.Error("an answer of an hour ago was served")
 			}
 			// And back to the rule when it is up again.
@@ -672,5 +688,70 @@ func TestCredentialsInAnyForm(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A registry that redirects its manifests as well as its blobs, without a look, and
+// knows nothing itself: what its tags are is learned from where it redirects to, and
+// outlives it and that.
+func TestManifestsRedirected(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("pause", "Bearer anonymous", "Bearer 1")
+	content := bytesOf(3, 5000)
+	layer := u.put("pause", content)
+	m, body := u.putManifest("pause", "3.10", docker2, layer)
+	redirects := func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.HasPrefix(r.URL.Path, "/cdn/") && strings.Contains(r.URL.Path, "/manifests/") {
+			w.Header().Set("Docker-Content-Digest", m.String())
+		}
+		if !strings.HasPrefix(r.URL.Path, "/v2/pause/") {
+			return false
+		}
+		w.Header().Set("Location", strings.Replace(u.srv.URL, "127.0.0.1", "localhost", 1)+"/cdn"+r.URL.Path)
+		w.WriteHeader(http.StatusTemporaryRedirect)
+		return true
+	}
+	u.fault = redirects
+	s := newSide(t, u, store.Options{})
+	byTag, byDigest, blob := "/v2/pause/manifests/3.10", "/v2/pause/manifests/"+m.String(), "/v2/pause/blobs/"+layer.String()
+	s.want(s.do("HEAD", byTag, "", "Accept", docker2), 200, []byte{}, "HEAD "+byTag, "HEAD /cdn"+byTag)
+	s.want(s.do("GET", byTag, "", "Accept", docker2), 200, body, "GET "+byTag, "GET /cdn"+byTag)
+	s.want(s.do("GET", byTag, "", "Accept", docker2), 200, body, "HEAD "+byTag, "HEAD /cdn"+byTag)
+	s.want(s.do("GET", byDigest, "", "Accept", docker2), 200, body)
+	s.want(s.do("GET", blob, ""), 200, content, "GET "+blob, "GET /cdn"+blob)
+	s.settle()
+	for name, fault := range map[string]func(http.ResponseWriter, *http.Request) bool{
+		"down": faults["503"],
+		"its back end is down": func(w http.ResponseWriter, r *http.Request) bool {
+			if strings.HasPrefix(r.URL.Path, "/cdn/") {
+				return faults["503"](w, r)
+			}
+			return redirects(w, r)
+		},
+	} {
+		u.mu.Lock()
+		u.fault = fault
+		u.mu.Unlock()
+		for path, want := range map[string][]byte{byTag: body, byDigest: body, blob: content} {
+			if a := s.do("GET", path, "Bearer another"); a.err != nil || a.StatusCode != 200 || !bytes.Equal(a.body, want) {
+				t.Errorf("%s: %s: %v, %v", name, path, a.Response, a.err)
+			}
+		}
+	}
+	// What it redirects to is refused there: the redirect is the client's to follow.
+	u.mu.Lock()
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.HasPrefix(r.URL.Path, "/cdn/") {
+			w.Header().Set("Content-Type", "application/xml")
+			w.WriteHeader(http.StatusForbidden)
+			return true
+		}
+		return redirects(w, r)
+	}
+	u.mu.Unlock()
+	for _, method := range []string{"GET", "HEAD"} {
+		if a := s.do(method, byTag, "", "Accept", docker2); a.StatusCode != http.StatusTemporaryRedirect || a.Header.Get("Location") == "" {
+			t.Errorf("%s: %s %v", method, a.Status, a.Header)
+		}
 	}
 }
