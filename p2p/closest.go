@@ -20,9 +20,9 @@ import (
 
 const (
 	// walkTime is how long the search for the peers closest to a key may take,
-	// in a swarm so large that not everybody knows everybody.
+	// in a swarm so large that not all peers know each other.
 	walkTime = 2 * time.Second
-	// regionTime is how long it is believed who is in a part of the key space.
+	// regionTime is how long the peers in a part of the key space are remembered.
 	// A peer that has come since is asked later for what is there.
 	regionTime = 5 * time.Minute
 	// maxRegionBits bounds how small a part of the key space is remembered by
@@ -42,7 +42,7 @@ func (n *Node) closest(ctx context.Context, k key, count int) []peer.ID {
 // to agree on who is closest.
 func (n *Node) near(ctx context.Context, k key, target kb.ID) []peer.ID {
 	rt := n.dht.RoutingTable()
-	// As long as the bucket that the key falls into isn't full, there is nobody
+	// As long as the bucket that the key falls into isn't full, there is no peer
 	// in it that this node doesn't know.
 	cpl := kb.CommonPrefixLen(target, kb.ConvertPeerID(n.host.ID()))
 	if rt.NPeersForCpl(uint(cpl)) < bucketSize {
@@ -61,8 +61,8 @@ func (n *Node) near(ctx context.Context, k key, target kb.ID) []peer.ID {
 }
 
 // search finds the peers closest to a key: it asks the closest that it knows
-// for closer ones until they have all answered. Those who are close know
-// everybody who is, so a few answers are enough; kad-dht's own search would ask
+// for closer ones until they have all answered. Peers that are close know
+// all that are, so a few answers are enough; kad-dht's own search would ask
 // each peer of a bucket.
 func (n *Node) search(ctx context.Context, k key, target kb.ID) []peer.ID {
 	known := n.dht.RoutingTable().NearestPeers(target, bucketSize)
@@ -124,7 +124,7 @@ func (n *Node) knownNear(k key, who peer.ID) (near []source) {
 	return near
 }
 
-// learnAddrs takes in where a peer that nobody here has met is said to be.
+// learnAddrs records the addresses of a peer that this node is not connected to.
 func (n *Node) learnAddrs(s source) {
 	var addrs []ma.Multiaddr
 	for _, hostPort := range s.Addrs {
@@ -174,7 +174,7 @@ func (r *regions) get(target kb.ID) ([]peer.ID, bool) {
 	return nil, false
 }
 
-// put takes in the result of a search: the peers closest to target. Of those
+// put records the result of a search: the peers closest to target. Of those
 // farthest from it there may be more.
 func (r *regions) put(target kb.ID, found []peer.ID) {
 	bits := maxRegionBits + 1

@@ -69,7 +69,7 @@ func (f finder) HandlePeerFound(p peer.AddrInfo) {
 }
 
 // look resolves the configured names and connects to some of the addresses
-// that nobody is known at.
+// at which no peer is known.
 func (n *Node) look(known map[string]peer.ID) {
 	ctx, cancel := context.WithTimeout(n.ctx, 10*time.Second)
 	defer cancel()

@@ -34,8 +34,8 @@ func (n *Node) sendFigures(w http.ResponseWriter, _ *http.Request) {
 	_, _ = w.Write(b)
 }
 
-// Figures asks connected peers what they say of themselves, and returns the
-// answers by peer id, each at most [MaxFigures] bytes that nobody has checked.
+// Figures asks connected peers for their figures, and returns the
+// answers by peer id, each at most [MaxFigures] bytes that are not checked yet.
 // Some may give none in time, and of very many peers some aren't asked.
 func (n *Node) Figures(ctx context.Context) map[string][]byte {
 	ctx, cancel := context.WithTimeout(ctx, figuresTime)

@@ -45,7 +45,7 @@ const (
 	maxSources = 4
 	maxAvoid   = 64
 	maxAddrs   = 8
-	// leaseTime is how long somebody who fetches is believed to be at it.
+	// leaseTime is how long a node that was told to fetch is taken to do so.
 	leaseTime = 15 * time.Minute
 )
 
@@ -55,9 +55,9 @@ type question struct {
 	Key key    `json:"key,omitempty"`
 	// Keys are those of opProvide.
 	Keys []key `json:"keys,omitempty"`
-	// Avoid are peers that the asker could not read it from.
+	// Avoid are peers that the requester could not read it from.
 	Avoid []peer.ID `json:"avoid,omitempty"`
-	// From is the peer that the asker reads from, for opNote.
+	// From is the peer that the requester reads from, for opNote.
 	From peer.ID `json:"from,omitempty"`
 }
 
@@ -75,8 +75,8 @@ const (
 
 // answer is what the steward says to opWant, opFind and opNear.
 type answer struct {
-	// Fetch is that there is nobody to read it from, and the asker is the one
-	// who fetches it now.
+	// Fetch says that no peer has it, and that the requester is the one to fetch
+	// it now.
 	Fetch   bool     `json:"fetch,omitempty"`
 	Sources []source `json:"sources,omitempty"` // the best first
 	// Near are peers close to the key, for opNear.
@@ -183,9 +183,9 @@ type ledger struct {
 type entry struct{ holders map[peer.ID]*holder }
 
 type holder struct {
-	seq  int64 // order of arrival: nobody reads from one who came later
+	seq  int64 // order of arrival: no holder reads from a later one
 	kept bool
-	from peer.ID // whom it reads from, while it does
+	from peer.ID // the holder that it reads from, while it does
 	when time.Time
 }
 
@@ -228,7 +228,7 @@ func (l *ledger) holder(e *entry, who peer.ID) *holder {
 	return h
 }
 
-// want takes in that who wants the key, and says whom it may read it from, or
+// want records that who wants the key, and returns the peers to read it from, or
 // that it is the one to fetch it. provided are peers that once said they have it.
 func (l *ledger) want(k key, who peer.ID, avoid, provided []peer.ID) answer {
 	l.mu.Lock()
@@ -287,8 +287,8 @@ func (e *entry) sources(who peer.ID, seq int64, avoid, provided []peer.ID) []sou
 	return all[:min(len(all), maxSources)]
 }
 
-// take takes in what a holder says of itself.
-func (l *ledger) take(q question, who peer.ID) {
+// update records what a holder says of itself.
+func (l *ledger) update(q question, who peer.ID) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.of(q.Key)
@@ -326,7 +326,7 @@ func (n *Node) judge(ctx context.Context, who peer.ID, q question) answer {
 		return answer{Near: n.knownNear(q.Key, who)}
 	}
 	if q.Op != opWant && q.Op != opFind {
-		n.ledger.take(q, who)
+		n.ledger.update(q, who)
 		return answer{}
 	}
 	var provided []peer.ID
@@ -377,7 +377,7 @@ func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, er
 	own, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	a, err := n.exchange(own, steward, q)
-	if err != nil && ctx.Err() == nil { // it isn't the asker who had no more time
+	if err != nil && ctx.Err() == nil { // the steward had no more time, and not the caller
 		n.peers.down(steward)
 	}
 	return a, err
@@ -412,8 +412,8 @@ func (n *Node) exchange(ctx context.Context, to peer.ID, q question) (answer, er
 }
 
 // consult asks the stewards in their order for the first that answers, and
-// tells the others in the background. It returns false when nobody but this
-// node answers.
+// sends the others the same in the background. It returns false when no other node
+// answers.
 func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 	if !n.Ready() {
 		return answer{}, false
@@ -451,7 +451,7 @@ func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 
 // second asks the other stewards who has something that the first one, which
 // may have come later, knows nothing of. It returns those who have all of it:
-// of two who are getting it, each could be told to read from the other.
+// of two that are getting it, each could be sent to read from the other.
 func (n *Node) second(ctx context.Context, others []peer.ID, q question) []source {
 	ctx, cancel := context.WithTimeout(ctx, secondTime)
 	defer cancel()
@@ -481,7 +481,7 @@ func (n *Node) tell(all []peer.ID, q question) {
 			ctx, cancel := context.WithTimeout(n.ctx, answerTime)
 			defer cancel()
 			if _, err := n.exchange(ctx, s, q); err != nil {
-				n.log.Debug("a steward can't be told", "peer", s, "err", err)
+				n.log.Debug("a steward can't be reached", "peer", s, "err", err)
 			}
 		})
 	}

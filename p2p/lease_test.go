@@ -44,7 +44,7 @@ func TestLedger(t *testing.T) {
 		t.Errorf("the sixth: %+v", a)
 	}
 	// One that has it all serves everybody, those who are provided too.
-	l.take(question{Op: opHave, Key: k}, who(9))
+	l.update(question{Op: opHave, Key: k}, who(9))
 	if a := l.find(k, who(20), nil, []peer.ID{who(30)}); len(a.Sources) == 0 || !a.Sources[0].Kept || a.Fetch {
 		t.Errorf("found: %+v", a)
 	}
@@ -70,7 +70,7 @@ func TestLedgerBounds(t *testing.T) {
 	}
 	k := nameKey("one")
 	for i := range maxHolders + 100 {
-		l.take(question{Op: opHave, Key: k}, peer.ID(fmt.Sprint(i)))
+		l.update(question{Op: opHave, Key: k}, peer.ID(fmt.Sprint(i)))
 	}
 	e, _ := l.lru.Get(k)
 	if len(e.holders) != maxHolders {
@@ -95,7 +95,7 @@ func FuzzQuestion(f *testing.F) {
 			t.Errorf("%+v", q)
 		}
 		l := newLedger()
-		l.take(q, "somebody")
+		l.update(q, "somebody")
 		if a := l.want(q.Key, "me", q.Avoid, nil); len(a.Sources) > maxSources {
 			t.Errorf("%+v", a)
 		}

@@ -10,15 +10,15 @@
 // over HTTP and TLS 1.3 with the same identities on the same port, without the
 // second encryption of libp2p's private networks.
 //
-// A blob's stewards are the peers closest to it in the DHT. Whoever wants a
+// A blob's stewards are the peers closest to it in the DHT. A node that wants a
 // blob asks the closest of them that answers. The first is told to fetch it,
 // each later one to read it from a node that has it or is getting it, and is a
 // source itself from then on. The node with the fewest readers comes first, so
-// the readers of a blob form a chain rather than a bush, in which everybody
+// the readers of a blob form a chain rather than a bush, in which each node
 // receives once and sends once. All that is soft state: a steward that is
-// silent is passed over, and a node that nobody can help goes to the upstream.
+// silent is skipped, and a node without a source goes to the upstream.
 //
-// Nothing that a peer sends is believed. A blob is good when its digest is,
+// Nothing that a peer sends is trusted. A blob is good when its digest is,
 // sizes and counts are bounded, and credentials never get here.
 package p2p
 
@@ -262,8 +262,8 @@ func (n *Node) join(more ...dht.Option) (err error) {
 }
 
 // quiet keeps libp2p's chatter out of the log. What it warns of are single
-// connections that come to nothing, which is nobody's business unless they look
-// for something.
+// connections that come to nothing, which matter only to those who look for
+// something.
 type quiet struct{ slog.Handler }
 
 // Enabled implements slog.Handler.

@@ -14,8 +14,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// What a node has is told in two ways. The stewards of what is new are told at
-// once, one by one. And provider records are put into the DHT, at the replicas
+// What a node has is announced in two ways. The stewards of what is new are sent it
+// at once, one by one. And provider records are put into the DHT, at the replicas
 // closest peers of each key: what is new with the next round, all else once an
 // hour, a part of the key space at a time. Neighbouring keys have the
 // same closest peers, so a peer gets many keys in one message. (kad-dht's own
@@ -126,7 +126,7 @@ func (n *Node) putRecords(ctx context.Context, keys []key) {
 			defer func() { <-slots }()
 			for part := range slices.Chunk(keys, maxKeys) {
 				if _, err := n.ask(ctx, p, question{Op: opProvide, Keys: part}); err != nil {
-					n.log.Debug("a peer can't be told what is here", "peer", p, "keys", len(part), "err", err)
+					n.log.Debug("a peer can't be sent provider records", "peer", p, "keys", len(part), "err", err)
 					return
 				}
 			}
@@ -135,7 +135,7 @@ func (n *Node) putRecords(ctx context.Context, keys []key) {
 	wg.Wait()
 }
 
-// record takes in what a peer provides.
+// record records what a peer provides.
 func (n *Node) record(ctx context.Context, who peer.ID, keys []key) {
 	if who != n.host.ID() && !n.peers.provides(who, len(keys)) {
 		return

@@ -100,7 +100,7 @@ func (s *Share) ask(ctx context.Context) bool {
 	return ok
 }
 
-// take takes in an answer. The caller holds s.mu.
+// take records an answer. The caller holds s.mu.
 func (s *Share) take(a answer, ok bool) {
 	s.fetch = !ok || a.Fetch
 	s.sources = slices.DeleteFunc(a.Sources, func(x source) bool {
@@ -194,7 +194,7 @@ func (s *Share) open(ctx context.Context, src source, offset, size int64) (io.Re
 		close(stop)
 		cancel()
 		resp.Body.Close()
-		s.n.shame(src.ID, s.d, true)
+		s.n.penalize(src.ID, s.d, true)
 		return nil, 0, fmt.Errorf("it would have %d bytes instead of %d", total, size)
 	}
 	kept := resp.Header.Get(keptHeader) != ""
@@ -205,8 +205,8 @@ func (s *Share) open(ctx context.Context, src source, offset, size int64) (io.Re
 	return b, total, nil
 }
 
-// shame takes in that a peer sent what it should not have.
-func (n *Node) shame(id peer.ID, d digest.Digest, verified bool) {
+// penalize records that a peer sent what it should not have.
+func (n *Node) penalize(id peer.ID, d digest.Digest, verified bool) {
 	if n.peers.wrong(id, verified) {
 		n.log.Warn("a peer sent wrong bytes; nothing is read from it for a while", "peer", id, "digest", d, "for", shunTime)
 	}
@@ -220,9 +220,9 @@ func (s *Share) Wrong() {
 	s.mu.Unlock()
 	for id, kept := range gave {
 		s.fail(id)
-		// One who handed on what it had not verified, or one of several, need
-		// not be the one.
-		s.n.shame(id, s.d, kept && len(gave) == 1)
+		// A peer that handed on what it had not verified, or one of several, need
+		// not be the cause.
+		s.n.penalize(id, s.d, kept && len(gave) == 1)
 	}
 }
 
@@ -368,7 +368,7 @@ func (n *Node) Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, e
 		}
 		b, err := n.small(ctx, src, "/blobs/"+d.String(), limit)
 		if err == nil && d.Algorithm().FromBytes(b) != d {
-			n.shame(src.ID, d, true)
+			n.penalize(src.ID, d, true)
 			continue
 		}
 		if err == nil {

@@ -37,7 +37,7 @@ type Content interface {
 	// Recall returns what is known under a name that was given to
 	// [Node.ProvideName] as its hash, hexadecimal, or nil.
 	Recall(name string) []byte
-	// Figures returns what peers are told of this node, at most [MaxFigures]
+	// Figures returns this node's figures for peers, at most [MaxFigures]
 	// bytes of JSON, or nil when there is nothing to say yet.
 	Figures() []byte
 }

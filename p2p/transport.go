@@ -213,7 +213,7 @@ func transferSecret(swarmKey []byte) ([]byte, error) {
 // secure makes a connection one between peers: TLS with both sides' libp2p
 // certificates (libp2p's TLS specification), then each side's proof that it has
 // the swarm key, bound to this very connection (RFC 9266). want is who must be
-// on the other side; empty is anybody.
+// on the other side; empty is any peer.
 func (n *Node) secure(ctx context.Context, c net.Conn, want peer.ID, server bool) (*tls.Conn, peer.ID, error) {
 	conf, keys := n.identity.ConfigForPeer(want)
 	conf.NextProtos = []string{"http/1.1"}
