@@ -24,13 +24,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
-	"github.com/opencontainers/go-digest"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
-	"golang.org/x/sys/unix"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/p2p"
@@ -38,6 +34,10 @@ import (
 	"weir/proxy/registry"
 	"weir/proxy/store"
 	"weir/proxy/upstream"
+
+	"github.com/opencontainers/go-digest"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"golang.org/x/sys/unix"
 )
 
 // Config of an agent. Empty fields mean what DefaultConfig has.
@@ -168,7 +168,7 @@ func (a *Agent) start() (err error) {
 			return err
 		}
 	}
-	if err := a.lockRunDir(); err != nil {
+	if a.pidFile, err = lockRunDir(a.conf.RunDir); err != nil {
 		return err
 	}
 	if err := a.regs.load(a.conf.Registries, a.conf.RegistryFile); err != nil {
@@ -238,40 +238,6 @@ func (a *Agent) start() (err error) {
 	return nil
 }
 
-// lockRunDir makes this the only agent with its run directory.
-func (a *Agent) lockRunDir() error {
-	if err := os.MkdirAll(a.conf.RunDir, 0o755); err != nil {
-		return fmt.Errorf("making --run-dir: %w", err)
-	}
-	path := filepath.Join(a.conf.RunDir, pidFile)
-	// Who can read it can hold the lock.
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err == nil {
-		err = f.Chmod(0o600)
-	}
-	if err != nil {
-		return fmt.Errorf("opening the pid file in --run-dir: %w", err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		pid, _ := os.ReadFile(path)
-		f.Close()
-		return fmt.Errorf("another weir agent (process %s) is running with --run-dir %s; stop it first", strings.TrimSpace(string(pid)), a.conf.RunDir)
-	}
-	if err := errors.Join(f.Truncate(0), writeAt(f, fmt.Sprintln(os.Getpid()))); err != nil {
-		f.Close()
-		return fmt.Errorf("writing %s: %w", path, err)
-	}
-	a.pidFile = f
-	return nil
-}
-
-const pidFile = "agent.pid"
-
-func writeAt(f *os.File, s string) error {
-	_, err := f.WriteAt([]byte(s), 0)
-	return err
-}
-
 // openData opens what the agent keeps.
 func (a *Agent) openData() error {
 	if err := os.MkdirAll(a.conf.DataDir, 0o700); err != nil {
@@ -289,7 +255,7 @@ func (a *Agent) openData() error {
 	if a.ledger, err = trust.OpenLedger(filepath.Join(a.conf.DataDir, ledgerFile)); err != nil {
 		return err
 	}
-	a.lasting = lastingRoots()
+	a.lasting = trust.LastingRoots()
 
 	var fs unix.Statfs_t
 	if err := unix.Statfs(a.conf.DataDir, &fs); err != nil {
@@ -305,27 +271,6 @@ func (a *Agent) openData() error {
 		return fmt.Errorf("opening the store: %w", err)
 	}
 	return nil
-}
-
-// Files in the data directory.
-const (
-	ledgerFile   = "installed.jsonl"
-	tagsFile     = "tags.json"
-	identityFile = "peer.key"
-)
-
-// lastingRoots are the root file systems that outlive their runtimes: this
-// process's own and that of the node's first process. Each is named by where it
-// can be opened.
-func lastingRoots() map[trust.RootID]string {
-	m := make(map[trust.RootID]string)
-	for _, name := range []string{"/proc/1/root", "/"} {
-		if r, err := trust.OpenRootDir(name); err == nil {
-			m[r.ID()] = name
-			r.Close()
-		}
-	}
-	return m
 }
 
 // certsDHosts are the registries that get a directory in a certs.d.

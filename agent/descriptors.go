@@ -3,8 +3,6 @@
 package agent
 
 import (
-	"os"
-
 	"golang.org/x/sys/unix"
 )
 
@@ -22,20 +20,4 @@ func crowded() bool {
 	}
 	open, err := openDescriptors()
 	return err != nil || open+min(spareDescriptors, limit.Cur/2) > limit.Cur
-}
-
-// openDescriptors counts those of this process. The error is that there is none
-// left to do so with.
-func openDescriptors() (uint64, error) {
-	const dir = "/proc/self/fd"
-	if st, err := os.Stat(dir); err == nil && st.Size() > 0 {
-		return uint64(st.Size()), nil // since Linux 6.2
-	}
-	f, err := os.Open(dir)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	names, err := f.Readdirnames(-1)
-	return uint64(len(names)), err
 }

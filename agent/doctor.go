@@ -22,11 +22,11 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-	"weir/agent/trust"
 	"weir/bpf"
 	"weir/p2p"
 	"weir/proxy/registry"
+
+	"golang.org/x/sys/unix"
 )
 
 // Finding is one thing that weir needs on a node, and how it stands.
@@ -273,7 +273,7 @@ func (d *doctor) clock() {
 func (d *doctor) agent(ctx context.Context) {
 	what := "--admin " + d.conf.Admin
 	d.status, d.running = askStatus(ctx, d.conf.Admin)
-	holder, held := pidFileHolder(filepath.Join(d.conf.RunDir, pidFile))
+	holder, held := pidFileHolder(d.conf.RunDir)
 	switch {
 	case d.running:
 		d.ok(fmt.Sprintf("the agent is running: weir %s, process %d", d.status.Version, d.status.PID))
@@ -447,55 +447,6 @@ func (d *doctor) runtimes() {
 	}
 }
 
-// mirrorsOf returns the mirrors that a runtime was told to ask before the
-// registries themselves.
-func mirrorsOf(rt *runtimeProc) (mirrors []string) {
-	add := func(all ...string) {
-		for _, m := range all {
-			if !slices.Contains(mirrors, m) {
-				mirrors = append(mirrors, m)
-			}
-		}
-	}
-	args := nulSeparated(rt.pid, "cmdline")
-	for i, arg := range args {
-		if m, ok := strings.CutPrefix(arg, "--registry-mirror="); ok {
-			add(m)
-		} else if arg == "--registry-mirror" && i+1 < len(args) {
-			add(args[i+1])
-		}
-	}
-	root, err := trust.OpenRoot(rt.pid)
-	if err != nil {
-		return mirrors
-	}
-	defer root.Close()
-	if rt.kind.name == "dockerd" {
-		var config struct {
-			Mirrors []string `json:"registry-mirrors"`
-		}
-		if b, err := root.ReadFile("/etc/docker/daemon.json", maxSetting); err == nil && json.Unmarshal(b, &config) == nil {
-			add(config.Mirrors...)
-		}
-	}
-	if rt.kind.contentStore {
-		for _, dir := range certsDOf(rt, root) {
-			names, _ := root.ReadDir(dir)
-			for _, name := range names {
-				if b, err := root.ReadFile(filepath.Join(dir, name, "hosts.toml"), maxSetting); err == nil {
-					for _, m := range hostRE.FindAllSubmatch(b, 8) {
-						add(string(m[1]))
-					}
-				}
-			}
-		}
-	}
-	return mirrors
-}
-
-// hostRE finds the hosts that a hosts.toml puts before the registry itself.
-var hostRE = regexp.MustCompile(`(?m)^\s*\[host\."([^"\n]+)"\]`)
-
 func proxied(kv string) bool {
 	for _, name := range []string{"HTTPS_PROXY=", "https_proxy="} {
 		if len(kv) > len(name) && kv[:len(name)] == name {
@@ -551,19 +502,4 @@ func askStatus(ctx context.Context, admin string) (s Status, ok bool) {
 	defer resp.Body.Close()
 	ok = resp.StatusCode == http.StatusOK && resp.Header.Get("Content-Type") == "application/json"
 	return s, ok && json.NewDecoder(resp.Body).Decode(&s) == nil
-}
-
-// pidFileHolder returns the running agent whose pid file it is.
-func pidFileHolder(path string) (pid int, running bool) {
-	f, err := os.Open(path)
-	if err != nil {
-		return 0, false
-	}
-	defer f.Close()
-	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
-		return 0, false // left over from one that was killed
-	}
-	b, _ := os.ReadFile(path)
-	pid, _ = strconv.Atoi(strings.TrimSpace(string(b)))
-	return pid, true
 }

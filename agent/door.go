@@ -15,10 +15,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/cilium/ebpf"
-	"golang.org/x/time/rate"
 	"weir/bpf"
 	"weir/proxy/upstream"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/time/rate"
 )
 
 // doors are the listeners that redirected connections come to: one pair in each

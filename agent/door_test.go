@@ -11,17 +11,17 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-	"weir/agent/trust"
 	"weir/bpf"
 	"weir/proxy/upstream"
+
+	"golang.org/x/sys/unix"
 )
 
 // ownCgroup makes a cgroup for the test.
@@ -319,43 +319,38 @@ func TestDoorCountsUntilClosed(t *testing.T) {
 	}
 }
 
-// What may have read its roots before the CA came isn't taken to trust it.
-func TestMayHaveRead(t *testing.T) {
-	needRoot(t)
-	dir := t.TempDir()
-	root, err := trust.OpenRootDir(dir)
-	if err != nil {
-		t.Fatal(err)
+// A connection that the kernel has made with a door is served, also when the
+// door is closed before anybody has accepted it.
+func TestDoorClosedWithConnectionsWaiting(t *testing.T) {
+	ds, _ := watchedDoors(t)
+	ds.serve = func(_ *door, c *net.TCPConn, t turn) { _, _ = c.Write([]byte("x")); c.Close(); t.closed() }
+	var served, reset atomic.Int64
+	for range 20 {
+		addr := ds.entered(t, os.Getpid()).l4.Addr().String()
+		var made, wg sync.WaitGroup
+		for range 20 {
+			made.Add(1)
+			wg.Go(func() {
+				c, err := net.Dial("tcp", addr)
+				made.Done()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer c.Close()
+				_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+				if _, err := c.Read(make([]byte, 1)); err != nil {
+					reset.Add(1)
+				} else {
+					served.Add(1)
+				}
+			})
+		}
+		made.Wait()
+		ds.gone(os.Getpid())
+		wg.Wait()
 	}
-	defer root.Close()
-	now := sinceBoot()
-	for _, c := range []struct {
-		kind  *kind
-		since time.Duration // after its exec
-		known bool
-		dir   string
-		may   bool
-	}{
-		{kindOf("crane"), time.Second, true, "", false},
-		{kindOf("executor"), time.Second, true, "", true},
-		{kindOf("executor"), -time.Second, true, "", false},
-		{kindOf("executor"), -time.Second, false, "", true},
-		{kindOf("skopeo"), time.Second, true, "", false},
-		{kindOf("skopeo"), time.Second, true, trust.DockerCertsD + "/example.com", true},
-		{kindOf("skopeo"), -time.Second, true, trust.DockerCertsD + "/example.com", false},
-	} {
-		if c.dir != "" {
-			if err := os.MkdirAll(filepath.Join(dir, c.dir), 0o755); err != nil {
-				t.Fatal(err)
-			}
-		}
-		rt := &runtimeProc{kind: c.kind}
-		if c.known {
-			rt.execed = now - time.Minute
-		}
-		since := time.Now().Add(c.since - (sinceBoot() - now) - time.Minute)
-		if may := mayHaveRead(rt, root, since); may != c.may {
-			t.Errorf("%s, CA %s after its exec (known: %v), settings %q: %v", c.kind.name, c.since, c.known, c.dir, may)
-		}
+	if reset.Load() > 0 {
+		t.Errorf("%d connections were made with a door and then reset, %d were served", reset.Load(), served.Load())
 	}
 }

@@ -11,8 +11,9 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"weir/proxy/upstream"
+
+	"golang.org/x/sys/unix"
 )
 
 // listener serves those who name weir in their configuration.

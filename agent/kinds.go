@@ -9,11 +9,12 @@ import (
 	"slices"
 	"strings"
 
+	"weir/agent/trust"
+
 	"github.com/moby/moby/client"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
-	"weir/agent/trust"
 )
 
 // kind is a container runtime, or a tool that pulls images by itself. Whatever

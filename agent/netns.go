@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strconv"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,15 +38,6 @@ func openNetns(pid int) (*netns, error) {
 		return nil, err
 	}
 	return &netns{f, st.Ino, st.Ino == self.Ino && st.Dev == self.Dev}, nil
-}
-
-// netnsOf returns the inode of a process's network namespace.
-func netnsOf(pid int) (uint64, error) {
-	var st unix.Stat_t
-	if err := unix.Stat("/proc/"+strconv.Itoa(pid)+"/ns/net", &st); err != nil {
-		return 0, err
-	}
-	return st.Ino, nil
 }
 
 func (n *netns) Close() error { return n.file.Close() }
@@ -210,3 +202,6 @@ func connect(ctx context.Context, f *os.File, addr netip.AddrPort) error {
 	})
 	return errors.Join(err, cerr)
 }
+
+// past is a deadline that is over.
+var past = time.Unix(1, 0)

@@ -17,9 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// past is a deadline that is over.
-var past = time.Unix(1, 0)
-
 // process is what /proc tells of a process.
 type process struct {
 	pid    int
@@ -27,35 +24,6 @@ type process struct {
 	start  time.Duration // after boot; tells it from a later one with its pid
 	comm   string
 	exe    string // base name of the program's file
-}
-
-// program tells one program from another, over the processes that run it, by
-// what its file has: in containers of one image, each of which has a root file
-// system of its own, that is the same.
-type program struct {
-	Root     string `json:"root"` // as the ledger names it; empty for a container's
-	Path     string `json:"path"`
-	Size     int64  `json:"size"`
-	Modified int64  `json:"modified"` // Unix, in nanoseconds
-	User     uint32 `json:"user"`
-}
-
-// programOf returns what a process runs, nothing if that can't be told.
-func programOf(pid int, root string) program {
-	exe := "/proc/" + strconv.Itoa(pid) + "/exe"
-	path, err := os.Readlink(exe)
-	if err != nil {
-		return program{}
-	}
-	st, err := os.Stat(exe)
-	if err != nil {
-		return program{}
-	}
-	uid, err := userOf(pid)
-	if err != nil {
-		return program{}
-	}
-	return program{root, path, st.Size(), st.ModTime().UnixNano(), uid}
 }
 
 // clockTick is the unit of starttime in /proc/PID/stat: USER_HZ, which is 100
@@ -213,4 +181,29 @@ func parseConnection(line string) (port uint16, inode string, ok bool) {
 		return 0, "", false
 	}
 	return uint16(p), f[9], true
+}
+
+// netnsOf returns the inode of a process's network namespace.
+func netnsOf(pid int) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/"+strconv.Itoa(pid)+"/ns/net", &st); err != nil {
+		return 0, err
+	}
+	return st.Ino, nil
+}
+
+// openDescriptors counts those of this process. The error is that there is none
+// left to do so with.
+func openDescriptors() (uint64, error) {
+	const dir = "/proc/self/fd"
+	if st, err := os.Stat(dir); err == nil && st.Size() > 0 {
+		return uint64(st.Size()), nil // since Linux 6.2
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	names, err := f.Readdirnames(-1)
+	return uint64(len(names)), err
 }

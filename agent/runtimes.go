@@ -17,11 +17,12 @@ import (
 	"sync"
 	"time"
 
-	containerd "github.com/containerd/containerd/v2/client"
-	"golang.org/x/sync/semaphore"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/proxy/registry"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sync/semaphore"
 )
 
 // Probe addresses: what runtimes are asked to pull from, to see whether they

@@ -14,10 +14,11 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
 	"weir/agent/trust"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxSetting bounds a file of certificates.

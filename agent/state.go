@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -187,4 +188,33 @@ func (f *stateFile) refusedBy(p program) (hosts []string) {
 		}
 	}
 	return hosts
+}
+
+// program tells one program from another, over the processes that run it, by
+// what its file has: in containers of one image, each of which has a root file
+// system of its own, that is the same.
+type program struct {
+	Root     string `json:"root"` // as the ledger names it; empty for a container's
+	Path     string `json:"path"`
+	Size     int64  `json:"size"`
+	Modified int64  `json:"modified"` // Unix, in nanoseconds
+	User     uint32 `json:"user"`
+}
+
+// programOf returns what a process runs, nothing if that can't be told.
+func programOf(pid int, root string) program {
+	exe := "/proc/" + strconv.Itoa(pid) + "/exe"
+	path, err := os.Readlink(exe)
+	if err != nil {
+		return program{}
+	}
+	st, err := os.Stat(exe)
+	if err != nil {
+		return program{}
+	}
+	uid, err := userOf(pid)
+	if err != nil {
+		return program{}
+	}
+	return program{root, path, st.Size(), st.ModTime().UnixNano(), uid}
 }

@@ -11,8 +11,9 @@ import (
 	"path/filepath"
 	"strconv"
 
-	"golang.org/x/sys/unix"
 	"weir/agent/trust"
+
+	"golang.org/x/sys/unix"
 )
 
 // Uninstall ends the service that [Install] made and any other running agent,
@@ -27,7 +28,7 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 	if err != nil {
 		return removed, fmt.Errorf("removing the service: %w", err)
 	}
-	if err := stopAgent(ctx, filepath.Join(conf.RunDir, pidFile)); err != nil {
+	if err := stopAgent(ctx, conf.RunDir); err != nil {
 		return removed, err
 	}
 	var errs []error
@@ -54,7 +55,7 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 			removed = append(removed, filepath.Join(name, g))
 		}
 	}
-	seen := lastingRoots()
+	seen := trust.LastingRoots()
 	for _, name := range seen {
 		var made []trust.Made
 		if ledger != nil {
@@ -149,14 +150,14 @@ func removeOwn(dir string) (removed []string, err error) {
 	return removed, err
 }
 
-// stopAgent stops the agent that holds the pid file, and waits for its end.
-func stopAgent(ctx context.Context, path string) error {
-	pid, running := pidFileHolder(path)
+// stopAgent stops the agent that has locked a run directory, and waits for its end.
+func stopAgent(ctx context.Context, runDir string) error {
+	pid, running := pidFileHolder(runDir)
 	if !running {
 		return nil
 	}
 	if pid == 0 {
-		return fmt.Errorf("%s names no process; stop the running agent and try again", path)
+		return fmt.Errorf("%s in %s names no process; stop the running agent and try again", pidFile, runDir)
 	}
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
@@ -182,3 +183,10 @@ func stopAgent(ctx context.Context, path string) error {
 	}
 	return fmt.Errorf("the agent (process %d) does not end; kill it and try again: %w", pid, ctx.Err())
 }
+
+// Files in the data directory.
+const (
+	ledgerFile   = "installed.jsonl"
+	tagsFile     = "tags.json"
+	identityFile = "peer.key"
+)
