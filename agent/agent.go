@@ -27,6 +27,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"golang.org/x/sys/unix"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/p2p"
@@ -34,10 +37,6 @@ import (
 	"weir/proxy/registry"
 	"weir/proxy/store"
 	"weir/proxy/upstream"
-
-	"github.com/opencontainers/go-digest"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
-	"golang.org/x/sys/unix"
 )
 
 // Config of an agent. Empty fields mean what DefaultConfig has.
@@ -381,7 +380,7 @@ func (a *Agent) serve(d *door, c *net.TCPConn, t turn) {
 	}
 	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.direct, Closed: t.closed}
 	if rt := a.runtimes.find(origin.PID); rt != nil {
-		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
+		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.PID)
 		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.trusts(rt, name) }
 		f.Settings = func(known registry.Known, host string) (upstream.Settings, error) {
 			return bounded(a.runtimes, rt, func() (upstream.Settings, error) { return settings(rt, known, host) })

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,4 +21,15 @@ func crowded() bool {
 	}
 	open, err := openDescriptors()
 	return err != nil || open+min(spareDescriptors, limit.Cur/2) > limit.Cur
+}
+
+// openDescriptors counts those of this process. The error is that there is none
+// left to do so with.
+func openDescriptors() (uint64, error) {
+	self, err := procfs.Self()
+	if err != nil {
+		return 0, err
+	}
+	n, err := self.FileDescriptorsLen()
+	return uint64(n), err
 }

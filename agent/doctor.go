@@ -22,11 +22,11 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+	"weir/agent/procfs"
 	"weir/bpf"
 	"weir/p2p"
 	"weir/proxy/registry"
-
-	"golang.org/x/sys/unix"
 )
 
 // Finding is one thing that weir needs on a node, and how it stands.
@@ -304,18 +304,18 @@ func (d *doctor) agent(ctx context.Context) {
 
 // agents are the processes that run weir's agent in this network namespace.
 func agents() (pids []int) {
-	own, _ := netnsOf(os.Getpid())
+	own, _ := procfs.Netns(os.Getpid())
 	all, _ := os.ReadDir("/proc")
 	for _, e := range all {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
 			continue
 		}
-		args := nulSeparated(pid, "cmdline")
+		args := procfs.Strings(pid, "cmdline")
 		if len(args) < 2 || filepath.Base(args[0]) != "weir" || args[1] != "agent" {
 			continue
 		}
-		if ns, err := netnsOf(pid); err == nil && ns == own {
+		if ns, err := procfs.Netns(pid); err == nil && ns == own {
 			pids = append(pids, pid)
 		}
 	}
@@ -410,28 +410,28 @@ func greet(ctx context.Context, host string, roots *x509.CertPool) error {
 // runtimes looks at each runtime's own settings and, with an agent running, at
 // how it is treated.
 func (d *doctor) runtimes() {
-	pids, err := processesIn(d.conf.Cgroup)
+	pids, err := procfs.InCgroup(d.conf.Cgroup)
 	if err != nil {
 		d.problem("runtimes", err.Error(), "choose the cgroup2 directory that the runtimes are in with --cgroup")
 		return
 	}
 	n := 0
 	for _, pid := range pids {
-		p, err := readProcess(pid)
+		p, err := procfs.Read(pid)
 		if err != nil {
 			continue
 		}
-		k := kindOf(p.comm, p.exe)
+		k := kindOf(p.Comm, p.Exe)
 		if k == nil {
 			continue
 		}
 		n++
-		what, found := fmt.Sprintf("%s (process %d)", k.name, p.pid), len(d.findings)
-		if slices.ContainsFunc(nulSeparated(pid, "environ"), proxied) {
+		what, found := fmt.Sprintf("%s (process %d)", k.name, p.PID), len(d.findings)
+		if slices.ContainsFunc(procfs.Strings(pid, "environ"), proxied) {
 			d.warn(what, "it has a proxy set in its environment, so its pulls don't go to registries directly and are passed through",
 				"exempt its registries with NO_PROXY, or leave it so")
 		}
-		if mirrors := mirrorsOf(&runtimeProc{process: p, kind: k}); len(mirrors) > 0 {
+		if mirrors := mirrorsOf(&runtimeProc{Process: p, kind: k}); len(mirrors) > 0 {
 			d.warn(what, "it has mirrors configured, which it asks first and weir doesn't know: "+strings.Join(mirrors, ", "),
 				"take them out of its configuration to have weir in their place, or leave it so")
 		}

@@ -15,11 +15,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"weir/bpf"
-	"weir/proxy/upstream"
-
 	"github.com/cilium/ebpf"
 	"golang.org/x/time/rate"
+	"weir/agent/procfs"
+	"weir/bpf"
+	"weir/proxy/upstream"
 )
 
 // doors are the listeners that redirected connections come to: one pair in each
@@ -44,7 +44,7 @@ type doors struct {
 }
 
 func newDoors(k *bpf.Kernel, ups upstream.Config, serve func(*door, *net.TCPConn, turn), log *slog.Logger) *doors {
-	return &doors{kernel: k, ups: ups, serve: serve, log: log, boot: bootID(), flow: flow{busy: make(map[*door]struct{})},
+	return &doors{kernel: k, ups: ups, serve: serve, log: log, boot: procfs.BootID(), flow: flow{busy: make(map[*door]struct{})},
 		open: make(map[uint64]*door), at: make(map[int]*door)}
 }
 
@@ -119,7 +119,7 @@ func (ds *doors) ahead(ctx context.Context) {
 			return
 		}
 		// What is gone already costs no more than this look.
-		if _, err := netnsOf(n.PID); err == nil && limit.Wait(ctx) != nil {
+		if _, err := procfs.Netns(n.PID); err == nil && limit.Wait(ctx) != nil {
 			return
 		}
 		ds.arrived(n)
@@ -359,7 +359,7 @@ func (ds *doors) reconcile() {
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
 	for pid, d := range ds.at {
-		if ino, err := netnsOf(pid); err != nil || ino != d.ns.ino {
+		if ino, err := procfs.Netns(pid); err != nil || ino != d.ns.ino {
 			ds.goneLocked(pid)
 			ds.kernel.Unwatch(pid)
 		}

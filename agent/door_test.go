@@ -18,10 +18,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+	"weir/agent/procfs"
 	"weir/bpf"
 	"weir/proxy/upstream"
-
-	"golang.org/x/sys/unix"
 )
 
 // ownCgroup makes a cgroup for the test.
@@ -95,7 +95,7 @@ func (ds *doors) of(ino uint64) *door {
 func (ds *doors) entered(t *testing.T, pid int) *door {
 	t.Helper()
 	err := ds.enter(pid)
-	ino, nerr := netnsOf(pid)
+	ino, nerr := procfs.Netns(pid)
 	if err = errors.Join(err, nerr); err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func shellIn(t *testing.T, cgroup *os.File) (pid int, say func(string) string) {
 func TestDoorAhead(t *testing.T) {
 	ds, cgroup := watchedDoors(t)
 	pid, say := shellIn(t, cgroup)
-	ino, err := netnsOf(pid)
+	ino, err := procfs.Netns(pid)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,9 +176,9 @@ func TestDoorReconcile(t *testing.T) {
 	if err := ds.enter(pid); err != nil {
 		t.Fatal(err)
 	}
-	before, _ := netnsOf(pid)
+	before, _ := procfs.Netns(pid)
 	say("echo; exec unshare -n sh")
-	until(t, "going elsewhere", func() bool { now, err := netnsOf(pid); return err == nil && now != before })
+	until(t, "going elsewhere", func() bool { now, err := procfs.Netns(pid); return err == nil && now != before })
 	say("echo")
 	until(t, "noticing that it has gone", func() bool { ds.reconcile(); return ds.of(before) == nil })
 	if err := ds.enter(1 << 22); err == nil {
@@ -214,7 +214,7 @@ func TestDoorPlace(t *testing.T) {
 	one, _ := shellIn(t, cgroup)
 	two, _ := shellIn(t, cgroup)
 	places := []string{ds.entered(t, os.Getpid()).place, ds.entered(t, one).place, ds.entered(t, two).place}
-	if places[0] != "" || places[1] == "" || places[2] == "" || places[1] == places[2] || !strings.HasSuffix(places[1], bootID()[:8]) {
+	if places[0] != "" || places[1] == "" || places[2] == "" || places[1] == places[2] || !strings.HasSuffix(places[1], procfs.BootID()[:8]) {
 		t.Errorf("%q", places)
 	}
 }

@@ -11,9 +11,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"weir/proxy/upstream"
-
 	"golang.org/x/sys/unix"
+	"weir/proxy/upstream"
 )
 
 // listener serves those who name weir in their configuration.

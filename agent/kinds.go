@@ -9,12 +9,12 @@ import (
 	"slices"
 	"strings"
 
-	"weir/agent/trust"
-
 	"github.com/moby/moby/client"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"weir/agent/procfs"
+	"weir/agent/trust"
 )
 
 // kind is a container runtime, or a tool that pulls images by itself. Whatever
@@ -147,7 +147,7 @@ func kindOf(names ...string) *kind {
 // says, then the usual places.
 func socketsOf(rt *runtimeProc) []string {
 	var found []string
-	args := nulSeparated(rt.pid, "cmdline")
+	args := procfs.Strings(rt.PID, "cmdline")
 	for i, arg := range args {
 		flag, value, joined := strings.Cut(arg, "=")
 		switch flag {
@@ -187,7 +187,7 @@ func (c *boundedConn) Read(b []byte) (int, error) {
 
 // dialRuntime connects to a runtime's API, inside its root file system.
 func dialRuntime(ctx context.Context, rt *runtimeProc) (net.Conn, error) {
-	root, err := trust.OpenRoot(rt.pid)
+	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		return nil, err
 	}
@@ -200,7 +200,7 @@ func dialRuntime(ctx context.Context, rt *runtimeProc) (net.Conn, error) {
 		}
 		last = err
 	}
-	return nil, fmt.Errorf("connecting to %s (process %d): %w", rt.kind.name, rt.pid, last)
+	return nil, fmt.Errorf("connecting to %s (process %d): %w", rt.kind.name, rt.PID, last)
 }
 
 // dialGRPC returns a connection to a runtime's gRPC API.

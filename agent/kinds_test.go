@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"weir/agent/procfs"
 )
 
 func TestKinds(t *testing.T) {
@@ -60,7 +62,7 @@ func TestEndlessAnswer(t *testing.T) {
 	})}
 	go func() { _ = srv.Serve(l) }()
 	defer srv.Close()
-	rt := &runtimeProc{process: process{pid: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
+	rt := &runtimeProc{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
 	if err := askDocker(t.Context(), rt, "198.18.116.1/weir/probe:x"); err == nil || said.Load() > 4*maxAnswers {
 		t.Errorf("%d bytes, %v", said.Load(), err)
 	}

@@ -14,11 +14,11 @@ import (
 	"testing"
 	"time"
 
-	"weir/agent/trust"
-	"weir/proxy/registry"
-
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+	"weir/agent/procfs"
+	"weir/agent/trust"
+	"weir/proxy/registry"
 )
 
 // silentFS starts a process in whose root file system dir is a file system in
@@ -67,7 +67,7 @@ func TestLooksAreBounded(t *testing.T) {
 	a := &Agent{ca: ca, log: slog.New(slog.DiscardHandler)}
 	rs := &runtimes{a: a, state: state, looking: semaphore.NewWeighted(2)}
 	pid, end := silentFS(t, filepath.Join(certsD, "ghcr.io"))
-	rt := &runtimeProc{process: process{pid: pid}, kind: kindOf("containerd"), reach: ReachIntercepted, how: trustByCertsD, settled: make(chan struct{}),
+	rt := &runtimeProc{Process: procfs.Process{PID: pid}, kind: kindOf("containerd"), reach: ReachIntercepted, how: trustByCertsD, settled: make(chan struct{}),
 		rests: ground{certsD: &trust.CertsD{Dirs: []string{certsD}, HostsFiles: true}}}
 	rt.settle()
 

@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+
+	"weir/agent/procfs"
 )
 
 // limitMemory has the garbage collector work harder before the process comes to
@@ -15,7 +17,7 @@ func limitMemory(log *slog.Logger) {
 	if os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
-	if bytes, ok := cgroupMemory("/"); ok {
+	if bytes, ok := procfs.MemoryLimit("/"); ok {
 		limit := bytes / 10 * 9 // the rest is for what isn't Go's
 		debug.SetMemoryLimit(limit)
 		log.Info("memory is limited by the cgroup", "cgroup_bytes", bytes, "soft_limit_bytes", limit)

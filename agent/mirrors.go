@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"weir/agent/procfs"
 	"weir/agent/trust"
 )
 
@@ -22,7 +23,7 @@ func mirrorsOf(rt *runtimeProc) (mirrors []string) {
 			}
 		}
 	}
-	args := nulSeparated(rt.pid, "cmdline")
+	args := procfs.Strings(rt.PID, "cmdline")
 	for i, arg := range args {
 		if m, ok := strings.CutPrefix(arg, "--registry-mirror="); ok {
 			add(m)
@@ -30,7 +31,7 @@ func mirrorsOf(rt *runtimeProc) (mirrors []string) {
 			add(args[i+1])
 		}
 	}
-	root, err := trust.OpenRoot(rt.pid)
+	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		return mirrors
 	}

@@ -13,11 +13,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"weir/p2p"
 	"weir/proxy/registry"
 	"weir/proxy/store"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // peers joins this node's store and registries to the swarm. A nil one does

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"weir/agent/procfs"
 	"weir/agent/trust"
 )
 
@@ -20,12 +21,12 @@ import (
 //     the root file system of a container with a user namespace belongs to that;
 //     and what an ordinary user sees in one of its own is somebody else's.
 func placesOf(pid int) (trust.Places, error) {
-	environ := nulSeparated(pid, "environ")
+	environ := procfs.Strings(pid, "environ")
 	places, err := trust.SystemPlaces(environ)
 	if err != nil {
 		return places, err
 	}
-	uid, err := userOf(pid)
+	uid, err := procfs.User(pid)
 	switch {
 	case err != nil:
 		return places, err
@@ -33,11 +34,11 @@ func placesOf(pid int) (trust.Places, error) {
 	case trust.NamesDirs(environ):
 		places.Owners = func(owner uint32) bool { return owner == uid }
 	default:
-		mapped, err := usersOf(pid)
+		mapped, err := procfs.UsersOf(pid)
 		if err != nil {
 			return places, err
 		}
-		places.Owners = mapped.has
+		places.Owners = mapped.Has
 	}
 	return places, nil
 }
@@ -49,12 +50,12 @@ func placesOf(pid int) (trust.Places, error) {
 // where those of a container that is run lead to its shim. Kaniko builds in its
 // own root file system, the others don't.
 func inImage(rt *runtimeProc, root *trust.Root) bool {
-	for pid := rt.parent; pid > 1; {
-		p, err := readProcess(pid)
-		if err != nil || strings.HasPrefix(p.comm, "containerd-shim") || p.comm == "conmon" {
+	for pid := rt.Parent; pid > 1; {
+		p, err := procfs.Read(pid)
+		if err != nil || strings.HasPrefix(p.Comm, "containerd-shim") || p.Comm == "conmon" {
 			return false
 		}
-		if k := kindOf(p.comm, p.exe); k != nil && (k.builds || k == rt.kind) {
+		if k := kindOf(p.Comm, p.Exe); k != nil && (k.builds || k == rt.kind) {
 			r, err := trust.OpenRoot(pid)
 			if err != nil {
 				return false
@@ -64,14 +65,14 @@ func inImage(rt *runtimeProc, root *trust.Root) bool {
 			// In another mount namespace it is still the same directory.
 			return k.name == "kaniko" || builder.Dev != own.Dev || builder.Ino != own.Ino
 		}
-		pid = p.parent
+		pid = p.Parent
 	}
 	return false
 }
 
 // userSettings are the certs.d directories of the user who runs a runtime.
 func (rt *runtimeProc) userSettings() (dirs []string) {
-	for _, config := range trust.UserConfigs(nulSeparated(rt.pid, "environ")) {
+	for _, config := range trust.UserConfigs(procfs.Strings(rt.PID, "environ")) {
 		for _, d := range rt.kind.userSettings {
 			dirs = append(dirs, filepath.Join(config, d))
 		}

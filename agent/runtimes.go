@@ -17,12 +17,12 @@ import (
 	"sync"
 	"time"
 
+	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sync/semaphore"
+	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/proxy/registry"
-
-	containerd "github.com/containerd/containerd/v2/client"
-	"golang.org/x/sync/semaphore"
 )
 
 // Probe addresses: what runtimes are asked to pull from, to see whether they
@@ -68,7 +68,7 @@ type RuntimeStatus struct {
 
 // runtimeProc is a process that pulls images.
 type runtimeProc struct {
-	process
+	procfs.Process
 	kind   *kind
 	execed time.Duration // after boot; 0 if it isn't known
 	netns  uint64
@@ -134,22 +134,22 @@ const maxEstablishing = 256
 // process of each network namespace. What starts meanwhile is the kernel side's
 // to report.
 func (rs *runtimes) seed(cgroup string) error {
-	pids, err := processesIn(cgroup)
+	pids, err := procfs.InCgroup(cgroup)
 	if err != nil {
 		return fmt.Errorf("listing the processes in %s: %w", cgroup, err)
 	}
-	oldest := make(map[uint64]process) // by network namespace
+	oldest := make(map[uint64]procfs.Process) // by network namespace
 	for _, pid := range pids {
-		p, err := readProcess(pid)
+		p, err := procfs.Read(pid)
 		if err != nil {
 			continue
 		}
-		if ino, err := netnsOf(pid); err == nil {
-			if o, ok := oldest[ino]; !ok || p.start < o.start {
+		if ino, err := procfs.Netns(pid); err == nil {
+			if o, ok := oldest[ino]; !ok || p.Start < o.Start {
 				oldest[ino] = p
 			}
 		}
-		k := kindOf(p.comm, p.exe)
+		k := kindOf(p.Comm, p.Exe)
 		if k == nil {
 			continue
 		}
@@ -159,7 +159,7 @@ func (rs *runtimes) seed(cgroup string) error {
 		if err := rs.a.kernel.SetMode(pid, bpf.ModeProbe); err != nil {
 			return fmt.Errorf("tracking process %d: %w", pid, err)
 		}
-		if now, err := readProcess(pid); err != nil || now.start != p.start {
+		if now, err := procfs.Read(pid); err != nil || now.Start != p.Start {
 			_ = rs.a.kernel.Forget(pid)
 			continue
 		}
@@ -168,21 +168,21 @@ func (rs *runtimes) seed(cgroup string) error {
 		rs.mu.Unlock()
 	}
 	for _, p := range oldest {
-		rs.a.doors.arrived(bpf.Arrival{PID: p.pid})
+		rs.a.doors.arrived(bpf.Arrival{PID: p.PID})
 	}
 	return nil
 }
 
 // started takes in a runtime whose exec the kernel side has just seen.
 func (rs *runtimes) started(ev bpf.Event) {
-	p, err := readProcess(ev.PID)
+	p, err := procfs.Read(ev.PID)
 	if err != nil {
 		return // gone already
 	}
-	if k := kindOf(ev.Name, p.comm, p.exe); k != nil {
+	if k := kindOf(ev.Name, p.Comm, p.Exe); k != nil {
 		rs.mu.Lock()
 		defer rs.mu.Unlock()
-		if rt := rs.all[ev.PID]; rt != nil && rt.unheard && rt.start == p.start {
+		if rt := rs.all[ev.PID]; rt != nil && rt.unheard && rt.Start == p.Start {
 			rt.unheard = false // its connection was faster than this news
 			return
 		}
@@ -191,17 +191,17 @@ func (rs *runtimes) started(ev bpf.Event) {
 }
 
 // add takes in a process. The caller holds rs.mu.
-func (rs *runtimes) add(p process, k *kind, execed time.Duration, seeded bool) *runtimeProc {
-	rt := &runtimeProc{process: p, kind: k, execed: execed, reach: ReachStarting,
+func (rs *runtimes) add(p procfs.Process, k *kind, execed time.Duration, seeded bool) *runtimeProc {
+	rt := &runtimeProc{Process: p, kind: k, execed: execed, reach: ReachStarting,
 		settled: make(chan struct{}), verdicts: make(map[netip.Addr]chan error)}
-	rt.netns, _ = netnsOf(p.pid)
+	rt.netns, _ = procfs.Netns(p.PID)
 	rt.ctx, rt.cancel = context.WithCancel(rs.a.ctx)
-	if old, ok := rs.all[p.pid]; ok {
+	if old, ok := rs.all[p.PID]; ok {
 		old.cancel()
 	}
-	rs.all[p.pid] = rt
+	rs.all[p.PID] = rt
 	if k.pullsThrough != "" {
-		rs.pause(k.pullsThrough, p.pid)
+		rs.pause(k.pullsThrough, p.PID)
 	}
 	rs.wg.Go(func() {
 		defer rt.settle()
@@ -260,11 +260,11 @@ func (rs *runtimes) find(pid int) *runtimeProc {
 	if rt := rs.all[pid]; rt != nil {
 		return rt
 	}
-	p, err := readProcess(pid)
+	p, err := procfs.Read(pid)
 	if err != nil {
 		return nil
 	}
-	k := kindOf(p.comm, p.exe)
+	k := kindOf(p.Comm, p.Exe)
 	if mode, tracked := rs.a.kernel.Mode(pid); k == nil || !tracked || mode != bpf.ModeNew {
 		return nil
 	}
@@ -309,8 +309,8 @@ func (rs *runtimes) setMode(rt *runtimeProc) {
 	if rt.ctx.Err() != nil {
 		return
 	}
-	if err := rs.a.kernel.Remode(rt.pid, mode); err != nil {
-		rs.a.log.Error("telling the kernel side about a process", "pid", rt.pid, "err", err)
+	if err := rs.a.kernel.Remode(rt.PID, mode); err != nil {
+		rs.a.log.Error("telling the kernel side about a process", "pid", rt.PID, "err", err)
 	}
 }
 
@@ -330,7 +330,7 @@ func (rs *runtimes) intercept(rt *runtimeProc, how string, rests ground) {
 	}
 	rs.mu.Unlock()
 	if lives && !rt.kind.oneShot {
-		rs.a.log.Info("a runtime's registries are intercepted", "runtime", rt.kind.name, "pid", rt.pid, "because", how)
+		rs.a.log.Info("a runtime's registries are intercepted", "runtime", rt.kind.name, "pid", rt.PID, "because", how)
 	}
 	rt.settle()
 }
@@ -343,9 +343,9 @@ func (rs *runtimes) passThrough(rt *runtimeProc, reason, step string) {
 	rs.mu.Lock()
 	rs.setMode(rt)
 	rs.mu.Unlock()
-	rs.state.forget(rt.pid)
+	rs.state.forget(rt.PID)
 	if rt.ctx.Err() == nil {
-		rs.a.log.Info("a runtime is passed through", "runtime", rt.kind.name, "pid", rt.pid, "because", reason, "step", step)
+		rs.a.log.Info("a runtime is passed through", "runtime", rt.kind.name, "pid", rt.PID, "because", reason, "step", step)
 	}
 	rt.settle()
 }
@@ -355,7 +355,7 @@ func (rt *runtimeProc) restartStep() string {
 	if rt.kind.oneShot {
 		return "nothing to do: its next start will be intercepted"
 	}
-	return "restart " + rt.kind.name + " (process " + fmt.Sprint(rt.pid) + ") when it suits you; it will then trust the CA from its start"
+	return "restart " + rt.kind.name + " (process " + fmt.Sprint(rt.PID) + ") when it suits you; it will then trust the CA from its start"
 }
 
 // establish opens a door for a runtime, puts the CA where it reads
@@ -363,13 +363,13 @@ func (rt *runtimeProc) restartStep() string {
 func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 	// The door first, if it isn't there: until then a new process goes direct,
 	// and the kernel side notes that it may have read its roots.
-	if err := rs.a.doors.enter(rt.pid); err != nil {
+	if err := rs.a.doors.enter(rt.PID); err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			rs.passThrough(rt, "no door could be opened for it: "+err.Error(), "see the agent's log")
 		}
 		return
 	}
-	root, err := trust.OpenRoot(rt.pid)
+	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			rs.passThrough(rt, "its root file system can't be opened: "+err.Error(), "see the agent's log")
@@ -380,9 +380,9 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 
 	host := rs.a.lasting[root.ID()]
 	rt.mu.Lock()
-	rt.program = programOf(rt.pid, host)
+	rt.program = programOf(rt.PID, host)
 	rt.mu.Unlock()
-	if flag := ownRoots(rt.kind, nulSeparated(rt.pid, "cmdline")); flag != "" {
+	if flag := ownRoots(rt.kind, procfs.Strings(rt.PID, "cmdline")); flag != "" {
 		rs.passThrough(rt, flag+" on its command line names all the roots that it trusts", "nothing to do: without "+flag+" it is intercepted")
 		return
 	}
@@ -406,7 +406,7 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 		case seeded && rs.state.remembers(rt) == rememberedRefusal:
 			rs.passThrough(rt, "it refused weir's certificate before the agent's own restart", rt.restartStep())
 			return
-		case !seeded && rs.a.kernel.Early(rt.pid):
+		case !seeded && rs.a.kernel.Early(rt.PID):
 			why = "it connected somewhere before the CA was installed"
 		case !seeded && mayHaveRead(rt, root, res.Since):
 			why = "it may have read its roots as it started, just before the CA was installed"
@@ -414,11 +414,11 @@ func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
 			// No connection of its has left unseen, so it can't have
 			// verified anything yet, and will find the CA when it does.
 			rs.intercept(rt, trustByStart, finds)
-			if !rs.a.kernel.Early(rt.pid) { // between the question and the answer
+			if !rs.a.kernel.Early(rt.PID) { // between the question and the answer
 				return
 			}
 			why = "it connected somewhere before the CA was installed"
-		case seeded && host != "" && rs.state.installedBefore(host, rt.start):
+		case seeded && host != "" && rs.state.installedBefore(host, rt.Start):
 			rs.intercept(rt, trustByStart, finds)
 			return
 		case seeded && rs.state.remembers(rt) == rememberedSystem:
@@ -445,13 +445,13 @@ func mayHaveRead(rt *runtimeProc, root *trust.Root, since time.Time) bool {
 	if !eager {
 		return false
 	}
-	execed := time.Now().Add(rt.execed - sinceBoot())
+	execed := time.Now().Add(rt.execed - procfs.SinceBoot())
 	return rt.execed == 0 || since.After(execed.Add(earliestRead))
 }
 
 // install puts the CA where a runtime reads the system's roots.
 func (rs *runtimes) install(rt *runtimeProc, root *trust.Root) trust.Result {
-	places, err := placesOf(rt.pid)
+	places, err := placesOf(rt.PID)
 	if err != nil {
 		return trust.Result{System: err}
 	}
@@ -535,7 +535,7 @@ func (rs *runtimes) prove(rt *runtimeProc, root *trust.Root, host string, system
 // says that it wasn't there before.
 func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) (certsD *trust.CertsD, fresh bool, err error) {
 	// Its configuration says where: only root's may say where root writes.
-	if uid, err := userOf(rt.pid); err != nil || uid != 0 {
+	if uid, err := procfs.User(rt.PID); err != nil || uid != 0 {
 		return nil, false, errors.Join(errors.New("its certs.d is not root's"), err)
 	}
 	var last error
@@ -580,7 +580,7 @@ func (rs *runtimes) quiet(rt *runtimeProc) bool {
 			return false
 		case <-t.C:
 		}
-		if n, err := connections(rt.pid, rs.a.conf.Ports); n > 0 || err != nil {
+		if n, err := procfs.Connections(rt.PID, rs.a.conf.Ports); n > 0 || err != nil {
 			since = time.Now()
 		}
 	}
@@ -605,7 +605,7 @@ func certsDOf(rt *runtimeProc, root *trust.Root) []string {
 // configPaths returns what a containerd's configuration has for config_path.
 func configPaths(rt *runtimeProc, root *trust.Root) (paths []string) {
 	config := "/etc/containerd/config.toml"
-	args := nulSeparated(rt.pid, "cmdline")
+	args := procfs.Strings(rt.PID, "cmdline")
 	for i, arg := range args {
 		if v, ok := strings.CutPrefix(arg, "--config="); ok {
 			config = v
@@ -730,7 +730,7 @@ func (rs *runtimes) trusts(rt *runtimeProc, name string) bool {
 		rt.leads(host)
 	}
 	if err := rs.except(rt, host)[host]; err != nil {
-		rs.a.log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
+		rs.a.log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
 		return false
 	}
 	rt.mu.Lock()
@@ -772,7 +772,7 @@ var errGone = errors.New("it may have read its roots while that was so")
 
 // holds says for which of hosts what a runtime's trust rests on is still there.
 func (rs *runtimes) holds(rt *runtimeProc, rests ground, hosts []string) (trust.Coverage, error) {
-	root, err := trust.OpenRoot(rt.pid)
+	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		return nil, err
 	}
@@ -838,7 +838,7 @@ const maxLed = 1024
 // program if that is what the CA was put in place for: a restart would not
 // change it.
 func (rs *runtimes) rejected(rt *runtimeProc, host string, err error) {
-	rs.a.log.Error("a runtime refused weir's certificate; it is passed through from now on", "runtime", rt.kind.name, "pid", rt.pid, "registry", host, "err", err)
+	rs.a.log.Error("a runtime refused weir's certificate; it is passed through from now on", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
 	rt.mu.Lock()
 	byStart, program := rt.how == trustByStart, rt.program
 	rt.mu.Unlock()
@@ -861,7 +861,7 @@ func isNodes(pid int, lasting map[trust.RootID]string) bool {
 		return false
 	}
 	defer root.Close()
-	uid, err := userOf(pid)
+	uid, err := procfs.User(pid)
 	return err == nil && uid == 0 && lasting[root.ID()] != ""
 }
 
@@ -871,15 +871,15 @@ func isNodes(pid int, lasting map[trust.RootID]string) bool {
 // no checksum tells (in memory that is mapped, or on a file system of his own),
 // can have each look there wait forever, and can lead it elsewhere by links.
 func (rs *runtimes) shareContent(rt *runtimeProc) {
-	if !isNodes(rt.pid, rs.a.lasting) {
+	if !isNodes(rt.PID, rs.a.lasting) {
 		return
 	}
 	for delay := 200 * time.Millisecond; rt.ctx.Err() == nil; delay = min(2*delay, 10*time.Second) {
 		dir, err := contentDir(rt)
 		if err == nil {
-			dir = filepath.Join("/proc", fmt.Sprint(rt.pid), "root", dir, "blobs")
+			dir = filepath.Join("/proc", fmt.Sprint(rt.PID), "root", dir, "blobs")
 			rs.a.store.AddForeign(dir)
-			rs.a.log.Debug("reading a containerd's content store", "pid", rt.pid, "dir", dir)
+			rs.a.log.Debug("reading a containerd's content store", "pid", rt.PID, "dir", dir)
 			<-rt.ctx.Done()
 			rs.a.store.RemoveForeign(dir)
 			return
@@ -906,21 +906,21 @@ func contentDir(rt *runtimeProc) (string, error) {
 	}
 	resp, err := c.IntrospectionService().Plugins(ctx, "type==io.containerd.content.v1,id==content")
 	if err != nil {
-		return "", fmt.Errorf("asking containerd (process %d) for its plugins: %w", rt.pid, err)
+		return "", fmt.Errorf("asking containerd (process %d) for its plugins: %w", rt.PID, err)
 	}
 	for _, p := range resp.Plugins {
 		if dir := p.Exports["root"]; strings.HasPrefix(dir, "/") && filepath.Clean(dir) == dir {
 			return dir, nil
 		}
 	}
-	return "", fmt.Errorf("containerd (process %d) doesn't say where its content is", rt.pid)
+	return "", fmt.Errorf("containerd (process %d) doesn't say where its content is", rt.PID)
 }
 
 func (rs *runtimes) status() []RuntimeStatus {
 	rs.mu.Lock()
 	all := slices.Collect(maps.Values(rs.all))
 	rs.mu.Unlock()
-	slices.SortFunc(all, func(a, b *runtimeProc) int { return a.pid - b.pid })
+	slices.SortFunc(all, func(a, b *runtimeProc) int { return a.PID - b.PID })
 	hosts := rs.a.certsDHosts()
 	found := make([]RuntimeStatus, 0, len(all))
 	for _, rt := range all {
@@ -929,7 +929,7 @@ func (rs *runtimes) status() []RuntimeStatus {
 		rt.mu.Unlock()
 		except := exceptions(rs.except(rt, slices.Compact(slices.Sorted(slices.Values(slices.Concat(hosts, refused))))...))
 		rt.mu.Lock()
-		s := RuntimeStatus{Kind: rt.kind.name, PID: rt.pid, Netns: rt.netns, Reach: rt.reach, Trust: rt.how, Reason: rt.reason, Step: rt.step}
+		s := RuntimeStatus{Kind: rt.kind.name, PID: rt.PID, Netns: rt.netns, Reach: rt.reach, Trust: rt.how, Reason: rt.reason, Step: rt.step}
 		if rt.reach == ReachIntercepted {
 			s.Except = except
 		}

@@ -15,10 +15,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/bpf"
-
-	"golang.org/x/sys/unix"
 )
 
 func TestConfigPath(t *testing.T) {
@@ -102,7 +102,7 @@ func TestMayHaveRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	now := sinceBoot()
+	now := procfs.SinceBoot()
 	for _, c := range []struct {
 		kind  *kind
 		since time.Duration // after its exec
@@ -127,7 +127,7 @@ func TestMayHaveRead(t *testing.T) {
 		if c.known {
 			rt.execed = now - time.Minute
 		}
-		since := time.Now().Add(c.since - (sinceBoot() - now) - time.Minute)
+		since := time.Now().Add(c.since - (procfs.SinceBoot() - now) - time.Minute)
 		if may := mayHaveRead(rt, root, since); may != c.may {
 			t.Errorf("%s, CA %s after its exec (known: %v), settings %q: %v", c.kind.name, c.since, c.known, c.dir, may)
 		}
@@ -160,11 +160,11 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 	}
 	pid := cmd.Process.Pid
 	until(t, "tracking", func() bool { _, ok := k.Mode(pid); return ok })
-	p, err := readProcess(pid)
+	p, err := procfs.Read(pid)
 	if err != nil {
 		t.Fatal(err)
 	}
-	rt := &runtimeProc{process: p, kind: kindOf("buildkitd"), settled: make(chan struct{})}
+	rt := &runtimeProc{Process: p, kind: kindOf("buildkitd"), settled: make(chan struct{})}
 	rt.ctx, rt.cancel = context.WithCancel(ctx)
 	rs.all[pid] = rt
 	_ = cmd.Process.Kill()

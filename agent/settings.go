@@ -14,11 +14,11 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
-
-	"golang.org/x/sys/unix"
 )
 
 // maxSetting bounds a file of certificates.
@@ -30,7 +30,7 @@ const maxSetting = 1 << 20
 // certificates"; containers-certs.d(5)). weir speaks to the registry in the
 // runtime's place, so it has to verify and to show the same.
 func settings(rt *runtimeProc, known registry.Known, host string) (s upstream.Settings, err error) {
-	root, err := trust.OpenRoot(rt.pid)
+	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		return s, err
 	}
@@ -39,7 +39,7 @@ func settings(rt *runtimeProc, known registry.Known, host string) (s upstream.Se
 	if known.Name != "" {
 		names = append(names, known.Name)
 	}
-	uid, err := userOf(rt.pid)
+	uid, err := procfs.User(rt.PID)
 	if err != nil {
 		return s, err
 	}

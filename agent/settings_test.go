@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/proxy/registry"
 )
@@ -42,7 +43,7 @@ func TestUserSettings(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		rt := &runtimeProc{process: process{pid: cmd.Process.Pid}, kind: kindOf("podman")}
+		rt := &runtimeProc{Process: procfs.Process{PID: cmd.Process.Pid}, kind: kindOf("podman")}
 		s, err := settings(rt, registry.Known{}, "registry.test")
 		if uid == 0 && (err != nil || len(s.Certificates) != 1 || s.Roots == nil) || uid != 0 && err == nil {
 			t.Errorf("user %d: %+v, %v", uid, s, err)

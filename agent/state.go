@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"weir/agent/procfs"
 )
 
 // stateFile remembers over a restart of the agent what is true for this boot of
@@ -64,7 +66,7 @@ const (
 // openState reads the file; what is of another boot or certificate is void.
 func openState(dir, certificate string, log *slog.Logger) *stateFile {
 	f := &stateFile{path: filepath.Join(dir, "state.json"), log: log}
-	want := state{Boot: bootID(), Certificate: certificate}
+	want := state{Boot: procfs.BootID(), Certificate: certificate}
 	b, err := os.ReadFile(f.path)
 	if err != nil || json.Unmarshal(b, &f.s) != nil || f.s.Boot != want.Boot || f.s.Certificate != want.Certificate {
 		f.s = want
@@ -83,7 +85,7 @@ func (f *stateFile) installed(root string, now bool) {
 	if f.s.Installed == nil {
 		f.s.Installed = make(map[string]time.Duration)
 	}
-	f.s.Installed[root] = sinceBoot()
+	f.s.Installed[root] = procfs.SinceBoot()
 	f.save()
 }
 
@@ -114,8 +116,8 @@ func (f *stateFile) refused(rt *runtimeProc) { f.note(rt, true) }
 func (f *stateFile) note(rt *runtimeProc, refused bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.drop(rt.pid)
-	f.s.Runtimes = append(f.s.Runtimes, rememberedTrust{rt.pid, rt.start, refused})
+	f.drop(rt.PID)
+	f.s.Runtimes = append(f.s.Runtimes, rememberedTrust{rt.PID, rt.Start, refused})
 	f.save()
 }
 
@@ -141,7 +143,7 @@ func (f *stateFile) remembers(rt *runtimeProc) remembered {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, r := range f.s.Runtimes {
-		if r.PID == rt.pid && r.Start == rt.start {
+		if r.PID == rt.PID && r.Start == rt.Start {
 			if r.Refused {
 				return rememberedRefusal
 			}
@@ -212,7 +214,7 @@ func programOf(pid int, root string) program {
 	if err != nil {
 		return program{}
 	}
-	uid, err := userOf(pid)
+	uid, err := procfs.User(pid)
 	if err != nil {
 		return program{}
 	}

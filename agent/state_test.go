@@ -9,13 +9,15 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"weir/agent/procfs"
 )
 
 func TestState(t *testing.T) {
 	dir := t.TempDir()
 	log := slog.New(slog.DiscardHandler)
 	s := openState(dir, "cert1", log)
-	rt := &runtimeProc{process: process{pid: 7, start: 5 * time.Second}}
+	rt := &runtimeProc{Process: procfs.Process{PID: 7, Start: 5 * time.Second}}
 	if s.installedBefore("/", time.Hour) || s.remembers(rt) != rememberedNothing {
 		t.Error("something out of nothing")
 	}
@@ -23,13 +25,13 @@ func TestState(t *testing.T) {
 	s.remember(rt)
 
 	s = openState(dir, "cert1", log)
-	if !s.installedBefore("/", sinceBoot()+time.Second) || s.installedBefore("/", 0) || s.installedBefore("/other", time.Hour*1e6) {
+	if !s.installedBefore("/", procfs.SinceBoot()+time.Second) || s.installedBefore("/", 0) || s.installedBefore("/other", time.Hour*1e6) {
 		t.Error("when it was installed is lost")
 	}
 	if s.remembers(rt) != rememberedSystem {
 		t.Error("a runtime is forgotten")
 	}
-	if s.remembers(&runtimeProc{process: process{pid: 7, start: 6 * time.Second}}) != rememberedNothing {
+	if s.remembers(&runtimeProc{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != rememberedNothing {
 		t.Error("a later process with the same pid is taken for the earlier one")
 	}
 	s.refused(rt)
@@ -103,7 +105,7 @@ func FuzzState(f *testing.F) {
 			t.Fatal(err)
 		}
 		s := openState(dir, "certificate", slog.New(slog.DiscardHandler))
-		if s.s.Boot != bootID() || s.s.Certificate != "certificate" {
+		if s.s.Boot != procfs.BootID() || s.s.Certificate != "certificate" {
 			t.Errorf("taken for this boot's: %q", b)
 		}
 		s.installed("/new", true)

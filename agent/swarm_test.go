@@ -20,12 +20,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 	"weir/p2p"
 	"weir/proxy/registry"
 	"weir/proxy/store"
-
-	"github.com/opencontainers/go-digest"
-	"golang.org/x/time/rate"
 )
 
 // origin is a registry that counts the bytes of blobs that leave it.

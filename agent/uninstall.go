@@ -11,9 +11,8 @@ import (
 	"path/filepath"
 	"strconv"
 
-	"weir/agent/trust"
-
 	"golang.org/x/sys/unix"
+	"weir/agent/trust"
 )
 
 // Uninstall ends the service that [Install] made and any other running agent,

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+// Package procfs reads what weir needs of /proc.
+//
+// Where github.com/prometheus/procfs or github.com/moby/sys/user would do, but
+// for what they make of a line that isn't as expected, this package has its own:
+// the first takes a process without a Uid for root's, the second a number that
+// it can't read for 0, and here both decide what may be written for whom.
+package procfs
 
 import (
 	"bytes"
@@ -17,81 +23,82 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process is what /proc tells of a process.
-type process struct {
-	pid    int
-	parent int
-	start  time.Duration // after boot; tells it from a later one with its pid
-	comm   string
-	exe    string // base name of the program's file
+// Process is what /proc says of a process.
+type Process struct {
+	PID    int
+	Parent int
+	Start  time.Duration // after boot; tells it from a later one with its pid
+	Comm   string
+	Exe    string // base name of the program's file
 }
 
 // clockTick is the unit of starttime in /proc/PID/stat: USER_HZ, which is 100
 // on every architecture that Go runs on.
 const clockTick = time.Second / 100
 
-// readProcess reads a process's identity. The error is fs.ErrNotExist when it
+// Read reads a process's identity. The error is fs.ErrNotExist when it
 // is gone.
-func readProcess(pid int) (process, error) {
+func Read(pid int) (Process, error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
 		if errors.Is(err, unix.ESRCH) {
 			err = fs.ErrNotExist
 		}
-		return process{}, err
+		return Process{}, err
 	}
 	p, err := parseStat(b)
 	if err != nil {
 		return p, fmt.Errorf("process %d: %w", pid, err)
 	}
 	if exe, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe"); err == nil {
-		p.exe = strings.TrimSuffix(filepath.Base(exe), " (deleted)")
+		p.Exe = strings.TrimSuffix(filepath.Base(exe), " (deleted)")
 	}
 	return p, nil
 }
 
 // parseStat reads /proc/PID/stat, proc_pid_stat(5). The name, which a process
 // chooses, is in parentheses and may contain some.
-func parseStat(b []byte) (p process, err error) {
+func parseStat(b []byte) (p Process, err error) {
 	open, end := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
 	if open < 1 || end < open {
 		return p, errors.New("not a line of /proc/PID/stat")
 	}
-	if p.pid, err = strconv.Atoi(strings.TrimSpace(string(b[:open]))); err != nil {
+	if p.PID, err = strconv.Atoi(strings.TrimSpace(string(b[:open]))); err != nil {
 		return p, fmt.Errorf("pid in /proc/PID/stat: %w", err)
 	}
-	p.comm = string(b[open+1 : end])
+	p.Comm = string(b[open+1 : end])
 	fields := strings.Fields(string(b[end+1:]))
 	const ppid, starttime = 4 - 3, 22 - 3 // the first field after the name is the third
 	if len(fields) <= starttime {
 		return p, errors.New("no start time in /proc/PID/stat")
 	}
-	if p.parent, err = strconv.Atoi(fields[ppid]); err != nil {
+	if p.Parent, err = strconv.Atoi(fields[ppid]); err != nil {
 		return p, fmt.Errorf("parent in /proc/PID/stat: %w", err)
 	}
 	ticks, err := strconv.ParseUint(fields[starttime], 10, 63)
 	if err != nil || ticks > uint64(1<<62)/uint64(clockTick) {
 		return p, errors.New("start time in /proc/PID/stat out of range")
 	}
-	p.start = time.Duration(ticks) * clockTick
+	p.Start = time.Duration(ticks) * clockTick
 	return p, nil
 }
 
-// sinceBoot is the clock that processes' start times are of.
-func sinceBoot() time.Duration {
+// SinceBoot is the clock that processes' start times are of.
+func SinceBoot() time.Duration {
 	var ts unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
 	return time.Duration(ts.Nano())
 }
 
-// bootID tells one boot of the machine from another.
-func bootID() string {
+// BootID tells one boot of the machine from another.
+func BootID() string {
 	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	return strings.TrimSpace(string(b))
 }
 
-// nulSeparated reads /proc/PID/cmdline or environ, at most 128 KiB of it.
-func nulSeparated(pid int, file string) []string {
+// Strings reads /proc/PID/cmdline or environ, at most 128 KiB of it: a process
+// makes them as long as it likes.
+func Strings(pid int, file string) []string {
 	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/" + file)
 	if err != nil {
 		return nil
@@ -109,8 +116,8 @@ func nulSeparated(pid int, file string) []string {
 	return strings.FieldsFunc(string(b[:n]), func(r rune) bool { return r == 0 })
 }
 
-// processesIn lists the processes in a cgroup2 directory and below.
-func processesIn(cgroup string) (pids []int, err error) {
+// InCgroup lists the processes in a cgroup2 directory and below.
+func InCgroup(cgroup string) (pids []int, err error) {
 	err = filepath.WalkDir(cgroup, func(path string, e fs.DirEntry, err error) error {
 		if err != nil {
 			if path == cgroup {
@@ -135,9 +142,9 @@ func processesIn(cgroup string) (pids []int, err error) {
 	return pids, err
 }
 
-// connections counts a process's TCP connections to the given ports of others,
+// Connections counts a process's TCP connections to the given ports of others,
 // proc_pid_net(5).
-func connections(pid int, ports []uint16) (n int, err error) {
+func Connections(pid int, ports []uint16) (n int, err error) {
 	dir := "/proc/" + strconv.Itoa(pid)
 	fds, err := os.ReadDir(dir + "/fd")
 	if err != nil {
@@ -183,27 +190,11 @@ func parseConnection(line string) (port uint16, inode string, ok bool) {
 	return uint16(p), f[9], true
 }
 
-// netnsOf returns the inode of a process's network namespace.
-func netnsOf(pid int) (uint64, error) {
+// Netns returns the inode of a process's network namespace.
+func Netns(pid int) (uint64, error) {
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/"+strconv.Itoa(pid)+"/ns/net", &st); err != nil {
 		return 0, err
 	}
 	return st.Ino, nil
-}
-
-// openDescriptors counts those of this process. The error is that there is none
-// left to do so with.
-func openDescriptors() (uint64, error) {
-	const dir = "/proc/self/fd"
-	if st, err := os.Stat(dir); err == nil && st.Size() > 0 {
-		return uint64(st.Size()), nil // since Linux 6.2
-	}
-	f, err := os.Open(dir)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	names, err := f.Readdirnames(-1)
-	return uint64(len(names)), err
 }

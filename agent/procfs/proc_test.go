@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package procfs
 
 import (
 	"errors"
@@ -13,7 +13,7 @@ import (
 
 func TestParseStat(t *testing.T) {
 	p, err := parseStat([]byte("42 (a) b (c)) S 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 1234 0 0\n"))
-	if err != nil || p.pid != 42 || p.comm != "a) b (c)" || p.start != 12340*time.Millisecond {
+	if err != nil || p.PID != 42 || p.Comm != "a) b (c)" || p.Start != 12340*time.Millisecond {
 		t.Errorf("%+v, %v", p, err)
 	}
 	for _, bad := range []string{"", "x", "1 (a", "1 (a) S", "x (a) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", ") 1 (", "1 (a) S 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 99999999999999999999 0"} {
@@ -21,11 +21,11 @@ func TestParseStat(t *testing.T) {
 			t.Errorf("%q: %+v", bad, p)
 		}
 	}
-	self, err := readProcess(os.Getpid())
-	if err != nil || self.pid != os.Getpid() || self.exe == "" || self.start > sinceBoot() || sinceBoot()-self.start > time.Hour {
-		t.Errorf("%+v at %s, %v", self, sinceBoot(), err)
+	self, err := Read(os.Getpid())
+	if err != nil || self.PID != os.Getpid() || self.Exe == "" || self.Start > SinceBoot() || SinceBoot()-self.Start > time.Hour {
+		t.Errorf("%+v at %s, %v", self, SinceBoot(), err)
 	}
-	if _, err := readProcess(1 << 30); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := Read(1 << 30); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}
 }
@@ -33,7 +33,7 @@ func TestParseStat(t *testing.T) {
 func FuzzParseStat(f *testing.F) {
 	f.Add([]byte("42 (a) S 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 1234 0 0\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if p, err := parseStat(b); err == nil && p.start < 0 {
+		if p, err := parseStat(b); err == nil && p.Start < 0 {
 			t.Errorf("%+v", p)
 		}
 	})
@@ -48,7 +48,7 @@ func TestConnections(t *testing.T) {
 	defer l.Close()
 	port := uint16(l.Addr().(*net.TCPAddr).Port)
 	count := func() int {
-		n, err := connections(os.Getpid(), []uint16{1, port})
+		n, err := Connections(os.Getpid(), []uint16{1, port})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package procfs
 
 import (
 	"os"
@@ -51,7 +51,7 @@ func TestCgroupMemory(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		limit, ok := cgroupMemory(root)
+		limit, ok := MemoryLimit(root)
 		if !ok {
 			limit = 0
 		}

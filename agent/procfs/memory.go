@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package procfs
 
 import (
 	"bufio"
@@ -12,12 +12,14 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/moby/sys/mountinfo"
 )
 
-// cgroupMemory returns the smallest memory limit of this process's cgroup and
+// MemoryLimit returns the smallest memory limit of this process's cgroup and
 // those above it, in either version, and false when there is none. root is where
 // /proc and the cgroups are.
-func cgroupMemory(root string) (limit int64, ok bool) {
+func MemoryLimit(root string) (limit int64, ok bool) {
 	own, err := os.Open(filepath.Join(root, "proc/self/cgroup"))
 	if err != nil {
 		return 0, false
@@ -62,7 +64,7 @@ type memoryCgroup struct{ mount, path, file string }
 // memoryCgroups finds a process's cgroups that limit memory. own is
 // /proc/PID/cgroup and mounts is /proc/PID/mountinfo, see cgroups(7) and
 // proc_pid_mountinfo(5).
-func memoryCgroups(own, mounts io.Reader) (all []memoryCgroup) {
+func memoryCgroups(own, mounts io.Reader) (found []memoryCgroup) {
 	paths := make(map[string]string) // by the name of a controller, or "" for version 2
 	for s := bufio.NewScanner(own); s.Scan(); {
 		parts := strings.SplitN(s.Text(), ":", 3) // ID:CONTROLLERS:PATH
@@ -73,18 +75,16 @@ func memoryCgroups(own, mounts io.Reader) (all []memoryCgroup) {
 			paths[c] = parts[2]
 		}
 	}
-	for s := bufio.NewScanner(mounts); s.Scan(); {
-		// ID PARENT MAJOR:MINOR ROOT MOUNT OPTIONS [TAGS...] - TYPE SOURCE OPTIONS
-		before, after, found := strings.Cut(s.Text(), " - ")
-		mount, fs := strings.Fields(before), strings.Fields(after)
-		if !found || len(mount) < 5 || len(fs) < 3 {
-			continue
-		}
+	all, err := mountinfo.GetMountsFromReader(mounts, nil)
+	if err != nil {
+		return nil
+	}
+	for _, m := range all {
 		controller, file := "", "memory.max"
 		switch {
-		case fs[0] == "cgroup" && slices.Contains(strings.Split(fs[2], ","), "memory"):
+		case m.FSType == "cgroup" && slices.Contains(strings.Split(m.VFSOptions, ","), "memory"):
 			controller, file = "memory", "memory.limit_in_bytes"
-		case fs[0] != "cgroup2":
+		case m.FSType != "cgroup2":
 			continue
 		}
 		of, ok := paths[controller]
@@ -94,11 +94,11 @@ func memoryCgroups(own, mounts io.Reader) (all []memoryCgroup) {
 		// The mount may show a part of the hierarchy, and in a cgroup namespace
 		// the paths begin there. Where the process's cgroup isn't below what is
 		// mounted, the mount's own is the best that is known.
-		below, ok := strings.CutPrefix(of, strings.TrimSuffix(mount[3], "/"))
+		below, ok := strings.CutPrefix(of, strings.TrimSuffix(m.Root, "/"))
 		if !ok || below != "" && below[0] != '/' {
 			below = "/"
 		}
-		all = append(all, memoryCgroup{mount[4], path.Clean("/" + below), file})
+		found = append(found, memoryCgroup{m.Mountpoint, path.Clean("/" + below), file})
 	}
-	return all
+	return found
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package procfs
 
 import (
 	"fmt"
@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// userOf returns the user who started a process, proc_pid_status(5). The owner
+// User returns the user who started a process, proc_pid_status(5). The owner
 // of /proc/PID says less: it is root for a process that can't be dumped, which
 // everybody can make.
-func userOf(pid int) (uint32, error) {
+func User(pid int) (uint32, error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
 	if err != nil {
 		return 0, err
@@ -27,10 +27,10 @@ func userOf(pid int) (uint32, error) {
 	return 0, fmt.Errorf("process %d: no Uid in its status", pid)
 }
 
-// users are ranges of user ids.
-type users []struct{ first, count uint32 }
+// Users are ranges of user ids.
+type Users []struct{ first, count uint32 }
 
-func (u users) has(uid uint32) bool {
+func (u Users) Has(uid uint32) bool {
 	for _, r := range u {
 		if uid >= r.first && uid-r.first < r.count {
 			return true
@@ -39,9 +39,9 @@ func (u users) has(uid uint32) bool {
 	return false
 }
 
-// usersOf returns the users of the user namespace that a process is in,
+// UsersOf returns the users of the user namespace that a process is in,
 // user_namespaces(7), by the ids that the agent's has for them.
-func usersOf(pid int) (users, error) {
+func UsersOf(pid int) (Users, error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/uid_map")
 	if err != nil {
 		return nil, err
@@ -49,7 +49,7 @@ func usersOf(pid int) (users, error) {
 	return parseUsers(string(b))
 }
 
-func parseUsers(uidMap string) (u users, err error) {
+func parseUsers(uidMap string) (u Users, err error) {
 	for line := range strings.Lines(uidMap) {
 		var inside, first, count uint32
 		if _, err := fmt.Sscan(line, &inside, &first, &count); err != nil {

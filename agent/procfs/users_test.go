@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package procfs
 
 import (
 	"errors"
@@ -28,7 +28,7 @@ func FuzzParseUsers(f *testing.F) {
 		for _, r := range u {
 			in = in || uint64(uid) >= uint64(r.first) && uint64(uid) < uint64(r.first)+uint64(r.count)
 		}
-		if u.has(uid) != in {
+		if u.Has(uid) != in {
 			t.Errorf("%d in %v: %v", uid, u, !in)
 		}
 	})
@@ -40,14 +40,14 @@ func TestParseUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for uid, want := range map[uint32]bool{0: false, 999: false, 1000: true, 1001: false, 99999: false, 100000: true, 165535: true, 165536: false} {
-		if u.has(uid) != want {
+		if u.Has(uid) != want {
 			t.Errorf("%d: %v", uid, !want)
 		}
 	}
-	if u, err := parseUsers("0 0 4294967295\n"); err != nil || !u.has(0) || !u.has(4294967294) || u.has(4294967295) {
+	if u, err := parseUsers("0 0 4294967295\n"); err != nil || !u.Has(0) || !u.Has(4294967294) || u.Has(4294967295) {
 		t.Errorf("%v, %v", u, err)
 	}
-	if u, err := parseUsers(""); err != nil || u.has(0) {
+	if u, err := parseUsers(""); err != nil || u.Has(0) {
 		t.Errorf("of a namespace without users: %v, %v", u, err)
 	}
 	for _, bad := range []string{"0 0", "x y z", "0 0 99999999999"} {
@@ -59,7 +59,9 @@ func TestParseUsers(t *testing.T) {
 
 // A user whose process can't be dumped is still not root.
 func TestUserOf(t *testing.T) {
-	needRoot(t)
+	if os.Geteuid() != 0 {
+		t.Fatal("needs root")
+	}
 	sleep := filepath.Join(t.TempDir(), "sleep")
 	b, err := os.ReadFile("/bin/sleep")
 	if err := errors.Join(err, os.WriteFile(sleep, b, 0o111), os.Chmod(filepath.Dir(filepath.Dir(sleep)), 0o755)); err != nil {
@@ -71,7 +73,7 @@ func TestUserOf(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		got, err := userOf(cmd.Process.Pid)
+		got, err := User(cmd.Process.Pid)
 		if err != nil || got != uid {
 			t.Errorf("the process of %d is said to be %d's, %v", uid, got, err)
 		}
