@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package agent is weir's node agent. It opens a door in each network namespace
+// Package agent is weir's node agent. It opens a listener in each network namespace
 // of the node, finds the container runtimes whose connections come through it,
 // establishes which of them trust the node's CA, and has the proxy carry what
 // comes.
@@ -30,6 +30,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sys/unix"
+	"weir/agent/redirect"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/p2p"
@@ -114,25 +115,25 @@ type Agent struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // what uses the kernel side until then
 
-	pidFile  *os.File
-	lasting  map[trust.RootID]string // root file systems that outlive runtimes
-	ca       *trust.CA
-	ledger   *trust.Ledger
-	regs     registries
-	store    *store.Store
-	registry *registry.Handler
-	proxy    *proxy.Proxy
-	kernel   *bpf.Kernel
-	doors    *doors
-	runtimes *runtimes
-	admin    *http.Server
-	adminL   net.Listener
-	own      *upstream.Egress // for what is prefetched, and to see what is down
-	explicit []*listener      // the mirror, the forward proxy, and what prefetches
-	peers    *peers           // nil without a swarm key
-	history  history
-	heard    heard                    // from peers
-	traces   *sdktrace.TracerProvider // nil when nobody wants any
+	pidFile   *os.File
+	lasting   map[trust.RootID]string // root file systems that outlive runtimes
+	ca        *trust.CA
+	ledger    *trust.Ledger
+	regs      registries
+	store     *store.Store
+	registry  *registry.Handler
+	proxy     *proxy.Proxy
+	kernel    *bpf.Kernel
+	listeners *redirect.Listeners
+	runtimes  *runtimes
+	admin     *http.Server
+	adminL    net.Listener
+	own       *upstream.Egress // for what is prefetched, and to see what is down
+	explicit  []*listener      // the mirror, the forward proxy, and what prefetches
+	peers     *peers           // nil without a swarm key
+	history   history
+	heard     heard                    // from peers
+	traces    *sdktrace.TracerProvider // nil when nobody wants any
 }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
@@ -214,15 +215,15 @@ func (a *Agent) start() (err error) {
 	if err != nil {
 		return fmt.Errorf("%w; `weir doctor` tells more", err)
 	}
-	a.doors = newDoors(a.kernel, ups, a.serve, a.log)
+	a.listeners = redirect.New(a.kernel, ups, a.serve, a.log)
 	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
 	if err := a.beats(); err != nil {
 		return err
 	}
 	a.wg.Go(a.upkeep)
 	a.wg.Go(a.follow)
-	a.wg.Go(func() { a.doors.ahead(a.ctx) })
-	if err := a.doors.enter(os.Getpid()); err != nil {
+	a.wg.Go(func() { a.listeners.Follow(a.ctx) })
+	if err := a.listeners.Enter(os.Getpid()); err != nil {
 		return err
 	}
 	if err := a.runtimes.seed(a.conf.Cgroup); err != nil {
@@ -332,7 +333,7 @@ func (a *Agent) upkeep() {
 		select {
 		case <-tidy.C:
 			a.runtimes.reconcile()
-			a.doors.reconcile()
+			a.listeners.Reconcile()
 			a.history.add(time.Now(), trafficOf(a.registry.Stats()))
 		case <-registries.C:
 			a.regs.reload(a.ca.Permits, a.log)
@@ -358,27 +359,27 @@ func (a *Agent) follow() {
 		case bpf.Exit:
 			a.runtimes.ended(ev.PID)
 		case bpf.Gone:
-			a.doors.gone(ev.PID)
+			a.listeners.Gone(ev.PID)
 		}
 	}
 }
 
-// serve carries a connection that came through a door.
-func (a *Agent) serve(d *door, c *net.TCPConn, t turn) {
+// serve carries a connection that came through a listener.
+func (a *Agent) serve(d *redirect.Listener, c *net.TCPConn, t redirect.Admission) {
 	origin, err := a.kernel.Origin(c)
 	if err != nil {
-		// Somebody has connected to the door's port by itself.
+		// Somebody has connected to the listener's port by itself.
 		_ = c.SetLinger(0)
 		c.Close()
-		t.closed()
+		t.Closed()
 		return
 	}
 	if addr := origin.Dst.Addr(); addr == probeSystem || addr == probeCertsD {
 		a.answerProbe(c, origin.PID, addr)
-		t.closed()
+		t.Closed()
 		return
 	}
-	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.direct, Closed: t.closed}
+	f := proxy.Flow{Dst: origin.Dst, Place: d.NetworkID, Egress: d.Egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.Direct, Closed: t.Closed}
 	if rt := a.runtimes.find(origin.PID); rt != nil {
 		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.PID)
 		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.trusts(rt, name) }
@@ -395,7 +396,7 @@ func (a *Agent) serve(d *door, c *net.TCPConn, t turn) {
 func (a *Agent) drain() error {
 	a.log.Info("stopping: new connections go direct", "finishing", a.proxy.Stats())
 	err := a.kernel.Detach()
-	a.doors.closeAll()
+	a.listeners.CloseAll()
 	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
 	for _, l := range a.explicit {
@@ -404,15 +405,15 @@ func (a *Agent) drain() error {
 	if a.proxy.Shutdown(ctx) != nil {
 		a.log.Warn("some transfers were cut; runtimes resume them directly", "after", drainTime)
 	}
-	waitFor(ctx, &a.doors.wg)
+	waitFor(ctx, a.listeners.Wait)
 	return err
 }
 
-// waitFor waits until all of a group has ended, and returns false when ctx is
-// done before.
-func waitFor(ctx context.Context, wg *sync.WaitGroup) bool {
+// waitFor returns true when wait has returned, and false when ctx is done
+// before.
+func waitFor(ctx context.Context, wait func()) bool {
 	done := make(chan struct{})
-	go func() { wg.Wait(); close(done) }()
+	go func() { wait(); close(done) }()
 	select {
 	case <-done:
 		return true
@@ -427,8 +428,8 @@ func (a *Agent) close() {
 		_ = a.kernel.Detach()
 	}
 	a.cancel()
-	if a.doors != nil {
-		a.doors.closeAll()
+	if a.listeners != nil {
+		a.listeners.CloseAll()
 	}
 	if a.kernel != nil {
 		_ = a.kernel.StopNews()
@@ -436,7 +437,7 @@ func (a *Agent) close() {
 	a.wg.Wait()
 	// What looks at a runtime's files waits as long as they do (NFS, FUSE).
 	ctx, cancel := context.WithTimeout(context.Background(), cutTime)
-	idle := a.runtimes == nil || waitFor(ctx, &a.runtimes.wg)
+	idle := a.runtimes == nil || waitFor(ctx, a.runtimes.wg.Wait)
 	cancel()
 	ctx, cancel = context.WithTimeout(context.Background(), cutTime)
 	defer cancel()
@@ -446,8 +447,8 @@ func (a *Agent) close() {
 	if a.adminL != nil {
 		a.adminL.Close()
 	}
-	if a.doors != nil {
-		waitFor(ctx, &a.doors.wg)
+	if a.listeners != nil {
+		waitFor(ctx, a.listeners.Wait)
 	}
 	switch {
 	case !idle:

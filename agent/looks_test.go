@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+	"weir/agent/internal/agenttest"
 	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/proxy/registry"
@@ -25,7 +26,7 @@ import (
 // user space that gives no answer until the process ends.
 func silentFS(t *testing.T, dir string) (pid int, end func()) {
 	t.Helper()
-	needRoot(t)
+	agenttest.Root(t)
 	cmd := exec.Command("sh", "-ec", `exec 3<>/dev/fuse
 mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 silent "$0"
 echo mounted

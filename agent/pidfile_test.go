@@ -8,10 +8,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"weir/agent/internal/agenttest"
 )
 
 func TestSecondAgentIsRefused(t *testing.T) {
-	needRoot(t)
+	agenttest.Root(t)
 	dir := t.TempDir()
 	left := filepath.Join(dir, pidFile) // by one that was killed, when others could read it
 	if err := os.WriteFile(left, nil, 0o644); err != nil {

@@ -27,7 +27,7 @@ import (
 
 // Probe addresses: what runtimes are asked to pull from, to see whether they
 // trust the CA. They are in the range for benchmarks (RFC 2544), which nobody
-// routes, and only the kernel side makes them lead somewhere: to the door.
+// routes, and only the kernel side makes them lead somewhere: to the listener.
 // Nothing is installed for the first one but the system's roots; the second has
 // a directory in each certs.d.
 var (
@@ -130,7 +130,7 @@ func newRuntimes(a *Agent, state *stateFile) *runtimes {
 // that Go gives a program (10,000).
 const maxEstablishing = 256
 
-// seed takes in what is running already: the runtimes, and for doors the oldest
+// seed takes in what is running already: the runtimes, and for listeners the oldest
 // process of each network namespace. What starts meanwhile is the kernel side's
 // to report.
 func (rs *runtimes) seed(cgroup string) error {
@@ -168,7 +168,7 @@ func (rs *runtimes) seed(cgroup string) error {
 		rs.mu.Unlock()
 	}
 	for _, p := range oldest {
-		rs.a.doors.arrived(bpf.Arrival{PID: p.PID})
+		rs.a.listeners.Arrived(bpf.Arrival{PID: p.PID})
 	}
 	return nil
 }
@@ -236,7 +236,7 @@ func (rs *runtimes) ended(pid int) {
 	rs.state.forget(pid)
 }
 
-// reconcile forgets processes whose end was not heard of, because the kernel
+// Reconcile forgets processes whose end was not heard of, because the kernel
 // side's news got lost or came before that of their start.
 func (rs *runtimes) reconcile() {
 	var gone []int
@@ -358,14 +358,14 @@ func (rt *runtimeProc) restartStep() string {
 	return "restart " + rt.kind.name + " (process " + fmt.Sprint(rt.PID) + ") when it suits you; it will then trust the CA from its start"
 }
 
-// establish opens a door for a runtime, puts the CA where it reads
+// establish opens a listener for a runtime, puts the CA where it reads
 // certificates, and finds out whether it trusts it.
 func (rs *runtimes) establish(rt *runtimeProc, seeded bool) {
-	// The door first, if it isn't there: until then a new process goes direct,
+	// The listener first, if it isn't there: until then a new process goes direct,
 	// and the kernel side notes that it may have read its roots.
-	if err := rs.a.doors.enter(rt.PID); err != nil {
+	if err := rs.a.listeners.Enter(rt.PID); err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
-			rs.passThrough(rt, "no door could be opened for it: "+err.Error(), "see the agent's log")
+			rs.passThrough(rt, "no listener could be opened for it: "+err.Error(), "see the agent's log")
 		}
 		return
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"weir/agent/internal/agenttest"
 	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/bpf"
@@ -95,7 +96,7 @@ func TestLedLingers(t *testing.T) {
 
 // What may have read its roots before the CA came isn't taken to trust it.
 func TestMayHaveRead(t *testing.T) {
-	needRoot(t)
+	agenttest.Root(t)
 	dir := t.TempDir()
 	root, err := trust.OpenRootDir(dir)
 	if err != nil {
@@ -137,7 +138,7 @@ func TestMayHaveRead(t *testing.T) {
 // What has ended isn't tracked any more, whatever was still being found out
 // about it: the next process of its number isn't it.
 func TestNotTrackedAfterEnd(t *testing.T) {
-	cgroup := ownCgroup(t)
+	cgroup := agenttest.Cgroup(t)
 	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: programs()})
 	if err != nil {
 		t.Fatal(err)
@@ -159,7 +160,7 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	pid := cmd.Process.Pid
-	until(t, "tracking", func() bool { _, ok := k.Mode(pid); return ok })
+	agenttest.Until(t, "tracking", func() bool { _, ok := k.Mode(pid); return ok })
 	p, err := procfs.Read(pid)
 	if err != nil {
 		t.Fatal(err)
@@ -186,7 +187,7 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 
 // Blobs are read in place where root of the node keeps them, and nowhere else.
 func TestIsNodes(t *testing.T) {
-	needRoot(t)
+	agenttest.Root(t)
 	lasting := trust.LastingRoots()
 	one := []syscall.SysProcIDMap{{HostID: 1000, Size: 1}}
 	for name, c := range map[string]struct {

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"weir/agent/internal/agenttest"
 	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/proxy/registry"
@@ -25,7 +26,7 @@ import (
 // What a user has given a runtime counts, but weir doesn't show a registry a
 // client certificate that the runtime's user may not be able to read.
 func TestUserSettings(t *testing.T) {
-	needRoot(t)
+	agenttest.Root(t)
 	home := t.TempDir()
 	dir := filepath.Join(home, ".config", trust.UserContainersCertsD, "registry.test")
 	cert, key := selfSigned(t)

@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"weir/agent/redirect"
 	"weir/bpf"
 	"weir/p2p"
 	"weir/proxy"
@@ -20,14 +21,14 @@ import (
 
 // Status is what /api/status shows.
 type Status struct {
-	Version    string           `json:"version"`
-	PID        int              `json:"pid"`
-	Started    time.Time        `json:"started"`
-	Cgroup     string           `json:"cgroup"`
-	DataDir    string           `json:"data_dir"`
-	Runtimes   []RuntimeStatus  `json:"runtimes"`
-	Doors      []DoorStatus     `json:"doors"`
-	Registries []registry.Stats `json:"registries"`
+	Version    string            `json:"version"`
+	PID        int               `json:"pid"`
+	Started    time.Time         `json:"started"`
+	Cgroup     string            `json:"cgroup"`
+	DataDir    string            `json:"data_dir"`
+	Runtimes   []RuntimeStatus   `json:"runtimes"`
+	Doors      []redirect.Status `json:"doors"`
+	Registries []registry.Stats  `json:"registries"`
 	// Waiting are registries that are passed through until the agent is
 	// restarted.
 	Waiting []string `json:"waiting,omitempty"`
@@ -49,7 +50,7 @@ func (a *Agent) Status() Status {
 	}
 	s := Status{
 		Version: a.conf.Version, PID: os.Getpid(), Started: a.started, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir,
-		Runtimes: a.runtimes.status(), Doors: a.doors.status(),
+		Runtimes: a.runtimes.status(), Doors: a.listeners.Status(),
 		Registries: a.registry.Stats(), Waiting: a.regs.waiting(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
 		Store: a.store.Stats(), Kernel: kernel,
 	}

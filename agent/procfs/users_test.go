@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"weir/agent/internal/agenttest"
 )
 
 func FuzzParseUsers(f *testing.F) {
@@ -59,9 +61,7 @@ func TestParseUsers(t *testing.T) {
 
 // A user whose process can't be dumped is still not root.
 func TestUserOf(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Fatal("needs root")
-	}
+	agenttest.Root(t)
 	sleep := filepath.Join(t.TempDir(), "sleep")
 	b, err := os.ReadFile("/bin/sleep")
 	if err := errors.Join(err, os.WriteFile(sleep, b, 0o111), os.Chmod(filepath.Dir(filepath.Dir(sleep)), 0o755)); err != nil {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package redirect
 
 import (
 	"context"
@@ -17,13 +17,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"weir/agent/internal/agenttest"
 )
 
 // inNewNetns runs a process in a network namespace of its own, with lo up or
 // not, and returns its pid.
 func inNewNetns(t *testing.T, loUp bool) int {
 	t.Helper()
-	needRoot(t)
+	agenttest.Root(t)
 	script := "echo; exec sleep 1000"
 	if loUp {
 		script = "ip link set lo up && ip addr add 203.0.113.7/32 dev lo && " + script
@@ -102,7 +103,7 @@ func TestNetns(t *testing.T) {
 		t.Error("it can be reached from outside")
 	}
 	if _, err := ns.dial(t.Context(), netip.MustParseAddrPort("203.0.113.7:1")); !errors.Is(err, unix.ECONNREFUSED) {
-		t.Errorf("a port where nobody listens: %v", err)
+		t.Errorf("a port without a listener: %v", err)
 	}
 	if _, err := ns.dial(t.Context(), netip.MustParseAddrPort("198.51.100.1:443")); !errors.Is(err, unix.ENETUNREACH) {
 		t.Errorf("no route: %v", err)
@@ -120,8 +121,8 @@ func TestNetns(t *testing.T) {
 	}
 }
 
-// A door's network namespace may be closed while a connection is being opened
-// there, that nobody waits for. It is opened there, or not at all: never where
+// A listener's network namespace may be closed while a connection is being opened
+// there, whose result isn't awaited. It is opened there, or not at all: never where
 // the descriptor's number leads next.
 func TestNetnsClosedMeanwhile(t *testing.T) {
 	pid := inNewNetns(t, true)
@@ -167,7 +168,7 @@ func TestNetnsDialCancelled(t *testing.T) {
 	}
 	defer ns.Close()
 	l := listenIn(t, ns, "127.0.0.1:0")
-	// Nobody accepts: once the backlog is full, SYNs get no answer.
+	// Nothing accepts: once the backlog is full, SYNs get no answer.
 	raw, _ := l.SyscallConn()
 	_ = raw.Control(func(fd uintptr) { _ = unix.Listen(int(fd), 0) })
 	addr := netip.MustParseAddrPort(l.Addr().String())
@@ -186,7 +187,7 @@ func TestNetnsDialCancelled(t *testing.T) {
 	}
 }
 
-// A door's listeners are there before the loopback interface is, and are reached
+// A listener's listeners are there before the loopback interface is, and are reached
 // once it is up; their ports are none that a program is given.
 func TestListenBeforeLoopback(t *testing.T) {
 	pid := inNewNetns(t, false)
@@ -203,7 +204,7 @@ func TestListenBeforeLoopback(t *testing.T) {
 	defer l6.Close()
 	for _, l := range []*net.TCPListener{l4, l6} {
 		addr := l.Addr().(*net.TCPAddr).AddrPort()
-		if p := addr.Port(); p < firstDoorPort || p > lastDoorPort {
+		if p := addr.Port(); p < firstPort || p > lastPort {
 			t.Errorf("port %d", p)
 		}
 		if c, err := ns.dial(t.Context(), addr); err == nil {
@@ -223,14 +224,15 @@ func TestListenBeforeLoopback(t *testing.T) {
 	}
 }
 
-// Who takes all the ports that doors have doesn't keep an agent from starting.
+// A program that takes all the ports that redirect listeners have doesn't keep an
+// agent from starting.
 func TestListenWhereAllIsTaken(t *testing.T) {
 	ns, err := openNetns(inNewNetns(t, true))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ns.Close()
-	for port := firstDoorPort; port <= lastDoorPort; port++ {
+	for port := firstPort; port <= lastPort; port++ {
 		listenIn(t, ns, fmt.Sprintf("127.0.0.1:%d", port))
 		listenIn(t, ns, fmt.Sprintf("[::1]:%d", port))
 	}
@@ -242,8 +244,8 @@ func TestListenWhereAllIsTaken(t *testing.T) {
 	l6.Close()
 }
 
-// The descriptors of many doors' namespaces are given back.
-func TestDoorsGiveBack(t *testing.T) {
+// The descriptors of many listeners' namespaces are given back.
+func TestDescriptorsAreGivenBack(t *testing.T) {
 	count := func() int {
 		fds, err := os.ReadDir("/proc/self/fd")
 		if err != nil {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package redirect
 
 import (
 	"context"
@@ -19,7 +19,7 @@ import (
 )
 
 // netns is a network namespace, held by descriptor. Holding one keeps it
-// alive, so it is closed with the last process that a door is open for.
+// alive, so it is closed with the last process that a listener is open for.
 type netns struct {
 	file *os.File
 	ino  uint64
@@ -90,9 +90,9 @@ func (n *netns) enter() error {
 	return entered
 }
 
-// A door's port is one of those that are assigned to nothing (IANA) and that the
+// A redirect listener's port is one of those that are assigned to nothing (IANA) and that the
 // kernel doesn't give out by itself, so that no program finds its own taken.
-const firstDoorPort, lastDoorPort = 29170, 29998
+const firstPort, lastPort = 29170, 29998
 
 // listen opens listeners on 127.0.0.1 and ::1, the second of which may be nil.
 // They can be had before the loopback interface is up.
@@ -107,7 +107,7 @@ func (n *netns) listen() (l4, l6 *net.TCPListener, err error) {
 	return l4, l6, err
 }
 
-// listenOn listens on a free port of a door's.
+// listenOn listens on a free port of those.
 func listenOn(network, host string) (*net.TCPListener, error) {
 	lc := net.ListenConfig{Control: func(network, _ string, c syscall.RawConn) (err error) {
 		if network != "tcp6" {
@@ -119,9 +119,9 @@ func listenOn(network, host string) (*net.TCPListener, error) {
 	}}
 	lc.SetMultipathTCP(false) // the kernel side marks plain TCP sockets
 	for try := 0; ; try++ {
-		port := firstDoorPort + rand.IntN(lastDoorPort-firstDoorPort+1)
+		port := firstPort + rand.IntN(lastPort-firstPort+1)
 		if try == 20 {
-			port = 0 // somebody has taken most of them
+			port = 0 // most of them are taken
 		}
 		l, err := lc.Listen(context.Background(), network, net.JoinHostPort(host, strconv.Itoa(port)))
 		if err == nil {
