@@ -31,6 +31,7 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sys/unix"
 	"weir/agent/redirect"
+	"weir/agent/service"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/p2p"
@@ -168,7 +169,7 @@ func (a *Agent) start() (err error) {
 			return err
 		}
 	}
-	if a.pidFile, err = lockRunDir(a.conf.RunDir); err != nil {
+	if a.pidFile, err = service.Lock(a.conf.RunDir); err != nil {
 		return err
 	}
 	if err := a.regs.load(a.conf.Registries, a.conf.RegistryFile); err != nil {
@@ -185,7 +186,7 @@ func (a *Agent) start() (err error) {
 	}
 
 	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
-		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log}
+		File: filepath.Join(a.conf.DataDir, service.TagsFile), Log: a.log}
 	if err := a.joinPeers(); err != nil {
 		return err
 	}
@@ -252,7 +253,7 @@ func (a *Agent) openData() error {
 	if err != nil {
 		return fmt.Errorf("opening the node's CA: %w", err)
 	}
-	if a.ledger, err = trust.OpenLedger(filepath.Join(a.conf.DataDir, ledgerFile)); err != nil {
+	if a.ledger, err = trust.OpenLedger(filepath.Join(a.conf.DataDir, service.LedgerFile)); err != nil {
 		return err
 	}
 	a.lasting = trust.LastingRoots()

@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"weir/agent/procfs"
+	"weir/agent/service"
 	"weir/bpf"
 	"weir/p2p"
 	"weir/proxy/registry"
@@ -273,7 +274,7 @@ func (d *doctor) clock() {
 func (d *doctor) agent(ctx context.Context) {
 	what := "--admin " + d.conf.Admin
 	d.status, d.running = askStatus(ctx, d.conf.Admin)
-	holder, held := pidFileHolder(d.conf.RunDir)
+	holder, held := service.Holder(d.conf.RunDir)
 	switch {
 	case d.running:
 		d.ok(fmt.Sprintf("the agent is running: weir %s, process %d", d.status.Version, d.status.PID))

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"weir/agent/service"
 	"weir/p2p"
 	"weir/proxy/registry"
 	"weir/proxy/store"
@@ -57,7 +58,7 @@ func (a *Agent) joinPeers() (err error) {
 		return err
 	}
 	a.peers, err = newPeers(a.ctx, a.store, p2p.Options{Listen: a.conf.PeerListen, Peers: a.conf.Peers, SwarmKey: key,
-		IdentityFile: filepath.Join(a.conf.DataDir, identityFile), UploadLimit: a.conf.PeerUpload, Log: a.log})
+		IdentityFile: filepath.Join(a.conf.DataDir, service.IdentityFile), UploadLimit: a.conf.PeerUpload, Log: a.log})
 	return err
 }
 

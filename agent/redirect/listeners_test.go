@@ -110,7 +110,7 @@ func TestOpensAhead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agenttest.Until(t, "waiting for a door", func() bool { return ls.of(ino) != nil })
+	agenttest.Until(t, "waiting for a listener", func() bool { return ls.of(ino) != nil })
 	rl := ls.of(ino)
 	for range 5 {
 		say("sh -c true; echo")
@@ -129,9 +129,9 @@ func TestOpensAhead(t *testing.T) {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	agenttest.Until(t, "waiting for another door", func() bool { now := ls.of(ino); return now != nil && now != rl })
+	agenttest.Until(t, "waiting for another listener", func() bool { now := ls.of(ino); return now != nil && now != rl })
 	stop()
-	agenttest.Until(t, "closing the door", func() bool {
+	agenttest.Until(t, "closing the listener", func() bool {
 		ls.mu.Lock()
 		defer ls.mu.Unlock()
 		return len(ls.open)+len(ls.at) == 0
@@ -151,7 +151,7 @@ func TestReconcile(t *testing.T) {
 	say("echo")
 	agenttest.Until(t, "noticing that it has gone", func() bool { ls.Reconcile(); return ls.of(before) == nil })
 	if err := ls.Enter(1 << 22); err == nil {
-		t.Error("a process that isn't there has a door")
+		t.Error("a process that isn't there has a listener")
 	}
 	ls.Arrived(bpf.Arrival{Netns: 1 << 40, PID: 1 << 22})
 }

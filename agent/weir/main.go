@@ -28,6 +28,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 	"weir/agent"
+	"weir/agent/service"
 	"weir/proxy/registry"
 	"weir/proxy/store"
 )
@@ -508,10 +509,10 @@ func installCommand() *cobra.Command {
 		Use:   "install",
 		Short: "Make weir a service of this machine, or the service's new version",
 		Long: "Copy this binary to /usr/local/bin, have systemd run it from now on and at each boot,\nand wait until it is ready. With a newer binary, this is the upgrade.\n\n" +
-			"Flags of the agent go into " + agent.SettingsFile + ", as WEIR_…; `systemctl restart weir` after a change.",
+			"Flags of the agent go into " + service.SettingsFile + ", as WEIR_…; `systemctl restart weir` after a change.",
 	}
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		vars, err := agent.Settings(agent.SettingsFile)
+		vars, err := service.Settings(service.SettingsFile)
 		if err != nil {
 			return err
 		}
@@ -525,7 +526,7 @@ func installCommand() *cobra.Command {
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)
 		defer cancel()
-		started, err := agent.Install(ctx)
+		started, err := service.Install(ctx)
 		if err != nil {
 			return err
 		}
@@ -567,7 +568,7 @@ func uninstallCommand() *cobra.Command {
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)
 		defer cancel()
-		removed, err := agent.Uninstall(ctx, conf)
+		removed, err := service.Uninstall(ctx, conf.DataDir, conf.RunDir)
 		for _, r := range removed {
 			fmt.Fprintln(cmd.OutOrStdout(), "removed", r)
 		}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package service
 
 import (
 	"fmt"
@@ -15,14 +15,14 @@ import (
 // pidFile is locked by the running agent, and names its process.
 const pidFile = "agent.pid"
 
-// lockRunDir makes this process the only agent with its run directory, until
+// Lock makes this process the only agent with its run directory, until
 // the file is closed.
-func lockRunDir(dir string) (*os.File, error) {
+func Lock(dir string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("making --run-dir: %w", err)
 	}
 	path := filepath.Join(dir, pidFile)
-	// Who can read it can hold the lock.
+	// A user that can read it can hold the lock.
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err == nil {
 		err = f.Chmod(0o600)
@@ -46,8 +46,8 @@ func lockRunDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// pidFileHolder returns the running agent that has locked a run directory.
-func pidFileHolder(runDir string) (pid int, running bool) {
+// Holder returns the running agent that has locked a run directory.
+func Holder(runDir string) (pid int, running bool) {
 	path := filepath.Join(runDir, pidFile)
 	f, err := os.Open(path)
 	if err != nil {

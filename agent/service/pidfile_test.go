@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package service
 
 import (
 	"fmt"
@@ -19,7 +19,7 @@ func TestSecondAgentIsRefused(t *testing.T) {
 	if err := os.WriteFile(left, nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	first, err := lockRunDir(dir)
+	first, err := Lock(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,7 +27,7 @@ func TestSecondAgentIsRefused(t *testing.T) {
 	if info, err := os.Stat(left); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("another user could hold the lock: %v, %v", info.Mode(), err)
 	}
-	_, err = lockRunDir(dir)
+	_, err = Lock(dir)
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
 		t.Errorf("the second one: %v", err)
 	}

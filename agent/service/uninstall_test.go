@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package service
 
 import (
 	"errors"
@@ -15,7 +15,7 @@ func TestRemoveOwnHalfWritten(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, n := range []string{tagsFile, tagsFile + ".1234567", identityFile, identityFile + ".7654321"} {
+	for _, n := range []string{TagsFile, TagsFile + ".1234567", IdentityFile, IdentityFile + ".7654321"} {
 		if err := os.WriteFile(filepath.Join(dir, n), []byte("secret"), 0o600); err != nil {
 			t.Fatal(err)
 		}

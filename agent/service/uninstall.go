@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package service
 
 import (
 	"context"
@@ -18,7 +18,7 @@ import (
 // Uninstall ends the service that [Install] made and any other running agent,
 // takes this node's CA out of every root file system that a runtime of the node
 // may read it from, and removes what weir has kept. It returns what it removed.
-func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
+func Uninstall(ctx context.Context, dataDir, runDir string) (removed []string, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("weir uninstall must run as root: it removes files that root has installed; use sudo")
 	}
@@ -27,15 +27,15 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 	if err != nil {
 		return removed, fmt.Errorf("removing the service: %w", err)
 	}
-	if err := stopAgent(ctx, conf.RunDir); err != nil {
+	if err := stopAgent(ctx, runDir); err != nil {
 		return removed, err
 	}
 	var errs []error
-	ledger, err := openLedgerIfAny(filepath.Join(conf.DataDir, ledgerFile))
+	ledger, err := openLedgerIfAny(filepath.Join(dataDir, LedgerFile))
 	if err != nil {
 		errs = append(errs, err)
 	}
-	own, _ := os.ReadFile(filepath.Join(conf.DataDir, "ca", "ca.crt"))
+	own, _ := os.ReadFile(filepath.Join(dataDir, "ca", "ca.crt"))
 	clean := func(open func() (*trust.Root, error), name string, uninstall func(*trust.Root) ([]string, error)) {
 		r, err := open()
 		if errors.Is(err, fs.ErrNotExist) {
@@ -98,7 +98,7 @@ func Uninstall(ctx context.Context, conf Config) (removed []string, err error) {
 		// The list of what was installed stays, for the next try.
 		return removed, errors.Join(errs...)
 	}
-	for _, dir := range []string{conf.DataDir, conf.RunDir} {
+	for _, dir := range []string{dataDir, runDir} {
 		gone, err := removeOwn(dir)
 		if err != nil {
 			errs = append(errs, err)
@@ -115,9 +115,9 @@ func openLedgerIfAny(path string) (*trust.Ledger, error) {
 	return trust.OpenLedger(path)
 }
 
-// ownEntries are what weir makes in its directories. Anything else that
-// somebody put there stays.
-var ownEntries = []string{"ca", "store", tagsFile, identityFile, ledgerFile, pidFile, "state.json", "state.json.new"}
+// ownEntries are what weir makes in its directories. Any other file
+// there stays.
+var ownEntries = []string{"ca", "store", TagsFile, IdentityFile, LedgerFile, pidFile, "state.json", "state.json.new"}
 
 func removeOwn(dir string) (removed []string, err error) {
 	paths := make([]string, 0, len(ownEntries))
@@ -125,7 +125,7 @@ func removeOwn(dir string) (removed []string, err error) {
 		paths = append(paths, filepath.Join(dir, e))
 	}
 	// What was being written when an agent was killed.
-	for _, e := range []string{tagsFile, identityFile} {
+	for _, e := range []string{TagsFile, IdentityFile} {
 		half, _ := filepath.Glob(filepath.Join(dir, e) + ".*")
 		paths = append(paths, half...)
 	}
@@ -151,7 +151,7 @@ func removeOwn(dir string) (removed []string, err error) {
 
 // stopAgent stops the agent that has locked a run directory, and waits for its end.
 func stopAgent(ctx context.Context, runDir string) error {
-	pid, running := pidFileHolder(runDir)
+	pid, running := Holder(runDir)
 	if !running {
 		return nil
 	}
@@ -183,9 +183,9 @@ func stopAgent(ctx context.Context, runDir string) error {
 	return fmt.Errorf("the agent (process %d) does not end; kill it and try again: %w", pid, ctx.Err())
 }
 
-// Files in the data directory.
+// Names of files in the data directory.
 const (
-	ledgerFile   = "installed.jsonl"
-	tagsFile     = "tags.json"
-	identityFile = "peer.key"
+	LedgerFile   = "installed.jsonl" // what was installed in root file systems
+	TagsFile     = "tags.json"       // what is known of registries
+	IdentityFile = "peer.key"        // this node's identity among peers
 )

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+// Package service makes weir a service of a machine, keeps a second agent from
+// starting beside a running one, and removes weir with all that it has left.
+package service
 
 import (
 	"bytes"
