@@ -31,6 +31,7 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sys/unix"
 	"weir/agent/redirect"
+	"weir/agent/registries"
 	"weir/agent/service"
 	"weir/agent/trust"
 	"weir/bpf"
@@ -120,7 +121,7 @@ type Agent struct {
 	lasting   map[trust.RootID]string // root file systems that outlive runtimes
 	ca        *trust.CA
 	ledger    *trust.Ledger
-	regs      registries
+	regs      registries.List
 	store     *store.Store
 	registry  *registry.Handler
 	proxy     *proxy.Proxy
@@ -172,7 +173,7 @@ func (a *Agent) start() (err error) {
 	if a.pidFile, err = service.Lock(a.conf.RunDir); err != nil {
 		return err
 	}
-	if err := a.regs.load(a.conf.Registries, a.conf.RegistryFile); err != nil {
+	if err := a.regs.Load(a.conf.Registries, a.conf.RegistryFile); err != nil {
 		return err
 	}
 	if err := a.openData(); err != nil {
@@ -200,9 +201,9 @@ func (a *Agent) start() (err error) {
 		options.Tracer = a.traces.Tracer("weir")
 	}
 	a.registry = registry.New(options)
-	ups := upstream.Config{Roots: a.regs.roots}
+	ups := upstream.Config{Roots: a.regs.Roots}
 	a.own = ups.NewNodeEgress()
-	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Node: a.own, Log: a.log})
+	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.Hosts, Leaves: a.ca, Registry: a.registry, Node: a.own, Log: a.log})
 	if err := a.listenExplicit(ups); err != nil {
 		return err
 	}
@@ -221,7 +222,8 @@ func (a *Agent) start() (err error) {
 	if err := a.beats(); err != nil {
 		return err
 	}
-	a.wg.Go(a.upkeep)
+	a.wg.Go(a.maintain)
+	a.wg.Go(func() { a.regs.Watch(a.ctx, a.ca.Permits, a.log) })
 	a.wg.Go(a.follow)
 	a.wg.Go(func() { a.listeners.Follow(a.ctx) })
 	if err := a.listeners.Enter(os.Getpid()); err != nil {
@@ -244,12 +246,8 @@ func (a *Agent) openData() error {
 	if err := os.MkdirAll(a.conf.DataDir, 0o700); err != nil {
 		return fmt.Errorf("making --data-dir: %w", err)
 	}
-	var names []string
-	for _, k := range a.regs.hosts.All() {
-		names = append(names, k.Host)
-	}
 	var err error
-	a.ca, err = trust.OpenCA(filepath.Join(a.conf.DataDir, "ca"), names, []netip.Addr{probeSystem, probeCertsD})
+	a.ca, err = trust.OpenCA(filepath.Join(a.conf.DataDir, "ca"), a.regs.Names(), []netip.Addr{probeSystem, probeCertsD})
 	if err != nil {
 		return fmt.Errorf("opening the node's CA: %w", err)
 	}
@@ -272,14 +270,6 @@ func (a *Agent) openData() error {
 		return fmt.Errorf("opening the store: %w", err)
 	}
 	return nil
-}
-
-// certsDHosts are the registries that get a directory in a certs.d.
-func (a *Agent) certsDHosts() (hosts []string) {
-	for _, k := range a.regs.hosts.All() {
-		hosts = append(hosts, k.Host)
-	}
-	return hosts
 }
 
 // beats starts telling the kernel side that the agent is alive. When that stops,
@@ -324,27 +314,23 @@ func (a *Agent) beat(timer io.Reader) {
 	}
 }
 
-// upkeep does from time to time what nothing happens for.
-func (a *Agent) upkeep() {
+// maintain does periodic maintenance: it notices what no event told of.
+func (a *Agent) maintain() {
 	tidy := time.NewTicker(30 * time.Second)
 	defer tidy.Stop()
-	registries := time.NewTicker(registryFileInterval)
-	defer registries.Stop()
 	for {
 		select {
 		case <-tidy.C:
 			a.runtimes.reconcile()
 			a.listeners.Reconcile()
 			a.history.add(time.Now(), trafficOf(a.registry.Stats()))
-		case <-registries.C:
-			a.regs.reload(a.ca.Permits, a.log)
 		case <-a.ctx.Done():
 			return
 		}
 	}
 }
 
-// follow takes in what the kernel side reports about processes.
+// follow handles the kernel side's events about processes.
 func (a *Agent) follow() {
 	for {
 		ev, err := a.kernel.Next()

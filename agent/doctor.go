@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"weir/agent/procfs"
+	"weir/agent/registries"
 	"weir/agent/service"
 	"weir/bpf"
 	"weir/p2p"
@@ -353,13 +354,13 @@ const reachTime = 5 * time.Second
 // reachable tries whether registries can be reached from here, and verified: the
 // ones that most images come from, and those that were added.
 func (d *doctor) reachable(ctx context.Context) {
-	var rs registries
-	if err := rs.load(d.conf.Registries, d.conf.RegistryFile); err != nil {
+	var rs registries.List
+	if err := rs.Load(d.conf.Registries, d.conf.RegistryFile); err != nil {
 		d.problem("registries", err.Error(), "")
 		return
 	}
 	hosts := []string{registry.DockerHub, "ghcr.io", "quay.io", "registry.k8s.io"}
-	for _, k := range rs.hosts.All() {
+	for _, k := range rs.Hosts.All() {
 		if !slices.Contains(registry.WellKnown, k) {
 			hosts = append(hosts, k.Host)
 		}
@@ -369,7 +370,7 @@ func (d *doctor) reachable(ctx context.Context) {
 	errs := make([]error, len(hosts))
 	var wg sync.WaitGroup
 	for i, host := range hosts {
-		wg.Go(func() { errs[i] = greet(ctx, host, rs.roots(host)) })
+		wg.Go(func() { errs[i] = greet(ctx, host, rs.Roots(host)) })
 	}
 	wg.Wait()
 	var unreachable []string

@@ -33,7 +33,7 @@ func (l *listener) close() {
 // listenExplicit opens the mirror and the forward proxy, if they are wanted.
 func (a *Agent) listenExplicit(ups upstream.Config) error {
 	if a.conf.MirrorListen != "" {
-		if _, ok := a.regs.hosts.Named(a.conf.MirrorDefault); !ok {
+		if _, ok := a.regs.Hosts.Named(a.conf.MirrorDefault); !ok {
 			return fmt.Errorf("--mirror-default %q is not a known registry; name one, such as %s", a.conf.MirrorDefault, DefaultMirror)
 		}
 		e := ups.NewNodeEgress()

@@ -542,7 +542,7 @@ func (rs *runtimes) proveCertsD(rt *runtimeProc, root *trust.Root, host string) 
 	dirs := certsDOf(rt, root)
 	for _, dir := range dirs {
 		place := trust.Places{CertsD: []string{dir}}
-		res := rs.a.ca.Install(root, place, rs.a.certsDHosts())
+		res := rs.a.ca.Install(root, place, rs.a.regs.Names())
 		rs.record(host, res)
 		coverage := res.CertsD[dir]
 		if !coverage.Covers(probeCertsD.String()) {
@@ -921,7 +921,7 @@ func (rs *runtimes) status() []RuntimeStatus {
 	all := slices.Collect(maps.Values(rs.all))
 	rs.mu.Unlock()
 	slices.SortFunc(all, func(a, b *runtimeProc) int { return a.PID - b.PID })
-	hosts := rs.a.certsDHosts()
+	hosts := rs.a.regs.Names()
 	found := make([]RuntimeStatus, 0, len(all))
 	for _, rt := range all {
 		rt.mu.Lock()

@@ -51,7 +51,7 @@ func (a *Agent) Status() Status {
 	s := Status{
 		Version: a.conf.Version, PID: os.Getpid(), Started: a.started, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir,
 		Runtimes: a.runtimes.status(), Doors: a.listeners.Status(),
-		Registries: a.registry.Stats(), Waiting: a.regs.waiting(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
+		Registries: a.registry.Stats(), Waiting: a.regs.Waiting(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
 		Store: a.store.Stats(), Kernel: kernel,
 	}
 	if a.peers != nil {

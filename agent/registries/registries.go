@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+// Package registries has the registries that an operator has named beside the
+// well-known ones, by flags and by a file that is read again when it changes.
+package registries
 
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/x509"
 	"fmt"
 	"log/slog"
@@ -18,14 +21,14 @@ import (
 	"weir/proxy/registry"
 )
 
-// registryFileInterval is how often it is looked whether --registry-file has
+// fileInterval is how often it is looked whether --registry-file has
 // changed.
-const registryFileInterval = 2 * time.Second
+const fileInterval = 2 * time.Second
 
-// registries are the registries that a user has added, and what they are
-// verified with.
-type registries struct {
-	hosts registry.Hosts
+// List are the registries that an operator has named, and what they are
+// verified with. The zero value has the well-known ones.
+type List struct {
+	Hosts registry.Hosts
 	flags []string
 	file  string
 
@@ -35,8 +38,8 @@ type registries struct {
 	missing []string // the CA may not speak for them
 }
 
-// load reads the flags and the file.
-func (rs *registries) load(flags []string, file string) error {
+// Load reads the flags and the file.
+func (rs *List) Load(flags []string, file string) error {
 	rs.flags, rs.file = flags, file
 	if file != "" {
 		var err error
@@ -48,7 +51,7 @@ func (rs *registries) load(flags []string, file string) error {
 }
 
 // set makes known what the flags and the file's content name.
-func (rs *registries) set(content []byte) error {
+func (rs *List) set(content []byte) error {
 	var hosts []string
 	pools := make(map[string]*x509.CertPool)
 	add := func(where, spec string) error {
@@ -83,7 +86,7 @@ func (rs *registries) set(content []byte) error {
 	rs.mu.Lock()
 	rs.pools = pools
 	rs.mu.Unlock()
-	rs.hosts.Set(hosts...)
+	rs.Hosts.Set(hosts...)
 	return nil
 }
 
@@ -110,31 +113,54 @@ func parseRegistry(where, spec string) (host string, pool *x509.CertPool, err er
 	return host, pool, nil
 }
 
-// roots returns what a registry is verified with, nil for the system's roots.
-func (rs *registries) roots(host string) *x509.CertPool {
+// Roots returns what a registry is verified with, nil for the system's roots.
+func (rs *List) Roots(host string) *x509.CertPool {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
 	return rs.pools[host]
 }
 
-// reload reads the file again if it has changed. permits says for which hosts
-// the CA may speak: others have to wait until the agent starts anew, when the
-// CA's certificate is made anew.
-func (rs *registries) reload(permits func(host string) bool, log *slog.Logger) {
+// Names are the names of all registries that are known.
+func (rs *List) Names() (names []string) {
+	for _, k := range rs.Hosts.All() {
+		names = append(names, k.Host)
+	}
+	return names
+}
+
+// Watch reads the file again whenever it has changed, until ctx is done. permits
+// is as in reload.
+func (rs *List) Watch(ctx context.Context, permits func(host string) bool, log *slog.Logger) {
 	if rs.file == "" {
 		return
 	}
+	t := time.NewTicker(fileInterval)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			rs.reload(permits, log)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// reload reads the file again if it has changed. permits says for which hosts
+// the CA may speak: others have to wait until the agent starts anew, when the
+// CA's certificate is made anew.
+func (rs *List) reload(permits func(host string) bool, log *slog.Logger) {
 	content, err := os.ReadFile(rs.file)
 	if err != nil || bytes.Equal(content, rs.content) {
 		return // between two versions of it, maybe
 	}
 	rs.content = content
 	if err := rs.set(content); err != nil {
-		log.Error("the registries are left as they were", "err", err)
+		log.Error("--registry-file has an error; the registries stay as they were", "err", err)
 		return
 	}
 	var missing []string
-	for _, k := range rs.hosts.All() {
+	for _, k := range rs.Hosts.All() {
 		name := k.Host
 		if h, _, err := net.SplitHostPort(name); err == nil {
 			name = h
@@ -146,14 +172,14 @@ func (rs *registries) reload(permits func(host string) bool, log *slog.Logger) {
 	rs.mu.Lock()
 	rs.missing = missing
 	rs.mu.Unlock()
-	log.Info("the registries were read again", "file", rs.file)
+	log.Info("read --registry-file again", "file", rs.file)
 	if len(missing) > 0 {
 		log.Warn("registries are passed through until the agent is restarted: its CA was made without them", "registries", missing)
 	}
 }
 
-// waiting are the registries that need a restart of the agent.
-func (rs *registries) waiting() []string {
+// Waiting are the registries that need a restart of the agent.
+func (rs *List) Waiting() []string {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
 	return slices.Clone(rs.missing)

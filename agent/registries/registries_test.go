@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package registries
 
 import (
 	"log/slog"
@@ -33,17 +33,17 @@ func TestRegistries(t *testing.T) {
 		}
 	}
 	write("# ours\nlisted.a.test # for now\n\n")
-	var rs registries
-	if err := rs.load([]string{"Plain.test", "own.test:5000=" + pem}, file); err != nil {
+	var rs List
+	if err := rs.Load([]string{"Plain.test", "own.test:5000=" + pem}, file); err != nil {
 		t.Fatal(err)
 	}
-	if rs.roots("plain.test") != nil || rs.roots("own.test:5000") == nil || rs.roots("own.test") != nil {
+	if rs.Roots("plain.test") != nil || rs.Roots("own.test:5000") == nil || rs.Roots("own.test") != nil {
 		t.Error("the wrong registry has a CA of its own")
 	}
 	known := func(want string) {
 		t.Helper()
 		var got []string
-		for _, k := range rs.hosts.All()[len(registry.WellKnown):] {
+		for _, k := range rs.Hosts.All()[len(registry.WellKnown):] {
 			got = append(got, k.Host)
 		}
 		if strings.Join(got, " ") != want {
@@ -57,7 +57,7 @@ func TestRegistries(t *testing.T) {
 		return ca.Permits(host) || host == "plain.test" || host == "own.test" || slices.ContainsFunc(registry.WellKnown, func(k registry.Known) bool { return k.Host == host })
 	}, slog.Default())
 	known("plain.test own.test:5000 new.a.test else.test")
-	if got := rs.waiting(); len(got) != 1 || got[0] != "else.test" {
+	if got := rs.Waiting(); len(got) != 1 || got[0] != "else.test" {
 		t.Errorf("%q wait for a restart", got)
 	}
 	// One that makes no sense doesn't.
@@ -72,8 +72,8 @@ func TestRegistries(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, bad := range []string{"", "=" + pem, "x.test=" + filepath.Join(dir, "none"), "x.test=" + empty} {
-		var rs registries
-		if err := rs.load([]string{bad}, ""); err == nil || strings.Contains(err.Error(), "\n") || !utf8.ValidString(err.Error()) {
+		var rs List
+		if err := rs.Load([]string{bad}, ""); err == nil || strings.Contains(err.Error(), "\n") || !utf8.ValidString(err.Error()) {
 			t.Errorf("--registry %q: %v", bad, err)
 		}
 	}
@@ -89,15 +89,15 @@ func FuzzRegistryFile(f *testing.F) {
 		if strings.Contains(string(content), "=") {
 			return
 		}
-		var rs registries
+		var rs List
 		if rs.set(content) != nil {
 			return
 		}
-		for _, k := range rs.hosts.All() {
+		for _, k := range rs.Hosts.All() {
 			if k.Host == "" || strings.ContainsAny(k.Host, "/ \t\n") {
 				t.Errorf("the registry %q of %q", k.Host, content)
 			}
-			if known, ok := rs.hosts.Find(k.Host); !ok || known.Host != k.Host {
+			if known, ok := rs.Hosts.Find(k.Host); !ok || known.Host != k.Host {
 				t.Errorf("%q isn't found: %+v", k.Host, known)
 			}
 		}
