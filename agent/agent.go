@@ -21,9 +21,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 	"weir/agent/redirect"
 	"weir/agent/registries"
+	"weir/agent/runtimes"
 	"weir/agent/service"
 	"weir/agent/trust"
 	"weir/bpf"
@@ -118,7 +119,6 @@ type Agent struct {
 	wg     sync.WaitGroup // what uses the kernel side until then
 
 	pidFile   *os.File
-	lasting   map[trust.RootID]string // root file systems that outlive runtimes
 	ca        *trust.CA
 	ledger    *trust.Ledger
 	regs      registries.List
@@ -127,7 +127,7 @@ type Agent struct {
 	proxy     *proxy.Proxy
 	kernel    *bpf.Kernel
 	listeners *redirect.Listeners
-	runtimes  *runtimes
+	runtimes  *runtimes.Runtimes
 	admin     *http.Server
 	adminL    net.Listener
 	own       *upstream.Egress // for what is prefetched, and to see what is down
@@ -211,14 +211,15 @@ func (a *Agent) start() (err error) {
 	a.kernel, err = bpf.Load(bpf.Options{
 		Cgroup: a.conf.Cgroup,
 		Ports:  a.conf.Ports,
-		Probes: []netip.Addr{probeSystem, probeCertsD},
-		Names:  programs(),
+		Probes: runtimes.Probes,
+		Names:  runtimes.Programs(),
 	})
 	if err != nil {
 		return fmt.Errorf("%w; `weir doctor` tells more", err)
 	}
 	a.listeners = redirect.New(a.kernel, ups, a.serve, a.log)
-	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
+	a.runtimes = runtimes.New(a.ctx, runtimes.Options{Kernel: a.kernel, Listeners: a.listeners, Content: a.store, CA: a.ca, Ledger: a.ledger,
+		Lasting: trust.LastingRoots(), Registries: a.regs.Names, Ports: a.conf.Ports, RunDir: a.conf.RunDir, Log: a.log})
 	if err := a.beats(); err != nil {
 		return err
 	}
@@ -229,7 +230,7 @@ func (a *Agent) start() (err error) {
 	if err := a.listeners.Enter(os.Getpid()); err != nil {
 		return err
 	}
-	if err := a.runtimes.seed(a.conf.Cgroup); err != nil {
+	if err := a.runtimes.Seed(a.conf.Cgroup); err != nil {
 		return err
 	}
 	for _, l := range a.explicit {
@@ -247,14 +248,13 @@ func (a *Agent) openData() error {
 		return fmt.Errorf("making --data-dir: %w", err)
 	}
 	var err error
-	a.ca, err = trust.OpenCA(filepath.Join(a.conf.DataDir, "ca"), a.regs.Names(), []netip.Addr{probeSystem, probeCertsD})
+	a.ca, err = trust.OpenCA(filepath.Join(a.conf.DataDir, "ca"), a.regs.Names(), runtimes.Probes)
 	if err != nil {
 		return fmt.Errorf("opening the node's CA: %w", err)
 	}
 	if a.ledger, err = trust.OpenLedger(filepath.Join(a.conf.DataDir, service.LedgerFile)); err != nil {
 		return err
 	}
-	a.lasting = trust.LastingRoots()
 
 	var fs unix.Statfs_t
 	if err := unix.Statfs(a.conf.DataDir, &fs); err != nil {
@@ -321,7 +321,7 @@ func (a *Agent) maintain() {
 	for {
 		select {
 		case <-tidy.C:
-			a.runtimes.reconcile()
+			a.runtimes.Reconcile()
 			a.listeners.Reconcile()
 			a.history.add(time.Now(), trafficOf(a.registry.Stats()))
 		case <-a.ctx.Done():
@@ -342,9 +342,9 @@ func (a *Agent) follow() {
 		}
 		switch ev.Kind {
 		case bpf.Exec:
-			a.runtimes.started(ev)
+			a.runtimes.Started(ev)
 		case bpf.Exit:
-			a.runtimes.ended(ev.PID)
+			a.runtimes.Ended(ev.PID)
 		case bpf.Gone:
 			a.listeners.Gone(ev.PID)
 		}
@@ -361,20 +361,20 @@ func (a *Agent) serve(d *redirect.Listener, c *net.TCPConn, t redirect.Admission
 		t.Closed()
 		return
 	}
-	if addr := origin.Dst.Addr(); addr == probeSystem || addr == probeCertsD {
-		a.answerProbe(c, origin.PID, addr)
+	if addr := origin.Dst.Addr(); slices.Contains(runtimes.Probes, addr) {
+		a.runtimes.AnswerProbe(c, origin.PID, addr)
 		t.Closed()
 		return
 	}
 	f := proxy.Flow{Dst: origin.Dst, Place: d.NetworkID, Egress: d.Egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.Direct, Closed: t.Closed}
-	if rt := a.runtimes.find(origin.PID); rt != nil {
-		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.PID)
-		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.trusts(rt, name) }
+	if rt := a.runtimes.Find(origin.PID); rt != nil {
+		f.Client = rt.String()
+		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.Trusts(rt, name) }
 		f.Settings = func(known registry.Known, host string) (upstream.Settings, error) {
-			return bounded(a.runtimes, rt, func() (upstream.Settings, error) { return settings(rt, known, host) })
+			return a.runtimes.Settings(rt, known, host)
 		}
-		f.Accepted = func() { a.runtimes.accepted(rt) }
-		f.Rejected = func(host string, err error) { a.runtimes.rejected(rt, host, err) }
+		f.Accepted = func() { a.runtimes.Accepted(rt) }
+		f.Rejected = func(host string, err error) { a.runtimes.Rejected(rt, host, err) }
 	}
 	a.proxy.Serve(a.ctx, c, f)
 }
@@ -424,7 +424,7 @@ func (a *Agent) close() {
 	a.wg.Wait()
 	// What looks at a runtime's files waits as long as they do (NFS, FUSE).
 	ctx, cancel := context.WithTimeout(context.Background(), cutTime)
-	idle := a.runtimes == nil || waitFor(ctx, a.runtimes.wg.Wait)
+	idle := a.runtimes == nil || waitFor(ctx, a.runtimes.Wait)
 	cancel()
 	ctx, cancel = context.WithTimeout(context.Background(), cutTime)
 	defer cancel()

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"weir/agent/runtimes"
 	"weir/p2p"
 	"weir/proxy/registry"
 )
@@ -69,14 +70,14 @@ var wordRE = regexp.MustCompile(`^[A-Za-z0-9()\[\]._:+/@#-]{1,255}$`)
 
 // figures are this node's.
 func (a *Agent) figures() NodeFigures {
-	runtimes, kept := a.runtimes.status(), a.store.Stats()
-	f := NodeFigures{Version: a.conf.Version, Figures: Figures{Runtimes: int64(len(runtimes)), Registries: most(a.registry.Stats()),
+	all, kept := a.runtimes.Status(), a.store.Stats()
+	f := NodeFigures{Version: a.conf.Version, Figures: Figures{Runtimes: int64(len(all)), Registries: most(a.registry.Stats()),
 		StoreBlobs: int64(kept.Blobs), StoreBytes: kept.Bytes, StoreMaxBytes: kept.MaxBytes}}
 	if a.peers != nil {
 		f.ID = a.peers.ID()
 	}
-	for _, r := range runtimes {
-		if r.Reach == ReachIntercepted {
+	for _, r := range all {
+		if r.Reach == runtimes.ReachIntercepted {
 			f.Intercepted++
 		}
 	}

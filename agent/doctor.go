@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 	"weir/agent/procfs"
 	"weir/agent/registries"
+	"weir/agent/runtimes"
 	"weir/agent/service"
 	"weir/bpf"
 	"weir/p2p"
@@ -409,42 +410,32 @@ func greet(ctx context.Context, host string, roots *x509.CertPool) error {
 	return c.Close()
 }
 
-// runtimes looks at each runtime's own settings and, with an agent running, at
+// Runtimes looks at each runtime's own settings and, with an agent running, at
 // how it is treated.
 func (d *doctor) runtimes() {
-	pids, err := procfs.InCgroup(d.conf.Cgroup)
+	all, err := runtimes.Running(d.conf.Cgroup)
 	if err != nil {
 		d.problem("runtimes", err.Error(), "choose the cgroup2 directory that the runtimes are in with --cgroup")
 		return
 	}
-	n := 0
-	for _, pid := range pids {
-		p, err := procfs.Read(pid)
-		if err != nil {
-			continue
-		}
-		k := kindOf(p.Comm, p.Exe)
-		if k == nil {
-			continue
-		}
-		n++
-		what, found := fmt.Sprintf("%s (process %d)", k.name, p.PID), len(d.findings)
-		if slices.ContainsFunc(procfs.Strings(pid, "environ"), proxied) {
+	for _, rt := range all {
+		what, found := fmt.Sprintf("%s (process %d)", rt.Name(), rt.PID), len(d.findings)
+		if slices.ContainsFunc(procfs.Strings(rt.PID, "environ"), proxied) {
 			d.warn(what, "it has a proxy set in its environment, so its pulls don't go to registries directly and are passed through",
 				"exempt its registries with NO_PROXY, or leave it so")
 		}
-		if mirrors := mirrorsOf(&runtimeProc{Process: p, kind: k}); len(mirrors) > 0 {
+		if mirrors := rt.Mirrors(); len(mirrors) > 0 {
 			d.warn(what, "it has mirrors configured, which it asks first and weir doesn't know: "+strings.Join(mirrors, ", "),
 				"take them out of its configuration to have weir in their place, or leave it so")
 		}
-		if i := slices.IndexFunc(d.status.Runtimes, func(r RuntimeStatus) bool { return r.PID == pid && r.Reach == ReachPassthrough }); i >= 0 {
+		if i := slices.IndexFunc(d.status.Runtimes, func(r runtimes.Status) bool { return r.PID == rt.PID && r.Reach == runtimes.ReachPassthrough }); i >= 0 {
 			d.warn(what, "it is passed through: "+d.status.Runtimes[i].Reason, d.status.Runtimes[i].Step)
 		}
 		if len(d.findings) == found {
 			d.ok(what)
 		}
 	}
-	if n == 0 {
+	if len(all) == 0 {
 		d.warn("runtimes", "no container runtime is running in "+d.conf.Cgroup, "nothing to do: weir will see it when it starts")
 	}
 }

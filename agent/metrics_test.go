@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"weir/agent/runtimes"
 )
 
 // What the rules and the dashboard ask for is what the agent has, with the
@@ -23,7 +25,7 @@ func TestMonitoringNames(t *testing.T) {
 	if !have["weir_build_info"] || !have["weir_registry_bytes_total"] {
 		t.Fatalf("the metrics' names aren't found: %v", have)
 	}
-	values := map[string]string{"reach": ReachIntercepted + " " + ReachPassthrough + " " + ReachStarting, "source": "store peers upstream", "result": "hit miss"}
+	values := map[string]string{"reach": runtimes.ReachIntercepted + " " + runtimes.ReachPassthrough + " " + runtimes.ReachStarting, "source": "store peers upstream", "result": "hit miss"}
 	for _, file := range []string{"rules.yaml", "rules_test.yaml", "dashboard.json"} {
 		b, err := os.ReadFile("../deploy/monitoring/" + file)
 		if err != nil {

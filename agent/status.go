@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"weir/agent/redirect"
+	"weir/agent/runtimes"
 	"weir/bpf"
 	"weir/p2p"
 	"weir/proxy"
@@ -26,7 +27,7 @@ type Status struct {
 	Started    time.Time         `json:"started"`
 	Cgroup     string            `json:"cgroup"`
 	DataDir    string            `json:"data_dir"`
-	Runtimes   []RuntimeStatus   `json:"runtimes"`
+	Runtimes   []runtimes.Status `json:"runtimes"`
 	Doors      []redirect.Status `json:"doors"`
 	Registries []registry.Stats  `json:"registries"`
 	// Waiting are registries that are passed through until the agent is
@@ -50,7 +51,7 @@ func (a *Agent) Status() Status {
 	}
 	s := Status{
 		Version: a.conf.Version, PID: os.Getpid(), Started: a.started, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir,
-		Runtimes: a.runtimes.status(), Doors: a.listeners.Status(),
+		Runtimes: a.runtimes.Status(), Doors: a.listeners.Status(),
 		Registries: a.registry.Stats(), Waiting: a.regs.Waiting(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
 		Store: a.store.Stats(), Kernel: kernel,
 	}

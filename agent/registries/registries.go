@@ -26,7 +26,7 @@ import (
 const fileInterval = 2 * time.Second
 
 // List are the registries that an operator has named, and what they are
-// verified with. The zero value has the well-known ones.
+// verified with.
 type List struct {
 	Hosts registry.Hosts
 	flags []string

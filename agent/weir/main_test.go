@@ -26,6 +26,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"weir/agent"
+	"weir/agent/runtimes"
 	"weir/bpf"
 	"weir/proxy"
 	"weir/proxy/registry"
@@ -277,9 +278,9 @@ func TestPrintStatus(t *testing.T) {
 	var out bytes.Buffer
 	err := printStatus(&out, agent.Status{
 		Version: "v1", PID: 7, Started: time.Now(),
-		Runtimes: []agent.RuntimeStatus{
-			{Kind: "dockerd", PID: 1, Reach: agent.ReachIntercepted, Trust: "because"},
-			{Kind: "containerd", PID: 2, Reach: agent.ReachPassthrough, Reason: "it was there before", Step: "restart it", Except: map[string]string{"quay.io": "a hosts.toml decides"}},
+		Runtimes: []runtimes.Status{
+			{Kind: "dockerd", PID: 1, Reach: runtimes.ReachIntercepted, Trust: "because"},
+			{Kind: "containerd", PID: 2, Reach: runtimes.ReachPassthrough, Reason: "it was there before", Step: "restart it", Except: map[string]string{"quay.io": "a hosts.toml decides"}},
 		},
 	})
 	if err != nil {
@@ -308,7 +309,7 @@ func TestStatusIsPlain(t *testing.T) {
 	const evil = "a\x1b[2J\x1b]0;b\a\nall is well\r\u202e\t"
 	var b bytes.Buffer
 	err := printStatus(&b, agent.Status{
-		Runtimes:     []agent.RuntimeStatus{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
+		Runtimes:     []runtimes.Status{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
 		Registries:   []registry.Stats{{Registry: evil}},
 		UnknownHosts: []proxy.Unknown{{Host: evil, Registry: true}, {Host: evil, Problem: evil}},
 	})

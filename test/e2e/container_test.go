@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"weir/agent"
+	"weir/agent/runtimes"
 	"weir/test/lab"
 )
 
@@ -82,7 +83,7 @@ func TestAgentInContainer(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if !slices.ContainsFunc(s.Runtimes, func(r agent.RuntimeStatus) bool { return r.PID == pid && r.Reach == agent.ReachIntercepted }) {
+			if !slices.ContainsFunc(s.Runtimes, func(r runtimes.Status) bool { return r.PID == pid && r.Reach == runtimes.ReachIntercepted }) {
 				return fmt.Errorf("process %d is not intercepted: %+v", pid, s.Runtimes)
 			}
 			return nil

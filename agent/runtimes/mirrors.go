@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"encoding/json"
@@ -13,9 +13,9 @@ import (
 	"weir/agent/trust"
 )
 
-// mirrorsOf returns the mirrors that a runtime was told to ask before the
+// Mirrors returns the mirrors that the runtime was told to ask before the
 // registries themselves.
-func mirrorsOf(rt *runtimeProc) (mirrors []string) {
+func (rt *Runtime) Mirrors() (mirrors []string) {
 	add := func(all ...string) {
 		for _, m := range all {
 			if !slices.Contains(mirrors, m) {

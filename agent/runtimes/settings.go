@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"crypto/sha256"
@@ -24,12 +24,17 @@ import (
 // maxSetting bounds a file of certificates.
 const maxSetting = 1 << 20
 
+// Settings is settings, and an error when a runtime's files can't be read in time.
+func (rs *Runtimes) Settings(rt *Runtime, known registry.Known, host string) (upstream.Settings, error) {
+	return bounded(rs, rt, func() (upstream.Settings, error) { return settings(rt, known, host) })
+}
+
 // settings returns what a runtime's certs.d directories have for a registry:
 // CAs (*.crt) that it trusts beside the system's, and certificates (*.cert with
 // their *.key) that it can show (Docker, "Verify repository client with
 // certificates"; containers-certs.d(5)). weir speaks to the registry in the
 // runtime's place, so it has to verify and to show the same.
-func settings(rt *runtimeProc, known registry.Known, host string) (s upstream.Settings, err error) {
+func settings(rt *Runtime, known registry.Known, host string) (s upstream.Settings, err error) {
 	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		return s, err

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"fmt"
@@ -17,7 +17,7 @@ func TestState(t *testing.T) {
 	dir := t.TempDir()
 	log := slog.New(slog.DiscardHandler)
 	s := openState(dir, "cert1", log)
-	rt := &runtimeProc{Process: procfs.Process{PID: 7, Start: 5 * time.Second}}
+	rt := &Runtime{Process: procfs.Process{PID: 7, Start: 5 * time.Second}}
 	if s.installedBefore("/", time.Hour) || s.remembers(rt) != rememberedNothing {
 		t.Error("something out of nothing")
 	}
@@ -31,7 +31,7 @@ func TestState(t *testing.T) {
 	if s.remembers(rt) != rememberedSystem {
 		t.Error("a runtime is forgotten")
 	}
-	if s.remembers(&runtimeProc{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != rememberedNothing {
+	if s.remembers(&Runtime{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != rememberedNothing {
 		t.Error("a later process with the same pid is taken for the earlier one")
 	}
 	s.refused(rt)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"encoding/json"
@@ -100,7 +100,7 @@ func (f *stateFile) installedBefore(root string, start time.Duration) bool {
 
 // remember notes that a runtime trusts the CA through its roots, which it keeps
 // for life.
-func (f *stateFile) remember(rt *runtimeProc) {
+func (f *stateFile) remember(rt *Runtime) {
 	rt.mu.Lock()
 	certsD := rt.rests.certsD != nil
 	rt.mu.Unlock()
@@ -111,9 +111,9 @@ func (f *stateFile) remember(rt *runtimeProc) {
 }
 
 // refused notes that a runtime must not be tried again.
-func (f *stateFile) refused(rt *runtimeProc) { f.note(rt, true) }
+func (f *stateFile) refused(rt *Runtime) { f.note(rt, true) }
 
-func (f *stateFile) note(rt *runtimeProc, refused bool) {
+func (f *stateFile) note(rt *Runtime, refused bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.drop(rt.PID)
@@ -139,7 +139,7 @@ func (f *stateFile) drop(pid int) bool {
 	return false
 }
 
-func (f *stateFile) remembers(rt *runtimeProc) remembered {
+func (f *stateFile) remembers(rt *Runtime) remembered {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, r := range f.s.Runtimes {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"crypto/ecdsa"
@@ -44,7 +44,7 @@ func TestUserSettings(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		rt := &runtimeProc{Process: procfs.Process{PID: cmd.Process.Pid}, kind: kindOf("podman")}
+		rt := &Runtime{Process: procfs.Process{PID: cmd.Process.Pid}, kind: kindOf("podman")}
 		s, err := settings(rt, registry.Known{}, "registry.test")
 		if uid == 0 && (err != nil || len(s.Certificates) != 1 || s.Roots == nil) || uid != 0 && err == nil {
 			t.Errorf("user %d: %+v, %v", uid, s, err)

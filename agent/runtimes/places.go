@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"path/filepath"
@@ -49,7 +49,7 @@ func placesOf(pid int) (trust.Places, error) {
 // run themselves once more. Its ancestors lead to the builder past runc alone,
 // where those of a container that is run lead to its shim. Kaniko builds in its
 // own root file system, the others don't.
-func inImage(rt *runtimeProc, root *trust.Root) bool {
+func inImage(rt *Runtime, root *trust.Root) bool {
 	for pid := rt.Parent; pid > 1; {
 		p, err := procfs.Read(pid)
 		if err != nil || strings.HasPrefix(p.Comm, "containerd-shim") || p.Comm == "conmon" {
@@ -71,7 +71,7 @@ func inImage(rt *runtimeProc, root *trust.Root) bool {
 }
 
 // userSettings are the certs.d directories of the user who runs a runtime.
-func (rt *runtimeProc) userSettings() (dirs []string) {
+func (rt *Runtime) userSettings() (dirs []string) {
 	for _, config := range trust.UserConfigs(procfs.Strings(rt.PID, "environ")) {
 		for _, d := range rt.kind.userSettings {
 			dirs = append(dirs, filepath.Join(config, d))

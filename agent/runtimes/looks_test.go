@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"bufio"
@@ -65,17 +65,16 @@ func TestLooksAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	state := openState(t.TempDir(), "x", slog.New(slog.DiscardHandler))
-	a := &Agent{ca: ca, log: slog.New(slog.DiscardHandler)}
-	rs := &runtimes{a: a, state: state, looking: semaphore.NewWeighted(2)}
+	rs := &Runtimes{o: Options{CA: ca, Log: slog.New(slog.DiscardHandler)}, state: state, looking: semaphore.NewWeighted(2)}
 	pid, end := silentFS(t, filepath.Join(certsD, "ghcr.io"))
-	rt := &runtimeProc{Process: procfs.Process{PID: pid}, kind: kindOf("containerd"), reach: ReachIntercepted, how: trustByCertsD, settled: make(chan struct{}),
+	rt := &Runtime{Process: procfs.Process{PID: pid}, kind: kindOf("containerd"), reach: ReachIntercepted, how: trustByCertsD, settled: make(chan struct{}),
 		rests: ground{certsD: &trust.CertsD{Dirs: []string{certsD}, HostsFiles: true}}}
 	rt.settle()
 
 	if err := rs.except(rt, "ghcr.io")["ghcr.io"]; !errors.Is(err, errNoAnswer) {
 		t.Errorf("%v", err)
 	}
-	if rs.trusts(rt, "ghcr.io") {
+	if rs.Trusts(rt, "ghcr.io") {
 		t.Error("what can't be looked at is taken for good")
 	}
 	known := registry.Known{Host: "ghcr.io"}

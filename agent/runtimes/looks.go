@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"errors"
@@ -62,7 +62,7 @@ func (l *looks) late() {
 // bounded returns what f finds in a runtime's files. The error is errNoAnswer
 // when that takes too long; f then goes on, and others are not let in before it
 // has ended.
-func bounded[T any](rs *runtimes, rt *runtimeProc, f func() (T, error)) (found T, err error) {
+func bounded[T any](rs *Runtimes, rt *Runtime, f func() (T, error)) (found T, err error) {
 	timer := time.NewTimer(lookTime)
 	defer timer.Stop()
 	if !rt.files.begin(timer.C) {

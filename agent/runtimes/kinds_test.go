@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"bytes"
@@ -62,7 +62,7 @@ func TestEndlessAnswer(t *testing.T) {
 	})}
 	go func() { _ = srv.Serve(l) }()
 	defer srv.Close()
-	rt := &runtimeProc{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
+	rt := &Runtime{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
 	if err := askDocker(t.Context(), rt, "198.18.116.1/weir/probe:x"); err == nil || said.Load() > 4*maxAnswers {
 		t.Errorf("%d bytes, %v", said.Load(), err)
 	}

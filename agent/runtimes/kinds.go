@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package runtimes
 
 import (
 	"context"
@@ -21,7 +21,7 @@ import (
 // else pulls is added here, by one row.
 type kind struct {
 	name string
-	// programs are the executables' names.
+	// Programs are the executables' names.
 	programs []string
 	// oneShot programs end with their pull: there is nothing to restart.
 	oneShot bool
@@ -32,7 +32,7 @@ type kind struct {
 	eager bool
 	// ask makes a running one pull an image, to see whether it trusts the CA.
 	// Nil means that it can't be asked.
-	ask func(ctx context.Context, rt *runtimeProc, image string) error
+	ask func(ctx context.Context, rt *Runtime, image string) error
 	// certsD are the directories with a registry's certificates that all of
 	// its pulls read each time, so that they count while it runs.
 	certsD []string
@@ -123,8 +123,8 @@ func ownRoots(k *kind, args []string) string {
 	return ""
 }
 
-// programs are all executables' names, for the kernel side.
-func programs() (names []string) {
+// Programs are all executables' names, for the kernel side.
+func Programs() (names []string) {
 	for _, k := range kinds {
 		names = append(names, k.programs...)
 	}
@@ -145,7 +145,7 @@ func kindOf(names ...string) *kind {
 
 // socketsOf returns where a runtime may be listening: what its command line
 // says, then the usual places.
-func socketsOf(rt *runtimeProc) []string {
+func socketsOf(rt *Runtime) []string {
 	var found []string
 	args := procfs.Strings(rt.PID, "cmdline")
 	for i, arg := range args {
@@ -186,7 +186,7 @@ func (c *boundedConn) Read(b []byte) (int, error) {
 }
 
 // dialRuntime connects to a runtime's API, inside its root file system.
-func dialRuntime(ctx context.Context, rt *runtimeProc) (net.Conn, error) {
+func dialRuntime(ctx context.Context, rt *Runtime) (net.Conn, error) {
 	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		return nil, err
@@ -204,14 +204,14 @@ func dialRuntime(ctx context.Context, rt *runtimeProc) (net.Conn, error) {
 }
 
 // dialGRPC returns a connection to a runtime's gRPC API.
-func dialGRPC(rt *runtimeProc) (*grpc.ClientConn, error) {
+func dialGRPC(rt *Runtime) (*grpc.ClientConn, error) {
 	return grpc.NewClient("passthrough:///"+rt.kind.name,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
 }
 
 // askDocker makes dockerd pull an image, through the Docker Engine API.
-func askDocker(ctx context.Context, rt *runtimeProc, image string) error {
+func askDocker(ctx context.Context, rt *Runtime, image string) error {
 	c, err := client.New(client.WithHost("unix:///run/docker.sock"),
 		client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
 	if err != nil {
@@ -226,7 +226,7 @@ func askDocker(ctx context.Context, rt *runtimeProc, image string) error {
 }
 
 // askCRI makes a runtime pull an image, through the Kubernetes CRI.
-func askCRI(ctx context.Context, rt *runtimeProc, image string) error {
+func askCRI(ctx context.Context, rt *Runtime, image string) error {
 	c, err := dialGRPC(rt)
 	if err != nil {
 		return err
