@@ -30,6 +30,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sys/unix"
+	"weir/agent/admin"
 	"weir/agent/redirect"
 	"weir/agent/registries"
 	"weir/agent/runtimes"
@@ -110,9 +111,8 @@ const cutTime = time.Second
 
 // Agent is a running agent.
 type Agent struct {
-	conf    Config
-	log     *slog.Logger
-	started time.Time
+	conf Config
+	log  *slog.Logger
 
 	ctx    context.Context // what runs in the background ends with it
 	cancel context.CancelFunc
@@ -130,18 +130,20 @@ type Agent struct {
 	runtimes  *runtimes.Runtimes
 	admin     *http.Server
 	adminL    net.Listener
-	own       *upstream.Egress // for what is prefetched, and to see what is down
-	explicit  []*listener      // the mirror, the forward proxy, and what prefetches
-	peers     *peers           // nil without a swarm key
-	history   history
-	heard     heard                    // from peers
+	state     *admin.Server
+	own       *upstream.Egress         // for what is prefetched, and to see what is down
+	explicit  []*listener              // the mirror, the forward proxy, and what prefetches
+	peers     *peers                   // nil without a swarm key
 	traces    *sdktrace.TracerProvider // nil when nobody wants any
 }
+
+// Status returns the agent's present state.
+func (a *Agent) Status() admin.Status { return a.state.Status() }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
 // called when it serves. The error is one line that says what to do.
 func Run(ctx context.Context, conf Config, ready func(*Agent)) error {
-	a := &Agent{conf: conf, log: conf.Log, started: time.Now()}
+	a := &Agent{conf: conf, log: conf.Log}
 	if a.log == nil {
 		a.log = slog.Default()
 	}
@@ -220,6 +222,12 @@ func (a *Agent) start() (err error) {
 	a.listeners = redirect.New(a.kernel, ups, a.serve, a.log)
 	a.runtimes = runtimes.New(a.ctx, runtimes.Options{Kernel: a.kernel, Listeners: a.listeners, Content: a.store, CA: a.ca, Ledger: a.ledger,
 		Lasting: trust.LastingRoots(), Registries: a.regs.Names, Ports: a.conf.Ports, RunDir: a.conf.RunDir, Log: a.log})
+	shown := admin.Options{Version: a.conf.Version, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir, Kernel: a.kernel, Runtimes: a.runtimes,
+		Listeners: a.listeners, Registry: a.registry, Registries: &a.regs, Proxy: a.proxy, Store: a.store, Log: a.log}
+	if a.peers != nil {
+		shown.Peers = a.peers
+	}
+	a.state = admin.New(a.ctx, shown)
 	if err := a.beats(); err != nil {
 		return err
 	}
@@ -236,8 +244,8 @@ func (a *Agent) start() (err error) {
 	for _, l := range a.explicit {
 		go func() { _ = l.server.Serve(l.l) }()
 	}
-	a.peers.serve(a.registry, a.tell)
-	a.admin = &http.Server{Handler: a.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
+	a.peers.serve(a.registry, a.state.Figures)
+	a.admin = &http.Server{Handler: a.state.Handler(), ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = a.admin.Serve(a.adminL) }()
 	return nil
 }
@@ -323,7 +331,7 @@ func (a *Agent) maintain() {
 		case <-tidy.C:
 			a.runtimes.Reconcile()
 			a.listeners.Reconcile()
-			a.history.add(time.Now(), trafficOf(a.registry.Stats()))
+			a.state.Sample()
 		case <-a.ctx.Done():
 			return
 		}

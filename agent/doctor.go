@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"weir/agent/admin"
 	"weir/agent/procfs"
 	"weir/agent/registries"
 	"weir/agent/runtimes"
@@ -69,8 +70,8 @@ func Doctor(ctx context.Context, conf Config) []Finding {
 type doctor struct {
 	conf     Config
 	findings []Finding
-	running  bool   // an agent answers at --admin
-	status   Status // of it
+	running  bool         // an agent answers at --admin
+	status   admin.Status // of it
 }
 
 func (d *doctor) ok(what string) { d.findings = append(d.findings, Finding{What: what}) }
@@ -481,7 +482,7 @@ func writable(dir string) error {
 }
 
 // askStatus asks the agent at an admin address.
-func askStatus(ctx context.Context, admin string) (s Status, ok bool) {
+func askStatus(ctx context.Context, admin string) (s admin.Status, ok bool) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+admin+"/api/status", nil)

@@ -28,6 +28,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 	"weir/agent"
+	"weir/agent/admin"
 	"weir/agent/service"
 	"weir/proxy/registry"
 	"weir/proxy/store"
@@ -245,7 +246,7 @@ func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 }
 
 // announce says what the agent found and what it will do.
-func announce(log *slog.Logger, s agent.Status) {
+func announce(log *slog.Logger, s admin.Status) {
 	log.Info("weir is ready", "version", s.Version, "cgroup", s.Cgroup, "data", s.DataDir,
 		"store_blobs", s.Store.Blobs, "store_bytes", s.Store.Bytes, "store_max_bytes", s.Store.MaxBytes)
 	if len(s.Runtimes) == 0 {
@@ -362,13 +363,13 @@ func printPulls(w io.Writer, all []registry.Pull) error {
 		progress := "done"
 		switch {
 		case p.Ended.IsZero():
-			progress = progressBar(p.Bytes, p.Size) + " " + agent.PercentText(p.Bytes, p.Size)
+			progress = progressBar(p.Bytes, p.Size) + " " + admin.PercentText(p.Bytes, p.Size)
 		case p.Failed > 0:
 			progress = fmt.Sprintf("%d broke off", p.Failed)
 		}
-		part := func(n int64) string { return agent.PercentText(n, p.Bytes) }
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", plain(agent.PullName(p)), plain(p.Client), progress, agent.BytesText(p.Bytes),
-			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), agent.SecondsText(p.Seconds), agent.AloneText(p))
+		part := func(n int64) string { return admin.PercentText(n, p.Bytes) }
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", plain(admin.PullName(p)), plain(p.Client), progress, admin.BytesText(p.Bytes),
+			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), admin.SecondsText(p.Seconds), admin.AloneText(p))
 	}
 	if len(all) == 0 {
 		fmt.Fprintln(t, "none yet")
@@ -382,7 +383,7 @@ func progressBar(part, whole int64) string {
 	return strings.Repeat("#", n) + strings.Repeat(".", 20-n)
 }
 
-func printStatus(w io.Writer, s agent.Status) error {
+func printStatus(w io.Writer, s admin.Status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "weir %s, process %d, up %s\n\n", s.Version, s.PID, time.Since(s.Started).Round(time.Second))
 	fmt.Fprintln(t, "RUNTIME\tPID\tREACH\tWHY")
@@ -404,7 +405,7 @@ func printStatus(w io.Writer, s agent.Status) error {
 	}
 	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHIT RATE\tFROM STORE\tFROM PEERS\tFROM REGISTRY\tNO ANSWER")
 	for _, r := range s.Registries {
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", plain(agent.RegistryText(r.Registry)), r.Requests, agent.PercentText(r.Hits, r.Hits+r.Misses), agent.BytesText(r.BytesFromStore), agent.BytesText(r.BytesFromPeers), agent.BytesText(r.BytesFromUpstream), r.Errors)
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", plain(admin.RegistryText(r.Registry)), r.Requests, admin.PercentText(r.Hits, r.Hits+r.Misses), admin.BytesText(r.BytesFromStore), admin.BytesText(r.BytesFromPeers), admin.BytesText(r.BytesFromUpstream), r.Errors)
 	}
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
@@ -432,15 +433,15 @@ func printStatus(w io.Writer, s agent.Status) error {
 			if peer.Shunned {
 				note = "it sent wrong bytes; nothing is read from it for a while"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\n", agent.PeerText(peer.Address), agent.BytesText(peer.Received), note)
+			fmt.Fprintf(t, "%s\t%s\t%s\n", admin.PeerText(peer.Address), admin.BytesText(peer.Received), note)
 		}
 		if len(p.Peers) == 0 {
 			fmt.Fprintln(t, "none is connected")
 		}
-		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d strangers turned away\n", len(p.Peers), agent.BytesText(p.Sent), p.Sending, p.Strangers)
+		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d strangers turned away\n", len(p.Peers), admin.BytesText(p.Sent), p.Sending, p.Strangers)
 		fmt.Fprintf(t, "THIS NODE\t%s", p.ID)
 	}
-	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, agent.BytesText(s.Store.Bytes), agent.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
+	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, admin.BytesText(s.Store.Bytes), admin.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
 	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedOn, s.Connections.Failed)
 	fmt.Fprintf(t, "DOORS\t%d\n", len(s.Doors))
 	return t.Flush()
@@ -517,9 +518,9 @@ func installCommand() *cobra.Command {
 			return err
 		}
 		setting := func(name, otherwise string) string { return cmp.Or(vars["WEIR_"+name], otherwise) }
-		admin := setting("ADMIN", agent.DefaultAdmin)
+		address := setting("ADMIN", agent.DefaultAdmin)
 		out := cmd.OutOrStdout()
-		findings := agent.Doctor(cmd.Context(), agent.Config{Admin: admin, Cgroup: setting("CGROUP", ""),
+		findings := agent.Doctor(cmd.Context(), agent.Config{Admin: address, Cgroup: setting("CGROUP", ""),
 			DataDir: setting("DATA_DIR", agent.DefaultDataDir), RunDir: setting("RUN_DIR", agent.DefaultRunDir)})
 		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f agent.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
 			return fmt.Errorf("not installed: this machine isn't fit for weir until what is marked FAIL is mended (%d)", failed)
@@ -535,8 +536,8 @@ func installCommand() *cobra.Command {
 		} else {
 			fmt.Fprintf(out, "weir %s is installed, and runs.\n", buildVersion())
 		}
-		var s agent.Status
-		if _, err := fetch(cmd.Context(), admin, "/api/status", &s); err != nil {
+		var s admin.Status
+		if _, err := fetch(cmd.Context(), address, "/api/status", &s); err != nil {
 			return err
 		}
 		if len(s.Runtimes) == 0 {

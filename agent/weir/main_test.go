@@ -26,6 +26,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"weir/agent"
+	"weir/agent/admin"
 	"weir/agent/runtimes"
 	"weir/bpf"
 	"weir/proxy"
@@ -276,7 +277,7 @@ func foreignProgram(t *testing.T) (cgroup string) {
 
 func TestPrintStatus(t *testing.T) {
 	var out bytes.Buffer
-	err := printStatus(&out, agent.Status{
+	err := printStatus(&out, admin.Status{
 		Version: "v1", PID: 7, Started: time.Now(),
 		Runtimes: []runtimes.Status{
 			{Kind: "dockerd", PID: 1, Reach: runtimes.ReachIntercepted, Trust: "because"},
@@ -295,11 +296,11 @@ func TestPrintStatus(t *testing.T) {
 
 func TestBytesText(t *testing.T) {
 	for n, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536 << 20: "1.5 GiB"} {
-		if got := agent.BytesText(n); got != want {
+		if got := admin.BytesText(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
 	}
-	if s := fmt.Sprint(agent.BytesText(1 << 62)); !strings.HasSuffix(s, "EiB") {
+	if s := fmt.Sprint(admin.BytesText(1 << 62)); !strings.HasSuffix(s, "EiB") {
 		t.Error(s)
 	}
 }
@@ -308,7 +309,7 @@ func TestBytesText(t *testing.T) {
 func TestStatusIsPlain(t *testing.T) {
 	const evil = "a\x1b[2J\x1b]0;b\a\nall is well\r\u202e\t"
 	var b bytes.Buffer
-	err := printStatus(&b, agent.Status{
+	err := printStatus(&b, admin.Status{
 		Runtimes:     []runtimes.Status{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
 		Registries:   []registry.Stats{{Registry: evil}},
 		UnknownHosts: []proxy.Unknown{{Host: evil, Registry: true}, {Host: evil, Problem: evil}},

@@ -14,7 +14,7 @@ import (
 	"strings"
 	"testing"
 
-	"weir/agent"
+	"weir/agent/admin"
 	"weir/agent/runtimes"
 	"weir/test/lab"
 )
@@ -61,7 +61,7 @@ func TestAgentInContainer(t *testing.T) {
 	run, remove, uninstall := dockerRun(t)
 	id := strings.TrimSpace(node.Run("sh", "-ec", run))
 	t.Cleanup(func() { _, _ = node.Output("sh", "-c", outerDocker+"rm -f weir") })
-	status := func() (s agent.Status, err error) {
+	status := func() (s admin.Status, err error) {
 		out, err := node.Output(lab.Weir(t), "status", "--json")
 		if err == nil {
 			err = json.Unmarshal([]byte(out), &s)

@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"weir/agent"
+	"weir/agent/admin"
 	"weir/agent/runtimes"
 )
 
@@ -375,7 +376,7 @@ func (a *Agent) Get(ctx context.Context, path string) ([]byte, error) {
 }
 
 // Status is what `weir status --json` prints.
-func (a *Agent) Status() (s agent.Status) {
+func (a *Agent) Status() (s admin.Status) {
 	a.node.t.Helper()
 	out := a.node.Run(Weir(a.node.t), "status", "--json")
 	if err := json.Unmarshal([]byte(out), &s); err != nil {
@@ -385,7 +386,7 @@ func (a *Agent) Status() (s agent.Status) {
 }
 
 // AskStatus is Status without the start of a program for it.
-func (a *Agent) AskStatus(ctx context.Context) (s agent.Status, err error) {
+func (a *Agent) AskStatus(ctx context.Context) (s admin.Status, err error) {
 	page, err := a.Get(ctx, "/api/status")
 	if err == nil {
 		err = json.Unmarshal(page, &s)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package admin
 
 import (
 	"cmp"
@@ -69,33 +69,34 @@ const (
 var wordRE = regexp.MustCompile(`^[A-Za-z0-9()\[\]._:+/@#-]{1,255}$`)
 
 // figures are this node's.
-func (a *Agent) figures() NodeFigures {
-	all, kept := a.runtimes.Status(), a.store.Stats()
-	f := NodeFigures{Version: a.conf.Version, Figures: Figures{Runtimes: int64(len(all)), Registries: most(a.registry.Stats()),
+func (s *Server) figures() NodeFigures {
+	all, kept := s.o.Runtimes.Status(), s.o.Store.Stats()
+	f := NodeFigures{Version: s.o.Version, Figures: Figures{Runtimes: int64(len(all)), Registries: most(s.o.Registry.Stats()),
 		StoreBlobs: int64(kept.Blobs), StoreBytes: kept.Bytes, StoreMaxBytes: kept.MaxBytes}}
-	if a.peers != nil {
-		f.ID = a.peers.ID()
+	if s.o.Peers != nil {
+		f.ID = s.o.Peers.ID()
 	}
 	for _, r := range all {
 		if r.Reach == runtimes.ReachIntercepted {
 			f.Intercepted++
 		}
 	}
-	for _, p := range a.registry.Pulls() {
+	for _, p := range s.o.Registry.Pulls() {
 		if p.Ended.IsZero() {
 			f.Pulling++
 		}
 	}
-	a.history.add(time.Now(), trafficOf(f.Registries))
-	f.History = a.history.list()
+	s.history.add(time.Now(), trafficOf(f.Registries))
+	f.History = s.history.list()
 	return f
 }
 
-// tell is what peers are told.
-func (a *Agent) tell() []byte {
-	b, err := json.Marshal(a.figures())
+// Figures are this node's figures, as peers get them; nil if there are none for
+// them.
+func (s *Server) Figures() []byte {
+	b, err := json.Marshal(s.figures())
 	if err != nil || len(b) > p2p.MaxFigures {
-		a.log.Warn("peers can't be told this node's figures", "bytes", len(b), "err", err)
+		s.o.Log.Warn("this node's figures can't be sent to peers", "bytes", len(b), "err", err)
 		return nil
 	}
 	return b
@@ -145,11 +146,11 @@ type heardNode struct {
 
 // Cluster returns the sums over this node and its peers. Peers are asked when
 // somebody wants to know, and not more often than each few seconds.
-func (a *Agent) Cluster() Cluster {
-	c := Cluster{Nodes: []NodeFigures{a.figures()}}
-	if a.peers != nil {
+func (s *Server) Cluster() Cluster {
+	c := Cluster{Nodes: []NodeFigures{s.figures()}}
+	if s.o.Peers != nil {
 		var others []NodeFigures
-		others, c.Silent = a.heard.from(time.Now(), a.peers.Status().Peers, func() map[string][]byte { return a.peers.Figures(a.ctx) })
+		others, c.Silent = s.heard.from(time.Now(), s.o.Peers.Status().Peers, func() map[string][]byte { return s.o.Peers.Figures(s.ctx) })
 		c.Nodes = append(c.Nodes, others...)
 	}
 	c.Figures = sum(c.Nodes)

@@ -1,97 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package admin
 
 import (
-	"encoding/json"
-	"net/http"
-	"os"
-	"time"
-
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
-	"weir/agent/redirect"
-	"weir/agent/runtimes"
 	"weir/bpf"
-	"weir/p2p"
-	"weir/proxy"
-	"weir/proxy/registry"
-	"weir/proxy/store"
 )
-
-// Status is what /api/status shows.
-type Status struct {
-	Version    string            `json:"version"`
-	PID        int               `json:"pid"`
-	Started    time.Time         `json:"started"`
-	Cgroup     string            `json:"cgroup"`
-	DataDir    string            `json:"data_dir"`
-	Runtimes   []runtimes.Status `json:"runtimes"`
-	Doors      []redirect.Status `json:"doors"`
-	Registries []registry.Stats  `json:"registries"`
-	// Waiting are registries that are passed through until the agent is
-	// restarted.
-	Waiting []string `json:"waiting,omitempty"`
-	// UnknownHosts were passed through because they aren't known to be
-	// registries; --registry makes one known.
-	UnknownHosts []proxy.Unknown `json:"unknown_hosts"`
-	Connections  proxy.Stats     `json:"connections"`
-	Store        store.Stats     `json:"store"`
-	// Peers is nil without a swarm key.
-	Peers  *p2p.Status `json:"peers,omitempty"`
-	Kernel bpf.Stats   `json:"kernel"`
-}
-
-// Status returns the agent's present state.
-func (a *Agent) Status() Status {
-	kernel, err := a.kernel.Stats()
-	if err != nil {
-		a.log.Warn("reading the kernel side's figures", "err", err)
-	}
-	s := Status{
-		Version: a.conf.Version, PID: os.Getpid(), Started: a.started, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir,
-		Runtimes: a.runtimes.Status(), Doors: a.listeners.Status(),
-		Registries: a.registry.Stats(), Waiting: a.regs.Waiting(), UnknownHosts: a.proxy.Unknowns(), Connections: a.proxy.Stats(),
-		Store: a.store.Stats(), Kernel: kernel,
-	}
-	if a.peers != nil {
-		p := a.peers.Status()
-		s.Peers = &p
-	}
-	return s
-}
-
-func (a *Agent) adminHandler() http.Handler {
-	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collector{a})
-	mux := http.NewServeMux()
-	// A compressor takes a MiB for each scrape of some KiB.
-	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{DisableCompression: true}))
-	ok := func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) }
-	mux.HandleFunc("GET /healthz", ok)
-	// It listens once it serves, and stops serving when it stops listening.
-	mux.HandleFunc("GET /readyz", ok)
-	for path, get := range map[string]func() any{
-		"status":  func() any { return a.Status() },
-		"pulls":   func() any { return append([]registry.Pull{}, a.registry.Pulls()...) },
-		"cluster": func() any { return a.Cluster() },
-	} {
-		mux.HandleFunc("GET /api/"+path, func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "application/json")
-			_ = json.NewEncoder(w).Encode(get())
-		})
-	}
-	mux.HandleFunc("GET /{$}", a.page)
-	for _, name := range []string{"page.css", "page.js"} {
-		mux.HandleFunc("GET /"+name, func(w http.ResponseWriter, r *http.Request) { http.ServeFileFS(w, r, pageFiles, "page/"+name) })
-	}
-	return guarded(mux)
-}
 
 // collector turns the status into metrics, so that there is one count of
 // everything.
-type collector struct{ a *Agent }
+type collector struct{ server *Server }
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc("weir_"+name, help, labels, nil)
@@ -125,7 +43,7 @@ var (
 func (c collector) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, ch) }
 
 func (c collector) Collect(ch chan<- prometheus.Metric) {
-	s := c.a.Status()
+	s := c.server.Status()
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}

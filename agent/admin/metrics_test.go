@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+package admin
 
 import (
 	"os"
@@ -14,7 +14,7 @@ import (
 // What the rules and the dashboard ask for is what the agent has, with the
 // values of labels that it gives.
 func TestMonitoringNames(t *testing.T) {
-	src, err := os.ReadFile("status.go")
+	src, err := os.ReadFile("metrics.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,7 +27,7 @@ func TestMonitoringNames(t *testing.T) {
 	}
 	values := map[string]string{"reach": runtimes.ReachIntercepted + " " + runtimes.ReachPassthrough + " " + runtimes.ReachStarting, "source": "store peers upstream", "result": "hit miss"}
 	for _, file := range []string{"rules.yaml", "rules_test.yaml", "dashboard.json"} {
-		b, err := os.ReadFile("../deploy/monitoring/" + file)
+		b, err := os.ReadFile("../../deploy/monitoring/" + file)
 		if err != nil {
 			t.Fatal(err)
 		}
