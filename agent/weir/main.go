@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 	"weir/agent"
 	"weir/agent/admin"
+	"weir/agent/doctor"
 	"weir/agent/service"
 	"weir/proxy/registry"
 	"weir/proxy/store"
@@ -459,7 +460,8 @@ func doctorCommand() *cobra.Command {
 	peerFlags(f, &conf)
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		findings := agent.Doctor(cmd.Context(), conf)
+		findings := doctor.Examine(cmd.Context(), doctor.Config{DataDir: conf.DataDir, RunDir: conf.RunDir, Cgroup: conf.Cgroup, Admin: conf.Admin,
+			Registries: conf.Registries, RegistryFile: conf.RegistryFile, PeerListen: conf.PeerListen, SwarmKey: conf.SwarmKey})
 		out, text := cmd.OutOrStdout(), cmd.OutOrStdout()
 		if asJSON {
 			if err := json.NewEncoder(out).Encode(findings); err != nil {
@@ -486,7 +488,7 @@ func doctorCommand() *cobra.Command {
 
 // printFindings returns how many of them keep weir from working, and how many are
 // worth a look.
-func printFindings(w io.Writer, findings []agent.Finding) (failed, warned int) {
+func printFindings(w io.Writer, findings []doctor.Finding) (failed, warned int) {
 	for _, f := range findings {
 		switch {
 		case f.Problem == "":
@@ -520,9 +522,9 @@ func installCommand() *cobra.Command {
 		setting := func(name, otherwise string) string { return cmp.Or(vars["WEIR_"+name], otherwise) }
 		address := setting("ADMIN", agent.DefaultAdmin)
 		out := cmd.OutOrStdout()
-		findings := agent.Doctor(cmd.Context(), agent.Config{Admin: address, Cgroup: setting("CGROUP", ""),
+		findings := doctor.Examine(cmd.Context(), doctor.Config{Admin: address, Cgroup: setting("CGROUP", ""),
 			DataDir: setting("DATA_DIR", agent.DefaultDataDir), RunDir: setting("RUN_DIR", agent.DefaultRunDir)})
-		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f agent.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
+		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f doctor.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
 			return fmt.Errorf("not installed: this machine isn't fit for weir until what is marked FAIL is mended (%d)", failed)
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)

@@ -25,8 +25,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
-	"weir/agent"
 	"weir/agent/admin"
+	"weir/agent/doctor"
 	"weir/agent/runtimes"
 	"weir/bpf"
 	"weir/proxy"
@@ -317,7 +317,7 @@ func TestStatusIsPlain(t *testing.T) {
 	if err = errors.Join(err, printPulls(&b, []registry.Pull{{Registry: evil, Repository: evil, Reference: evil, Client: evil}})); err != nil {
 		t.Fatal(err)
 	}
-	printFindings(&b, []agent.Finding{{What: evil}, {What: evil, Problem: evil, Step: evil, Warning: true}, {What: evil, Problem: evil}})
+	printFindings(&b, []doctor.Finding{{What: evil}, {What: evil, Problem: evil, Step: evil, Warning: true}, {What: evil, Problem: evil}})
 	for _, r := range b.String() {
 		if r != '\n' && !unicode.IsPrint(r) {
 			t.Errorf("%q is printed", r)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package agent
+// Package doctor looks for what would keep weir from working on a node.
+package doctor
 
 import (
 	"context"
@@ -15,16 +16,16 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 	"weir/agent/admin"
-	"weir/agent/procfs"
+	weirproc "weir/agent/procfs"
 	"weir/agent/registries"
 	"weir/agent/runtimes"
 	"weir/agent/service"
@@ -42,10 +43,17 @@ type Finding struct {
 	Warning bool `json:"warning,omitempty"`
 }
 
-// Doctor examines the node, the most important things first. It changes
-// nothing. What conf has of registries, the swarm key and the peers' address is
-// examined too.
-func Doctor(ctx context.Context, conf Config) []Finding {
+// Config is what an agent is run with: see the agent's Config.
+type Config struct {
+	DataDir, RunDir, Cgroup, Admin string
+	Registries                     []string
+	RegistryFile                   string
+	PeerListen, SwarmKey           string
+}
+
+// Examine examines the node, the most important things first. It changes
+// nothing.
+func Examine(ctx context.Context, conf Config) []Finding {
 	d := &doctor{conf: conf}
 	if os.Geteuid() != 0 {
 		d.problem("privileges", "not root", "run it with sudo, or in a container as the README has it")
@@ -97,16 +105,18 @@ var needed = []struct {
 }
 
 func (d *doctor) capabilities() {
-	b, err := os.ReadFile("/proc/self/status")
-	m := capEffRE.FindSubmatch(b)
-	if err != nil || m == nil {
+	var status procfs.ProcStatus
+	self, err := procfs.Self()
+	if err == nil {
+		status, err = self.NewStatus()
+	}
+	if err != nil {
 		d.warn("privileges", "it can't be seen which capabilities there are", "mount /proc")
 		return
 	}
-	have, _ := strconv.ParseUint(string(m[1]), 16, 64)
 	missing := 0
 	for _, c := range needed {
-		if have&(1<<c.bit) == 0 {
+		if status.CapEff&(1<<c.bit) == 0 {
 			missing++
 			d.problem("privileges", "the capability "+c.name+" is missing: it is for "+c.reason, "add it: docker run --cap-add="+c.name+", or capabilities.add in the pod")
 		}
@@ -115,8 +125,6 @@ func (d *doctor) capabilities() {
 		d.ok("privileges")
 	}
 }
-
-var capEffRE = regexp.MustCompile(`(?m)^CapEff:\s*([0-9a-f]+)$`)
 
 // confinement looks at what keeps even root from other processes' files and
 // from eBPF.
@@ -308,18 +316,18 @@ func (d *doctor) agent(ctx context.Context) {
 
 // agents are the processes that run weir's agent in this network namespace.
 func agents() (pids []int) {
-	own, _ := procfs.Netns(os.Getpid())
+	own, _ := weirproc.Netns(os.Getpid())
 	all, _ := os.ReadDir("/proc")
 	for _, e := range all {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
 			continue
 		}
-		args := procfs.Strings(pid, "cmdline")
+		args := weirproc.Strings(pid, "cmdline")
 		if len(args) < 2 || filepath.Base(args[0]) != "weir" || args[1] != "agent" {
 			continue
 		}
-		if ns, err := procfs.Netns(pid); err == nil && ns == own {
+		if ns, err := weirproc.Netns(pid); err == nil && ns == own {
 			pids = append(pids, pid)
 		}
 	}
@@ -421,7 +429,7 @@ func (d *doctor) runtimes() {
 	}
 	for _, rt := range all {
 		what, found := fmt.Sprintf("%s (process %d)", rt.Name(), rt.PID), len(d.findings)
-		if slices.ContainsFunc(procfs.Strings(rt.PID, "environ"), proxied) {
+		if slices.ContainsFunc(weirproc.Strings(rt.PID, "environ"), proxied) {
 			d.warn(what, "it has a proxy set in its environment, so its pulls don't go to registries directly and are passed through",
 				"exempt its registries with NO_PROXY, or leave it so")
 		}
