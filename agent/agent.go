@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package agent is weir's node agent. It opens a door in each network namespace
-// of the node, finds the container runtimes whose connections come through it,
-// establishes which of them trust the node's CA, and has the proxy carry what
-// comes.
+// Package agent is weir's node agent. It composes the parts, which are packages
+// of their own, starts them, and drains and stops them: a redirect listener in
+// each network namespace of the node (redirect), the container runtimes whose
+// connections come to those (runtimes), the node's CA (trust), the proxy that
+// serves the connections, and the state of all that (admin).
 //
 // The order of things is what keeps the promise that nothing breaks. At start
 // the kernel side is attached before /proc is searched, so that no runtime is
 // missed; a running runtime is only redirected to probe addresses until it has
 // proven to trust the CA. At the end the kernel side is detached first, so that
-// new connections go direct, and what runs is finished.
+// new connections go direct, and what is being served is finished.
 package agent
 
 import (
@@ -17,20 +18,17 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
-	"net/http"
-	"net/netip"
 	"os"
-	"path/filepath"
-	"strings"
+	"slices"
 	"sync"
 	"time"
 
-	"github.com/opencontainers/go-digest"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
-	"golang.org/x/sys/unix"
+	"weir/agent/admin"
+	"weir/agent/redirect"
+	"weir/agent/registries"
+	"weir/agent/runtimes"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/p2p"
@@ -102,44 +100,45 @@ var DefaultPorts = []uint16{443, 80, 5000}
 // waits 90 seconds and Kubernetes 30 before they kill.
 const drainTime = 25 * time.Second
 
-// cutTime is how long it may take until nobody serves a transfer that was cut.
+// cutTime is how long what was cut may take to end.
 const cutTime = time.Second
 
 // Agent is a running agent.
 type Agent struct {
-	conf    Config
-	log     *slog.Logger
-	started time.Time
+	conf Config
+	log  *slog.Logger
 
 	ctx    context.Context // what runs in the background ends with it
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // what uses the kernel side until then
 
-	pidFile  *os.File
-	lasting  map[trust.RootID]string // root file systems that outlive runtimes
-	ca       *trust.CA
-	ledger   *trust.Ledger
-	regs     registries
-	store    *store.Store
-	registry *registry.Handler
-	proxy    *proxy.Proxy
-	kernel   *bpf.Kernel
-	doors    *doors
-	runtimes *runtimes
-	admin    *http.Server
-	adminL   net.Listener
-	own      *upstream.Egress // for what is prefetched, and to see what is down
-	explicit []*listener      // the mirror, the forward proxy, and what prefetches
-	peers    *peers           // nil without a swarm key
-	history  history
-	heard    heard                    // from peers
-	traces   *sdktrace.TracerProvider // nil when nobody wants any
+	stops []func() // of the parts that have started, in their order
+
+	ca        *trust.CA
+	ledger    *trust.Ledger
+	regs      registries.List
+	store     *store.Store
+	peers     *peers // nil without a swarm key
+	ups       upstream.Config
+	own       *upstream.Egress // for what is prefetched, and to see what is down
+	registry  *registry.Handler
+	proxy     *proxy.Proxy
+	explicit  []*listener // the mirror, the forward proxy, and what prefetches
+	kernel    *bpf.Kernel
+	listeners *redirect.Listeners
+	runtimes  *runtimes.Runtimes
+	stuck     bool // what is found out about a runtime doesn't end
+	adminL    net.Listener
+	admin     *admin.Server
 }
+
+// Status returns the agent's present state.
+func (a *Agent) Status() admin.Status { return a.admin.Status() }
 
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
 // called when it serves. The error is one line that says what to do.
 func Run(ctx context.Context, conf Config, ready func(*Agent)) error {
-	a := &Agent{conf: conf, log: conf.Log, started: time.Now()}
+	a := &Agent{conf: conf, log: conf.Log}
 	if a.log == nil {
 		a.log = slog.Default()
 	}
@@ -157,301 +156,117 @@ func Run(ctx context.Context, conf Config, ready func(*Agent)) error {
 	return a.drain()
 }
 
-func (a *Agent) start() (err error) {
+// part starts a part of the agent, and returns what stops it, if there is
+// something to stop. It may return that with an error, too.
+type part func() (stop func(), err error)
+
+// start starts the parts in their order. close stops them in the reverse order.
+func (a *Agent) start() error {
 	if os.Geteuid() != 0 {
 		return errors.New("weir's agent must run as root: it attaches eBPF programs and enters network namespaces; use sudo, or a privileged container")
 	}
-	// The first who needs the roots would wait for some 150 files to be read.
+	// The first connection that needs the roots would wait for some 150 files to
+	// be read.
 	go func() { _, _ = x509.SystemCertPool() }()
-	if a.conf.Cgroup == "" {
-		if a.conf.Cgroup, err = bpf.CgroupRoot(); err != nil {
+	for _, p := range []part{
+		a.findCgroup,
+		a.lockRunDir,
+		a.loadRegistries,
+		a.openTrust,
+		a.openStore,
+		a.listenAdmin,
+		a.joinPeers,
+		a.openProxy,
+		a.listenExplicit,
+		a.loadKernel,
+		a.openListeners,
+		a.openRuntimes,
+		a.watch,
+		a.redirect,
+		a.serveExplicit,
+		a.serveAdmin,
+	} {
+		stop, err := p()
+		if stop != nil {
+			a.stops = append(a.stops, stop)
+		}
+		if err != nil {
 			return err
 		}
 	}
-	if err := a.lockRunDir(); err != nil {
-		return err
-	}
-	if err := a.regs.load(a.conf.Registries, a.conf.RegistryFile); err != nil {
-		return err
-	}
-	if err := a.openData(); err != nil {
-		return err
-	}
-	if a.adminL, err = net.Listen("tcp", a.conf.Admin); err != nil {
-		if errors.Is(err, unix.EADDRINUSE) {
-			return fmt.Errorf("%s is in use; stop what listens there, or choose another address with --admin", a.conf.Admin)
-		}
-		return fmt.Errorf("listening on --admin %s: %w", a.conf.Admin, err)
-	}
-
-	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
-		File: filepath.Join(a.conf.DataDir, tagsFile), Log: a.log}
-	if err := a.joinPeers(); err != nil {
-		return err
-	}
-	if a.peers != nil {
-		options.Peers = a.peers
-	}
-	if a.traces, err = newTraces(a.ctx, a.conf.Version, a.log); err != nil {
-		return err
-	}
-	if a.traces != nil {
-		options.Tracer = a.traces.Tracer("weir")
-	}
-	a.registry = registry.New(options)
-	ups := upstream.Config{Roots: a.regs.roots}
-	a.own = ups.NewNodeEgress()
-	a.proxy = proxy.New(proxy.Options{Hosts: &a.regs.hosts, Leaves: a.ca, Registry: a.registry, Node: a.own, Log: a.log})
-	if err := a.listenExplicit(ups); err != nil {
-		return err
-	}
-	a.listenPrefetch()
-	a.kernel, err = bpf.Load(bpf.Options{
-		Cgroup: a.conf.Cgroup,
-		Ports:  a.conf.Ports,
-		Probes: []netip.Addr{probeSystem, probeCertsD},
-		Names:  programs(),
-	})
-	if err != nil {
-		return fmt.Errorf("%w; `weir doctor` tells more", err)
-	}
-	a.doors = newDoors(a.kernel, ups, a.serve, a.log)
-	a.runtimes = newRuntimes(a, openState(a.conf.RunDir, a.ca.Fingerprint(), a.log))
-	if err := a.beats(); err != nil {
-		return err
-	}
-	a.wg.Go(a.upkeep)
-	a.wg.Go(a.follow)
-	a.wg.Go(func() { a.doors.ahead(a.ctx) })
-	if err := a.doors.enter(os.Getpid()); err != nil {
-		return err
-	}
-	if err := a.runtimes.seed(a.conf.Cgroup); err != nil {
-		return err
-	}
-	for _, l := range a.explicit {
-		go func() { _ = l.server.Serve(l.l) }()
-	}
-	a.peers.serve(a.registry, a.tell)
-	a.admin = &http.Server{Handler: a.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
-	go func() { _ = a.admin.Serve(a.adminL) }()
 	return nil
 }
 
-// lockRunDir makes this the only agent with its run directory.
-func (a *Agent) lockRunDir() error {
-	if err := os.MkdirAll(a.conf.RunDir, 0o755); err != nil {
-		return fmt.Errorf("making --run-dir: %w", err)
-	}
-	path := filepath.Join(a.conf.RunDir, pidFile)
-	// Who can read it can hold the lock.
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err == nil {
-		err = f.Chmod(0o600)
-	}
-	if err != nil {
-		return fmt.Errorf("opening the pid file in --run-dir: %w", err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		pid, _ := os.ReadFile(path)
-		f.Close()
-		return fmt.Errorf("another weir agent (process %s) is running with --run-dir %s; stop it first", strings.TrimSpace(string(pid)), a.conf.RunDir)
-	}
-	if err := errors.Join(f.Truncate(0), writeAt(f, fmt.Sprintln(os.Getpid()))); err != nil {
-		f.Close()
-		return fmt.Errorf("writing %s: %w", path, err)
-	}
-	a.pidFile = f
-	return nil
-}
-
-const pidFile = "agent.pid"
-
-func writeAt(f *os.File, s string) error {
-	_, err := f.WriteAt([]byte(s), 0)
-	return err
-}
-
-// openData opens what the agent keeps.
-func (a *Agent) openData() error {
-	if err := os.MkdirAll(a.conf.DataDir, 0o700); err != nil {
-		return fmt.Errorf("making --data-dir: %w", err)
-	}
-	var names []string
-	for _, k := range a.regs.hosts.All() {
-		names = append(names, k.Host)
-	}
-	var err error
-	a.ca, err = trust.OpenCA(filepath.Join(a.conf.DataDir, "ca"), names, []netip.Addr{probeSystem, probeCertsD})
-	if err != nil {
-		return fmt.Errorf("opening the node's CA: %w", err)
-	}
-	if a.ledger, err = trust.OpenLedger(filepath.Join(a.conf.DataDir, ledgerFile)); err != nil {
-		return err
-	}
-	a.lasting = lastingRoots()
-
-	var fs unix.Statfs_t
-	if err := unix.Statfs(a.conf.DataDir, &fs); err != nil {
-		return fmt.Errorf("looking at the file system of --data-dir: %w", err)
-	}
-	size := int64(fs.Blocks) * fs.Bsize
-	if a.conf.StoreSize == 0 {
-		a.conf.StoreSize = size / 10
-	}
-	a.store, err = store.Open(filepath.Join(a.conf.DataDir, "store"), store.Options{MaxBytes: a.conf.StoreSize, MinFree: size / 20, Log: a.log,
-		Changed: func(d digest.Digest, kept bool) { a.peers.changed(d, kept) }})
-	if err != nil {
-		return fmt.Errorf("opening the store: %w", err)
-	}
-	return nil
-}
-
-// Files in the data directory.
-const (
-	ledgerFile   = "installed.jsonl"
-	tagsFile     = "tags.json"
-	identityFile = "peer.key"
-)
-
-// lastingRoots are the root file systems that outlive their runtimes: this
-// process's own and that of the node's first process. Each is named by where it
-// can be opened.
-func lastingRoots() map[trust.RootID]string {
-	m := make(map[trust.RootID]string)
-	for _, name := range []string{"/proc/1/root", "/"} {
-		if r, err := trust.OpenRootDir(name); err == nil {
-			m[r.ID()] = name
-			r.Close()
-		}
-	}
-	return m
-}
-
-// certsDHosts are the registries that get a directory in a certs.d.
-func (a *Agent) certsDHosts() (hosts []string) {
-	for _, k := range a.regs.hosts.All() {
-		hosts = append(hosts, k.Host)
-	}
-	return hosts
-}
-
-// beats starts telling the kernel side that the agent is alive. When that stops,
-// or it is out of descriptors, connections go direct.
-//
-// It is what an idle agent does most of the time. Each of a time.Ticker's ticks
-// wakes three threads; timerfd_create(2) needs one.
-func (a *Agent) beats() error {
-	fd, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_NONBLOCK|unix.TFD_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("making the heartbeat's timer: %w", err)
-	}
-	t := os.NewFile(uintptr(fd), "heartbeat")
-	every := unix.NsecToTimespec(bpf.BeatInterval.Nanoseconds())
-	if err := unix.TimerfdSettime(fd, 0, &unix.ItimerSpec{Interval: every, Value: every}, nil); err != nil {
-		t.Close()
-		return fmt.Errorf("setting the heartbeat's timer: %w", err)
-	}
-	a.kernel.Beat()
-	context.AfterFunc(a.ctx, func() { t.Close() })
-	a.wg.Go(func() { a.beat(t) })
-	return nil
-}
-
-// beat beats each time that something can be read, until it is closed.
-func (a *Agent) beat(timer io.Reader) {
-	full, expirations := false, make([]byte, 8)
-	for i := 0; ; i++ {
-		if _, err := timer.Read(expirations); err != nil {
-			return
-		}
-		if i%2 == 0 && crowded() != full {
-			if full = !full; full {
-				a.log.Warn("few descriptors are left: new connections go direct until there are more; LimitNOFILE of the unit (ulimit -n) is their bound")
-			} else {
-				a.log.Info("there are descriptors again: connections are redirected")
-			}
-		}
-		if !full {
-			a.kernel.Beat()
-		}
-	}
-}
-
-// upkeep does from time to time what nothing happens for.
-func (a *Agent) upkeep() {
+// maintain does periodic maintenance: it notices what no event told of.
+func (a *Agent) maintain() {
 	tidy := time.NewTicker(30 * time.Second)
 	defer tidy.Stop()
-	registries := time.NewTicker(registryFileInterval)
-	defer registries.Stop()
 	for {
 		select {
 		case <-tidy.C:
-			a.runtimes.reconcile()
-			a.doors.reconcile()
-			a.history.add(time.Now(), trafficOf(a.registry.Stats()))
-		case <-registries.C:
-			a.regs.reload(a.ca.Permits, a.log)
+			a.runtimes.Reconcile()
+			a.listeners.Reconcile()
+			a.admin.Sample()
 		case <-a.ctx.Done():
 			return
 		}
 	}
 }
 
-// follow takes in what the kernel side reports about processes.
+// follow handles the kernel side's events about processes.
 func (a *Agent) follow() {
 	for {
 		ev, err := a.kernel.Next()
 		if err != nil {
 			if a.ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
-				a.log.Error("no more news of processes; restart the agent", "err", err)
+				a.log.Error("events of processes can't be read any more; restart the agent", "err", err)
 			}
 			return
 		}
 		switch ev.Kind {
 		case bpf.Exec:
-			a.runtimes.started(ev)
+			a.runtimes.Started(ev)
 		case bpf.Exit:
-			a.runtimes.ended(ev.PID)
+			a.runtimes.Ended(ev.PID)
 		case bpf.Gone:
-			a.doors.gone(ev.PID)
+			a.listeners.Gone(ev.PID)
 		}
 	}
 }
 
-// serve carries a connection that came through a door.
-func (a *Agent) serve(d *door, c *net.TCPConn, t turn) {
+// serve serves a connection that a redirect listener has accepted.
+func (a *Agent) serve(l *redirect.Listener, c *net.TCPConn, t redirect.Admission) {
 	origin, err := a.kernel.Origin(c)
 	if err != nil {
-		// Somebody has connected to the door's port by itself.
+		// It wasn't redirected: a program has connected to the listener's port.
 		_ = c.SetLinger(0)
 		c.Close()
-		t.closed()
+		t.Closed()
 		return
 	}
-	if addr := origin.Dst.Addr(); addr == probeSystem || addr == probeCertsD {
-		a.answerProbe(c, origin.PID, addr)
-		t.closed()
+	if addr := origin.Dst.Addr(); slices.Contains(runtimes.Probes, addr) {
+		a.runtimes.AnswerProbe(c, origin.PID, addr)
+		t.Closed()
 		return
 	}
-	f := proxy.Flow{Dst: origin.Dst, Place: d.place, Egress: d.egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.direct, Closed: t.closed}
-	if rt := a.runtimes.find(origin.PID); rt != nil {
-		f.Client = fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.pid)
-		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.trusts(rt, name) }
+	f := proxy.Flow{Dst: origin.Dst, Place: l.NetworkID, Egress: l.Egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.Direct, Closed: t.Closed}
+	if rt := a.runtimes.Find(origin.PID); rt != nil {
+		f.Client = rt.String()
+		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.Trusts(rt, name) }
 		f.Settings = func(known registry.Known, host string) (upstream.Settings, error) {
-			return bounded(a.runtimes, rt, func() (upstream.Settings, error) { return settings(rt, known, host) })
+			return a.runtimes.Settings(rt, known, host)
 		}
-		f.Accepted = func() { a.runtimes.accepted(rt) }
-		f.Rejected = func(host string, err error) { a.runtimes.rejected(rt, host, err) }
+		f.Accepted = func() { a.runtimes.Accepted(rt) }
+		f.Rejected = func(host string, err error) { a.runtimes.Rejected(rt, host, err) }
 	}
 	a.proxy.Serve(a.ctx, c, f)
 }
 
-// drain stops the agent in the order that harms nobody.
+// drain lets what is served end: new connections go direct from its start.
 func (a *Agent) drain() error {
 	a.log.Info("stopping: new connections go direct", "finishing", a.proxy.Stats())
 	err := a.kernel.Detach()
-	a.doors.closeAll()
+	a.listeners.CloseAll()
 	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
 	for _, l := range a.explicit {
@@ -460,80 +275,31 @@ func (a *Agent) drain() error {
 	if a.proxy.Shutdown(ctx) != nil {
 		a.log.Warn("some transfers were cut; runtimes resume them directly", "after", drainTime)
 	}
-	waitFor(ctx, &a.doors.wg)
+	deadline, _ := ctx.Deadline()
+	waitFor(time.Until(deadline), a.listeners.Wait)
 	return err
 }
 
-// waitFor waits until all of a group has ended, and returns false when ctx is
-// done before.
-func waitFor(ctx context.Context, wg *sync.WaitGroup) bool {
+// waitFor returns true when wait has returned, and false when that takes longer.
+func waitFor(long time.Duration, wait func()) bool {
 	done := make(chan struct{})
-	go func() { wg.Wait(); close(done) }()
+	go func() { wait(); close(done) }()
 	select {
 	case <-done:
 		return true
-	case <-ctx.Done():
+	case <-time.After(long):
 		return false
 	}
 }
 
-// close gives everything up that was opened, whatever it was.
+// close stops the parts that have started, the last one first.
 func (a *Agent) close() {
+	// Before anything ends that connections are served with.
 	if a.kernel != nil {
 		_ = a.kernel.Detach()
 	}
 	a.cancel()
-	if a.doors != nil {
-		a.doors.closeAll()
-	}
-	if a.kernel != nil {
-		_ = a.kernel.StopNews()
-	}
-	a.wg.Wait()
-	// What looks at a runtime's files waits as long as they do (NFS, FUSE).
-	ctx, cancel := context.WithTimeout(context.Background(), cutTime)
-	idle := a.runtimes == nil || waitFor(ctx, &a.runtimes.wg)
-	cancel()
-	ctx, cancel = context.WithTimeout(context.Background(), cutTime)
-	defer cancel()
-	if a.admin != nil && a.admin.Shutdown(ctx) != nil {
-		a.admin.Close()
-	}
-	if a.adminL != nil {
-		a.adminL.Close()
-	}
-	if a.doors != nil {
-		waitFor(ctx, &a.doors.wg)
-	}
-	switch {
-	case !idle:
-		a.log.Warn("a runtime's files can't be looked at to an end; the agent ends without")
-	case a.kernel != nil:
-		_ = a.kernel.Close()
-	}
-	if a.own != nil {
-		a.own.Close()
-	}
-	for _, l := range a.explicit {
-		l.close()
-	}
-	if a.registry != nil {
-		a.registry.Close()
-	}
-	if a.traces != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), flushTime)
-		_ = a.traces.Shutdown(ctx)
-		cancel()
-	}
-	a.peers.close()
-	if a.store != nil {
-		_ = a.store.Close()
-	}
-	if a.ledger != nil {
-		_ = a.ledger.Close()
-	}
-	if a.pidFile != nil {
-		os.Remove(a.pidFile.Name())
-		a.pidFile.Close()
+	for _, stop := range slices.Backward(a.stops) {
+		stop()
 	}
 }

@@ -30,22 +30,31 @@ func (l *listener) close() {
 	}
 }
 
-// listenExplicit opens the mirror and the forward proxy, if they are wanted.
-func (a *Agent) listenExplicit(ups upstream.Config) error {
-	if a.conf.MirrorListen != "" {
-		if _, ok := a.regs.hosts.Named(a.conf.MirrorDefault); !ok {
-			return fmt.Errorf("--mirror-default %q is not a known registry; name one, such as %s", a.conf.MirrorDefault, DefaultMirror)
+// listenExplicit opens the mirror and the forward proxy, if they are configured,
+// and the socket for `weir prefetch`.
+func (a *Agent) listenExplicit() (stop func(), err error) {
+	stop = func() {
+		for _, l := range a.explicit {
+			l.close()
 		}
-		e := ups.NewNodeEgress()
+	}
+	if a.conf.MirrorListen != "" {
+		if _, ok := a.regs.Hosts.Named(a.conf.MirrorDefault); !ok {
+			return stop, fmt.Errorf("--mirror-default %q is not a known registry; name one, such as %s", a.conf.MirrorDefault, DefaultMirror)
+		}
+		e := a.ups.NewNodeEgress()
 		if err := a.listen("--mirror-listen", a.conf.MirrorListen, e, a.proxy.Mirror(e, a.conf.MirrorDefault)); err != nil {
-			return err
+			return stop, err
 		}
 	}
 	if a.conf.ProxyListen != "" {
-		e := ups.NewNodeEgress()
-		return a.listen("--proxy-listen", a.conf.ProxyListen, e, a.proxy.Forward(a.ctx, e))
+		e := a.ups.NewNodeEgress()
+		if err := a.listen("--proxy-listen", a.conf.ProxyListen, e, a.proxy.Forward(a.ctx, e)); err != nil {
+			return stop, err
+		}
 	}
-	return nil
+	a.listenPrefetch()
+	return stop, nil
 }
 
 // Socket is the name, in the run directory, of the Unix socket at which the agent

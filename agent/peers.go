@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"weir/agent/service"
 	"weir/p2p"
 	"weir/proxy/registry"
 	"weir/proxy/store"
@@ -45,20 +46,23 @@ type change struct {
 const foreignInterval = 10 * time.Second
 
 // joinPeers starts the peer side, if there is a swarm key.
-func (a *Agent) joinPeers() (err error) {
+func (a *Agent) joinPeers() (stop func(), err error) {
 	if a.conf.SwarmKey == "" {
 		if len(a.conf.Peers) > 0 {
-			return errors.New("--peer without --swarm-key: peers are told by the key that they share; make one as the README shows, and give it to each node")
+			return nil, errors.New("--peer without --swarm-key: peers are told by the key that they share; make one as the README shows, and give it to each node")
 		}
-		return nil
+		return nil, nil
 	}
 	key, err := p2p.ReadSwarmKey(a.conf.SwarmKey)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	a.peers, err = newPeers(a.ctx, a.store, p2p.Options{Listen: a.conf.PeerListen, Peers: a.conf.Peers, SwarmKey: key,
-		IdentityFile: filepath.Join(a.conf.DataDir, identityFile), UploadLimit: a.conf.PeerUpload, Log: a.log})
-	return err
+		IdentityFile: filepath.Join(a.conf.DataDir, service.IdentityFile), UploadLimit: a.conf.PeerUpload, Log: a.log})
+	if err != nil {
+		return nil, err
+	}
+	return a.peers.close, nil
 }
 
 // newPeers joins a store to the swarm until ctx is done.
@@ -84,10 +88,8 @@ func (p *peers) serve(h *registry.Handler, figures func() []byte) {
 }
 
 func (p *peers) close() {
-	if p != nil {
-		p.wg.Wait() // it ends with the agent's context
-		p.Close()
-	}
+	p.wg.Wait() // it ends with the agent's context
+	p.Close()
 }
 
 // changed takes in that a blob came or went. It is called by the store.

@@ -67,6 +67,20 @@ func OpenRoot(pid int) (*Root, error) {
 	return OpenRootDir("/proc/" + strconv.Itoa(pid) + "/root")
 }
 
+// LastingRoots are the root file systems that outlive their runtimes: this
+// process's own and that of the node's first process. Each is named by where it
+// can be opened.
+func LastingRoots() map[RootID]string {
+	m := make(map[RootID]string)
+	for _, name := range []string{"/proc/1/root", "/"} {
+		if r, err := OpenRootDir(name); err == nil {
+			m[r.ID()] = name
+			r.Close()
+		}
+	}
+	return m
+}
+
 // OpenRootDir opens a directory as a root. The caller closes it.
 func OpenRootDir(dir string) (*Root, error) {
 	fd, err := openRetry(unix.AT_FDCWD, dir, &unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC})

@@ -28,6 +28,9 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 	"weir/agent"
+	"weir/agent/admin"
+	"weir/agent/doctor"
+	"weir/agent/service"
 	"weir/proxy/registry"
 	"weir/proxy/store"
 )
@@ -244,7 +247,7 @@ func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 }
 
 // announce says what the agent found and what it will do.
-func announce(log *slog.Logger, s agent.Status) {
+func announce(log *slog.Logger, s admin.Status) {
 	log.Info("weir is ready", "version", s.Version, "cgroup", s.Cgroup, "data", s.DataDir,
 		"store_blobs", s.Store.Blobs, "store_bytes", s.Store.Bytes, "store_max_bytes", s.Store.MaxBytes)
 	if len(s.Runtimes) == 0 {
@@ -361,13 +364,13 @@ func printPulls(w io.Writer, all []registry.Pull) error {
 		progress := "done"
 		switch {
 		case p.Ended.IsZero():
-			progress = progressBar(p.Bytes, p.Size) + " " + agent.PercentText(p.Bytes, p.Size)
+			progress = progressBar(p.Bytes, p.Size) + " " + admin.PercentText(p.Bytes, p.Size)
 		case p.Failed > 0:
 			progress = fmt.Sprintf("%d broke off", p.Failed)
 		}
-		part := func(n int64) string { return agent.PercentText(n, p.Bytes) }
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", plain(agent.PullName(p)), plain(p.Client), progress, agent.BytesText(p.Bytes),
-			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), agent.SecondsText(p.Seconds), agent.AloneText(p))
+		part := func(n int64) string { return admin.PercentText(n, p.Bytes) }
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", plain(admin.PullName(p)), plain(p.Client), progress, admin.BytesText(p.Bytes),
+			part(p.BytesFromStore), part(p.BytesFromPeers), part(p.BytesFromUpstream), admin.SecondsText(p.Seconds), admin.AloneText(p))
 	}
 	if len(all) == 0 {
 		fmt.Fprintln(t, "none yet")
@@ -381,7 +384,7 @@ func progressBar(part, whole int64) string {
 	return strings.Repeat("#", n) + strings.Repeat(".", 20-n)
 }
 
-func printStatus(w io.Writer, s agent.Status) error {
+func printStatus(w io.Writer, s admin.Status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "weir %s, process %d, up %s\n\n", s.Version, s.PID, time.Since(s.Started).Round(time.Second))
 	fmt.Fprintln(t, "RUNTIME\tPID\tREACH\tWHY")
@@ -403,7 +406,7 @@ func printStatus(w io.Writer, s agent.Status) error {
 	}
 	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHIT RATE\tFROM STORE\tFROM PEERS\tFROM REGISTRY\tNO ANSWER")
 	for _, r := range s.Registries {
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", plain(agent.RegistryText(r.Registry)), r.Requests, agent.PercentText(r.Hits, r.Hits+r.Misses), agent.BytesText(r.BytesFromStore), agent.BytesText(r.BytesFromPeers), agent.BytesText(r.BytesFromUpstream), r.Errors)
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", plain(admin.RegistryText(r.Registry)), r.Requests, admin.PercentText(r.Hits, r.Hits+r.Misses), admin.BytesText(r.BytesFromStore), admin.BytesText(r.BytesFromPeers), admin.BytesText(r.BytesFromUpstream), r.Errors)
 	}
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
@@ -431,15 +434,15 @@ func printStatus(w io.Writer, s agent.Status) error {
 			if peer.Shunned {
 				note = "it sent wrong bytes; nothing is read from it for a while"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\n", agent.PeerText(peer.Address), agent.BytesText(peer.Received), note)
+			fmt.Fprintf(t, "%s\t%s\t%s\n", admin.PeerText(peer.Address), admin.BytesText(peer.Received), note)
 		}
 		if len(p.Peers) == 0 {
 			fmt.Fprintln(t, "none is connected")
 		}
-		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d strangers turned away\n", len(p.Peers), agent.BytesText(p.Sent), p.Sending, p.Strangers)
+		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d strangers turned away\n", len(p.Peers), admin.BytesText(p.Sent), p.Sending, p.Strangers)
 		fmt.Fprintf(t, "THIS NODE\t%s", p.ID)
 	}
-	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, agent.BytesText(s.Store.Bytes), agent.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
+	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, admin.BytesText(s.Store.Bytes), admin.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
 	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedOn, s.Connections.Failed)
 	fmt.Fprintf(t, "DOORS\t%d\n", len(s.Doors))
 	return t.Flush()
@@ -457,7 +460,8 @@ func doctorCommand() *cobra.Command {
 	peerFlags(f, &conf)
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		findings := agent.Doctor(cmd.Context(), conf)
+		findings := doctor.Examine(cmd.Context(), doctor.Config{DataDir: conf.DataDir, RunDir: conf.RunDir, Cgroup: conf.Cgroup, Admin: conf.Admin,
+			Registries: conf.Registries, RegistryFile: conf.RegistryFile, PeerListen: conf.PeerListen, SwarmKey: conf.SwarmKey})
 		out, text := cmd.OutOrStdout(), cmd.OutOrStdout()
 		if asJSON {
 			if err := json.NewEncoder(out).Encode(findings); err != nil {
@@ -484,7 +488,7 @@ func doctorCommand() *cobra.Command {
 
 // printFindings returns how many of them keep weir from working, and how many are
 // worth a look.
-func printFindings(w io.Writer, findings []agent.Finding) (failed, warned int) {
+func printFindings(w io.Writer, findings []doctor.Finding) (failed, warned int) {
 	for _, f := range findings {
 		switch {
 		case f.Problem == "":
@@ -508,24 +512,24 @@ func installCommand() *cobra.Command {
 		Use:   "install",
 		Short: "Make weir a service of this machine, or the service's new version",
 		Long: "Copy this binary to /usr/local/bin, have systemd run it from now on and at each boot,\nand wait until it is ready. With a newer binary, this is the upgrade.\n\n" +
-			"Flags of the agent go into " + agent.SettingsFile + ", as WEIR_…; `systemctl restart weir` after a change.",
+			"Flags of the agent go into " + service.SettingsFile + ", as WEIR_…; `systemctl restart weir` after a change.",
 	}
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		vars, err := agent.Settings(agent.SettingsFile)
+		vars, err := service.Settings(service.SettingsFile)
 		if err != nil {
 			return err
 		}
 		setting := func(name, otherwise string) string { return cmp.Or(vars["WEIR_"+name], otherwise) }
-		admin := setting("ADMIN", agent.DefaultAdmin)
+		address := setting("ADMIN", agent.DefaultAdmin)
 		out := cmd.OutOrStdout()
-		findings := agent.Doctor(cmd.Context(), agent.Config{Admin: admin, Cgroup: setting("CGROUP", ""),
+		findings := doctor.Examine(cmd.Context(), doctor.Config{Admin: address, Cgroup: setting("CGROUP", ""),
 			DataDir: setting("DATA_DIR", agent.DefaultDataDir), RunDir: setting("RUN_DIR", agent.DefaultRunDir)})
-		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f agent.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
+		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f doctor.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
 			return fmt.Errorf("not installed: this machine isn't fit for weir until what is marked FAIL is mended (%d)", failed)
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)
 		defer cancel()
-		started, err := agent.Install(ctx)
+		started, err := service.Install(ctx)
 		if err != nil {
 			return err
 		}
@@ -534,8 +538,8 @@ func installCommand() *cobra.Command {
 		} else {
 			fmt.Fprintf(out, "weir %s is installed, and runs.\n", buildVersion())
 		}
-		var s agent.Status
-		if _, err := fetch(cmd.Context(), admin, "/api/status", &s); err != nil {
+		var s admin.Status
+		if _, err := fetch(cmd.Context(), address, "/api/status", &s); err != nil {
 			return err
 		}
 		if len(s.Runtimes) == 0 {
@@ -567,7 +571,7 @@ func uninstallCommand() *cobra.Command {
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx, cancel := context.WithTimeout(cmd.Context(), serviceTime)
 		defer cancel()
-		removed, err := agent.Uninstall(ctx, conf)
+		removed, err := service.Uninstall(ctx, conf.DataDir, conf.RunDir)
 		for _, r := range removed {
 			fmt.Fprintln(cmd.OutOrStdout(), "removed", r)
 		}

@@ -25,7 +25,9 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
-	"weir/agent"
+	"weir/agent/admin"
+	"weir/agent/doctor"
+	"weir/agent/runtimes"
 	"weir/bpf"
 	"weir/proxy"
 	"weir/proxy/registry"
@@ -275,11 +277,11 @@ func foreignProgram(t *testing.T) (cgroup string) {
 
 func TestPrintStatus(t *testing.T) {
 	var out bytes.Buffer
-	err := printStatus(&out, agent.Status{
+	err := printStatus(&out, admin.Status{
 		Version: "v1", PID: 7, Started: time.Now(),
-		Runtimes: []agent.RuntimeStatus{
-			{Kind: "dockerd", PID: 1, Reach: agent.ReachIntercepted, Trust: "because"},
-			{Kind: "containerd", PID: 2, Reach: agent.ReachPassthrough, Reason: "it was there before", Step: "restart it", Except: map[string]string{"quay.io": "a hosts.toml decides"}},
+		Runtimes: []runtimes.Status{
+			{Kind: "dockerd", PID: 1, Reach: runtimes.ReachIntercepted, Trust: "because"},
+			{Kind: "containerd", PID: 2, Reach: runtimes.ReachPassthrough, Reason: "it was there before", Step: "restart it", Except: map[string]string{"quay.io": "a hosts.toml decides"}},
 		},
 	})
 	if err != nil {
@@ -294,11 +296,11 @@ func TestPrintStatus(t *testing.T) {
 
 func TestBytesText(t *testing.T) {
 	for n, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536 << 20: "1.5 GiB"} {
-		if got := agent.BytesText(n); got != want {
+		if got := admin.BytesText(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
 	}
-	if s := fmt.Sprint(agent.BytesText(1 << 62)); !strings.HasSuffix(s, "EiB") {
+	if s := fmt.Sprint(admin.BytesText(1 << 62)); !strings.HasSuffix(s, "EiB") {
 		t.Error(s)
 	}
 }
@@ -307,15 +309,15 @@ func TestBytesText(t *testing.T) {
 func TestStatusIsPlain(t *testing.T) {
 	const evil = "a\x1b[2J\x1b]0;b\a\nall is well\r\u202e\t"
 	var b bytes.Buffer
-	err := printStatus(&b, agent.Status{
-		Runtimes:     []agent.RuntimeStatus{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
+	err := printStatus(&b, admin.Status{
+		Runtimes:     []runtimes.Status{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
 		Registries:   []registry.Stats{{Registry: evil}},
 		UnknownHosts: []proxy.Unknown{{Host: evil, Registry: true}, {Host: evil, Problem: evil}},
 	})
 	if err = errors.Join(err, printPulls(&b, []registry.Pull{{Registry: evil, Repository: evil, Reference: evil, Client: evil}})); err != nil {
 		t.Fatal(err)
 	}
-	printFindings(&b, []agent.Finding{{What: evil}, {What: evil, Problem: evil, Step: evil, Warning: true}, {What: evil, Problem: evil}})
+	printFindings(&b, []doctor.Finding{{What: evil}, {What: evil, Problem: evil, Step: evil, Warning: true}, {What: evil, Problem: evil}})
 	for _, r := range b.String() {
 		if r != '\n' && !unicode.IsPrint(r) {
 			t.Errorf("%q is printed", r)

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"weir/agent"
+	"weir/agent/admin"
 )
 
 func prefetchCommand() *cobra.Command {
@@ -138,7 +139,7 @@ func (p *prefetcher) image(ctx context.Context, ref reference.Named) error {
 	}
 	var got, done, here atomic.Int64
 	line := func() string {
-		return fmt.Sprintf("%s  %s %s of %s, %d of %d blobs", ref, progressBar(got.Load(), size), agent.BytesText(got.Load()), agent.BytesText(size), done.Load(), len(blobs))
+		return fmt.Sprintf("%s  %s %s of %s, %d of %d blobs", ref, progressBar(got.Load(), size), admin.BytesText(got.Load()), admin.BytesText(size), done.Load(), len(blobs))
 	}
 	stop := p.progress(line)
 	g, ctx := errgroup.WithContext(ctx)
@@ -169,7 +170,7 @@ func (p *prefetcher) image(ctx context.Context, ref reference.Named) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(p.out, "%s  is there: %s, of which %s had been there or came from a peer\n", ref, agent.BytesText(size), agent.BytesText(here.Load()))
+	fmt.Fprintf(p.out, "%s  is there: %s, of which %s had been there or came from a peer\n", ref, admin.BytesText(size), admin.BytesText(here.Load()))
 	return nil
 }
 

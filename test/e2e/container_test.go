@@ -14,7 +14,8 @@ import (
 	"strings"
 	"testing"
 
-	"weir/agent"
+	"weir/agent/admin"
+	"weir/agent/runtimes"
 	"weir/test/lab"
 )
 
@@ -60,7 +61,7 @@ func TestAgentInContainer(t *testing.T) {
 	run, remove, uninstall := dockerRun(t)
 	id := strings.TrimSpace(node.Run("sh", "-ec", run))
 	t.Cleanup(func() { _, _ = node.Output("sh", "-c", outerDocker+"rm -f weir") })
-	status := func() (s agent.Status, err error) {
+	status := func() (s admin.Status, err error) {
 		out, err := node.Output(lab.Weir(t), "status", "--json")
 		if err == nil {
 			err = json.Unmarshal([]byte(out), &s)
@@ -82,7 +83,7 @@ func TestAgentInContainer(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if !slices.ContainsFunc(s.Runtimes, func(r agent.RuntimeStatus) bool { return r.PID == pid && r.Reach == agent.ReachIntercepted }) {
+			if !slices.ContainsFunc(s.Runtimes, func(r runtimes.Status) bool { return r.PID == pid && r.Reach == runtimes.ReachIntercepted }) {
 				return fmt.Errorf("process %d is not intercepted: %+v", pid, s.Runtimes)
 			}
 			return nil

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"weir/agent"
+	"weir/agent/runtimes"
 	"weir/test/lab"
 )
 
@@ -224,12 +224,12 @@ func seenToBeSteps(t *testing.T, a *lab.Agent, want int) {
 }
 
 // ofKind waits until a runtime of a kind is in the status, and is settled.
-func ofKind(t *testing.T, a *lab.Agent, kind string) agent.RuntimeStatus {
+func ofKind(t *testing.T, a *lab.Agent, kind string) runtimes.Status {
 	t.Helper()
 	var pid int
 	if err := lab.Eventually(nil, func(context.Context) error {
 		s := a.Status()
-		i := slices.IndexFunc(s.Runtimes, func(r agent.RuntimeStatus) bool { return r.Kind == kind })
+		i := slices.IndexFunc(s.Runtimes, func(r runtimes.Status) bool { return r.Kind == kind })
 		if i < 0 {
 			return fmt.Errorf("no %s is in the status: %+v", kind, s.Runtimes)
 		}

@@ -16,7 +16,7 @@ import (
 	"syscall"
 	"testing"
 
-	"weir/agent"
+	"weir/agent/admin"
 	"weir/proxy/registry"
 	"weir/test/lab"
 )
@@ -112,7 +112,7 @@ func TestPageOfCluster(t *testing.T) {
 	dockers[1].Pull(flyway)
 	dockers[2].Pull(renovate)
 
-	var c agent.Cluster
+	var c admin.Cluster
 	ask := func(ctx context.Context, ok func() bool) error {
 		b, err := agents[0].Get(ctx, "/api/cluster")
 		for _, secret := range []string{"flyway/", "renovatebot", "10.11.0", w.flyway.Digest.Encoded()} {
@@ -120,7 +120,7 @@ func TestPageOfCluster(t *testing.T) {
 				t.Errorf("nodes tell each other %q: %s", secret, b)
 			}
 		}
-		c = agent.Cluster{}
+		c = admin.Cluster{}
 		if err = errors.Join(err, json.Unmarshal(b, &c)); err == nil && !ok() {
 			err = fmt.Errorf("%s", b)
 		}
@@ -205,7 +205,7 @@ func TestPageOfCluster(t *testing.T) {
 	defer agents[2].Signal(syscall.SIGCONT)
 	if err := lab.Eventually(nil, func(ctx context.Context) error {
 		return ask(ctx, func() bool {
-			return !slices.ContainsFunc(c.Nodes, func(n agent.NodeFigures) bool { return strings.HasPrefix(n.Address, nodes[1].Addr().String()+":") })
+			return !slices.ContainsFunc(c.Nodes, func(n admin.NodeFigures) bool { return strings.HasPrefix(n.Address, nodes[1].Addr().String()+":") })
 		})
 	}); err != nil {
 		t.Error(err)

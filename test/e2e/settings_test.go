@@ -10,7 +10,7 @@ import (
 	"sync"
 	"testing"
 
-	"weir/agent"
+	"weir/agent/runtimes"
 	"weir/test/lab"
 )
 
@@ -129,7 +129,7 @@ func TestHostsFiles(t *testing.T) {
 		images.pull(t, containerd, "docker.io")
 		w.nothingFetched(t)
 	}
-	unharmed := func(t *testing.T) agent.RuntimeStatus {
+	unharmed := func(t *testing.T) runtimes.Status {
 		t.Helper()
 		rt := a.Runtime(containerd.PID())
 		if rt.Reach != "intercepted" || strings.Contains(a.Log(1<<20), "refused weir's certificate") {

@@ -14,14 +14,14 @@ import (
 	"testing"
 	"time"
 
-	"weir/agent"
+	"weir/agent/admin"
 	"weir/test/lab"
 )
 
 const busybox = "/bin/busybox"
 
 // status is what the agent in the DaemonSet's pod says of itself.
-func (c *cluster) status() (s agent.Status, err error) {
+func (c *cluster) status() (s admin.Status, err error) {
 	out, err := c.try("-n", "weir", "exec", "daemonset/weir", "--", "/weir", "status", "--json")
 	if err == nil {
 		err = json.Unmarshal([]byte(out), &s)

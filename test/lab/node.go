@@ -29,6 +29,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"weir/agent"
+	"weir/agent/admin"
+	"weir/agent/runtimes"
 )
 
 // Node is a machine in a box, or with [Node.Box] a container in it.
@@ -374,7 +376,7 @@ func (a *Agent) Get(ctx context.Context, path string) ([]byte, error) {
 }
 
 // Status is what `weir status --json` prints.
-func (a *Agent) Status() (s agent.Status) {
+func (a *Agent) Status() (s admin.Status) {
 	a.node.t.Helper()
 	out := a.node.Run(Weir(a.node.t), "status", "--json")
 	if err := json.Unmarshal([]byte(out), &s); err != nil {
@@ -384,7 +386,7 @@ func (a *Agent) Status() (s agent.Status) {
 }
 
 // AskStatus is Status without the start of a program for it.
-func (a *Agent) AskStatus(ctx context.Context) (s agent.Status, err error) {
+func (a *Agent) AskStatus(ctx context.Context) (s admin.Status, err error) {
 	page, err := a.Get(ctx, "/api/status")
 	if err == nil {
 		err = json.Unmarshal(page, &s)
@@ -394,15 +396,15 @@ func (a *Agent) AskStatus(ctx context.Context) (s agent.Status, err error) {
 
 // Runtime waits until the status of a process is no longer "starting" or being
 // proven, and returns it.
-func (a *Agent) Runtime(pid int) (rt agent.RuntimeStatus) {
+func (a *Agent) Runtime(pid int) (rt runtimes.Status) {
 	a.node.t.Helper()
 	a.until(fmt.Sprintf("settling how process %d is treated", pid), func(context.Context) error {
 		s := a.Status()
-		i := slices.IndexFunc(s.Runtimes, func(r agent.RuntimeStatus) bool { return r.PID == pid })
+		i := slices.IndexFunc(s.Runtimes, func(r runtimes.Status) bool { return r.PID == pid })
 		if i < 0 {
 			return fmt.Errorf("process %d is not in the status: %+v", pid, s.Runtimes)
 		}
-		if rt = s.Runtimes[i]; rt.Reach == agent.ReachStarting || strings.HasPrefix(rt.Step, "wait") {
+		if rt = s.Runtimes[i]; rt.Reach == runtimes.ReachStarting || strings.HasPrefix(rt.Step, "wait") {
 			return fmt.Errorf("it is %s (%s)", rt.Reach, rt.Reason)
 		}
 		return nil

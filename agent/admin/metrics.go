@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package admin
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+	"weir/bpf"
+)
+
+// collector turns the status into metrics, so that there is one count of
+// everything.
+type collector struct{ server *Server }
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("weir_"+name, help, labels, nil)
+}
+
+var (
+	descInfo         = desc("build_info", "A constant 1 with weir's version.", "version")
+	descRuntimes     = desc("runtimes", "Running container runtimes by how they are treated.", "kind", "reach")
+	descDoors        = desc("doors", "Network namespaces with a door.")
+	descConnections  = desc("connections_total", "Redirected connections by what was done with them.", "action")
+	descRequests     = desc("registry_requests_total", "Requests to intercepted registries.", "registry")
+	descLookups      = desc("registry_lookups_total", "Blobs and manifests asked for by digest or known tag, by whether the store had them.", "registry", "result")
+	descErrors       = desc("registry_upstream_errors_total", "Requests that the upstream gave no answer to.", "registry")
+	descStale        = desc("registry_stale_answers_total", "Answers given from before the upstream failed (stale-if-error).", "registry")
+	descPushed       = desc("registry_pushed_total", "Pushed blobs and manifests that were kept.", "registry")
+	descBytes        = desc("registry_bytes_total", "Bytes of answers by where they came from.", "registry", "source")
+	descPeers        = desc("peers", "Peers that this node is connected to.")
+	descPeerSent     = desc("peer_sent_bytes_total", "Bytes of blobs sent to peers.")
+	descPeerRefused  = desc("peer_refused_total", "Requests of peers for blobs above what is served at a time.")
+	descStrangers    = desc("peer_strangers_total", "Connections to the peers' port without the swarm key.")
+	descStoreBytes   = desc("store_bytes", "Bytes of kept blobs and of running transfers.")
+	descStoreMax     = desc("store_max_bytes", "The bound of weir_store_bytes.")
+	descStoreBlobs   = desc("store_blobs", "Kept blobs.")
+	descStoreEvicted = desc("store_evicted_total", "Blobs that made room for others.")
+	descStoreCorrupt = desc("store_corrupt_total", "Blobs that were found damaged and dropped.")
+	descStoreNotKept = desc("store_not_kept_total", "Blobs there was no room for.")
+	descKernel       = desc("kernel_connections_total", "Decisions of the kernel side about connections of tracked processes.", "decision")
+	descEventsLost   = desc("kernel_events_lost_total", "Reports of processes that the agent was too slow for.")
+)
+
+func (c collector) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, ch) }
+
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	s := c.server.Status()
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	count := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
+	}
+	gauge(descInfo, 1, s.Version)
+	type key struct{ kind, reach string }
+	reach := make(map[key]int)
+	for _, r := range s.Runtimes {
+		reach[key{r.Kind, r.Reach}]++
+	}
+	for k, n := range reach {
+		gauge(descRuntimes, float64(n), k.kind, k.reach)
+	}
+	gauge(descDoors, float64(len(s.Doors)))
+	count(descConnections, float64(s.Connections.Intercepted), "intercepted")
+	count(descConnections, float64(s.Connections.PassedOn), "passed")
+	count(descConnections, float64(s.Connections.Failed), "failed")
+	for _, r := range s.Registries {
+		count(descRequests, float64(r.Requests), r.Registry)
+		count(descLookups, float64(r.Hits), r.Registry, "hit")
+		count(descLookups, float64(r.Misses), r.Registry, "miss")
+		count(descErrors, float64(r.Errors), r.Registry)
+		count(descStale, float64(r.Stale), r.Registry)
+		count(descPushed, float64(r.Pushed), r.Registry)
+		count(descBytes, float64(r.BytesFromStore), r.Registry, "store")
+		count(descBytes, float64(r.BytesFromPeers), r.Registry, "peers")
+		count(descBytes, float64(r.BytesFromUpstream), r.Registry, "upstream")
+	}
+	if s.Peers != nil {
+		gauge(descPeers, float64(len(s.Peers.Peers)))
+		count(descPeerSent, float64(s.Peers.Sent))
+		count(descPeerRefused, float64(s.Peers.Refused))
+		count(descStrangers, float64(s.Peers.Strangers))
+	}
+	gauge(descStoreBytes, float64(s.Store.Bytes))
+	gauge(descStoreMax, float64(s.Store.MaxBytes))
+	gauge(descStoreBlobs, float64(s.Store.Blobs))
+	count(descStoreEvicted, float64(s.Store.Evicted))
+	count(descStoreCorrupt, float64(s.Store.Corrupt))
+	count(descStoreNotKept, float64(s.Store.NotKept))
+	collectKernel(s.Kernel, count)
+}
+
+func collectKernel(s bpf.Stats, count func(*prometheus.Desc, float64, ...string)) {
+	for decision, n := range map[string]uint64{
+		"redirected": s.Redirected, "no_door": s.NoDoor, "stale_heartbeat": s.StaleBeat, "unfit": s.Unfit, "early": s.Early, "no_origin": s.NoOrigin, "knocked": s.Knocked,
+	} {
+		count(descKernel, float64(n), decision)
+	}
+	count(descEventsLost, float64(s.EventsLost))
+}

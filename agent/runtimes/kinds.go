@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtimes
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/moby/moby/client"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"weir/agent/procfs"
+	"weir/agent/trust"
+)
+
+// kind is a container runtime, or a tool that pulls images by itself. Whatever
+// else pulls is added here, by one row.
+type kind struct {
+	name string
+	// Programs are the executables' names.
+	programs []string
+	// oneShot programs end with their pull: there is nothing to restart.
+	oneShot bool
+	// eager says that it may read its roots before it connects to a registry:
+	// its source says so, or nobody has looked. Others read them when they
+	// verify a registry's answer, as Go programs do by themselves, and so never
+	// before the proxy has seen to the CA, however late that is.
+	eager bool
+	// ask makes a running one pull an image, to see whether it trusts the CA.
+	// Nil means that it can't be asked.
+	ask func(ctx context.Context, rt *Runtime, image string) error
+	// certsD are the directories with a registry's certificates that all of
+	// its pulls read each time, so that they count while it runs.
+	certsD []string
+	// settings are the directories with what a user has given it for a
+	// registry: more CAs, and certificates to show there.
+	settings []string
+	// userSettings are the same of the user who runs it, below that user's
+	// directory of settings.
+	userSettings []string
+	// ownRoots are flags that name a file whose certificates are all that it
+	// then trusts.
+	ownRoots []string
+	// builds says that it runs the steps of a build.
+	builds bool
+	// sockets are where it listens, when its command line names no other.
+	sockets []string
+	// contentStore says that it keeps blobs that weir may read, if it is the
+	// node's own: containerd.
+	contentStore bool
+	// pullsThrough names the kind whose process pulls for this one and then
+	// reads no certsD: while a ctr runs, a containerd that trusts the CA by
+	// its certs.d alone is left in peace.
+	pullsThrough string
+}
+
+// kinds are all that weir knows. dockerd has no certsD: its classic pulls read
+// /etc/docker/certs.d each time, but the BuildKit inside the same process reads
+// it at start (20.10 to 24) or keeps what it has read for as long as the
+// repository is in use (25 and later), and a connection doesn't say which of
+// the two it comes from.
+//
+// kaniko reads its roots as it starts (pkg/util/transport_util.go). The strace
+// of podman, buildah, skopeo, crane and oras shows none read before the first
+// connection.
+//
+// ownRoots: ctr (cmd/ctr/commands/resolver.go, resolverDefaultTLS), oras
+// (cmd/oras/internal/option/remote.go, tlsConfig), helm (internal/tlsutil/tls.go,
+// NewTLSConfig; pkg/registry/client.go), cosign (cmd/cosign/cli/options/registry.go,
+// getTLSConfig). What the others are told of is added to the system's roots:
+// containers/image (pkg/tlsclientconfig, SetupCertificates), buildkitd
+// (util/resolver/resolver.go, loadTLSConfig), kaniko (pkg/util/transport_util.go),
+// regctl (internal/reghttp/http.go, makeRootPool), trivy
+// (pkg/flag/global_flags.go), nerdctl (containerd's hosts.go,
+// updateTLSConfigFromHost).
+var kinds = []*kind{
+	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker, builds: true,
+		settings:     []string{trust.DockerCertsD},
+		userSettings: []string{trust.UserDockerCertsD},
+		sockets:      []string{"/run/docker.sock", "/var/run/docker.sock"}},
+	{name: "containerd", programs: []string{"containerd"}, ask: askCRI, contentStore: true,
+		certsD:  []string{trust.ContainerdCertsD, trust.ContainerdPairCertsD},
+		sockets: []string{"/run/containerd/containerd.sock", "/var/run/docker/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"}},
+	{name: "cri-o", programs: []string{"crio"}, ask: askCRI,
+		certsD:   []string{trust.ContainersCertsD},
+		settings: containersSettings, userSettings: containersUserSettings,
+		sockets: []string{"/run/crio/crio.sock"}},
+	{name: "buildkitd", programs: []string{"buildkitd"}, builds: true},
+	{name: "podman", programs: []string{"podman"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
+	{name: "buildah", programs: []string{"buildah"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
+	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true, settings: containersSettings, userSettings: containersUserSettings},
+	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, eager: true, pullsThrough: "containerd",
+		settings:     []string{trust.ContainerdCertsD, trust.DockerCertsD},
+		userSettings: []string{trust.UserContainerdCertsD, trust.UserDockerCertsD}},
+	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd", ownRoots: []string{"--tlscacert"}},
+	{name: "crane", programs: []string{"crane", "gcrane", "krane"}, oneShot: true},
+	{name: "oras", programs: []string{"oras"}, oneShot: true, ownRoots: []string{"--ca-file", "--from-ca-file", "--to-ca-file"}},
+	{name: "regctl", programs: []string{"regctl", "regsync"}, oneShot: true, eager: true},
+	{name: "kaniko", programs: []string{"executor"}, oneShot: true, eager: true, builds: true},
+	{name: "helm", programs: []string{"helm"}, oneShot: true, eager: true, ownRoots: []string{"--ca-file"}},
+	{name: "cosign", programs: []string{"cosign"}, oneShot: true, eager: true, ownRoots: []string{"--registry-cacert"}},
+	{name: "trivy", programs: []string{"trivy"}, oneShot: true, eager: true},
+}
+
+// What containers/image reads: containers-certs.d(5).
+var (
+	containersSettings     = []string{trust.ContainersCertsD, trust.DockerCertsD}
+	containersUserSettings = []string{trust.UserContainersCertsD}
+)
+
+// ownRoots returns the flag on a command line that names all the roots which a
+// program of a kind trusts, empty if there is none.
+func ownRoots(k *kind, args []string) string {
+	for _, arg := range args {
+		if flag, _, _ := strings.Cut(arg, "="); slices.Contains(k.ownRoots, flag) {
+			return flag
+		}
+	}
+	return ""
+}
+
+// Programs are all executables' names, for the kernel side.
+func Programs() (names []string) {
+	for _, k := range kinds {
+		names = append(names, k.programs...)
+	}
+	return names
+}
+
+// kindOf returns the kind that an executable's name belongs to.
+func kindOf(names ...string) *kind {
+	for _, k := range kinds {
+		for _, n := range names {
+			if slices.Contains(k.programs, n) {
+				return k
+			}
+		}
+	}
+	return nil
+}
+
+// socketsOf returns where a runtime may be listening: what its command line
+// says, then the usual places.
+func socketsOf(rt *Runtime) []string {
+	var found []string
+	args := procfs.Strings(rt.PID, "cmdline")
+	for i, arg := range args {
+		flag, value, joined := strings.Cut(arg, "=")
+		switch flag {
+		case "-a", "--address", "-H", "--host", "--listen", "-address":
+		default:
+			continue
+		}
+		if !joined && i+1 < len(args) {
+			value = args[i+1]
+		}
+		value = strings.TrimPrefix(value, "unix://")
+		if strings.HasPrefix(value, "/") {
+			found = append(found, value)
+		}
+	}
+	return append(found, rt.kind.sockets...)
+}
+
+// maxAnswers bounds what a runtime says to one question, which is some KiB. In a
+// pod it is anybody's program, and what reads its JSON reads it to the end.
+const maxAnswers = 16 << 20
+
+// boundedConn is a connection of which so many bytes are read.
+type boundedConn struct {
+	net.Conn
+	left int
+}
+
+func (c *boundedConn) Read(b []byte) (int, error) {
+	if c.left <= 0 {
+		return 0, fmt.Errorf("it answers with more than %d bytes", maxAnswers)
+	}
+	n, err := c.Conn.Read(b[:min(len(b), c.left)])
+	c.left -= n
+	return n, err
+}
+
+// dialRuntime connects to a runtime's API, inside its root file system.
+func dialRuntime(ctx context.Context, rt *Runtime) (net.Conn, error) {
+	root, err := trust.OpenRoot(rt.PID)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	var last error
+	for _, path := range socketsOf(rt) {
+		c, err := root.DialUnix(ctx, path)
+		if err == nil {
+			return &boundedConn{c, maxAnswers}, nil
+		}
+		last = err
+	}
+	return nil, fmt.Errorf("connecting to %s (process %d): %w", rt.kind.name, rt.PID, last)
+}
+
+// dialGRPC returns a connection to a runtime's gRPC API.
+func dialGRPC(rt *Runtime) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+rt.kind.name,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+}
+
+// askDocker makes dockerd pull an image, through the Docker Engine API.
+func askDocker(ctx context.Context, rt *Runtime, image string) error {
+	c, err := client.New(client.WithHost("unix:///run/docker.sock"),
+		client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	pull, err := c.ImagePull(ctx, image, client.ImagePullOptions{})
+	if err != nil {
+		return err
+	}
+	return pull.Wait(ctx)
+}
+
+// askCRI makes a runtime pull an image, through the Kubernetes CRI.
+func askCRI(ctx context.Context, rt *Runtime, image string) error {
+	c, err := dialGRPC(rt)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = cri.NewImageServiceClient(c).PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: image}})
+	return err
+}

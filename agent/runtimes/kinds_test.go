@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtimes
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"weir/agent/procfs"
+)
+
+func TestKinds(t *testing.T) {
+	seen := map[string]bool{}
+	for _, k := range kinds {
+		for _, p := range k.programs {
+			if seen[p] || len(p) > 15 || p == "" {
+				t.Errorf("%s: the program %q is there twice, or too long for the kernel", k.name, p)
+			}
+			seen[p] = true
+			if kindOf("x", p) != k {
+				t.Errorf("%q is not found", p)
+			}
+		}
+		if k.pullsThrough != "" && !slices.ContainsFunc(kinds, func(o *kind) bool { return o.name == k.pullsThrough }) {
+			t.Errorf("%s pulls through %s, which is not a kind", k.name, k.pullsThrough)
+		}
+	}
+	if kindOf("bash", "weir") != nil {
+		t.Error("bash is a container runtime")
+	}
+}
+
+// A program that is called dockerd, and never ends its answer, is not listened to
+// for longer than a dockerd needs.
+func TestEndlessAnswer(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "sock")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said atomic.Int64
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Api-Version", "1.45")
+		if r.URL.Path == "/_ping" {
+			return
+		}
+		_, _ = io.WriteString(w, `{"status":"`)
+		for b := bytes.Repeat([]byte("a"), 1<<20); said.Load() < 1<<30; said.Add(1 << 20) {
+			if _, err := w.Write(b); err != nil {
+				return
+			}
+		}
+	})}
+	go func() { _ = srv.Serve(l) }()
+	defer srv.Close()
+	rt := &Runtime{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
+	if err := askDocker(t.Context(), rt, "198.18.116.1/weir/probe:x"); err == nil || said.Load() > 4*maxAnswers {
+		t.Errorf("%d bytes, %v", said.Load(), err)
+	}
+	if said.Load() == 0 {
+		t.Error("it wasn't asked")
+	}
+}
+
+func TestOwnRoots(t *testing.T) {
+	for command, want := range map[string]string{
+		"oras pull ghcr.io/a/b:1":                           "",
+		"oras pull --ca-file x ghcr.io/a/b:1":               "--ca-file",
+		"oras cp --from-ca-file=x ghcr.io/a/b:1 ghcr.io/c":  "--from-ca-file",
+		"oras cp --to-ca-file x ghcr.io/a/b:1 ghcr.io/c":    "--to-ca-file",
+		"helm pull --kube-ca-file x oci://ghcr.io/a":        "",
+		"helm push a.tgz oci://ghcr.io/a --ca-file=x":       "--ca-file",
+		"cosign save --registry-cacert x ghcr.io/a":         "--registry-cacert",
+		"ctr images pull --local --tlscacert=x ghcr.io/a:1": "--tlscacert",
+		"skopeo copy --src-cert-dir x docker://a dir:b":     "",
+		"crane pull --ca-file x":                            "",
+	} {
+		args := strings.Fields(command)
+		if got := ownRoots(kindOf(args[0]), args); got != want {
+			t.Errorf("%s: %q, want %q", command, got, want)
+		}
+	}
+}

@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package runtimes finds the container runtimes of a node and establishes, for
+// each process, whether it trusts the node's CA and for which registries.
+//
+// A process that starts while the agent is there finds the CA where it reads its
+// roots, before it can have verified anything: trust by construction. One that was
+// running before proves it, by a pull from a probe address. Until it is known, a
+// runtime is passed through; and it is again when it refuses a certificate.
+package runtimes
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+	"weir/agent/procfs"
+	"weir/agent/trust"
+	"weir/bpf"
+)
+
+// Runtime is a process that pulls images.
+type Runtime struct {
+	procfs.Process
+	kind   *kind
+	execed time.Duration // after boot; 0 if it isn't known
+	netns  uint64
+	ctx    context.Context // ends with the process
+	cancel context.CancelFunc
+	// unheard says that its exec is yet to be reported. Guarded by runtimes.mu.
+	unheard bool
+	// settled is closed when it is first known how to treat it.
+	settled chan struct{}
+	once    sync.Once
+
+	// files bounds what looks at its files.
+	files looks
+
+	mu       sync.Mutex
+	reach    string
+	how      string
+	rests    ground
+	program  program // when it is settled
+	reason   string
+	step     string
+	verdicts map[netip.Addr]chan error // of the probes under way
+	led      map[string]time.Time      // when a pull of it was last seen to be led to a host without the CA
+}
+
+// ground is what a runtime's trust in the CA rests on. The zero value is its
+// memory.
+type ground struct {
+	certsD *trust.CertsD // that alone
+	// file is among the roots that it reads when it first verifies a
+	// certificate, which may not have been yet.
+	file string
+	id   trust.FileID
+}
+
+// Options of the runtimes of a node.
+type Options struct {
+	Kernel    Kernel
+	Listeners Listeners
+	Content   Content
+	CA        *trust.CA
+	Ledger    *trust.Ledger
+	// Lasting are the root file systems that outlive their runtimes.
+	Lasting map[trust.RootID]string
+	// Registries are the hosts that get a directory in a certs.d.
+	Registries func() []string
+	// Ports are those that registries listen on.
+	Ports []uint16
+	// RunDir keeps what is known of runtimes until the next boot.
+	RunDir string
+	Log    *slog.Logger
+}
+
+// Kernel tracks processes; [bpf.Kernel] is one.
+type Kernel interface {
+	Mode(pid int) (bpf.Mode, bool)
+	SetMode(pid int, m bpf.Mode) error
+	Remode(pid int, m bpf.Mode) error
+	Forget(pid int) error
+	Early(pid int) bool
+}
+
+// Listeners opens redirect listeners in network namespaces.
+type Listeners interface {
+	Arrived(a bpf.Arrival)
+	Enter(pid int) error
+}
+
+// Content reads blobs in place where a containerd keeps them.
+type Content interface {
+	AddForeign(dir string)
+	RemoveForeign(dir string)
+}
+
+// Wait waits for what is being found out about runtimes.
+func (rs *Runtimes) Wait() { rs.wg.Wait() }
+
+// Runtimes follows the processes that pull images and establishes which of
+// them trust the CA.
+type Runtimes struct {
+	o     Options
+	ctx   context.Context // what runs in the background ends with it
+	state *stateFile
+
+	mu     sync.Mutex
+	all    map[int]*Runtime
+	paused map[string]map[int]struct{} // kind → one-shot processes it pulls for
+	wg     sync.WaitGroup
+	// establishing bounds those that are being looked at, each of which may hold a
+	// thread for as long as a file system gives no answer.
+	establishing *semaphore.Weighted
+	// looking is the same for those whose files are looked at again.
+	looking *semaphore.Weighted
+}
+
+// New makes a set without a runtime. What it starts in the background
+// ends with ctx.
+func New(ctx context.Context, o Options) *Runtimes {
+	return &Runtimes{o: o, ctx: ctx, state: openState(o.RunDir, o.CA.Fingerprint(), o.Log),
+		all: make(map[int]*Runtime), paused: make(map[string]map[int]struct{}),
+		establishing: semaphore.NewWeighted(maxEstablishing), looking: semaphore.NewWeighted(maxEstablishing)}
+}
+
+// maxEstablishing is far above what starts at a time, and far below the threads
+// that Go gives a program (10,000).
+const maxEstablishing = 256
+
+// Seed takes in what is running already: the runtimes, and for listeners the oldest
+// process of each network namespace. What starts meanwhile is the kernel side's
+// to report.
+func (rs *Runtimes) Seed(cgroup string) error {
+	pids, err := procfs.InCgroup(cgroup)
+	if err != nil {
+		return fmt.Errorf("listing the processes in %s: %w", cgroup, err)
+	}
+	oldest := make(map[uint64]procfs.Process) // by network namespace
+	for _, pid := range pids {
+		p, err := procfs.Read(pid)
+		if err != nil {
+			continue
+		}
+		if ino, err := procfs.Netns(pid); err == nil {
+			if o, ok := oldest[ino]; !ok || p.Start < o.Start {
+				oldest[ino] = p
+			}
+		}
+		k := kindOf(p.Comm, p.Exe)
+		if k == nil {
+			continue
+		}
+		if _, tracked := rs.o.Kernel.Mode(pid); tracked {
+			continue // its exec was seen
+		}
+		if err := rs.o.Kernel.SetMode(pid, bpf.ModeProbe); err != nil {
+			return fmt.Errorf("tracking process %d: %w", pid, err)
+		}
+		if now, err := procfs.Read(pid); err != nil || now.Start != p.Start {
+			_ = rs.o.Kernel.Forget(pid)
+			continue
+		}
+		rs.mu.Lock()
+		rs.add(p, k, 0, true)
+		rs.mu.Unlock()
+	}
+	for _, p := range oldest {
+		rs.o.Listeners.Arrived(bpf.Arrival{PID: p.PID})
+	}
+	return nil
+}
+
+// Started takes in a runtime whose exec the kernel side has just seen.
+func (rs *Runtimes) Started(ev bpf.Event) {
+	p, err := procfs.Read(ev.PID)
+	if err != nil {
+		return // gone already
+	}
+	if k := kindOf(ev.Name, p.Comm, p.Exe); k != nil {
+		rs.mu.Lock()
+		defer rs.mu.Unlock()
+		if rt := rs.all[ev.PID]; rt != nil && rt.unheard && rt.Start == p.Start {
+			rt.unheard = false // its connection was faster than this news
+			return
+		}
+		rs.add(p, k, ev.Time, false)
+	}
+}
+
+// add takes in a process. The caller holds rs.mu.
+func (rs *Runtimes) add(p procfs.Process, k *kind, execed time.Duration, seeded bool) *Runtime {
+	rt := &Runtime{Process: p, kind: k, execed: execed, reach: ReachStarting,
+		settled: make(chan struct{}), verdicts: make(map[netip.Addr]chan error)}
+	rt.netns, _ = procfs.Netns(p.PID)
+	rt.ctx, rt.cancel = context.WithCancel(rs.ctx)
+	if old, ok := rs.all[p.PID]; ok {
+		old.cancel()
+	}
+	rs.all[p.PID] = rt
+	if k.pullsThrough != "" {
+		rs.pause(k.pullsThrough, p.PID)
+	}
+	rs.wg.Go(func() {
+		defer rt.settle()
+		if !rs.establishing.TryAcquire(1) {
+			rs.passThrough(rt, "too many others are being looked at, or can't be", "see why their files can't be read: NFS, FUSE")
+			return
+		}
+		defer rs.establishing.Release(1)
+		rs.establish(rt, seeded)
+	})
+	if k.contentStore {
+		rs.wg.Go(func() { rs.shareContent(rt) })
+	}
+	return rt
+}
+
+// Ended forgets a process.
+func (rs *Runtimes) Ended(pid int) {
+	rs.mu.Lock()
+	rt, ok := rs.all[pid]
+	delete(rs.all, pid)
+	if ok && rt.kind.pullsThrough != "" {
+		rs.resume(rt.kind.pullsThrough, pid)
+	}
+	if ok {
+		rt.cancel() // before anybody else says what it is
+	}
+	rs.mu.Unlock()
+	if !ok {
+		return
+	}
+	rs.state.forget(pid)
+}
+
+// Reconcile forgets processes whose end was not heard of, because the kernel
+// side's news got lost or came before that of their start.
+func (rs *Runtimes) Reconcile() {
+	var gone []int
+	rs.mu.Lock()
+	for pid := range rs.all {
+		if _, tracked := rs.o.Kernel.Mode(pid); !tracked {
+			gone = append(gone, pid)
+		}
+	}
+	rs.mu.Unlock()
+	for _, pid := range gone {
+		rs.Ended(pid)
+	}
+}
+
+// Find returns the runtime that a connection came from, nil if there is none.
+// The connection may be here before the news of its exec.
+func (rs *Runtimes) Find(pid int) *Runtime {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if rt := rs.all[pid]; rt != nil {
+		return rt
+	}
+	p, err := procfs.Read(pid)
+	if err != nil {
+		return nil
+	}
+	k := kindOf(p.Comm, p.Exe)
+	if mode, tracked := rs.o.Kernel.Mode(pid); k == nil || !tracked || mode != bpf.ModeNew {
+		return nil
+	}
+	rt := rs.add(p, k, 0, false)
+	rt.unheard = true
+	return rt
+}
+
+// pause leaves the runtimes of a kind in peace that trust the CA only by a
+// directory which the tool pid doesn't make them read. The caller holds rs.mu.
+func (rs *Runtimes) pause(kind string, pid int) {
+	if rs.paused[kind] == nil {
+		rs.paused[kind] = make(map[int]struct{})
+	}
+	rs.paused[kind][pid] = struct{}{}
+	rs.remode(kind)
+}
+
+func (rs *Runtimes) resume(kind string, pid int) {
+	delete(rs.paused[kind], pid)
+	rs.remode(kind)
+}
+
+// remode tells the kernel side again how to treat the runtimes of a kind. The
+// caller holds rs.mu.
+func (rs *Runtimes) remode(kind string) {
+	for _, rt := range rs.all {
+		if rt.kind.name == kind {
+			rs.setMode(rt)
+		}
+	}
+}
+
+// setMode tells the kernel side how to treat a runtime. The caller holds rs.mu.
+func (rs *Runtimes) setMode(rt *Runtime) {
+	rt.mu.Lock()
+	mode := bpf.ModeProbe
+	if rt.reach == ReachIntercepted && (rt.rests.certsD == nil || len(rs.paused[rt.kind.name]) == 0) {
+		mode = bpf.ModeRedirect
+	}
+	rt.mu.Unlock()
+	if rt.ctx.Err() != nil {
+		return
+	}
+	if err := rs.o.Kernel.Remode(rt.PID, mode); err != nil {
+		rs.o.Log.Error("telling the kernel side about a process", "pid", rt.PID, "err", err)
+	}
+}
+
+// Name is the name of the runtime's kind.
+func (rt *Runtime) Name() string { return rt.kind.name }
+
+func (rt *Runtime) String() string { return fmt.Sprintf("%s (pid %d)", rt.kind.name, rt.PID) }
+
+func (rt *Runtime) settle() { rt.once.Do(func() { close(rt.settled) }) }
+
+// intercept makes a runtime one whose connections are intercepted.
+func (rs *Runtimes) intercept(rt *Runtime, how string, rests ground) {
+	rt.mu.Lock()
+	rt.reach, rt.how, rt.reason, rt.step = ReachIntercepted, how, "", ""
+	rt.rests = rests
+	rt.mu.Unlock()
+	rs.mu.Lock()
+	rs.setMode(rt)
+	lives := rt.ctx.Err() == nil
+	if lives && !rt.kind.oneShot {
+		rs.state.remember(rt)
+	}
+	rs.mu.Unlock()
+	if lives && !rt.kind.oneShot {
+		rs.o.Log.Info("a runtime's registries are intercepted", "runtime", rt.kind.name, "pid", rt.PID, "because", how)
+	}
+	rt.settle()
+}
+
+// passThrough leaves a runtime alone.
+func (rs *Runtimes) passThrough(rt *Runtime, reason, step string) {
+	rt.mu.Lock()
+	rt.reach, rt.how, rt.reason, rt.step = ReachPassthrough, "", reason, step
+	rt.mu.Unlock()
+	rs.mu.Lock()
+	rs.setMode(rt)
+	rs.mu.Unlock()
+	rs.state.forget(rt.PID)
+	if rt.ctx.Err() == nil {
+		rs.o.Log.Info("a runtime is passed through", "runtime", rt.kind.name, "pid", rt.PID, "because", reason, "step", step)
+	}
+	rt.settle()
+}
+
+// restartStep is what makes a runtime trust the CA when nothing else does.
+func (rt *Runtime) restartStep() string {
+	if rt.kind.oneShot {
+		return "nothing to do: its next start will be intercepted"
+	}
+	return "restart " + rt.kind.name + " (process " + fmt.Sprint(rt.PID) + ") when it suits you; it will then trust the CA from its start"
+}
+
+// Running are the runtimes whose processes are in a cgroup2 directory and below.
+func Running(cgroup string) (all []*Runtime, err error) {
+	pids, err := procfs.InCgroup(cgroup)
+	for _, pid := range pids {
+		if p, err := procfs.Read(pid); err == nil {
+			if k := kindOf(p.Comm, p.Exe); k != nil {
+				all = append(all, &Runtime{Process: p, kind: k})
+			}
+		}
+	}
+	return all, err
+}

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtimes
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"weir/agent/internal/agenttest"
+	"weir/agent/procfs"
+	"weir/agent/trust"
+	"weir/bpf"
+)
+
+// What has ended isn't tracked any more, whatever was still being found out
+// about it: the next process of its number isn't it.
+func TestNotTrackedAfterEnd(t *testing.T) {
+	cgroup := agenttest.Cgroup(t)
+	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: Programs()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	log := slog.New(slog.DiscardHandler)
+	ca, err := trust.OpenCA(t.TempDir(), []string{"ghcr.io"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rs := New(ctx, Options{Kernel: k, CA: ca, RunDir: t.TempDir(), Log: log})
+	bin := filepath.Join(t.TempDir(), "buildkitd")
+	if err := os.Symlink("/bin/sleep", bin); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(bin, "1000")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL, UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	agenttest.Until(t, "tracking", func() bool { _, ok := k.Mode(pid); return ok })
+	p, err := procfs.Read(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rt := &Runtime{Process: p, kind: kindOf("buildkitd"), settled: make(chan struct{})}
+	rt.ctx, rt.cancel = context.WithCancel(ctx)
+	rs.all[pid] = rt
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	if _, ok := k.Mode(pid); ok {
+		t.Fatal("the kernel side didn't forget it")
+	}
+	// Before the news of its end is read, and after.
+	rs.intercept(rt, trustByStart, ground{})
+	if m, ok := k.Mode(pid); ok {
+		t.Errorf("it is still tracked, as %d", m)
+	}
+	rs.Ended(pid)
+	rs.intercept(rt, trustByStart, ground{})
+	if rs.state.remembers(rt) != rememberedNothing {
+		t.Error("it is remembered")
+	}
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtimes
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"weir/agent/procfs"
+)
+
+func TestState(t *testing.T) {
+	dir := t.TempDir()
+	log := slog.New(slog.DiscardHandler)
+	s := openState(dir, "cert1", log)
+	rt := &Runtime{Process: procfs.Process{PID: 7, Start: 5 * time.Second}}
+	if s.installedBefore("/", time.Hour) || s.remembers(rt) != rememberedNothing {
+		t.Error("something out of nothing")
+	}
+	s.installed("/", false)
+	s.remember(rt)
+
+	s = openState(dir, "cert1", log)
+	if !s.installedBefore("/", procfs.SinceBoot()+time.Second) || s.installedBefore("/", 0) || s.installedBefore("/other", time.Hour*1e6) {
+		t.Error("when it was installed is lost")
+	}
+	if s.remembers(rt) != rememberedSystem {
+		t.Error("a runtime is forgotten")
+	}
+	if s.remembers(&Runtime{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != rememberedNothing {
+		t.Error("a later process with the same pid is taken for the earlier one")
+	}
+	s.refused(rt)
+	s = openState(dir, "cert1", log)
+	if s.remembers(rt) != rememberedRefusal {
+		t.Error("a refusal is forgotten")
+	}
+	s.forget(7)
+	if openState(dir, "cert1", log).remembers(rt) != rememberedNothing {
+		t.Error("a process that has ended is remembered")
+	}
+	s.remember(rt)
+	if openState(dir, "cert2", log).remembers(rt) != rememberedNothing {
+		t.Error("trust in another certificate counts")
+	}
+	if err := os.WriteFile(filepath.Join(dir, "state.json"), []byte("{half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if openState(dir, "cert1", log).installedBefore("/", time.Hour*1e6) {
+		t.Error("a damaged file counts")
+	}
+}
+
+func TestProgramRefusals(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	dir := t.TempDir()
+	s := openState(dir, "cert1", log)
+	p := programOf(os.Getpid(), "/")
+	if p.Path == "" || p.Size == 0 || p != programOf(os.Getpid(), "/") || p == programOf(os.Getpid(), "") || programOf(1<<30, "/") != (program{}) {
+		t.Errorf("%+v", p)
+	}
+	s.programRefuses(program{}, "ghcr.io")
+	if s.programRefused(program{}, "ghcr.io") {
+		t.Error("a program that nobody could look at counts for all such")
+	}
+	for range 2 {
+		s.programRefuses(p, "ghcr.io")
+	}
+	s = openState(dir, "cert1", log)
+	other := p
+	other.Size++
+	if !s.programRefused(p, "ghcr.io") || s.programRefused(p, "quay.io") || s.programRefused(other, "ghcr.io") || len(s.s.Refusals) != 1 {
+		t.Errorf("%+v", s.s.Refusals)
+	}
+	if openState(dir, "cert2", log).programRefused(p, "ghcr.io") {
+		t.Error("what was refused was another certificate")
+	}
+	for i := range maxRefusals {
+		s.s.Refusals = append(s.s.Refusals, refusal{p, fmt.Sprint(i)})
+	}
+	s.programRefuses(p, "new")
+	if len(s.s.Refusals) != maxRefusals || s.programRefused(p, "ghcr.io") || !s.programRefused(p, "new") {
+		t.Errorf("%d refusals are kept", len(s.s.Refusals))
+	}
+}
+
+// FuzzState reads a state file that somebody or something has damaged.
+func FuzzState(f *testing.F) {
+	dir := f.TempDir()
+	fresh := openState(dir, "certificate", slog.New(slog.DiscardHandler))
+	fresh.installed("/", true)
+	whole, err := os.ReadFile(filepath.Join(dir, "state.json"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(whole)
+	f.Add(whole[:len(whole)/2])
+	f.Add([]byte(`{"boot":"another","certificate":"certificate","installed":{"/":1}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if err := os.WriteFile(filepath.Join(dir, "state.json"), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s := openState(dir, "certificate", slog.New(slog.DiscardHandler))
+		if s.s.Boot != procfs.BootID() || s.s.Certificate != "certificate" {
+			t.Errorf("taken for this boot's: %q", b)
+		}
+		s.installed("/new", true)
+		s.forget(1)
+	})
+}

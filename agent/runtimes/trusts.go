@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtimes
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"weir/agent/trust"
+	"weir/proxy/registry"
+)
+
+// Trusts says whether a runtime trusts the CA for a registry. It waits until
+// that is known, so that a client gets its certificate only after the CA is in
+// place.
+func (rs *Runtimes) Trusts(rt *Runtime, name string) bool {
+	select {
+	case <-rt.settled:
+	case <-time.After(2 * time.Second):
+		return false
+	}
+	host := registry.Canonical(name)
+	if name != host {
+		// An image reference with upper-case letters: in a certs.d that is another
+		// registry, without weir's CA, also where its server sends the client
+		// for a token.
+		rt.leads(host)
+	}
+	if err := rs.except(rt, host)[host]; err != nil {
+		rs.o.Log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
+		return false
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	return rt.reach == ReachIntercepted
+}
+
+// except says for which of hosts a runtime that is intercepted for others is
+// passed through, and why. It looks at the files that the runtime reads.
+func (rs *Runtimes) except(rt *Runtime, hosts ...string) map[string]error {
+	rt.mu.Lock()
+	reach, rests, program := rt.reach, rt.rests, rt.program
+	rt.mu.Unlock()
+	found := make(map[string]error, len(hosts))
+	if reach != ReachIntercepted {
+		return found
+	}
+	if rests != (ground{}) {
+		now, err := bounded(rs, rt, func() (trust.Coverage, error) { return rs.holds(rt, rests, hosts) })
+		for _, host := range hosts {
+			if found[host] = err; err == nil {
+				found[host] = rt.lingers(host, now[host])
+			}
+		}
+		if errors.Is(err, errGone) {
+			rs.passThrough(rt, err.Error(), rt.restartStep())
+		}
+	}
+	for _, host := range hosts {
+		if found[host] == nil && rs.state.programRefused(program, host) {
+			found[host] = errProgramRefused
+		}
+	}
+	return found
+}
+
+// errGone says that a runtime may have read its roots without the CA.
+var errGone = errors.New("it may have read its roots while that was so")
+
+// holds says for which of hosts what a runtime's trust rests on is still there.
+func (rs *Runtimes) holds(rt *Runtime, rests ground, hosts []string) (trust.Coverage, error) {
+	root, err := trust.OpenRoot(rt.PID)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	if rests.certsD != nil {
+		return rs.o.CA.Coverage(root, *rests.certsD, hosts), nil
+	}
+	id, err := rs.o.CA.Holds(root, rests.file)
+	if err == nil && id != rests.id {
+		err = fmt.Errorf("weir's CA was removed and made anew: %s", rests.file)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w; %w", err, errGone)
+	}
+	return nil, nil
+}
+
+// Accepted takes in that a runtime has verified a certificate of weir's: it has
+// its roots in its memory now.
+func (rs *Runtimes) Accepted(rt *Runtime) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if rt.rests.certsD == nil {
+		rt.rests = ground{}
+	}
+}
+
+var errProgramRefused = errors.New("this program has refused weir's certificate for it; it is tried again when the program changes, and after the next boot")
+
+// lingerTime is how long a runtime is still passed through to a registry when
+// nothing leads there any more: a pull that is running was led there before.
+const lingerTime = 10 * time.Minute
+
+// lingers returns err, or that a pull may still be on its way to host without
+// the CA.
+func (rt *Runtime) lingers(host string, err error) error {
+	if errors.Is(err, trust.ErrLeads) {
+		rt.leads(host)
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if since, ok := rt.led[host]; ok && err == nil && rt.rests.certsD != nil && time.Since(since) < lingerTime {
+		return fmt.Errorf("%w, or did until just now, without weir's CA; a pull may be running: it is intercepted %s after that", trust.ErrLeads, lingerTime)
+	}
+	return err
+}
+
+// leads takes in that a pull of a runtime may be led to a host without the CA.
+func (rt *Runtime) leads(host string) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if rt.led == nil || len(rt.led) >= maxLed {
+		rt.led = make(map[string]time.Time)
+	}
+	rt.led[host] = time.Now()
+}
+
+// maxLed bounds what is remembered of one runtime. Few registries are known.
+const maxLed = 1024
+
+// Rejected takes in that a runtime did not trust a certificate after all. It is
+// left alone from then on, and so is, for this registry, every run of the
+// program if that is what the CA was put in place for: a restart would not
+// change it.
+func (rs *Runtimes) Rejected(rt *Runtime, host string, err error) {
+	rs.o.Log.Error("a runtime refused weir's certificate; it is passed through from now on", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
+	rt.mu.Lock()
+	byStart, program := rt.how == trustByStart, rt.program
+	rt.mu.Unlock()
+	if byStart {
+		rs.state.programRefuses(program, host)
+	}
+	step := rt.restartStep()
+	if rs.state.programRefused(program, host) { // by one of several connections
+		step = "nothing to do: its next starts are passed through to " + host + " too, until the program changes or the next boot"
+	}
+	rs.passThrough(rt, "it refused weir's certificate for "+host, step)
+	rs.state.refused(rt)
+}
