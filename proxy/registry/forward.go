@@ -95,22 +95,6 @@ func (x *exchange) reading() bool {
 	return x.r.Method == http.MethodGet || x.r.Method == http.MethodHead
 }
 
-// diskTime is how long the disk may take for a manifest before the answer goes
-// on without it. containerd waits 30 s for an answer's head.
-const diskTime = 2 * time.Second
-
-// keep keeps a manifest, and doesn't wait for a disk that hangs.
-func (h *Handler) keep(d digest.Digest, body []byte, from store.Origin) error {
-	kept := make(chan error, 1)
-	h.wg.Go(func() { kept <- h.store.Put(d, body, from) })
-	select {
-	case err := <-kept:
-		return err
-	case <-time.After(diskTime):
-		return fmt.Errorf("the disk has not taken it in %s", diskTime)
-	}
-}
-
 // keepManifest keeps a manifest that passes by. The error is for one that
 // isn't what was asked for, or what the upstream says that it is.
 func (x *exchange) keepManifest(resp *http.Response) error {
@@ -134,7 +118,7 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), signedSchema1) {
 		return nil
 	}
-	switch err := x.h.keep(d, body, x.origin()); {
+	switch err := x.h.store.Put(d, body, x.origin()); {
 	case errors.Is(err, store.ErrCorrupt):
 		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
 	case err != nil:

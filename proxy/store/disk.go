@@ -21,8 +21,8 @@ import (
 var ErrDiskHangs = errors.New("the disk does not answer")
 
 // diskTimeout is how long one operation on a disk may take before the disk
-// counts as hanging. It is a variable for tests.
-var diskTimeout = time.Second
+// counts as hanging.
+const diskTimeout = time.Second
 
 // disk bounds the time that operations on a disk are waited for. The system call
 // of one that hangs can't be ended; so it runs in a goroutine of its own, which
@@ -34,7 +34,9 @@ type disk struct {
 	what  string       // what is not done while it hangs, for the log
 	probe func() error // an operation; its error doesn't matter
 	log   *slog.Logger
-	hold  func() // if not nil, called before each operation; for tests
+	// For tests:
+	timeout time.Duration
+	hold    func() // called before each operation, if not nil
 
 	mu       sync.Mutex
 	answers  context.Context // ends when the disk hangs
@@ -47,7 +49,7 @@ type disk struct {
 }
 
 func newDisk(dir, what string, log *slog.Logger, probe func() error) *disk {
-	d := &disk{dir: dir, what: what, probe: probe, log: log}
+	d := &disk{dir: dir, what: what, probe: probe, log: log, timeout: diskTimeout}
 	d.answers, d.hang = context.WithCancel(context.Background())
 	return d
 }
@@ -75,7 +77,7 @@ func (d *disk) begin() (answers context.Context, end func(), err error) {
 		return nil, nil, fmt.Errorf("%s: %w", d.dir, ErrDiskHangs)
 	}
 	d.running++
-	timer := time.AfterFunc(diskTimeout, d.late)
+	timer := time.AfterFunc(d.timeout, d.late)
 	return d.answers, func() {
 		timer.Stop()
 		d.mu.Lock()
@@ -90,7 +92,7 @@ func (d *disk) late() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.since.IsZero() {
-		d.since = time.Now().Add(-diskTimeout)
+		d.since = time.Now().Add(-d.timeout)
 		d.hang()
 		d.log.Warn("the disk does not answer; until it does, "+d.what, "dir", d.dir)
 	}
@@ -106,7 +108,7 @@ func (d *disk) look() {
 	d.probing = true
 	go func() {
 		for !d.answered() {
-			time.Sleep(diskTimeout)
+			time.Sleep(d.timeout)
 		}
 	}()
 }
@@ -132,7 +134,7 @@ func (d *disk) answered() bool {
 		if d.closed {
 			return true
 		}
-		if time.Since(begun) >= diskTimeout {
+		if time.Since(begun) >= d.timeout {
 			return false
 		}
 		d.log.Info("the disk answers again", "dir", d.dir, "after", time.Since(d.since).Round(time.Second))

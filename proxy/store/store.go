@@ -396,6 +396,9 @@ func (s *Store) Put(d digest.Digest, b []byte, from Origin) error {
 	if s.keptAlready(d, r) {
 		return nil
 	}
+	if err := s.refuse(); err != nil {
+		return fmt.Errorf("keeping %s: %w", d, err)
+	}
 	if !r.reserve(int64(len(b))) {
 		return fmt.Errorf("keeping %s: %w", d, s.notKept())
 	}
@@ -414,6 +417,15 @@ func (s *Store) Put(d digest.Digest, b []byte, from Origin) error {
 		return fmt.Errorf("keeping %s: %w", d, err)
 	}
 	return nil
+}
+
+// refuse says why nothing can be kept just now, before room is made for it.
+func (s *Store) refuse() error {
+	err := s.ctx.Err()
+	if err == nil && !s.disk.hangs().IsZero() {
+		err = fmt.Errorf("%w: %w", s.notKept(), ErrDiskHangs)
+	}
+	return err
 }
 
 // notKept counts a blob that there was no room for.

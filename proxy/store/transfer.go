@@ -135,6 +135,10 @@ func (t *Transfer) forget() {
 // Kept blobs make room for one whose size is known. One without may be endless,
 // and takes only room that is free.
 func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*TransferReader, error) {
+	if err := t.store.refuse(); err != nil {
+		t.Abandon(err)
+		return nil, err
+	}
 	t.room = t.store.newRoom(t.from, t.from.Free || size < 0)
 	return t.begin(size, t.room.reserve(max(size, 0)), body, more, nil)
 }
@@ -148,6 +152,10 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Transfer
 // room for those bytes that come, and not for those that are announced.
 func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	s := t.store
+	if err := s.refuse(); err != nil {
+		t.Abandon(err)
+		return nil, err
+	}
 	t.room = s.newRoom(t.from, true)
 	reserved := t.room.reserve(max(size, 0))
 	if !reserved && !t.from.Free && size >= 0 && (s.opts.MaxBytes <= 0 || size <= s.opts.MaxBytes) {
@@ -160,16 +168,14 @@ func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, 
 // begin is Begin once the room is reserved, or can't be.
 func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	s := t.store
-	err := s.ctx.Err()
-	if err == nil && !reserved {
-		err = s.notKept()
-	}
-	if err != nil {
+	if !reserved {
 		t.room.release()
+		err := s.notKept()
 		t.Abandon(err)
 		return nil, err
 	}
 	answers := s.disk.answering()
+	var err error
 	if t.file, err = t.create(size); err != nil {
 		t.promise(0)
 		t.room.release()
@@ -407,6 +413,9 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
 		sum, err = t.takeIn(body)
 	}
+	if cause := context.Cause(t.ctx); err != nil && cause != nil {
+		err = cause
+	}
 	t.promise(0)
 	stored := err == nil && t.keep(sum)
 	var werr *writeError
@@ -522,7 +531,12 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	t.mu.Unlock()
 	t.allocated = 0
 	t.promise(size)
-	return t.store.disk.do(func() error { return t.file.Truncate(0) }, nil) == nil
+	if err := t.store.disk.do(func() error { return t.file.Truncate(0) }, nil); err != nil {
+		b.Close()
+		t.cancel(&writeError{err})
+		return false
+	}
+	return true
 }
 
 // fill has the blob's bytes arrive.
@@ -785,7 +799,7 @@ func (t *Transfer) visible(r *TransferReader) int64 {
 	switch {
 	case t.state == kept:
 		return t.arrived
-	case !r.raw && t.holding():
+	case !r.raw && (t.holding() || t.state == failed && t.again != nil && !t.given):
 		return 0
 	}
 	return max(t.arrived-1, 0)
