@@ -696,10 +696,10 @@ func (c *content) replace(cause error) error {
 		c.tail, c.closers = rest, append(c.closers, rest)
 		return nil
 	}
-	if !errors.Is(cause, store.ErrCorrupt) {
+	if !errors.Is(cause, store.ErrCorrupt) && !errors.Is(cause, store.ErrDiskHangs) {
 		return cause
 	}
-	// A damaged file: the blob is fetched again, all of it.
+	// A damaged file, or a disk that hangs: the blob is fetched again, all of it.
 	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	var r *store.TransferReader
 	if leader {
@@ -718,8 +718,14 @@ func (c *content) replace(cause error) error {
 		}
 		body := &cancelBody{x.arriving(resp.Body), cancel}
 		if r, err = t.Begin(c.size, body, x.source()); err != nil {
-			body.Close()
-			return errors.Join(cause, err)
+			// What was given until here is known to be right.
+			rest := store.NewStream(x.r.Context(), x.target.digest, c.size, body, x.ownSource())
+			c.closers = append(c.closers, rest)
+			if _, err := io.CopyN(io.Discard, rest, c.off); err != nil {
+				return errors.Join(cause, err)
+			}
+			c.tail = rest
+			return nil
 		}
 	} else {
 		var err error

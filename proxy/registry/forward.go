@@ -22,7 +22,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 	"weir/proxy/rights"
-	"weir/proxy/store"
 )
 
 // forward sends the client's request to the upstream and its answer back,
@@ -133,22 +132,6 @@ func (x *exchange) reading() bool {
 	return x.r.Method == http.MethodGet || x.r.Method == http.MethodHead
 }
 
-// diskTime is how long the disk may take for a manifest before the answer goes
-// on without it. containerd waits 30 s for an answer's head.
-const diskTime = 2 * time.Second
-
-// keep keeps a manifest, and doesn't wait for a disk that hangs.
-func (h *Handler) keep(d digest.Digest, body []byte, from store.Origin) error {
-	kept := make(chan error, 1)
-	h.wg.Go(func() { kept <- h.store.Put(d, body, from) })
-	select {
-	case err := <-kept:
-		return err
-	case <-time.After(diskTime):
-		return fmt.Errorf("the disk has not taken it in %s", diskTime)
-	}
-}
-
 // keepManifest keeps a manifest that passes by. The error is for one that
 // isn't what was asked for, or what the upstream says that it is.
 func (x *exchange) keepManifest(resp *http.Response) error {
@@ -175,7 +158,7 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	if d.Algorithm().FromBytes(body) != d {
 		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
 	}
-	if err := x.h.keep(d, body, x.origin()); err != nil {
+	if err := x.h.store.Put(d, body, x.origin()); err != nil {
 		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
 	}
 	x.prove(d)

@@ -148,6 +148,7 @@ const (
 // Handler serves the requests of clients to upstreams.
 type Handler struct {
 	store    *store.Store
+	saved    chan error // of saving, while that is done
 	rights   *rights.Rights
 	sessions *sessions
 	memory   *quota // of manifests that pass by
@@ -215,9 +216,26 @@ func New(o Options) *Handler {
 	return h
 }
 
+// saveTime is how long saving is waited for: a disk that hangs must not keep the
+// handler from ending.
+const saveTime = time.Second
+
+// save keeps what is known, unless that is still being done. It is for one
+// goroutine at a time.
 func (h *Handler) save() {
-	if err := h.rights.Save(h.file); err != nil {
-		h.log.Warn("what is known of repositories can't be kept", "file", h.file, "err", err)
+	if h.saved == nil {
+		saved := make(chan error, 1)
+		h.saved = saved
+		go func() { saved <- h.rights.Save(h.file) }()
+	}
+	select {
+	case err := <-h.saved:
+		h.saved = nil
+		if err != nil {
+			h.log.Warn("what is known of repositories can't be kept", "file", h.file, "err", err)
+		}
+	case <-time.After(saveTime):
+		h.log.Warn("what is known of repositories is not kept yet; the disk does not answer", "file", h.file)
 	}
 }
 

@@ -154,7 +154,7 @@ func (x *exchange) manifestFromPeer(d digest.Digest) bool {
 		return false
 	}
 	x.stats.fromPeers.Add(int64(len(b)))
-	return x.h.keep(d, b, x.origin()) == nil
+	return x.h.store.Put(d, b, x.origin()) == nil
 }
 
 // names are the repositories of which something is known, by the hash of the

@@ -250,7 +250,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 	if x.target.tag != "" {
 		x.h.rights.ForgetTag(repo, x.target.tag)
 	}
-	if err := x.h.keep(d, body, x.origin()); err != nil {
+	if err := x.h.store.Put(d, body, x.origin()); err != nil {
 		x.h.log.Info("a pushed manifest is not kept", "registry", x.up.ID(), "repository", repo.Name, "digest", d, "err", err)
 		return
 	}

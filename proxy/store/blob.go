@@ -28,6 +28,7 @@ type fileID struct {
 // reader of its own, and stays readable when the store evicts it.
 type Blob struct {
 	store   *Store
+	disk    *disk // that the file is read from
 	digest  digest.Digest
 	file    *os.File
 	size    int64
@@ -41,7 +42,11 @@ type Blob struct {
 
 // open opens a blob's file. size is what the file must have, or -1. The error
 // is [ErrCorrupt] when it has another.
-func (s *Store) open(d digest.Digest, path string, size int64) (*Blob, error) {
+func (s *Store) open(from *disk, d digest.Digest, path string, size int64) (*Blob, error) {
+	return on(from, func() (*Blob, error) { return s.openFile(from, d, path, size) }, func(b *Blob) { b.Close() })
+}
+
+func (s *Store) openFile(from *disk, d digest.Digest, path string, size int64) (*Blob, error) {
 	// O_NONBLOCK: in a directory of somebody else's it might be a FIFO.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -60,7 +65,7 @@ func (s *Store) open(d digest.Digest, path string, size int64) (*Blob, error) {
 		f.Close()
 		return nil, fmt.Errorf("%s has %d bytes instead of %d: %w", d, st.Size, size, ErrCorrupt)
 	}
-	return &Blob{store: s, digest: d, file: f, size: st.Size,
+	return &Blob{store: s, disk: from, digest: d, file: f, size: st.Size,
 		id: fileID{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}}, nil
 }
 
@@ -85,7 +90,7 @@ func (b *Blob) checksums() (*sums, error) {
 				b.sums = s
 				return
 			}
-			if raw, err := os.ReadFile(b.store.sumsPath(b.digest)); err == nil {
+			if raw, err := on(b.disk, func() ([]byte, error) { return os.ReadFile(b.store.sumsPath(b.digest)) }, nil); err == nil {
 				if s, err := parseSums(raw); err == nil && s.size == b.size {
 					if b.size <= smallBlob {
 						b.store.small.Add(b.id, s)
@@ -111,7 +116,7 @@ func (b *Blob) checksums() (*sums, error) {
 
 func (b *Blob) verify() (*sums, error) {
 	s, v := newSums(), b.digest.Verifier()
-	if _, err := io.Copy(io.MultiWriter(s, v), io.NewSectionReader(b.file, 0, b.size)); err != nil {
+	if _, err := io.Copy(io.MultiWriter(s, v), io.NewSectionReader(fileAt{b.disk, b.file}, 0, b.size)); err != nil {
 		return nil, fmt.Errorf("reading %s: %w", b.digest, err)
 	}
 	if s.size != b.size || !v.Verified() {
@@ -119,7 +124,7 @@ func (b *Blob) verify() (*sums, error) {
 	}
 	b.store.memo.Add(b.id, s)
 	if !b.foreign && b.store.kept(b.digest) {
-		if err := s.save(b.store.sumsPath(b.digest), b.store.path("ingest")); err != nil {
+		if err := b.store.disk.do(func() error { return s.save(b.store.sumsPath(b.digest), b.store.path("ingest")) }, nil); err != nil {
 			b.store.log.Warn("checksums not kept", "digest", b.digest, "err", err)
 		}
 	}
@@ -184,8 +189,8 @@ func (r *BlobReader) load(i int64, b []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, err := r.blob.file.ReadAt(b, i*chunkSize); err != nil {
-		if errors.Is(err, os.ErrClosed) {
+	if _, err := r.blob.disk.readAt(r.blob.file, b, i*chunkSize); err != nil {
+		if errors.Is(err, os.ErrClosed) || errors.Is(err, ErrDiskHangs) {
 			return err
 		}
 		// A file that got shorter, or a disk that can't be read there.

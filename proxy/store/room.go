@@ -283,7 +283,7 @@ func (s *Store) giveWay(of func(*room) bool) bool {
 		r.lost.Store(true)
 		s.stats.NotKept++
 		if r.file != nil {
-			if err := r.file.Truncate(0); err != nil {
+			if err := s.disk.do(func() error { return r.file.Truncate(0) }, nil); err != nil {
 				s.log.Warn("can't empty an unfinished upload", "file", r.file.Name(), "err", err)
 			}
 		}
@@ -296,8 +296,11 @@ func (s *Store) giveWay(of func(*room) bool) bool {
 // will need, or MinFree's bound lifted when it doesn't say. The caller holds
 // s.mu.
 func (s *Store) free() int64 {
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.dir, &st); err != nil {
+	st, err := on(s.disk, func() (st unix.Statfs_t, err error) {
+		err = unix.Statfs(s.dir, &st)
+		return st, err
+	}, nil)
+	if err != nil {
 		return 1 << 62
 	}
 	return int64(st.Bavail)*st.Bsize - s.promised

@@ -48,6 +48,17 @@ func filled(t *testing.T, size int64, n int, whole bool) (*Store, []digest.Diges
 	return s, ds
 }
 
+// waitStored waits until all that was written is in the file.
+func (u *Upload) waitStored() {
+	w := &u.window
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.stored < w.arrived && w.err == nil && !w.unkept {
+		w.starved = true // as the source waits for space
+		w.space.Wait()
+	}
+}
+
 func (s *Store) keeps(ds []digest.Digest) (n int) {
 	for _, d := range ds {
 		if s.Has(d) {
@@ -145,6 +156,7 @@ func TestUploadTakesWhatIsFree(t *testing.T) {
 	if !s.Has(d) || !resting.room.lost.Load() || other.room.lost.Load() {
 		t.Error("it is not the oldest that gave way")
 	}
+	other.waitStored()
 	if n := onDisk(t, filepath.Join(s.dir, "ingest")); n != int64(len(piece)) {
 		t.Errorf("%d bytes of what gave way are on the disk", n-int64(len(piece)))
 	}

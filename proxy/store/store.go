@@ -94,6 +94,10 @@ type Store struct {
 	memo      *lru.Cache[fileID, *sums] // checksums of files that have none beside them
 	small     *lru.Cache[fileID, *sums] // of small blobs, which are read again and again
 
+	disk    *disk // that is written to
+	reading *disk // the same, that is read from: a frozen file system can be read
+	pieces  pieces
+
 	mu      sync.Mutex
 	stats   Stats
 	index   map[digest.Digest]*list.Element // of *entry
@@ -104,7 +108,7 @@ type Store struct {
 	waiting *list.List // of *room: the provisional ones, the oldest first
 	// provisional are the bytes of those.
 	provisional int64
-	foreign     []string
+	foreign     []*disk
 	// promised are the bytes of running transfers that are not on the disk yet.
 	promised int64
 }
@@ -132,6 +136,9 @@ type Stats struct {
 	Evicted  int64 `json:"evicted"`   // blobs, since the store was opened
 	Corrupt  int64 `json:"corrupt"`   // blobs found damaged, since the store was opened
 	NotKept  int64 `json:"not_kept"`  // blobs there was no room for, since the store was opened
+	// Hangs is since when the disk does not answer. Until it does, blobs are
+	// served and pushed through without being kept.
+	Hangs time.Time `json:"hangs,omitzero"`
 }
 
 // Open opens the store in dir and makes it if it isn't there. What an earlier
@@ -152,6 +159,8 @@ func Open(dir string, opts Options) (*Store, error) {
 		s.log = slog.Default()
 	}
 	s.stats.MaxBytes = opts.MaxBytes
+	s.disk = newDisk(dir, "blobs are served and pushed through without being kept", s.log, s.probe)
+	s.reading = newReading(dir, s.log)
 	var err error
 	for _, cache := range []**lru.Cache[fileID, *sums]{&s.memo, &s.small} {
 		if *cache, err = lru.New[fileID, *sums](4096); err != nil {
@@ -233,6 +242,11 @@ func (s *Store) load() error {
 func (s *Store) Close() error {
 	s.cancel()
 	s.wg.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range append([]*disk{s.disk, s.reading}, s.foreign...) {
+		d.close()
+	}
 	return s.lock.Close()
 }
 
@@ -242,6 +256,11 @@ func (s *Store) Stats() Stats {
 	defer s.mu.Unlock()
 	st := s.stats
 	st.Blobs, st.Running = len(s.index), len(s.running)
+	for _, d := range []*disk{s.disk, s.reading} {
+		if since := d.hangs(); st.Hangs.IsZero() || !since.IsZero() && since.Before(st.Hangs) {
+			st.Hangs = since
+		}
+	}
 	return st
 }
 
@@ -250,8 +269,8 @@ func (s *Store) Stats() Stats {
 func (s *Store) AddForeign(dir string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !slices.Contains(s.foreign, dir) {
-		s.foreign = append(slices.Clone(s.foreign), dir)
+	if !slices.ContainsFunc(s.foreign, func(d *disk) bool { return d.dir == dir }) {
+		s.foreign = append(slices.Clone(s.foreign), newReading(dir, s.log))
 	}
 }
 
@@ -259,14 +278,38 @@ func (s *Store) AddForeign(dir string) {
 func (s *Store) RemoveForeign(dir string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.foreign = slices.DeleteFunc(slices.Clone(s.foreign), func(f string) bool { return f == dir })
+	s.foreign = slices.DeleteFunc(slices.Clone(s.foreign), func(d *disk) bool {
+		if d.dir == dir {
+			d.close()
+		}
+		return d.dir == dir
+	})
 }
 
 // Foreign returns the directories that were added.
 func (s *Store) Foreign() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.foreign // never changed in place
+	var dirs []string
+	for _, d := range s.foreign {
+		dirs = append(dirs, d.dir)
+	}
+	return dirs
+}
+
+// probe does what keeping a blob needs of the disk.
+func (s *Store) probe() error {
+	f, err := os.CreateTemp(s.path("ingest"), "probe.")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write([]byte{0})
+	return errors.Join(err, f.Close(), os.Rename(f.Name(), s.path("ingest", "probe")), os.Remove(s.path("ingest", "probe")))
+}
+
+// newReading returns the disk of a directory that is read.
+func newReading(dir string, log *slog.Logger) *disk {
+	return newDisk(dir, "no blobs are read from there", log, func() error { _, err := os.Stat(dir); return err })
 }
 
 // Get opens a blob. The error is [ErrNotFound] when it isn't there. The caller
@@ -286,26 +329,27 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 			e.touched, touch = time.Now(), true
 		}
 	}
-	foreign := s.foreign
+	foreign := s.foreign // never changed in place
 	s.mu.Unlock()
 
 	if kept {
 		path := s.blobPath(d)
-		b, err := s.open(d, path, el.Value.(*entry).size)
+		b, err := s.open(s.reading, d, path, el.Value.(*entry).size)
 		if err == nil {
 			if touch {
-				_ = os.Chtimes(path, time.Time{}, time.Now())
+				s.disk.aside(func() { _ = os.Chtimes(path, time.Time{}, time.Now()) })
 			}
 			return b, nil
 		}
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) {
+		switch {
+		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt):
 			s.drop(d, err)
-		} else {
+		case !errors.Is(err, ErrDiskHangs):
 			s.log.Warn("a kept blob can't be opened", "digest", d, "err", err)
 		}
 	}
 	for _, dir := range foreign {
-		b, err := s.open(d, filepath.Join(dir, d.Algorithm().String(), d.Encoded()), -1)
+		b, err := s.open(dir, d, filepath.Join(dir.dir, d.Algorithm().String(), d.Encoded()), -1)
 		if err == nil {
 			b.foreign = true
 			return b, nil
@@ -352,26 +396,36 @@ func (s *Store) Put(d digest.Digest, b []byte, from Origin) error {
 	if s.keptAlready(d, r) {
 		return nil
 	}
+	if err := s.refuse(); err != nil {
+		return fmt.Errorf("keeping %s: %w", d, err)
+	}
 	if !r.reserve(int64(len(b))) {
 		return fmt.Errorf("keeping %s: %w", d, s.notKept())
 	}
-	f, err := os.CreateTemp(s.path("ingest"), d.Encoded()+".")
-	if err == nil {
-		_, err = f.Write(b)
-		err = errors.Join(err, f.Close())
-		if err == nil {
-			sum := newSums()
-			_, _ = sum.Write(b)
-			err = s.keep(d, f.Name(), r, sum)
-		} else {
-			os.Remove(f.Name())
+	err := s.keepNew(d, r, func() (string, *sums, error) {
+		f, err := os.CreateTemp(s.path("ingest"), d.Encoded()+".")
+		if err != nil {
+			return "", nil, err
 		}
-	}
+		_, err = f.Write(b)
+		sum := newSums()
+		_, _ = sum.Write(b)
+		return f.Name(), sum, errors.Join(err, f.Close())
+	})
 	if err != nil {
 		r.release()
 		return fmt.Errorf("keeping %s: %w", d, err)
 	}
 	return nil
+}
+
+// refuse says why nothing can be kept just now, before room is made for it.
+func (s *Store) refuse() error {
+	err := s.ctx.Err()
+	if err == nil && !s.disk.hangs().IsZero() {
+		err = fmt.Errorf("%w: %w", s.notKept(), ErrDiskHangs)
+	}
+	return err
 }
 
 // notKept counts a blob that there was no room for.
@@ -386,21 +440,40 @@ func (s *Store) notKept() error {
 // blob is kept already, the file and the room are given up.
 func (s *Store) keep(d digest.Digest, tmp string, r *room, sum *sums) error {
 	if s.keptAlready(d, r) {
-		os.Remove(tmp)
-		return nil
+		return s.disk.remove(tmp)
 	}
-	for _, p := range []string{s.blobPath(d), s.sumsPath(d)} {
-		if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
-			return err
+	return s.keepNew(d, r, func() (string, *sums, error) { return tmp, sum, nil })
+}
+
+// keepNew is keep for a file that file returns, with its checksums. It is one
+// operation on the disk.
+func (s *Store) keepNew(d digest.Digest, r *room, file func() (tmp string, sum *sums, err error)) error {
+	err := s.disk.do(func() error {
+		tmp, sum, err := file()
+		for _, p := range []string{s.blobPath(d), s.sumsPath(d)} {
+			if err == nil {
+				err = os.MkdirAll(filepath.Dir(p), 0o700)
+			}
 		}
-	}
-	// The checksums come first: a blob without them would have to be hashed.
-	// When they can't be written that is what happens.
-	if err := sum.save(s.sumsPath(d), s.path("ingest")); err != nil {
-		s.log.Warn("checksums not kept", "digest", d, "err", err)
-	}
-	if err := os.Rename(tmp, s.blobPath(d)); err != nil {
-		os.Remove(tmp)
+		if err == nil {
+			// The checksums come first: a blob without them would have to be hashed.
+			// When they can't be written that is what happens.
+			if serr := sum.save(s.sumsPath(d), s.path("ingest")); serr != nil {
+				s.log.Warn("checksums not kept", "digest", d, "err", serr)
+			}
+			err = os.Rename(tmp, s.blobPath(d))
+		}
+		if err != nil && tmp != "" {
+			os.Remove(tmp)
+		}
+		return err
+	}, func() {
+		// Nothing else is kept before this has returned.
+		if !s.kept(d) {
+			_ = removeAll([]string{s.blobPath(d), s.sumsPath(d)})
+		}
+	})
+	if err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -484,10 +557,8 @@ func (s *Store) remove(el *list.Element) {
 	e := el.Value.(*entry)
 	s.forget(el)
 	s.changed(e.digest, false)
-	for _, p := range []string{s.blobPath(e.digest), s.sumsPath(e.digest)} {
-		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			s.log.Warn("can't remove a blob's file", "err", err)
-		}
+	if err := s.disk.remove(s.blobPath(e.digest), s.sumsPath(e.digest)); err != nil {
+		s.log.Warn("can't remove a blob's file", "err", err)
 	}
 }
 

@@ -3,12 +3,12 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -47,27 +47,28 @@ type Transfer struct {
 	digest digest.Digest
 	from   Origin
 	ctx    context.Context
-	cancel context.CancelFunc
+	cancel context.CancelCauseFunc
 	room   *room
 
-	mu      sync.Mutex
-	change  sync.Cond // of anything below
+	window
+	// What follows is guarded by the window's mutex, and change is of it too.
 	state   transferState
 	size    int64 // -1 while it isn't known
-	file    *os.File
-	written int64
 	err     error
 	sources []Source
 	again   Again     // not nil while nothing vouches for the bytes
-	held    time.Time // until when they are held back
+	until   time.Time // when they are held back no more
 	given   bool      // bytes that nothing vouches for were given to a reader
 	round   int       // how often it has begun again
-	refs    int       // of file: the readers and the writer
-	readers int
+	refs    int       // of file: the readers, the writer, and run
+	readers map[*TransferReader]struct{}
+	waiting int         // readers
+	told    int64       // how many bytes readers know of
+	tell    *time.Timer // for them to be told of more
 	linger  *time.Timer
-	ended   func(kept bool)
+	onEnd   func(kept bool)
 
-	// Of the writer alone.
+	// Of the writer alone, once it is there.
 	allocated int64 // bytes of file
 	promised  int64 // bytes that it will need more, see [Store.free]
 }
@@ -91,8 +92,8 @@ func (s *Store) Claim(d digest.Digest, from Origin) (t *Transfer, leader bool) {
 	if t, ok := s.running[key]; ok {
 		return t, false
 	}
-	t = &Transfer{store: s, digest: d, from: from, size: -1}
-	t.change.L = &t.mu
+	t = &Transfer{store: s, digest: d, from: from, size: -1, readers: make(map[*TransferReader]struct{})}
+	t.init(s, batchSize, t.readByAll)
 	s.running[key] = t
 	return t, true
 }
@@ -104,23 +105,26 @@ func (t *Transfer) Abandon(err error) {
 	t.change.Broadcast()
 	t.mu.Unlock()
 	t.forget()
-	t.end(false)
+	t.over(false)
 }
 
 // OnEnd has f called when the transfer ends, with whether the blob is kept. It
 // must be called before the transfer begins, by its leader.
-func (t *Transfer) OnEnd(f func(kept bool)) { t.ended = f }
+func (t *Transfer) OnEnd(f func(kept bool)) { t.onEnd = f }
 
-func (t *Transfer) end(kept bool) {
-	if t.ended != nil {
-		t.ended(kept)
+func (t *Transfer) over(kept bool) {
+	if t.onEnd != nil {
+		t.onEnd(kept)
 	}
 }
 
+// forget has the next client begin another transfer.
 func (t *Transfer) forget() {
 	t.store.mu.Lock()
-	delete(t.store.running, running{t.digest, t.from.Name})
-	t.store.mu.Unlock()
+	defer t.store.mu.Unlock()
+	if key := (running{t.digest, t.from.Name}); t.store.running[key] == t {
+		delete(t.store.running, key)
+	}
 }
 
 // Begin starts to take the blob of size bytes (-1 if not known) from body,
@@ -131,6 +135,10 @@ func (t *Transfer) forget() {
 // Kept blobs make room for one whose size is known. One without may be endless,
 // and takes only room that is free.
 func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*TransferReader, error) {
+	if err := t.store.refuse(); err != nil {
+		t.Abandon(err)
+		return nil, err
+	}
 	t.room = t.store.newRoom(t.from, t.from.Free || size < 0)
 	return t.begin(size, t.room.reserve(max(size, 0)), body, more, nil)
 }
@@ -144,6 +152,10 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Transfer
 // room for those bytes that come, and not for those that are announced.
 func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	s := t.store
+	if err := s.refuse(); err != nil {
+		t.Abandon(err)
+		return nil, err
+	}
 	t.room = s.newRoom(t.from, true)
 	reserved := t.room.reserve(max(size, 0))
 	if !reserved && !t.from.Free && size >= 0 && (s.opts.MaxBytes <= 0 || size <= s.opts.MaxBytes) {
@@ -156,30 +168,15 @@ func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, 
 // begin is Begin once the room is reserved, or can't be.
 func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Source, again Again) (*TransferReader, error) {
 	s := t.store
-	err := s.ctx.Err()
-	if err == nil && !reserved {
-		err = s.notKept()
-	}
-	if err != nil {
+	if !reserved {
 		t.room.release()
+		err := s.notKept()
 		t.Abandon(err)
 		return nil, err
 	}
-	f, err := os.CreateTemp(s.path("ingest"), t.digest.Encoded()+".")
-	if err == nil {
-		t.mu.Lock()
-		t.size, t.file = size, f
-		t.mu.Unlock()
-		// Find out now, and not in the middle, that the disk is full.
-		if err = t.allocate(1); err == nil && !t.promise(size-t.allocated) {
-			err = unix.ENOSPC
-		}
-		if err != nil {
-			os.Remove(f.Name())
-			f.Close()
-		}
-	}
-	if err != nil {
+	answers := s.disk.answering()
+	var err error
+	if t.file, err = t.create(size); err != nil {
 		t.promise(0)
 		t.room.release()
 		err = fmt.Errorf("%w: %w", s.notKept(), err)
@@ -188,35 +185,63 @@ func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Sou
 	}
 
 	t.mu.Lock()
-	t.ctx, t.cancel = context.WithCancel(s.ctx)
-	t.state, t.refs = arriving, 1
+	t.ctx, t.cancel = context.WithCancelCause(s.ctx)
+	t.state, t.refs, t.size = arriving, 1, size
+	t.tell = time.AfterFunc(time.Hour, t.tellReaders)
+	t.tell.Stop()
 	if more != nil {
 		t.sources = append(t.sources, more)
 	}
 	if again != nil {
-		t.again, t.held = again, time.Now().Add(holdTime)
+		t.again, t.until = again, time.Now().Add(holdTime)
 		time.AfterFunc(holdTime, t.change.Broadcast)
 	}
 	r := t.reader()
 	t.change.Broadcast()
 	t.mu.Unlock()
 
-	s.wg.Go(func() { t.run(body) })
+	s.wg.Go(func() { t.run(body, answers) })
 	return r, nil
 }
 
-// allocate has the file's blocks allocated up to an offset, if its size is
-// known, and some of those that follow: all at once would take as long as
-// writing zeros where there are no extents, in memory for one.
-func (t *Transfer) allocate(to int64) error {
-	for t.allocated < min(to, t.size) {
-		n := min(allocateSize, t.size-t.allocated)
-		err := unix.Fallocate(int(t.file.Fd()), unix.FALLOC_FL_KEEP_SIZE, t.allocated, n)
+// create makes the transfer's file for size bytes, or -1. It finds out now, and
+// not in the middle, that the disk is full.
+func (t *Transfer) create(size int64) (*os.File, error) {
+	s := t.store
+	return on(s.disk, func() (*os.File, error) {
+		f, err := os.CreateTemp(s.path("ingest"), t.digest.Encoded()+".")
+		if err != nil {
+			return nil, err
+		}
+		if err = t.allocate(f, 1, size); err == nil && !t.promise(size-t.allocated) {
+			err = unix.ENOSPC
+		}
+		if err != nil {
+			t.promise(0)
+			os.Remove(f.Name())
+			f.Close()
+			return nil, err
+		}
+		return f, nil
+	}, func(f *os.File) {
+		os.Remove(f.Name())
+		f.Close()
+		t.promise(0)
+	})
+}
+
+// allocate has the blocks of the file for size bytes allocated up to an offset,
+// if the size is known, and some of those that follow: all at once would take as
+// long as writing zeros where there are no extents, in memory for one.
+func (t *Transfer) allocate(f *os.File, to, size int64) error {
+	for t.allocated < min(to, size) {
+		n := min(allocateSize, size-t.allocated)
+		err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, t.allocated, n)
 		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOSYS) {
 			return err
 		}
 		t.allocated += n
-		t.promise(t.size - t.allocated)
+		t.promise(size - t.allocated)
 	}
 	return nil
 }
@@ -260,7 +285,7 @@ func (s *Store) Arriving(d digest.Digest) (arrived, size int64, err error) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.written, t.size, nil
+	return t.arrived, t.size, nil
 }
 
 // furthest returns the transfer of a blob of which most has arrived, or nil. One
@@ -278,8 +303,8 @@ func (s *Store) furthest(d digest.Digest) (t *Transfer) {
 	most := int64(-1)
 	for _, c := range all {
 		c.mu.Lock()
-		if c.written > most {
-			t, most = c, c.written
+		if c.arrived > most {
+			t, most = c, c.arrived
 		}
 		c.mu.Unlock()
 	}
@@ -291,8 +316,8 @@ func (s *Store) furthest(d digest.Digest) (t *Transfer) {
 func (t *Transfer) wakeWith(ctx context.Context) (stop func() bool) {
 	return context.AfterFunc(ctx, func() {
 		t.mu.Lock()
-		t.change.Broadcast()
-		t.mu.Unlock()
+		defer t.mu.Unlock()
+		t.wake()
 	})
 }
 
@@ -312,6 +337,8 @@ func (t *Transfer) Wait(ctx context.Context) (*TransferReader, error) {
 		return nil, ctx.Err()
 	case t.refs == 0: // kept, and the file is closed: it is in the store
 		return nil, errFinished
+	case t.unkept:
+		return nil, fmt.Errorf("%s: its beginning is gone: %w", t.digest, ErrDiskHangs)
 	}
 	return t.reader(), nil
 }
@@ -330,17 +357,19 @@ var errFinished = errors.New("the transfer is over")
 // reader counts one reader more. The caller holds t.mu.
 func (t *Transfer) reader() *TransferReader {
 	t.refs++
-	t.readers++
 	if t.linger != nil {
 		t.linger.Stop()
 		t.linger = nil
 	}
-	return &TransferReader{t: t}
+	r := &TransferReader{t: t}
+	t.readers[r] = struct{}{}
+	return r
 }
 
-// unref gives up a reference to the file. The caller holds t.mu.
-func (t *Transfer) unref() {
+// unrefFile gives up a reference to the file. The caller holds t.mu.
+func (t *Transfer) unrefFile() {
 	if t.refs--; t.refs == 0 {
+		t.clear()
 		t.file.Close()
 		if t.state == failed {
 			t.room.release()
@@ -348,17 +377,52 @@ func (t *Transfer) unref() {
 	}
 }
 
+// readByAll is up to where all readers have read. The caller holds t.mu.
+func (t *Transfer) readByAll() int64 {
+	to := t.arrived
+	for r := range t.readers {
+		to = min(to, r.at)
+	}
+	return to
+}
+
+// unkeep has the transfer go on in memory alone, as the disk hangs. Clients that
+// come later begin another: the beginning may be gone. Nothing was given of one
+// whose bytes are held back, which ends.
+func (t *Transfer) unkeep() {
+	t.forget()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.state != arriving {
+		return
+	}
+	t.unkept = true
+	if len(t.readers) == 0 || t.holding() {
+		t.cancel(ErrDiskHangs)
+	}
+	t.wake()
+}
+
 // run takes the blob in.
-func (t *Transfer) run(body io.ReadCloser) {
+func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
+	stop := context.AfterFunc(answers, t.unkeep)
+	defer stop()
+	wake := t.wakeWith(t.ctx)
+	defer wake()
 	sum, err := t.takeIn(body)
 	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
 		sum, err = t.takeIn(body)
+	}
+	if cause := context.Cause(t.ctx); err != nil && cause != nil {
+		err = cause
 	}
 	t.promise(0)
 	stored := err == nil && t.keep(sum)
 	var werr *writeError
 	if !stored {
-		os.Remove(t.file.Name())
+		if rerr := t.store.disk.remove(t.file.Name()); rerr != nil {
+			t.store.log.Warn("can't remove an unfinished blob", "err", rerr)
+		}
 	}
 	if err != nil && !errors.As(err, &werr) {
 		// Readers have nothing more of it. When it can't be written, they read
@@ -366,7 +430,7 @@ func (t *Transfer) run(body io.ReadCloser) {
 		t.room.release()
 	}
 	t.forget()
-	t.end(stored)
+	t.over(stored)
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -377,15 +441,27 @@ func (t *Transfer) run(body io.ReadCloser) {
 	if t.linger != nil {
 		t.linger.Stop()
 	}
-	t.cancel()
-	t.unref()
+	t.tell.Stop()
+	t.cancel(nil)
+	if len(t.readers) == 0 || t.stored == t.arrived {
+		t.clear()
+	}
+	t.unrefFile()
 	t.change.Broadcast()
 }
 
 // keep makes a verified blob a kept one. When that fails the readers have the
-// open file all the same.
+// open file, or what is in memory, all the same.
 func (t *Transfer) keep(sum *sums) bool {
-	err := t.room.confirm(t.written)
+	t.mu.Lock()
+	err := error(nil)
+	if t.unkept {
+		err = ErrDiskHangs
+	}
+	t.mu.Unlock()
+	if err == nil {
+		err = t.room.confirm(t.arrived)
+	}
 	if err == nil {
 		err = t.store.keep(t.digest, t.file.Name(), t.room, sum)
 	}
@@ -398,12 +474,35 @@ func (t *Transfer) keep(sum *sums) bool {
 
 // takeIn takes the blob in once, and verifies it.
 func (t *Transfer) takeIn(body io.ReadCloser) (*sums, error) {
-	sum, verifier := newSums(), t.digest.Verifier()
-	err := t.fill(body, io.MultiWriter(sum, verifier))
-	if err == nil && !verifier.Verified() {
+	sum, h := newSums(), t.digest.Algorithm().Hash()
+	t.mu.Lock()
+	t.refs++
+	t.mu.Unlock()
+	hashed := t.start(sum, h, t.write, t.unrefFile)
+	err := t.fill(body)
+	t.end(err != nil, hashed)
+	t.mu.Lock()
+	werr := t.window.err
+	t.mu.Unlock()
+	switch {
+	case err != nil:
+	case werr != nil:
+		err = &writeError{werr}
+	case digest.NewDigest(t.digest.Algorithm(), h) != t.digest:
 		err = fmt.Errorf("%s: what was sent has another digest: %w", t.digest, ErrCorrupt)
 	}
 	return sum, err
+}
+
+// write writes a piece of the file. Only the writer calls it.
+func (t *Transfer) write(p []byte, off int64) error {
+	return t.store.disk.within(func() error {
+		if err := t.allocate(t.file, off+int64(len(p)), t.size); err != nil {
+			return err
+		}
+		_, err := t.file.WriteAt(p, off)
+		return err
+	})
 }
 
 // restart begins again after what was read turned out to be wrong, if nobody
@@ -411,7 +510,7 @@ func (t *Transfer) takeIn(body io.ReadCloser) (*sums, error) {
 func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	t.mu.Lock()
 	again := t.again
-	if t.given || t.round >= attempts {
+	if t.given || t.round >= attempts || t.unkept {
 		again = nil
 	}
 	t.mu.Unlock()
@@ -425,26 +524,34 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	}
 	*body = b
 	t.mu.Lock()
-	t.size, t.written = size, 0
+	t.size, t.arrived, t.told = size, 0, 0
+	t.clear()
 	t.round++
 	t.change.Broadcast()
 	t.mu.Unlock()
 	t.allocated = 0
 	t.promise(size)
-	return t.file.Truncate(0) == nil
+	if err := t.store.disk.do(func() error { return t.file.Truncate(0) }, nil); err != nil {
+		b.Close()
+		t.cancel(&writeError{err})
+		return false
+	}
+	return true
 }
 
-// fill copies the blob's bytes to the file and to w.
-func (t *Transfer) fill(body io.ReadCloser, w io.Writer) error {
-	buf := make([]byte, chunkSize)
+// fill has the blob's bytes arrive.
+func (t *Transfer) fill(body io.ReadCloser) error {
 	failures := 0
 	for {
-		n, err := t.copy(body, w, buf)
+		n, err := t.copy(body)
 		if err == nil {
 			return nil
 		}
 		var werr *writeError
-		if t.ctx.Err() != nil || errors.As(err, &werr) || errors.Is(err, ErrCorrupt) {
+		if cause := context.Cause(t.ctx); cause != nil {
+			return cause
+		}
+		if errors.As(err, &werr) || errors.Is(err, ErrCorrupt) {
 			return err
 		}
 		if n > 0 {
@@ -463,35 +570,37 @@ func (e *writeError) Error() string { return "keeping a blob: " + e.err.Error() 
 func (e *writeError) Unwrap() error { return e.err }
 
 // copy takes in what body gives, and returns nil when that was the rest.
-func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, err error) {
-	from := newBeside(body, t.written, t.source)
+func (t *Transfer) copy(body io.ReadCloser) (n int64, err error) {
+	from := newBeside(body, t.arrived, t.source)
 	// Reads can't be ended but by closing what is read.
 	stop := context.AfterFunc(t.ctx, func() { from.Close() })
 	defer func() { stop(); from.Close() }()
 	for {
+		t.mu.Lock()
+		buf, err := t.place(t.stopped)
+		kept := !t.unkept
+		t.mu.Unlock()
+		if err != nil {
+			return n, err
+		}
 		k, rerr := from.Read(buf)
 		if k > 0 {
-			if t.size >= 0 && t.written+int64(k) > t.size {
+			if t.size >= 0 && t.arrived+int64(k) > t.size {
 				return n, fmt.Errorf("%s: more than the announced %d bytes: %w", t.digest, t.size, ErrCorrupt)
 			}
-			if err := t.room.reach(t.written + int64(k)); err != nil {
-				return n, &writeError{err}
+			if kept {
+				if err := t.room.reach(t.arrived + int64(k)); err != nil {
+					return n, &writeError{err}
+				}
 			}
-			if err := t.allocate(t.written + int64(k)); err != nil {
-				return n, &writeError{err}
-			}
-			if _, err := t.file.WriteAt(buf[:k], t.written); err != nil {
-				return n, &writeError{err}
-			}
-			_, _ = w.Write(buf[:k])
 			n += int64(k)
 			t.mu.Lock()
-			t.written += int64(k)
-			t.change.Broadcast()
+			t.append(int64(k))
+			t.news()
 			t.mu.Unlock()
 		}
 		switch {
-		case t.size >= 0 && t.written == t.size:
+		case t.size >= 0 && t.arrived == t.size:
 			return n, nil
 		case errors.Is(rerr, io.EOF) && t.size < 0:
 			return n, nil
@@ -501,6 +610,39 @@ func (t *Transfer) copy(body io.ReadCloser, w io.Writer, buf []byte) (n int64, e
 			return n, rerr
 		}
 	}
+}
+
+// stopped says why nothing more is to arrive. The caller holds t.mu.
+func (t *Transfer) stopped() error {
+	if t.window.err != nil {
+		return &writeError{t.window.err}
+	}
+	return context.Cause(t.ctx)
+}
+
+// tellTime is how long readers that wait aren't told of less than a chunk: a
+// source gives as little as a TLS record at a time, and waking a reader for each
+// takes longer than what it does.
+const tellTime = time.Millisecond
+
+// news tells readers that wait of what has arrived, or sees to it that they are
+// told soon. The caller holds t.mu.
+func (t *Transfer) news() {
+	switch {
+	case t.waiting == 0:
+	case t.told == 0, t.arrived-t.told >= chunkSize:
+		t.told = t.arrived
+		t.change.Broadcast()
+	default:
+		t.tell.Reset(tellTime)
+	}
+}
+
+func (t *Transfer) tellReaders() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.told = t.arrived
+	t.change.Broadcast()
 }
 
 // source returns a source for the rest, beside the one that is silent.
@@ -524,23 +666,25 @@ func (t *Transfer) reopen(failures *int, cause error) (io.ReadCloser, error) {
 	limit := attempts * len(t.sources)
 	t.mu.Unlock()
 	if src == nil || *failures >= limit {
-		return nil, fmt.Errorf("%s broke off after %d bytes: %w", t.digest, t.written, cause)
+		return nil, fmt.Errorf("%s broke off after %d bytes: %w", t.digest, t.arrived, cause)
 	}
 	if *failures > 0 {
 		select {
 		case <-t.ctx.Done():
-			return nil, t.ctx.Err()
+			return nil, context.Cause(t.ctx)
 		case <-time.After(100 * time.Millisecond << min(*failures, 5)):
 		}
 	}
 	*failures++
-	return newOpening(t.ctx, src, t.written), nil
+	return newOpening(t.ctx, src, t.arrived), nil
 }
 
 // TransferReader reads a blob while it arrives. It is not for concurrent use.
 type TransferReader struct {
 	t      *Transfer
 	off    int64
+	at     int64 // off as the transfer knows it
+	err    error // what kept it from reading what has arrived
 	ctx    context.Context
 	closed bool
 	raw    bool // see [Store.Follow]
@@ -573,7 +717,7 @@ func (r *TransferReader) Verified() bool {
 func (r *TransferReader) Arrived() int64 {
 	r.t.mu.Lock()
 	defer r.t.mu.Unlock()
-	return r.t.written
+	return r.t.arrived
 }
 
 // Read implements io.Reader: it waits for bytes to arrive. The blob's last byte
@@ -584,12 +728,16 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 	}
 	t := r.t
 	t.mu.Lock()
+	r.moved()
 	visible := t.visible(r)
 	if r.off >= visible && t.state == arriving && r.ctx != nil {
 		defer t.wakeWith(r.ctx)()
 	}
 	for r.off >= visible && t.state == arriving && !r.closed && (!r.raw || r.round == t.round) && (r.ctx == nil || r.ctx.Err() == nil) {
+		t.waiting++
+		t.told = t.arrived
 		t.change.Wait()
+		t.waiting--
 		visible = t.visible(r)
 	}
 	state, err := t.state, t.err
@@ -614,31 +762,52 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 		}
 		return 0, r.ctx.Err()
 	}
-	n, err := t.file.ReadAt(p[:min(int64(len(p)), visible-r.off)], r.off)
+	n, err := arrivedAt{t}.ReadAt(p[:min(int64(len(p)), visible-r.off)], r.off)
 	r.off += int64(n)
 	switch {
 	case n > 0:
 		err = nil
 	case err == io.EOF:
 		err = errRestarted // cut just now
+	case errors.Is(err, ErrDiskHangs):
+		err = &writeError{err}
+		r.err = err
 	}
 	return n, err
+}
+
+// moved says to the transfer where the reader is. The caller holds t.mu.
+func (r *TransferReader) moved() {
+	if r.at != r.off {
+		r.at = r.off
+		r.t.freed()
+	}
+}
+
+// arrivedAt reads what has arrived of a transfer: from memory, or from the file.
+type arrivedAt struct{ *Transfer }
+
+func (t arrivedAt) ReadAt(p []byte, off int64) (int, error) {
+	if n := t.readAt(p, off); n > 0 {
+		return n, nil
+	}
+	return t.store.reading.readAt(t.file, p, off)
 }
 
 // visible is how many bytes a reader may have. The caller holds t.mu.
 func (t *Transfer) visible(r *TransferReader) int64 {
 	switch {
 	case t.state == kept:
-		return t.written
-	case !r.raw && t.holding():
+		return t.arrived
+	case !r.raw && (t.holding() || t.state == failed && t.again != nil && !t.given):
 		return 0
 	}
-	return max(t.written-1, 0)
+	return max(t.arrived-1, 0)
 }
 
 // holding says whether bytes are held back. The caller holds t.mu.
 func (t *Transfer) holding() bool {
-	return t.state == arriving && t.again != nil && time.Now().Before(t.held)
+	return t.state == arriving && t.again != nil && time.Now().Before(t.until)
 }
 
 // Settle waits until there is something to read, and the size is known to be
@@ -677,7 +846,7 @@ func (r *TransferReader) Seek(offset int64, whence int) (int64, error) {
 // failed for another reason.
 func (r *TransferReader) Rest(ctx context.Context, src Source) (io.ReadCloser, error) {
 	r.t.mu.Lock()
-	err := r.t.err
+	err := cmp.Or(r.err, r.t.err, errFinished)
 	r.t.mu.Unlock()
 	var werr *writeError
 	if !errors.As(err, &werr) {
@@ -695,7 +864,7 @@ func (r *TransferReader) Leave(ctx context.Context, src Source) (io.ReadCloser, 
 		return nil, err
 	}
 	st := NewStream(ctx, r.t.digest, r.Size(), body, src)
-	if st.read, err = io.Copy(st.hash, io.NewSectionReader(r.t.file, 0, r.off)); err != nil {
+	if st.read, err = io.Copy(st.hash, io.NewSectionReader(arrivedAt{r.t}, 0, r.off)); err != nil {
 		body.Close()
 		return nil, fmt.Errorf("reading back %s: %w", r.t.digest, err)
 	}
@@ -711,9 +880,17 @@ func (r *TransferReader) Close() error {
 		return nil
 	}
 	r.closed = true
-	if t.readers--; t.readers == 0 && t.state == arriving {
-		t.linger = time.AfterFunc(lingerTime, t.cancel)
+	delete(t.readers, r)
+	switch {
+	case len(t.readers) > 0:
+	case t.state != arriving:
+		t.clear()
+	case t.unkept:
+		t.cancel(ErrDiskHangs)
+	default:
+		t.linger = time.AfterFunc(lingerTime, func() { t.cancel(nil) })
 	}
-	t.unref()
+	t.freed()
+	t.unrefFile()
 	return nil
 }

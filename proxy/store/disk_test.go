@@ -1,0 +1,454 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// freezable is a file system that writes hang on between freeze and thaw.
+func freezable(t *testing.T) (dir string, freeze, thaw func()) {
+	t.Helper()
+	image := filepath.Join(t.TempDir(), "image")
+	dir = t.TempDir()
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v (needs root): %v\n%s", args, err, out)
+		}
+	}
+	run("truncate", "-s", "256M", image)
+	run("mkfs.ext4", "-q", "-F", image)
+	run("mount", "-o", "loop", image, dir)
+	var mu sync.Mutex
+	frozen := false
+	thaw = func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if frozen {
+			frozen = false
+			run("fsfreeze", "-u", dir)
+		}
+	}
+	t.Cleanup(func() {
+		thaw()
+		run("umount", "-l", dir)
+	})
+	return dir, func() {
+		t.Helper()
+		mu.Lock()
+		defer mu.Unlock()
+		run("fsfreeze", "-f", dir)
+		frozen = true
+		// The kernel doesn't end a process with a thread that waits for it.
+		time.AfterFunc(time.Minute, thaw)
+	}, thaw
+}
+
+// waitFor waits for what no event tells of.
+func waitFor(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not within 30 s: " + what)
+		}
+	}
+}
+
+// The disk hangs while a blob arrives: whoever reads it gets all of it. What
+// comes after that isn't kept, and waits for nothing. When the disk answers
+// again, nothing is left behind, and blobs are kept again.
+func TestDiskHangs(t *testing.T) {
+	dir, freeze, thaw := freezable(t)
+	s := open(t, dir, Options{})
+	kept := random(89, 300_000)
+	keptDigest := put(t, s, kept)
+	want := random(90, 20<<20)
+	d := digest.FromBytes(want)
+	pr, pw := io.Pipe()
+	first := begin(t, s, d, int64(len(want)), pr, nil)
+	tr, _ := s.Claim(d, Origin{})
+	second, err := tr.Wait(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	held := random(91, 200_000)
+	unverified, _ := s.Claim(digest.FromBytes(held), Origin{})
+	hr, hw := io.Pipe()
+	fromPeer, err := unverified.BeginUnverified(int64(len(held)), hr, nil, againFrom())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fromPeer.Close()
+	_, _ = hw.Write(held[:100_000])
+	pushed := random(92, 20<<20)
+	up := s.NewUpload(Origin{})
+	_, _ = up.Write(pushed[:1<<20])
+	const before = 3 << 20
+	if _, err := pw.Write(want[:before]); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, before-1)
+	if _, err := io.ReadFull(first, got); err != nil {
+		t.Fatal(err)
+	}
+
+	freeze()
+	var wg sync.WaitGroup
+	wg.Go(func() { _, _ = pw.Write(want[before:]) })
+	for r, from := range map[*TransferReader]int{first: before - 1, second: 0} {
+		wg.Go(func() {
+			defer r.Close()
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want[from:]) {
+				t.Errorf("from %d: %d bytes, %v", from, len(got), err)
+			}
+		})
+	}
+	wg.Go(func() {
+		for part := pushed[1<<20:]; len(part) > 0; part = part[min(len(part), 100_000):] {
+			_, _ = up.Write(part[:min(len(part), 100_000)])
+		}
+	})
+	wg.Go(func() {
+		if err := fromPeer.Settle(t.Context()); !errors.Is(err, ErrDiskHangs) {
+			t.Error("of a peer's bytes, which can't be verified before they are given:", err)
+		}
+	})
+	wg.Wait()
+	fromPeer.Close()
+	if err := up.Commit(digest.FromBytes(pushed)); err == nil {
+		t.Error("a push is kept on a disk that hangs")
+	}
+	if since := s.Stats().Hangs; since.IsZero() {
+		t.Error("it doesn't say that the disk hangs")
+	}
+	// A frozen file system can be read.
+	if got, err := read(s, keptDigest); err != nil || !bytes.Equal(got, kept) {
+		t.Errorf("what was kept before: %d bytes, %v", len(got), err)
+	}
+	if s.Has(d) {
+		t.Error("kept on a disk that hangs")
+	}
+	goroutines := runtime.NumGoroutine()
+	for i := range 100 {
+		b := random(uint64(1000+i), 10)
+		if err := s.Put(digest.FromBytes(b), b, Origin{}); !errors.Is(err, ErrNoSpace) || !errors.Is(err, ErrDiskHangs) {
+			t.Fatal(err)
+		}
+		tr, leader := s.Claim(d, Origin{})
+		if !leader {
+			t.Fatal("a transfer whose beginning may be gone is given to others")
+		}
+		if _, err := tr.Begin(10, body(b), nil); !errors.Is(err, ErrNoSpace) || !errors.Is(err, ErrDiskHangs) {
+			t.Fatal(err)
+		}
+		up := s.NewUpload(Origin{})
+		_, _ = up.Write(b)
+		up.Close()
+		s.drop(keptDigest, ErrCorrupt)
+	}
+	if n := runtime.NumGoroutine(); n > goroutines+5 {
+		t.Errorf("%d goroutines, %d before", n, goroutines)
+	}
+
+	thaw()
+	waitFor(t, "the disk answers", func() bool { return s.Stats().Hangs.IsZero() })
+	waitFor(t, "nothing is left", func() bool { return files(t, dir) == 1 && s.pieces.lent.Load() == 0 })
+	again := begin(t, s, d, int64(len(want)), body(want), nil)
+	if got, err := io.ReadAll(again); err != nil || !bytes.Equal(got, want) || !s.Has(d) {
+		t.Errorf("after that: %d bytes, %v, kept %v", len(got), err, s.Has(d))
+	}
+	if st := s.Stats(); st.Bytes != int64(len(want)) || s.provisional != 0 || s.promised != 0 {
+		t.Errorf("%+v, provisional %d, promised %d", st, s.provisional, s.promised)
+	}
+}
+
+// gate holds up operations on a disk.
+type gate struct {
+	mu   sync.Mutex
+	shut chan struct{}
+}
+
+func (g *gate) hold() {
+	g.mu.Lock()
+	shut := g.shut
+	g.mu.Unlock()
+	if shut != nil {
+		<-shut
+	}
+}
+
+func (g *gate) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.shut = make(chan struct{})
+}
+
+func (g *gate) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shut != nil {
+		close(g.shut)
+		g.shut = nil
+	}
+}
+
+// A disk that can't be read: what is on it isn't there, and is when it can be read
+// again. Of a content store of others the same, and only of that.
+func TestReadingHangs(t *testing.T) {
+	s := open(t, t.TempDir(), Options{})
+	own, others := new(gate), new(gate)
+	defer own.open()
+	defer others.open()
+	s.reading.timeout, s.reading.hold = 20*time.Millisecond, own.hold
+	mine, theirs := random(93, 3*chunkSize), random(94, 1000)
+	d := put(t, s, mine)
+	foreign := t.TempDir()
+	dt := digest.FromBytes(theirs)
+	if err := errors.Join(os.Mkdir(filepath.Join(foreign, "sha256"), 0o700), os.WriteFile(filepath.Join(foreign, "sha256", dt.Encoded()), theirs, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s.AddForeign(foreign)
+	s.foreign[0].timeout, s.foreign[0].hold = 20*time.Millisecond, others.hold
+
+	opened, err := s.Get(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer opened.Close()
+	others.close()
+	if _, err := s.Get(dt); !errors.Is(err, ErrNotFound) {
+		t.Error(err)
+	}
+	if !s.Has(d) || !s.Stats().Hangs.IsZero() {
+		t.Error("a disk of others hangs, and the store's with it")
+	}
+	own.close()
+	for range 100 {
+		if _, err := s.Get(d); !errors.Is(err, ErrNotFound) {
+			t.Fatal(err)
+		}
+	}
+	// What the kernel has in memory of it may be read.
+	if got, err := io.ReadAll(opened.Reader()); err == nil && !bytes.Equal(got, mine) || err != nil && !errors.Is(err, ErrDiskHangs) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	if st := s.Stats(); st.Hangs.IsZero() || st.Blobs != 1 || st.Corrupt != 0 {
+		t.Errorf("%+v", st)
+	}
+	own.open()
+	others.open()
+	waitFor(t, "both can be read", func() bool { return s.Has(d) && s.Has(dt) })
+	for d, want := range map[digest.Digest][]byte{d: mine, dt: theirs} {
+		if got, err := read(s, d); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+	}
+}
+
+// An operation that succeeds when nobody waits for it any more is undone.
+func TestLateOperation(t *testing.T) {
+	s := open(t, t.TempDir(), Options{})
+	g := new(gate)
+	s.disk.timeout, s.disk.hold = 20*time.Millisecond, g.hold
+	g.close()
+	b := random(95, 1000)
+	d := digest.FromBytes(b)
+	if err := s.Put(d, b, Origin{}); !errors.Is(err, ErrDiskHangs) {
+		t.Error(err)
+	}
+	g.open()
+	waitFor(t, "the disk answers", func() bool { return s.Stats().Hangs.IsZero() })
+	if n := files(t, s.dir); n != 1 || s.Has(d) || s.Stats().Bytes != 0 {
+		t.Errorf("%d files, %+v", n, s.Stats())
+	}
+	put(t, s, b)
+}
+
+// cutting is a source that gives bytes in random pieces, and breaks off.
+type cutting struct {
+	r    *rand.Rand
+	from []byte
+	left int
+}
+
+func (c *cutting) Read(p []byte) (int, error) {
+	if c.left == 0 {
+		return 0, io.ErrUnexpectedEOF
+	}
+	if len(c.from) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p[:min(len(p), c.left, 1+c.r.IntN(2*chunkSize))], c.from)
+	c.from, c.left = c.from[n:], c.left-n
+	return n, nil
+}
+
+func (c *cutting) Close() error { return nil }
+
+// Random stories: blobs of all sizes, whose sources break off and lie; readers that
+// come at any time, read from anywhere at any pace, and leave; a disk that is slow,
+// or hangs for a while. Whatever a reader is given is right, or, as only the last
+// byte vouches for it, not whole; and nothing is left.
+func TestArrivalStories(t *testing.T) {
+	for seed := range uint64(40) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			r := rand.New(rand.NewPCG(seed, 1))
+			s := open(t, t.TempDir(), Options{MaxBytes: 128 << 20})
+			g := new(gate)
+			defer g.open()
+			var mu sync.Mutex
+			slow := rand.New(rand.NewPCG(seed, 2))
+			isSlow, hangs := r.IntN(2) == 0, r.IntN(2) == 0
+			s.disk.timeout = 100 * time.Millisecond
+			if !hangs {
+				s.disk.timeout = time.Hour
+			}
+			s.disk.hold = func() {
+				g.hold()
+				if isSlow {
+					mu.Lock()
+					d := time.Duration(slow.IntN(2000)) * time.Microsecond
+					mu.Unlock()
+					time.Sleep(d) // that is what a slow disk does
+				}
+			}
+			want := random(seed+500, 1+r.IntN([]int{100, 2 * chunkSize, 3 << 20, 9 << 20}[r.IntN(4)]))
+			d := digest.FromBytes(want)
+			size := int64(len(want))
+			if r.IntN(4) == 0 {
+				size = -1
+			}
+			var opened atomic.Uint64
+			source := func(of []byte, cuts int) io.ReadCloser {
+				c := &cutting{rand.New(rand.NewPCG(seed, 100+opened.Add(1))), of, len(of) + 1}
+				if cuts > 0 {
+					c.left = 1 + c.r.IntN(len(of))
+				}
+				return c
+			}
+			cuts := r.IntN(6)
+			if size < 0 {
+				cuts = 0
+			}
+			more := func(_ context.Context, off int64) (io.ReadCloser, error) {
+				return source(want[off:], cuts-int(opened.Load())), nil
+			}
+			tr, _ := s.Claim(d, Origin{})
+			ended := make(chan bool, 1)
+			tr.OnEnd(func(kept bool) { ended <- kept })
+			var first *TransferReader
+			var err error
+			if r.IntN(3) == 0 && size >= 0 {
+				wrong := bytes.Clone(want)
+				wrong[r.IntN(len(wrong))] ^= 1
+				first, err = tr.BeginUnverified(size, source(wrong, 0), more, againFrom(want))
+			} else {
+				first, err = tr.Begin(size, source(want, cuts), more)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var wg sync.WaitGroup
+			follow := func(tr *TransferReader, seed uint64) {
+				r := rand.New(rand.NewPCG(seed, 3))
+				off := int64(0)
+				if r.IntN(3) == 0 {
+					off = r.Int64N(int64(len(want)))
+				}
+				leaves, pauses := r.IntN(4) == 0, r.IntN(3) == 0
+				wg.Go(func() {
+					defer tr.Close()
+					if _, err := tr.Seek(off, io.SeekStart); err != nil {
+						t.Error(err)
+					}
+					at, buf := off, make([]byte, 1+r.IntN(100_000))
+					for {
+						n, err := tr.Read(buf[:1+r.IntN(len(buf))])
+						if !bytes.Equal(buf[:n], want[at:at+int64(n)]) {
+							t.Errorf("wrong bytes at %d", at)
+							return
+						}
+						at += int64(n)
+						switch {
+						case err == io.EOF && at == int64(len(want)):
+							return
+						case err != nil && errors.Is(err, ErrDiskHangs):
+							// Its bytes were held back, or are only on the disk.
+							return
+						case err != nil:
+							t.Errorf("at %d of %d: %v", at, len(want), err)
+							return
+						case leaves && r.IntN(20) == 0:
+							return
+						}
+						if pauses {
+							time.Sleep(time.Duration(r.IntN(300)) * time.Microsecond) // a slow client
+						}
+					}
+				})
+			}
+			follow(first, seed)
+			if hangs {
+				wg.Go(func() {
+					time.Sleep(time.Duration(seed) * 200 * time.Microsecond) // at any moment
+					g.close()
+				})
+			}
+			for range r.IntN(6) {
+				tr, leader := s.Claim(d, Origin{})
+				if leader {
+					tr.Abandon(errors.New("not again"))
+					break
+				}
+				if other, err := tr.Wait(t.Context()); err == nil {
+					follow(other, r.Uint64())
+				}
+			}
+			wg.Wait()
+			kept := false
+			select {
+			case kept = <-ended:
+			case <-time.After(2 * time.Second): // nobody reads it any more, and it rests
+				s.cancel()
+				kept = <-ended
+			}
+			g.open()
+			s.cancel()
+			s.wg.Wait()
+			waitFor(t, "the disk answers", func() bool { return s.Stats().Hangs.IsZero() })
+			if kept != s.Has(d) {
+				t.Errorf("kept %v", kept)
+			}
+			if got, err := read(s, d); kept && (err != nil || !bytes.Equal(got, want)) {
+				t.Errorf("kept: %d bytes, %v", len(got), err)
+			}
+			left := 1 // the lock
+			bytesKept := int64(0)
+			if kept {
+				left, bytesKept = 3, int64(len(want))
+			}
+			waitFor(t, "nothing is left in memory", func() bool { return s.pieces.lent.Load() == 0 })
+			if n, st := files(t, s.dir), s.Stats(); n != left || st.Bytes != bytesKept || s.provisional != 0 || s.promised != 0 {
+				t.Errorf("%d files, want %d; %+v, provisional %d, promised %d", n, left, st, s.provisional, s.promised)
+			}
+		})
+	}
+}
