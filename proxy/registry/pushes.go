@@ -51,6 +51,8 @@ const (
 	ownerSessions = 32
 	// sessionTTL is how long a push may rest between two requests.
 	sessionTTL = 30 * time.Minute
+	// maxLocation bounds the path of a push's next request, which is held as long.
+	maxLocation = 4 << 10
 )
 
 func newSessions() *sessions {
@@ -208,7 +210,7 @@ func (p *push) next(x *exchange, resp *http.Response) {
 		return
 	}
 	location, err := here.Parse(resp.Header.Get("Location"))
-	if err != nil || !sameHost(location, x.up) {
+	if err != nil || !sameHost(location, x.up) || len(location.EscapedPath()) > maxLocation {
 		return
 	}
 	p.goesOn = true
