@@ -140,7 +140,7 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	case err != nil:
 		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
 	}
-	x.h.rights.Prove(x.who.Repository, d)
+	x.h.rights.Prove(x.provenBy(resp), d)
 	if mediaTypeOf(body) == "" {
 		return nil
 	}

@@ -328,6 +328,21 @@ func (u Upstream) vantage(repo rights.Repository) rights.Vantage {
 // vantage is where the client asks for its repository.
 func (x *exchange) vantage() rights.Vantage { return x.up.vantage(x.who.Repository) }
 
+// allows says whether the client may have a digest without a question to the
+// upstream.
+func (x *exchange) allows(d digest.Digest) bool {
+	return x.h.rights.Allows(x.who, x.vantage().From, d)
+}
+
+// provenBy is for whom an answer of content proves that it is in the repository:
+// for the client's network, where it is that of where the registry redirected to.
+func (x *exchange) provenBy(resp *http.Response) rights.Vantage {
+	if x.own(resp) {
+		return rights.Vantage{Repository: x.who.Repository}
+	}
+	return x.vantage()
+}
+
 // allowsStale says whether the client may have a digest while the upstream gives
 // no answer.
 func (x *exchange) allowsStale(d digest.Digest) bool {

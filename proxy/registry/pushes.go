@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
@@ -236,7 +237,7 @@ func (p *push) pushedBlob(x *exchange) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.Prove(repo, p.digest)
+	x.h.rights.Prove(rights.Vantage{Repository: repo}, p.digest)
 }
 
 // pushedManifest keeps a manifest that the upstream has accepted.
@@ -257,7 +258,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.Prove(repo, d)
+	x.h.rights.Prove(rights.Vantage{Repository: repo}, d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
 		x.setTag(d)
 	}
