@@ -49,6 +49,14 @@ type hello struct {
 // request's head is 1 MiB; more than this is opaque.
 const maxHello = 64 << 10
 
+// maxName is how long a host's name is at most (RFC 1035, section 2.3.4), and
+// maxAuthority the same with a port. What is longer is no registry: names are kept
+// in tables, which have bounds for the number of their entries.
+const (
+	maxName      = 255
+	maxAuthority = maxName + len(":65535")
+)
+
 // peek reads the client's first bytes until it knows what they are, or that it
 // doesn't. It never fails: what it can't make sense of is opaque. The caller
 // bounds its time with r's deadline.
@@ -76,6 +84,9 @@ func peekTLS(rec *recorder) (h hello) {
 	stop := errors.New("seen enough")
 	_ = tls.Server(rec, &tls.Config{
 		GetConfigForClient: func(chi *tls.ClientHelloInfo) (*tls.Config, error) {
+			if len(chi.ServerName) > maxName {
+				return nil, stop
+			}
 			h.protocol = tlsHello
 			h.host = registry.Canonical(chi.ServerName)
 			h.spelled = chi.ServerName
@@ -98,7 +109,7 @@ func peekHTTP(rec *recorder) hello {
 		host = h
 	}
 	h := hello{protocol: plainHTTP, host: registry.Canonical(host)}
-	if h.host != "" && req.ProtoAtLeast(1, 1) && req.Header.Get("Upgrade") == "" &&
+	if h.host != "" && len(req.Host) <= maxAuthority && req.ProtoAtLeast(1, 1) && req.Header.Get("Upgrade") == "" &&
 		(req.URL.Path == "/v2" || strings.HasPrefix(req.URL.Path, "/v2/")) && !req.URL.IsAbs() {
 		h.registry = registry.Canonical(req.Host)
 	}

@@ -120,6 +120,10 @@ const (
 	silence = 100 * time.Millisecond
 	// helloTime is how much longer it is listened to when nobody is there.
 	helloTime = 2 * time.Second
+	// maxRequestHead bounds a request's head, which is held for as long as the
+	// answer takes. A token has some 20 KB, and large registries take no more than
+	// 64 to 128 KB.
+	maxRequestHead = 128 << 10
 	// staleDialTimeout bounds the look at a registry that there is something to
 	// serve of without it. Clients wait 10 seconds for a TLS handshake.
 	staleDialTimeout = 3 * time.Second
@@ -137,6 +141,7 @@ func New(o Options) *Proxy {
 		Handler:           http.HandlerFunc(p.serveHTTP),
 		ReadHeaderTimeout: 30 * time.Second,
 		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    maxRequestHead,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if t, ok := c.(*tlsConn); ok {
 				c = t.raw.Conn

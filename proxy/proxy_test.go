@@ -692,6 +692,7 @@ func TestPeek(t *testing.T) {
 		"HTTP half":      {[]byte("GET /v2/ HTTP/1.1\r\nHo"), hello{}},
 		"h2 preface":     {[]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), hello{protocol: plainHTTP}},
 		"other":          {[]byte("SSH-2.0-x\r\n"), hello{}},
+		"long name":      {clientHello(t, &tls.Config{ServerName: strings.Repeat("a.", maxName/2) + "gcr.io"}), hello{}},
 	} {
 		for how, r := range map[string]io.Reader{"at once": bytes.NewReader(tt.in), "by bytes": iotest.OneByteReader(bytes.NewReader(tt.in))} {
 			got := peek(r)

@@ -49,8 +49,11 @@ func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
 	return a.h.anonymously(req, a.up.vantage(a.up.repository(parsePath(req.URL.EscapedPath()).repo)), a.up.Transport)
 }
 
-// tokenTimeout bounds the way to a token.
-const tokenTimeout = 30 * time.Second
+// tokenTimeout bounds the way to a token, and maxToken its length.
+const (
+	tokenTimeout = 30 * time.Second
+	maxToken     = 32 << 10
+)
 
 // anonymously sends a request without anything of a client in it, which is GET or
 // HEAD. When the registry wants a token it gets the one that every client gets
@@ -103,6 +106,9 @@ func anonymousToken(ctx context.Context, refusal *http.Response, rt http.RoundTr
 		t := token{got.Token, time.Now().Add(life * 9 / 10)}
 		if t.value == "" {
 			t.value = got.AccessToken
+		}
+		if len(t.value) > maxToken {
+			return token{}, fmt.Errorf("a token of %d bytes", len(t.value))
 		}
 		return t, nil
 	}

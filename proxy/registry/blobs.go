@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
@@ -82,10 +83,12 @@ func (x *exchange) arriving(body io.ReadCloser) io.ReadCloser {
 }
 
 // origin is where what the exchange brings to the store comes from. Only clients of
-// the same repository follow a transfer: they are given what this repository's
-// registry sends, which is no more than it would send them.
+// the same repository follow a transfer, and of the same network where the registry,
+// or one that it redirects to, may authorize by that: they are given what this
+// repository's registry sends, to them or to another of them, which is no more than
+// it would send each.
 func (x *exchange) origin() store.Origin {
-	return store.Origin{Name: x.who.Registry + "/" + x.who.Name, Owner: x.up.owner(), Free: !x.up.authenticated()}
+	return store.Origin{Name: x.who.Registry + "/" + x.who.Name + " from " + x.vantage().From, Owner: x.up.owner(), Free: !x.up.authenticated()}
 }
 
 // blob answers GET and HEAD of a blob.
@@ -125,7 +128,7 @@ func (x *exchange) headOfKept(b *store.Blob) {
 // kept answers GET of a blob that is kept: with it, if the client may have it.
 func (x *exchange) kept(b *store.Blob) {
 	d := x.target.digest
-	if x.h.rights.Allows(x.who, d) {
+	if x.allows(d) {
 		x.serveKept(b)
 		return
 	}
@@ -135,7 +138,7 @@ func (x *exchange) kept(b *store.Blob) {
 		x.serveKept(b)
 	case shown != nil && shown.compare(b.Reader()) == nil:
 		x.grant()
-		x.prove(d)
+		x.prove(shown.by, d)
 		x.serveKept(b)
 	default:
 		x.notShown(shown, resp, err)
@@ -155,6 +158,7 @@ func (x *exchange) serveKept(b *store.Blob) {
 type proof struct {
 	offset int64
 	bytes  []byte
+	by     rights.Vantage // for whom it counts
 }
 
 // proofSize is how many bytes a registry has to show.
@@ -174,7 +178,7 @@ func (x *exchange) askRange(size int64) (*proof, *http.Response, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &proof{at.Int64(), make([]byte, n)}
+	p := &proof{offset: at.Int64(), bytes: make([]byte, n)}
 	wanted := fmt.Sprintf("bytes %d-%d/", p.offset, p.offset+n-1)
 	extra := http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", p.offset, p.offset+n-1)}}
 	stale := x.allowsStale(x.target.digest)
@@ -198,6 +202,7 @@ func (x *exchange) askRange(size int64) (*proof, *http.Response, error) {
 	if _, err := io.ReadFull(x.counted(resp.Body), p.bytes); err != nil {
 		return nil, nil, fmt.Errorf("reading a range of a blob: %w", err)
 	}
+	p.by = x.provenBy(resp)
 	return p, resp, nil
 }
 
@@ -280,7 +285,7 @@ func (x *exchange) sent(resp *http.Response) {
 	}
 	x.stream(s, "fwd=miss")
 	x.grant()
-	x.prove(x.target.digest)
+	x.prove(x.provenBy(resp), x.target.digest)
 }
 
 // miss answers GET of a blob that isn't kept: by keeping it.
@@ -329,7 +334,7 @@ func (x *exchange) follow(t *store.Transfer, start int64) {
 	// What the registry sends to the leader is in the repository, and the leader
 	// may have it. What a peer sends is shown to be there by the registry.
 	leader, fromRegistry := x.h.leaders.Load(t)
-	proven := fromRegistry || x.h.rights.Contains(x.who.Repository, x.target.digest)
+	proven := fromRegistry || x.h.rights.Contains(x.vantage(), x.target.digest)
 	if leader != x.who.Client && (!proven || !x.h.rights.Granted(x.who)) && !x.askFor(r.Size(), proven) {
 		return
 	}
@@ -375,7 +380,7 @@ func (x *exchange) lead(t *store.Transfer) {
 		}
 		if _, fromRegistry := x.h.leaders.LoadAndDelete(t); kept && fromRegistry {
 			x.h.rights.Grant(x.who, when)
-			x.h.rights.Prove(x.who.Repository, x.target.digest, when)
+			x.h.rights.Prove(x.vantage(), x.target.digest, when) // it may have been redirected on the way
 		}
 	})
 	if share != nil && x.fromPeer(t, share) {
@@ -666,13 +671,14 @@ func (x *exchange) compare(from io.ReadSeeker) error {
 	if x.shown == nil {
 		return nil
 	}
-	if err := x.shown.compare(from); err != nil {
+	shown := x.shown
+	if err := shown.compare(from); err != nil {
 		return err
 	}
 	x.shown = nil
 	x.grant()
 	if r, ok := from.(*store.TransferReader); ok && r.Verified() {
-		x.prove(x.target.digest)
+		x.prove(shown.by, x.target.digest)
 	}
 	return nil
 }

@@ -161,7 +161,7 @@ func (x *exchange) keepManifest(resp *http.Response) error {
 	if err := x.h.store.Put(d, body, x.origin()); err != nil {
 		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
 	}
-	x.prove(d)
+	x.prove(x.provenBy(resp), d)
 	if mediaTypeOf(body) == "" {
 		return nil
 	}

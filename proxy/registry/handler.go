@@ -345,7 +345,7 @@ func (x *exchange) learn(resp *http.Response) {
 // was answered with proves that content is in the repository.
 func (x *exchange) grant() { x.h.rights.Grant(x.who, x.answered) }
 
-func (x *exchange) prove(d digest.Digest) { x.h.rights.Prove(x.who.Repository, d, x.answered) }
+func (x *exchange) prove(by rights.Vantage, d digest.Digest) { x.h.rights.Prove(by, d, x.answered) }
 
 // vantage is a network from which a repository is asked for, where that counts.
 func (u Upstream) vantage(repo rights.Repository) rights.Vantage {
@@ -357,6 +357,21 @@ func (u Upstream) vantage(repo rights.Repository) rights.Vantage {
 
 // vantage is where the client asks for its repository.
 func (x *exchange) vantage() rights.Vantage { return x.up.vantage(x.who.Repository) }
+
+// allows says whether the client may have a digest without a question to the
+// upstream.
+func (x *exchange) allows(d digest.Digest) bool {
+	return x.h.rights.Allows(x.who, x.vantage().From, d)
+}
+
+// provenBy is for whom an answer of content proves that it is in the repository:
+// for the client's network, where it is that of where the registry redirected to.
+func (x *exchange) provenBy(resp *http.Response) rights.Vantage {
+	if x.own(resp) {
+		return rights.Vantage{Repository: x.who.Repository}
+	}
+	return x.vantage()
+}
 
 // allowsStale says whether the client may have a digest while the upstream gives
 // no answer.

@@ -23,7 +23,7 @@ const maxManifest = 4 << 20
 // sent it in this repository before.
 func (x *exchange) manifest() {
 	d := x.target.digest
-	contained, stale := x.h.rights.Contains(x.who.Repository, d), x.allowsStale(d)
+	contained, stale := x.h.rights.Contains(x.vantage(), d), x.allowsStale(d)
 	body, mediaType, ok := x.keptManifest(d)
 	if !ok && stale && x.r.Method == http.MethodGet && x.manifestFromPeer(d) {
 		body, mediaType, ok = x.keptManifest(d)
@@ -33,7 +33,7 @@ func (x *exchange) manifest() {
 		x.forward()
 		return
 	}
-	if !x.h.rights.Allows(x.who, d) {
+	if !x.allows(d) {
 		resp, err := x.ask(x.head(true, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
 		switch {
 		case failed(resp, err) && stale:
@@ -131,7 +131,7 @@ func (x *exchange) tag() {
 		x.checkPublic(resp)
 		body, mediaType, ok = x.keptManifest(d)
 	}
-	if !ok || mediaType != resp.Header.Get("Content-Type") || !x.h.rights.Contains(x.who.Repository, d) {
+	if !ok || mediaType != resp.Header.Get("Content-Type") || !x.h.rights.Contains(x.vantage(), d) {
 		x.stats.misses.Add(1)
 		x.forward()
 		return

@@ -49,7 +49,8 @@ package registry
 // range of other bytes and a digest in a field prove nothing, whoever says so.
 //
 // What came through a redirect counts for the repository, though the host that
-// sent it may have looked at the client: the oracle allows what follows from that.
+// sent it may have looked at the client: the oracle allows what follows from that
+// (weir counts it for the client's network, which has tests of its own).
 //
 // It does not look at response fields but Content-Length, Content-Range and
 // Location, at how long an answer takes, nor at peers and the mirror.

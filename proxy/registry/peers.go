@@ -84,7 +84,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		}
 		return false
 	}
-	if !x.h.rights.Allows(x.who, x.target.digest) {
+	if !x.allows(x.target.digest) {
 		shown, resp, err := x.askRange(size)
 		if err == nil && shown == nil && !x.stale {
 			resp.Body.Close()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
@@ -51,6 +52,8 @@ const (
 	ownerSessions = 32
 	// sessionTTL is how long a push may rest between two requests.
 	sessionTTL = 30 * time.Minute
+	// maxLocation bounds the path of a push's next request, which is held as long.
+	maxLocation = 4 << 10
 )
 
 func newSessions() *sessions {
@@ -208,7 +211,7 @@ func (p *push) next(x *exchange, resp *http.Response) {
 		return
 	}
 	location, err := here.Parse(resp.Header.Get("Location"))
-	if err != nil || !sameHost(location, x.up) {
+	if err != nil || !sameHost(location, x.up) || len(location.EscapedPath()) > maxLocation {
 		return
 	}
 	p.goesOn = true
@@ -234,7 +237,7 @@ func (p *push) pushedBlob(x *exchange) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.Prove(repo, p.digest, x.answered)
+	x.h.rights.Prove(rights.Vantage{Repository: repo}, p.digest, x.answered)
 }
 
 // pushedManifest keeps a manifest that the upstream has accepted.
@@ -255,7 +258,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.prove(d)
+	x.prove(rights.Vantage{Repository: repo}, d)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
 		x.setTag(d)
 	}

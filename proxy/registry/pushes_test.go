@@ -258,3 +258,44 @@ func TestManyPushes(t *testing.T) {
 		t.Errorf("%d files", len(files))
 	}
 }
+
+// The registry says where a push goes on, and that is remembered for as long as the
+// push may rest: not if it is as long as a registry can make it.
+func TestLongLocation(t *testing.T) {
+	for n, kept := range map[int]int{1000: 1, 100_000: 0} {
+		u := newUpstream(t)
+		u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("Location", "/v2/a/blobs/uploads/"+strings.Repeat("x", n))
+			w.WriteHeader(http.StatusAccepted)
+			return true
+		}
+		s := newSide(t, u, store.Options{})
+		if a := s.send("POST", "/v2/a/blobs/uploads/", nil); a.err != nil || a.StatusCode != http.StatusAccepted || len(a.Header.Get("Location")) < n {
+			t.Errorf("%d: %v, %v", n, a.Response, a.err)
+		}
+		if got := len(s.h.sessions.all); got != kept {
+			t.Errorf("a location of %d bytes: %d pushes are expected to go on, want %d", n, got, kept)
+		}
+	}
+}
+
+// Tokens for anonymous clients are kept, and whoever has a registry gives them: no
+// more of one than a registry would take.
+func TestLongToken(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "Bearer 1")
+	u.putManifest("a", "v1", docker2)
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != "/token" {
+			return false
+		}
+		fmt.Fprintf(w, `{"token":%q}`, strings.Repeat("x", 1_000_000))
+		return true
+	}
+	s := newSide(t, u, store.Options{})
+	s.want(s.do("GET", "/v2/a/manifests/v1", "Bearer 1"), 200, nil, "GET /v2/a/manifests/v1")
+	s.settle()
+	for _, v := range s.h.tokens.lru.Values() {
+		t.Errorf("a token of %d bytes is kept", len(v.value))
+	}
+}

@@ -96,7 +96,7 @@ func (r *Rights) export(share string, of func(Repository) bool) Memory {
 	}
 	for _, s := range pick(share, r.content.names) {
 		for k, when := range r.content.all(s) {
-			if of(k.Repository) {
+			if k.From == "" && of(k.Repository) {
 				at(k.Repository).Content[k.digest] = when
 			}
 		}
@@ -139,7 +139,7 @@ func (r *Rights) Merge(m Memory, repo Repository) {
 			}
 		}
 		for d, when := range k.Content {
-			key := located{repo, d}
+			key := located{Vantage{Repository: repo}, d}
 			was, _ := r.told.get(repo.share(), key)
 			if d.Validate() == nil && r.Within(when, max(ContentTTL, r.opts.StaleIfError)) && was.Before(when) {
 				r.told.put(repo.share(), key, when)
@@ -213,7 +213,7 @@ func (r *Rights) Load(file string) error {
 		}
 		for d, when := range k.Content {
 			if d.Validate() == nil {
-				r.content.put(repo.share(), located{repo, d}, when)
+				r.content.put(repo.share(), located{Vantage{Repository: repo}, d}, when)
 			}
 		}
 		for from, c := range k.Public {

@@ -14,7 +14,9 @@
 //     offset that it could not foresee. What a registry merely claims counts for
 //     nothing: whoever runs one, or a repository that proxies another, can claim
 //     any digest (by HEAD, by a manifest that lists it, by a redirect), and would
-//     be given another's private layer.
+//     be given another's private layer. What came through a redirect counts for the
+//     network that it was asked from: the host that sent it may have authorized
+//     the client by its address, which proves nothing for others.
 //
 // A client is everything in its request that a registry could take for a
 // credential: all header fields but those that are known not to be, what it
@@ -76,7 +78,9 @@ type Principal struct {
 	Client Client
 }
 
-// Vantage is a network from which a repository was asked for.
+// Vantage is a network from which a repository was asked for. From is empty where
+// the network doesn't count, and for the node's: whose registry a node pulls from
+// has the content in an image of its own, and gains nothing by proving it.
 type Vantage struct {
 	Repository
 	From string
@@ -142,7 +146,7 @@ type Rights struct {
 }
 
 type located struct {
-	Repository
+	Vantage
 	digest digest.Digest
 }
 
@@ -277,41 +281,49 @@ func (r *Rights) Granted(p Principal) bool {
 }
 
 // Prove records that content was proven to be in a repository by what the registry
-// then answered.
-func (r *Rights) Prove(repo Repository, d digest.Digest, when time.Time) {
-	r.content.put(repo.share(), located{repo, d}, when)
+// then answered, for the network of the vantage, or for all if it names none.
+func (r *Rights) Prove(v Vantage, d digest.Digest, when time.Time) {
+	r.content.put(v.share(), located{v, d}, when)
 	r.changed.Store(true)
 }
 
 // Remove records that content was deleted from a repository.
 func (r *Rights) Remove(repo Repository, d digest.Digest) {
-	r.content.remove(repo.share(), located{repo, d})
-	r.told.remove(repo.share(), located{repo, d})
+	for k := range r.content.all(repo.share()) {
+		if k.Repository == repo && k.digest == d {
+			r.content.remove(repo.share(), k)
+		}
+	}
+	r.told.remove(repo.share(), located{Vantage{Repository: repo}, d})
 	r.changed.Store(true)
 }
 
-// Contains says whether content was proven to be in a repository.
-func (r *Rights) Contains(repo Repository, d digest.Digest) bool {
-	return r.contains(r.content, repo, d, ContentTTL)
+// Contains says whether content was proven to be in a repository, for the network
+// of the vantage.
+func (r *Rights) Contains(v Vantage, d digest.Digest) bool {
+	return r.contains(r.content, v, d, ContentTTL)
 }
 
-func (r *Rights) contains(table *shares[located, time.Time], repo Repository, d digest.Digest, age time.Duration) bool {
-	when, ok := table.get(repo.share(), located{repo, d})
-	return ok && r.Within(when, age)
+func (r *Rights) contains(table *shares[located, time.Time], v Vantage, d digest.Digest, age time.Duration) bool {
+	for _, v := range []Vantage{{Repository: v.Repository}, v} {
+		if when, ok := table.get(v.share(), located{v, d}); ok && r.Within(when, age) {
+			return true
+		}
+	}
+	return false
 }
 
-// Allows says whether content may be served to a client without a question to
-// the registry.
-func (r *Rights) Allows(p Principal, d digest.Digest) bool {
-	return r.Granted(p) && r.Contains(p.Repository, d)
+// Allows says whether content may be served to a client, which asks from a network,
+// without a question to the registry.
+func (r *Rights) Allows(p Principal, from string, d digest.Digest) bool {
+	return r.Granted(p) && r.Contains(Vantage{p.Repository, from}, d)
 }
 
 // AllowsStale says whether content may be served to a client, which asks from a
 // network, while the registry gives no answer.
 func (r *Rights) AllowsStale(p Principal, from string, d digest.Digest) bool {
-	age := max(ContentTTL, r.opts.StaleIfError)
-	return (r.contains(r.content, p.Repository, d, age) || r.contains(r.told, p.Repository, d, age)) &&
-		(r.Public(Vantage{p.Repository, from}) || r.Granted(p))
+	age, v := max(ContentTTL, r.opts.StaleIfError), Vantage{p.Repository, from}
+	return (r.contains(r.content, v, d, age) || r.contains(r.told, v, d, age)) && (r.Public(v) || r.Granted(p))
 }
 
 // Public says whether a repository was found to be public from a network.

@@ -87,34 +87,34 @@ func TestGrants(t *testing.T) {
 	p := Principal{repo, Client{1}}
 	d := digest.FromString("x")
 	r.Grant(p, r.Now())
-	if r.Allows(p, d) {
+	if r.Allows(p, "", d) {
 		t.Error("a grant says that anything is in the repository")
 	}
-	r.Prove(repo, d, r.Now())
+	r.Prove(Vantage{Repository: repo}, d, r.Now())
 	for _, q := range []Principal{{repo, Client{2}}, {other, Client{1}}, {Repository{Registry: "r", Name: "a", Network: "network x"}, Client{1}}} {
-		if r.Allows(q, d) {
+		if r.Allows(q, "", d) {
 			t.Errorf("%v has the grant too", q)
 		}
 	}
-	if !r.Allows(p, d) || r.Allows(p, digest.FromString("y")) {
+	if !r.Allows(p, "", d) || r.Allows(p, "", digest.FromString("y")) {
 		t.Error("what is granted and proven isn't what is allowed")
 	}
 	r.Refuse(p)
-	if r.Allows(p, d) || !r.Contains(repo, d) {
+	if r.Allows(p, "", d) || !r.Contains(Vantage{Repository: repo}, d) {
 		t.Error("a refusal is no refusal, or takes more than the grant")
 	}
 	r.Grant(p, r.Now())
 	later(5*time.Minute - time.Second)
-	if !r.Allows(p, d) {
+	if !r.Allows(p, "", d) {
 		t.Error("the grant is over too early")
 	}
 	later(time.Second)
-	if r.Allows(p, d) {
+	if r.Allows(p, "", d) {
 		t.Error("the grant isn't over")
 	}
 	later(24 * time.Hour)
 	r.Grant(p, r.Now())
-	if r.Allows(p, d) {
+	if r.Allows(p, "", d) {
 		t.Error("the content is in the repository for good")
 	}
 }
@@ -145,7 +145,7 @@ func TestPublic(t *testing.T) {
 	v, elsewhere := Vantage{repo, "here"}, Vantage{repo, "there"}
 	d := digest.FromString("x")
 	p := Principal{repo, Client{1}}
-	r.Prove(repo, d, r.Now())
+	r.Prove(Vantage{Repository: repo}, d, r.Now())
 	if r.AllowsStale(p, "here", d) || r.NeedsCheck(v, true) {
 		t.Error("public before anything was asked")
 	}
@@ -153,7 +153,7 @@ func TestPublic(t *testing.T) {
 		t.Error("it is asked never, or twice")
 	}
 	r.SetPublic(v, true, "1")
-	if !r.AllowsStale(p, "here", d) || r.AllowsStale(p, "there", d) || r.Allows(p, d) || r.AllowsStale(p, "here", digest.FromString("y")) {
+	if !r.AllowsStale(p, "here", d) || r.AllowsStale(p, "there", d) || r.Allows(p, "", d) || r.AllowsStale(p, "here", digest.FromString("y")) {
 		t.Error("what is public isn't what is allowed in an outage")
 	}
 	if r.NeedsCheck(v, true) {
@@ -216,7 +216,7 @@ func TestSharesAreFair(t *testing.T) {
 	pod := Repository{Registry: "http://a@10.0.0.1:5000#pod", Name: "a", Network: UnauthenticatedNetwork("pod")}
 	for _, repo := range []Repository{victim, pod} {
 		r.SetTag(repo, "12", d, r.Now())
-		r.Prove(repo, d, r.Now())
+		r.Prove(Vantage{Repository: repo}, d, r.Now())
 		r.Grant(Principal{repo, Client{1}}, r.Now())
 		r.SetPublic(Vantage{Repository: repo}, true, "12")
 	}
@@ -227,7 +227,7 @@ func TestSharesAreFair(t *testing.T) {
 			{Registry: "evil.example", Name: fmt.Sprint("a", i)},
 		} {
 			e := digest.FromString(fmt.Sprint(i))
-			r.Prove(repo, e, r.Now())
+			r.Prove(Vantage{Repository: repo}, e, r.Now())
 			if i < 2*maxTags {
 				r.SetTag(repo, "1", e, r.Now())
 				r.Grant(Principal{repo, Client{byte(i), byte(i >> 8), byte(i >> 16)}}, r.Now())
@@ -236,7 +236,7 @@ func TestSharesAreFair(t *testing.T) {
 		}
 	}
 	for _, repo := range []Repository{victim, pod} {
-		if len(r.Tag(repo, "12")) != 1 || !r.Allows(Principal{repo, Client{1}}, d) || !r.Public(Vantage{Repository: repo}) {
+		if len(r.Tag(repo, "12")) != 1 || !r.Allows(Principal{repo, Client{1}}, "", d) || !r.Public(Vantage{Repository: repo}) {
 			t.Errorf("what was known of %v is washed out", repo)
 		}
 	}
@@ -278,7 +278,7 @@ func TestSave(t *testing.T) {
 		for _, x := range []string{"old", "new"} {
 			r.SetTag(repo, "1", digest.FromString(x), r.Now())
 		}
-		r.Prove(repo, d, r.Now())
+		r.Prove(Vantage{Repository: repo}, d, r.Now())
 		r.SetPublic(Vantage{repo, "here"}, true, "1")
 		r.Grant(Principal{repo, Client{1}}, r.Now())
 	}
@@ -299,7 +299,7 @@ func TestSave(t *testing.T) {
 			t.Errorf("%v: %v", repo, tags)
 		}
 		v := Vantage{repo, "here"}
-		if again.Contains(repo, d) != lasts || again.Public(v) != lasts || lasts && again.Reference(v) != "1" || again.Granted(Principal{repo, Client{1}}) {
+		if again.Contains(Vantage{Repository: repo}, d) != lasts || again.Public(v) != lasts || lasts && again.Reference(v) != "1" || again.Granted(Principal{repo, Client{1}}) {
 			t.Errorf("%v is remembered otherwise", repo)
 		}
 	}
@@ -337,7 +337,7 @@ func TestLoadOld(t *testing.T) {
 		t.Fatal(err)
 	}
 	repo := Repository{Registry: "r", Name: "a"}
-	if len(r.Tag(repo, "1")) != 1 || r.Contains(repo, d) || r.Public(Vantage{Repository: repo}) {
+	if len(r.Tag(repo, "1")) != 1 || r.Contains(Vantage{Repository: repo}, d) || r.Public(Vantage{Repository: repo}) {
 		t.Error(r.Tag(repo, "1"))
 	}
 }
@@ -362,7 +362,7 @@ func TestMergeOnlyTheRepository(t *testing.T) {
 	r.Grant(p, r.Now())
 	r.Grant(Principal{other, Client{1}}, r.Now())
 	if len(r.Tag(other, "1")) > 0 || r.AllowsStale(Principal{other, Client{1}}, "", d) || r.Public(Vantage{Repository: repo}) ||
-		!r.AllowsStale(p, "", d) || r.Allows(p, d) || r.AllowsStale(p, "", "nonsense") {
+		!r.AllowsStale(p, "", d) || r.Allows(p, "", d) || r.AllowsStale(p, "", "nonsense") {
 		t.Error("something else was merged")
 	}
 }

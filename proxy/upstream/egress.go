@@ -52,6 +52,10 @@ type Egress struct {
 	pools  *lru.Cache[key, *pool] // no expirable one, whose goroutine outlives it
 }
 
+// maxHead bounds the head of an answer, which is held for as long as its client
+// takes to read. curl, for one, has 300 KB.
+const maxHead = 128 << 10
+
 // maxPools bounds the targets that something is known of, and is kept for.
 const maxPools = 1024
 
@@ -140,8 +144,9 @@ func (e *Egress) newHTTP(t Target, unacked time.Duration) *http.Transport {
 		IdleConnTimeout:       30 * time.Second,
 		ExpectContinueTimeout: time.Second,
 		// Bodies are read in larger pieces, which go past these.
-		WriteBufferSize: 16 << 10,
-		ReadBufferSize:  16 << 10,
+		WriteBufferSize:        16 << 10,
+		ReadBufferSize:         16 << 10,
+		MaxResponseHeaderBytes: maxHead,
 	}
 }
 

@@ -450,3 +450,23 @@ func TestSettingsTellConnectionsApart(t *testing.T) {
 		t.Errorf("%d connections", n)
 	}
 }
+
+// What a registry sends before an answer's body is held until the client has read
+// it: it has a bound.
+func TestAnswerHeadIsBounded(t *testing.T) {
+	w := newWorld(t)
+	var size int
+	s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, _ *http.Request) {
+		rw.Header().Set("X", strings.Repeat("x", size))
+	})
+	for _, method := range []string{"GET", "POST"} {
+		for n, ok := range map[int]bool{100_000: true, 200_000: false, 5 << 20: false} {
+			size = n
+			tr := w.egress.Transport(s.target())
+			if _, err := send(t, tr, method, s.target().url(), nil); (err == nil) != ok {
+				t.Errorf("%s: a field of %d bytes: %v", method, n, err)
+			}
+			tr.Close()
+		}
+	}
+}
