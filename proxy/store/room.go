@@ -29,14 +29,16 @@ type Origin struct {
 //   - Room for a blob whose source vouches for it, and for whatever is verified,
 //     is made: the least recently used blobs go.
 //   - A blob that may come to nothing has provisional room: only room that is
-//     free, an eighth of the store for all of them, and half of that for each
-//     owner. It gives way when a blob of the first kind can't be had otherwise.
+//     free, half of the store for all of them, an eighth for those with an owner,
+//     and half of that for each owner. It gives way when a blob of the first kind
+//     can't be had otherwise.
 //   - What an owner has in the store is a tenth of it at most, and all owners
 //     together have half of it. Beyond that, the least recently used of theirs
 //     go first.
 const (
-	provisionalShare = 8  // of the store, for provisional room
-	ownerProvisional = 16 // for that of one owner
+	provisionalShare  = 2  // of the store, for provisional room
+	ownersProvisional = 8  // for that of all owners
+	ownerProvisional  = 16 // for that of one owner
 	ownerShare       = 10 // for what one owner has
 	ownersShare      = 2  // for what all owners have
 	// spareShare is how much more room is made when some has to be made, so
@@ -254,8 +256,19 @@ func (s *Store) findRoom(owner string, size int64) bool {
 	if bounded && size > s.opts.MaxBytes/provisionalShare {
 		return false
 	}
-	if o := s.owners[owner]; bounded && owner != "" && o != nil && o.provisional+size > s.opts.MaxBytes/ownerProvisional {
-		return false
+	if bounded && owner != "" {
+		var own, all int64
+		for name, o := range s.owners {
+			if name != "" {
+				all += o.provisional
+			}
+			if name == owner {
+				own = o.provisional
+			}
+		}
+		if own+size > s.opts.MaxBytes/ownerProvisional || all+size > s.opts.MaxBytes/ownersProvisional {
+			return false
+		}
 	}
 	for !s.fits(size) || bounded && s.provisional+size > s.opts.MaxBytes/provisionalShare {
 		if owner != "" || !s.giveWay(func(r *room) bool { return r.from.Owner != "" }) {

@@ -69,7 +69,7 @@ func (s *Store) keeps(ds []digest.Digest) (n int) {
 }
 
 // A body without a length is given to its reader to the end, and takes no more
-// of the store than is free, nor than an eighth.
+// of the store than is free, nor than half.
 func TestNoLengthIsBounded(t *testing.T) {
 	const size = 8 << 20
 	for _, whole := range []bool{false, true} {
@@ -189,6 +189,7 @@ func TestSpareRoom(t *testing.T) {
 func TestAuthenticatedGoesFirst(t *testing.T) {
 	const size = 64 << 20
 	s := open(t, t.TempDir(), Options{MaxBytes: size})
+	put(t, s, random(28, size-size/ownersProvisional)) // what is free is what owners may have
 	first := s.NewUpload(Origin{Owner: "a"})
 	defer first.Close()
 	piece := random(27, 3<<20)
@@ -200,7 +201,7 @@ func TestAuthenticatedGoesFirst(t *testing.T) {
 		}
 		_, _ = up.Write(piece)
 	}
-	if s.owners["b"].provisional > size/ownerProvisional || s.provisional > size/provisionalShare {
+	if s.owners["b"].provisional > size/ownerProvisional || s.provisional > size/ownersProvisional {
 		t.Fatalf("%d of %d bytes are reserved", s.owners["b"].provisional, s.provisional)
 	}
 	up := s.NewUpload(Origin{})

@@ -182,11 +182,12 @@ func TestPodsShare(t *testing.T) {
 	if rt := agents[0].Runtime(host.pid); rt.Reach != "intercepted" || rt.Netns != agents[0].Runtime(docker.PID()).Netns {
 		t.Errorf("%+v", rt)
 	}
+	w.nothingFetched(t)
 	peer := nodes[1].Containerd()
 	peer.Pull(flyway)
 	peer.Pull(renovate)
 	peer.Same(flyway, w.flyway)
-	w.nothingFetched(t)
+	w.onlyManifests(t)
 	if n := bytesFromPeers(agents[1]); n < 6<<20 {
 		t.Errorf("%d bytes came from the peer", n)
 	}
