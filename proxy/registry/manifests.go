@@ -34,7 +34,7 @@ func (x *exchange) manifest() {
 		return
 	}
 	if !x.allows(d) {
-		resp, err := x.ask(x.head(true, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
+		resp, err := x.ask(x.head(true, func() bool { return stale }))
 		switch {
 		case failed(resp, err) && stale:
 			x.stale = true
@@ -101,7 +101,7 @@ func (x *exchange) tag() {
 		}
 		return known && x.h.rights.Fresh(was.When) && x.allowsStale(was.Digest)
 	}
-	resp, err := x.ask(x.head(true, instead)) //nolint:bodyclose // ask has closed that of a HEAD
+	resp, err := x.ask(x.head(true, instead))
 	switch {
 	case failed(resp, err) && instead():
 		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.Digest, "since", was.When, "err", because(resp, err))

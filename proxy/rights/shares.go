@@ -13,14 +13,14 @@ import (
 // largest share loses its least recently used entry: who fills the table makes
 // room by itself.
 type shares[K comparable, V any] struct {
-	mu  sync.Mutex
-	max int
-	n   int
-	by  map[string]*simplelru.LRU[K, V]
+	mu    sync.Mutex
+	limit int
+	n     int
+	by    map[string]*simplelru.LRU[K, V]
 }
 
-func newShares[K comparable, V any](max int) *shares[K, V] {
-	return &shares[K, V]{max: max, by: make(map[string]*simplelru.LRU[K, V])}
+func newShares[K comparable, V any](limit int) *shares[K, V] {
+	return &shares[K, V]{limit: limit, by: make(map[string]*simplelru.LRU[K, V])}
 }
 
 func (s *shares[K, V]) get(share string, key K) (v V, ok bool) {
@@ -50,11 +50,11 @@ func (s *shares[K, V]) put(share string, key K, v V) {
 func (s *shares[K, V]) add(share string, key K, v V) {
 	l := s.by[share]
 	if l == nil {
-		l, _ = simplelru.NewLRU[K, V](s.max, nil)
+		l, _ = simplelru.NewLRU[K, V](s.limit, nil)
 		s.by[share] = l
 	}
 	if !l.Contains(key) {
-		if s.n >= s.max {
+		if s.n >= s.limit {
 			s.makeRoom(share)
 			s.by[share] = l
 		}

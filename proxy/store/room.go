@@ -39,8 +39,8 @@ const (
 	provisionalShare  = 2  // of the store, for provisional room
 	ownersProvisional = 8  // for that of all owners
 	ownerProvisional  = 16 // for that of one owner
-	ownerShare       = 10 // for what one owner has
-	ownersShare      = 2  // for what all owners have
+	ownerShare        = 10 // for what one owner has
+	ownersShare       = 2  // for what all owners have
 	// spareShare is how much more room is made when some has to be made, so
 	// that a full store has some that is free.
 	spareShare = 32
