@@ -289,8 +289,8 @@ func (d *doctor) agent(ctx context.Context) {
 	switch {
 	case d.running:
 		d.ok(fmt.Sprintf("the agent is running: weir %s, process %d", d.status.Version, d.status.PID))
-		if d.status.Kernel.StaleBeat > 0 {
-			d.warn("the agent's heartbeat", fmt.Sprintf("%d connections went direct because it was late", d.status.Kernel.StaleBeat),
+		if d.status.Kernel.StaleHeartbeat > 0 {
+			d.warn("the agent's heartbeat", fmt.Sprintf("%d connections went direct because it was late", d.status.Kernel.StaleHeartbeat),
 				"see whether the node is short of processor time")
 		}
 	case held:

@@ -439,12 +439,12 @@ func printStatus(w io.Writer, s admin.Status) error {
 		if len(p.Peers) == 0 {
 			fmt.Fprintln(t, "none is connected")
 		}
-		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d strangers turned away\n", len(p.Peers), admin.BytesText(p.Sent), p.Sending, p.Strangers)
+		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d connections without the key\n", len(p.Peers), admin.BytesText(p.Sent), p.Sending, p.Unauthenticated)
 		fmt.Fprintf(t, "THIS NODE\t%s", p.ID)
 	}
 	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, admin.BytesText(s.Store.Bytes), admin.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
-	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedOn, s.Connections.Failed)
-	fmt.Fprintf(t, "DOORS\t%d\n", len(s.Doors))
+	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedThrough, s.Connections.Failed)
+	fmt.Fprintf(t, "LISTENERS\t%d\n", len(s.Listeners))
 	return t.Flush()
 }
 
