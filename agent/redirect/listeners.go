@@ -69,7 +69,7 @@ type Listener struct {
 	// The egress and the namespace outlive the listener until the last
 	// connection is done with them.
 	users     sync.WaitGroup
-	accepting sync.WaitGroup // those who may make more users
+	accepting sync.WaitGroup // goroutines that may add users
 
 	// Guarded by load.mu.
 	active  int  // connections that are served, until they are closed

@@ -208,14 +208,14 @@ func agentCommand() *cobra.Command {
 		return agent.Run(cmd.Context(), conf, func(a *agent.Agent) {
 			announce(log, a.Status())
 			if err := notifyReady(); err != nil {
-				log.Warn("systemd can't be told that weir is ready", "err", err)
+				log.Warn("systemd can't be notified that weir is ready", "err", err)
 			}
 		})
 	}
 	return c
 }
 
-// notifyReady tells systemd that the agent is ready, if it wants to know:
+// notifyReady notifies systemd that the agent is ready, if it asked for it:
 // sd_notify(3).
 func notifyReady() error {
 	socket := os.Getenv("NOTIFY_SOCKET")
@@ -343,7 +343,7 @@ func fetch(ctx context.Context, admin, path string, into any) (raw []byte, err e
 	return raw, nil
 }
 
-// plain is a text of somebody else, such as the name that a pod gives to where
+// plain is a text from outside, such as the name that a pod gives to where
 // it connects, without what would mean something to a terminal.
 func plain(s string) string {
 	return strings.Map(func(r rune) rune {
