@@ -197,7 +197,7 @@ func (a *Agent) start() error {
 	return nil
 }
 
-// maintain does periodic maintenance: it notices what no event told of.
+// maintain does periodic maintenance: it notices what no event reported.
 func (a *Agent) maintain() {
 	tidy := time.NewTicker(30 * time.Second)
 	defer tidy.Stop()

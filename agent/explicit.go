@@ -15,7 +15,7 @@ import (
 	"weir/proxy/upstream"
 )
 
-// listener serves those who name weir in their configuration.
+// listener serves clients that have weir in their configuration.
 type listener struct {
 	l      net.Listener
 	server *http.Server

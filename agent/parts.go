@@ -161,7 +161,7 @@ func (a *Agent) watch() (stop func(), err error) {
 	a.admin = admin.New(a.ctx, shown)
 	stop = func() {
 		a.listeners.CloseAll()
-		_ = a.kernel.StopNews()
+		_ = a.kernel.StopEvents()
 		a.wg.Wait()
 	}
 	if err := a.beats(); err != nil {

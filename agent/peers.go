@@ -24,11 +24,11 @@ import (
 // nothing.
 type peers struct {
 	*p2p.Node
-	ctx   context.Context
-	store *store.Store
-	ready chan struct{} // closed once what follows is set
-	known *registry.Handler
-	tell  func() []byte // this node's figures
+	ctx      context.Context
+	store    *store.Store
+	ready    chan struct{} // closed once what follows is set
+	registry *registry.Handler
+	figures  func() []byte // this node's figures
 
 	mu      sync.Mutex
 	changes []change
@@ -49,7 +49,7 @@ const foreignInterval = 10 * time.Second
 func (a *Agent) joinPeers() (stop func(), err error) {
 	if a.conf.SwarmKey == "" {
 		if len(a.conf.Peers) > 0 {
-			return nil, errors.New("--peer without --swarm-key: peers are told by the key that they share; make one as the README shows, and give it to each node")
+			return nil, errors.New("--peer without --swarm-key: peers recognize each other by the key that they share; make one as the README shows, and give it to each node")
 		}
 		return nil, nil
 	}
@@ -82,7 +82,7 @@ func newPeers(ctx context.Context, s *store.Store, o p2p.Options) (*peers, error
 // node's figures.
 func (p *peers) serve(h *registry.Handler, figures func() []byte) {
 	if p != nil {
-		p.known, p.tell = h, figures
+		p.registry, p.figures = h, figures
 		close(p.ready)
 	}
 }
@@ -92,7 +92,7 @@ func (p *peers) close() {
 	p.Close()
 }
 
-// changed takes in that a blob came or went. It is called by the store.
+// changed records that a blob was stored or removed. It is called by the store.
 func (p *peers) changed(d digest.Digest, kept bool) {
 	if p == nil {
 		return
@@ -106,7 +106,7 @@ func (p *peers) changed(d digest.Digest, kept bool) {
 	}
 }
 
-// follow tells peers what comes to this node and what leaves it.
+// follow announces to peers what this node stores and removes.
 func (p *peers) follow() {
 	foreign := make(map[string]map[digest.Digest]bool) // by directory
 	t := time.NewTicker(foreignInterval)
@@ -128,13 +128,13 @@ func (p *peers) follow() {
 			return
 		case <-p.wake:
 		case <-t.C:
-			p.lookAround(foreign)
+			p.provideForeign(foreign)
 		}
 	}
 }
 
-// lookAround provides what the content stores of others have by now.
-func (p *peers) lookAround(foreign map[string]map[digest.Digest]bool) {
+// provideForeign provides what the content stores of others have by now.
+func (p *peers) provideForeign(foreign map[string]map[digest.Digest]bool) {
 	dirs := p.store.Foreign()
 	for _, dir := range dirs {
 		now := make(map[digest.Digest]bool)
@@ -182,7 +182,7 @@ type content struct{ *peers }
 func (c content) Recall(hash string) []byte {
 	select {
 	case <-c.ready:
-		return c.known.Recall(hash)
+		return c.registry.Recall(hash)
 	default:
 		return nil
 	}
@@ -192,7 +192,7 @@ func (c content) Recall(hash string) []byte {
 func (c content) Figures() []byte {
 	select {
 	case <-c.ready:
-		return c.tell()
+		return c.figures()
 	default:
 		return nil
 	}

@@ -18,11 +18,11 @@ import (
 	semconv "go.opentelemetry.io/otel/semconv/v1.37.0"
 )
 
-// traced says whether somebody wants traces: by OpenTelemetry's own variables
+// wantsTraces says whether traces are configured: by OpenTelemetry's own variables
 // and no flag, since those also say where to and how ("OpenTelemetry Protocol
 // Exporter" and "General SDK Configuration" of its specification). Without an
 // endpoint there are none, although the specification has a default for it.
-func traced(getenv func(string) string) bool {
+func wantsTraces(getenv func(string) string) bool {
 	if strings.EqualFold(getenv("OTEL_SDK_DISABLED"), "true") {
 		return false
 	}
@@ -35,11 +35,11 @@ func traced(getenv func(string) string) bool {
 	return false
 }
 
-// newTraces makes what sends traces, over HTTP. It returns nil when nobody wants
-// any. Spans are sent in the background, and dropped when they can't be: no pull
+// newTraces makes what sends traces, over HTTP. It returns nil when none are
+// configured. Spans are sent in the background, and dropped when they can't be: no pull
 // waits for them.
 func newTraces(ctx context.Context, version string, log *slog.Logger) (*sdktrace.TracerProvider, error) {
-	if !traced(os.Getenv) {
+	if !wantsTraces(os.Getenv) {
 		return nil, nil
 	}
 	var once sync.Once

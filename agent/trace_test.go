@@ -5,7 +5,7 @@ package agent
 import "testing"
 
 // Traces are sent when somebody says where to, and not otherwise.
-func TestTraced(t *testing.T) {
+func TestWantsTraces(t *testing.T) {
 	for _, c := range []struct {
 		env  map[string]string
 		want bool
@@ -18,7 +18,7 @@ func TestTraced(t *testing.T) {
 		{map[string]string{"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, false},
 		{map[string]string{"OTEL_SERVICE_NAME": "weir"}, false},
 	} {
-		if got := traced(func(name string) string { return c.env[name] }); got != c.want {
+		if got := wantsTraces(func(name string) string { return c.env[name] }); got != c.want {
 			t.Errorf("%v: %v", c.env, got)
 		}
 	}

@@ -72,7 +72,7 @@ func client() {
 				return err
 			}}
 			_, err = d.Dial("tcp4", args[1])
-		case "reuse": // address through the door, then another
+		case "reuse": // address through the listener, then another
 			answer, err = reuse(args[1], args[2])
 		case "udp":
 			var c net.Conn
@@ -180,18 +180,18 @@ func loader(cgroup string) {
 // ---- the stage: a network namespace and a cgroup with clients ----
 
 type stage struct {
-	t      testing.TB
-	cgroup string
-	cgFD   *os.File
-	home   *os.File // the cgroup of whoever is outside
-	pid    int      // holds the network namespace
-	k      *Kernel
-	door   [2]*net.TCPListener
-	cookie uint64
-	opts   Options
+	t        testing.TB
+	cgroup   string
+	cgFD     *os.File
+	home     *os.File // the cgroup of whoever is outside
+	pid      int      // holds the network namespace
+	k        *Kernel
+	listener [2]*net.TCPListener
+	cookie   uint64
+	opts     Options
 
 	origins chan Origin
-	direct  chan string // addresses of listeners that are no doors, when they accept
+	direct  chan string // addresses of listeners that are not the agent's, when they accept
 	stop    chan struct{}
 }
 
@@ -233,7 +233,7 @@ func newStage(t testing.TB) *stage {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.home.Close() })
-	// The doors are this process's: it is where an agent is.
+	// The listeners are this process's: it is where an agent is.
 	s.moveTo(s.cgFD)
 	t.Cleanup(func() { s.moveTo(s.home) })
 	holder := exec.Command("sh", "-ec", "ip link set lo up; ip addr add 203.0.113.9/32 dev lo; ip addr add 2001:db8::9/128 dev lo nodad; ip route add local 198.51.0.0/16 dev lo; echo; exec sleep 1000")
@@ -308,15 +308,15 @@ func (s *stage) listen(network, addr string) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
-// openDoor opens the door; what comes is told where it wanted to go.
-func (s *stage) openDoor() {
+// openListener opens the listener; what is accepted is recorded with its origin.
+func (s *stage) openListener() {
 	s.t.Helper()
-	s.door = [2]*net.TCPListener{s.listen("tcp4", "127.0.0.1:0"), s.listen("tcp6", "[::1]:0")}
+	s.listener = [2]*net.TCPListener{s.listen("tcp4", "127.0.0.1:0"), s.listen("tcp6", "[::1]:0")}
 	var err error
-	if s.cookie, err = s.k.OpenDoor(s.door[0], s.door[1]); err != nil {
+	if s.cookie, err = s.k.OpenListener(s.listener[0], s.listener[1]); err != nil {
 		s.t.Fatal(err)
 	}
-	for _, l := range s.door {
+	for _, l := range s.listener {
 		go func() {
 			for {
 				c, err := l.AcceptTCP()
@@ -326,7 +326,7 @@ func (s *stage) openDoor() {
 				o, err := s.k.Origin(c)
 				if err != nil {
 					c.Close()
-					s.direct <- "door without origin: " + err.Error()
+					s.direct <- "listener without origin: " + err.Error()
 					continue
 				}
 				select {
@@ -345,7 +345,7 @@ func (s *stage) openDoor() {
 	}
 }
 
-// serve has something else than a door answer at an address.
+// serve has something else than the listener answer at an address.
 func (s *stage) serve(network, addr string) {
 	s.t.Helper()
 	l := s.listen(network, addr)
@@ -424,7 +424,7 @@ func (p *proc) do(args ...string) string {
 	return strings.TrimSpace(line)
 }
 
-// redirected dials and expects to come out at the door.
+// redirected dials and expects to come out at the listener.
 func (p *proc) redirected(network, addr string) Origin {
 	p.s.t.Helper()
 	peer := p.do("dial", network, addr)
@@ -435,7 +435,7 @@ func (p *proc) redirected(network, addr string) Origin {
 	select {
 	case o := <-p.s.origins:
 		if o.Dst != netip.AddrPortFrom(want.Addr().Unmap(), want.Port()) || o.PID != p.pid() || o.Netns != p.s.cookie || o.Cgroup == 0 {
-			p.s.t.Errorf("dialled %s, and the door hears %+v", addr, o)
+			p.s.t.Errorf("dialled %s, and the listener has %+v", addr, o)
 		}
 		return o
 	case d := <-p.s.direct:
@@ -446,12 +446,12 @@ func (p *proc) redirected(network, addr string) Origin {
 	return Origin{}
 }
 
-// direct dials and expects not to come out at the door.
+// direct dials and expects not to come out at the listener.
 func (p *proc) direct(network, addr string) {
 	p.s.t.Helper()
 	peer := p.do("dial", network, addr)
 	connected := !strings.HasPrefix(peer, "error: ")
-	wait := 200 * time.Millisecond // nobody listens there
+	wait := 200 * time.Millisecond // nothing listens there
 	if connected {
 		wait = patience // for the word of who does
 	}
@@ -513,7 +513,7 @@ func TestCheck(t *testing.T) {
 
 func TestRedirect(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
+	s.openListener()
 	s.serve("tcp4", "203.0.113.9:8443")
 	s.serve("tcp4", "127.0.0.1:443")
 	s.serve("tcp6", "[::1]:443")
@@ -545,7 +545,7 @@ func TestRedirect(t *testing.T) {
 
 func TestWhoIsTracked(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
+	s.openListener()
 	s.serve("tcp4", "203.0.113.9:443")
 	s.start("bash", true).direct("tcp4", "203.0.113.9:443")
 	outside := s.start("dockerd", false) // not below the cgroup
@@ -563,7 +563,7 @@ func TestWhoIsTracked(t *testing.T) {
 
 func TestModes(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
+	s.openListener()
 	s.serve("tcp4", "203.0.113.9:443")
 	s.serve("tcp4", "203.0.113.9:53")
 	s.serve("tcp4", "203.0.113.9:8443")
@@ -577,11 +577,11 @@ func TestModes(t *testing.T) {
 	p.redirected("tcp4", "203.0.113.9:443")
 	p.direct("tcp4", "203.0.113.9:53") // DNS doesn't count
 	if s.k.Early(p.pid()) {
-		t.Error("early without having connected past the door")
+		t.Error("early without having connected past the listener")
 	}
 	p.direct("tcp4", "203.0.113.9:8443")
 	if !s.k.Early(p.pid()) {
-		t.Error("a connection past the door was not noted")
+		t.Error("a connection past the listener was not noted")
 	}
 	if err := s.k.SetMode(p.pid(), ModeProbe); err != nil {
 		t.Fatal(err)
@@ -605,7 +605,7 @@ func TestModes(t *testing.T) {
 	}
 }
 
-func TestNoDoor(t *testing.T) {
+func TestNoListener(t *testing.T) {
 	s := newStage(t)
 	s.serve("tcp4", "203.0.113.9:443")
 	s.serve("tcp6", "[2001:db8::9]:443")
@@ -614,27 +614,27 @@ func TestNoDoor(t *testing.T) {
 	if !s.k.Early(p.pid()) {
 		t.Error("not noted")
 	}
-	s.openDoor()
+	s.openListener()
 	p.redirected("tcp4", "203.0.113.9:443")
 	// A listener that is gone without a word.
-	s.door[0].Close()
+	s.listener[0].Close()
 	p.direct("tcp4", "203.0.113.9:443")
 	p.redirected("tcp6", "[2001:db8::9]:443")
 	// Somebody else takes its port.
-	s.serve("tcp4", s.door[0].Addr().String())
+	s.serve("tcp4", s.listener[0].Addr().String())
 	p.direct("tcp4", "203.0.113.9:443")
-	// A door that was closed properly.
-	if err := s.k.CloseDoor(s.cookie); err != nil {
+	// A listener that was closed properly.
+	if err := s.k.CloseListener(s.cookie); err != nil {
 		t.Fatal(err)
 	}
 	p.direct("tcp6", "[2001:db8::9]:443")
 	// One without ::1.
 	l := s.listen("tcp4", "127.0.0.1:0")
-	if _, err := s.k.OpenDoor(l, nil); err != nil {
+	if _, err := s.k.OpenListener(l, nil); err != nil {
 		t.Fatal(err)
 	}
 	p.direct("tcp6", "[2001:db8::9]:443")
-	if st, _ := s.k.Stats(); st.NoDoor != 5 {
+	if st, _ := s.k.Stats(); st.NoListener != 5 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -644,7 +644,7 @@ func TestHeartbeat(t *testing.T) {
 	s.k.Close()
 	s.opts.MaxBeatAge = 500 * time.Millisecond
 	s.load()
-	s.openDoor()
+	s.openListener()
 	s.serve("tcp4", "203.0.113.9:443")
 	p := s.start("dockerd", true)
 	time.Sleep(s.opts.MaxBeatAge)
@@ -663,19 +663,19 @@ func TestHeartbeat(t *testing.T) {
 	wg.Wait()
 	time.Sleep(s.opts.MaxBeatAge)
 	p.direct("tcp4", "203.0.113.9:443")
-	if st, _ := s.k.Stats(); st.StaleBeat < 2 {
+	if st, _ := s.k.Stats(); st.StaleHeartbeat < 2 {
 		t.Errorf("%+v", st)
 	}
 }
 
-// Who comes to the door by itself is refused, and has no origin if the programs
+// A client that connects to the listener by itself is refused, and has no origin if the programs
 // don't see it.
 func TestSquatter(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
-	addr4, addr6 := s.door[0].Addr().String(), s.door[1].Addr().String()
+	s.openListener()
+	addr4, addr6 := s.listener[0].Addr().String(), s.listener[1].Addr().String()
 	_, port, _ := net.SplitHostPort(addr4)
-	s.serve("tcp4", "127.0.0.2:"+port) // its port alone is not the door
+	s.serve("tcp4", "127.0.0.2:"+port) // its port alone is not the listener
 	for _, name := range []string{"bash", "dockerd"} {
 		p := s.start(name, true)
 		for _, to := range [][2]string{{"tcp4", addr4}, {"tcp6", addr6}, {"mapped", addr4}, {"tcp4", "0.0.0.0:" + port}} {
@@ -685,7 +685,7 @@ func TestSquatter(t *testing.T) {
 		}
 		p.direct("tcp4", "127.0.0.2:"+port)
 	}
-	if st, _ := s.k.Stats(); st.Knocked != 8 {
+	if st, _ := s.k.Stats(); st.Refused != 8 {
 		t.Errorf("%+v", st)
 	}
 	s.start("bash", false).do("dial", "tcp4", addr4)
@@ -701,11 +701,11 @@ func TestSquatter(t *testing.T) {
 	}
 }
 
-// Where there is no loopback interface to reach the door by, or no 127.0.0.1 or
-// ::1 on it, connections go direct; so do those to a door that is shut.
-func TestDoorOutOfReach(t *testing.T) {
+// Where there is no loopback interface to reach the listener by, or no 127.0.0.1 or
+// ::1 on it, connections go direct; so do those to a listener that is suspended.
+func TestListenerOutOfReach(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
+	s.openListener()
 	ip := func(args ...string) {
 		t.Helper()
 		if out, err := exec.Command("nsenter", append([]string{"-n", "-t", fmt.Sprint(s.pid), "ip"}, args...)...).CombinedOutput(); err != nil {
@@ -728,7 +728,7 @@ func TestDoorOutOfReach(t *testing.T) {
 	}
 	ip("link", "set", "lo", "down")
 	p.direct("tcp4", "192.0.2.77:443") // and fails as it does without weir
-	if now, _ := s.k.Stats(); now.NoDoor != was.NoDoor+1 {
+	if now, _ := s.k.Stats(); now.NoListener != was.NoListener+1 {
 		t.Errorf("%+v, %+v before", now, was)
 	}
 	ip("link", "set", "lo", "up")
@@ -752,24 +752,24 @@ func TestDoorOutOfReach(t *testing.T) {
 	ip("addr", "del", "127.0.0.1/32", "dev", "lo")
 	ip("addr", "add", "127.0.0.3/8", "dev", "lo")
 	p.redirected("tcp4", "203.0.113.9:443")
-	if err := s.k.ShutDoor(s.cookie, true); err != nil {
+	if err := s.k.SuspendListener(s.cookie, true); err != nil {
 		t.Fatal(err)
 	}
 	p.direct("tcp4", "203.0.113.9:443")
-	if err := s.k.ShutDoor(s.cookie, false); err != nil {
+	if err := s.k.SuspendListener(s.cookie, false); err != nil {
 		t.Fatal(err)
 	}
 	p.redirected("tcp4", "203.0.113.9:443")
-	if err := s.k.CloseDoor(s.cookie); err != nil {
+	if err := s.k.CloseListener(s.cookie); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.k.ShutDoor(s.cookie, false); !errors.Is(err, ebpf.ErrKeyNotExist) {
-		t.Error("a door that is closed was opened:", err)
+	if err := s.k.SuspendListener(s.cookie, false); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Error("a listener that is closed was opened:", err)
 	}
 }
 
-// A door whose queue is half full gets no more: who comes next would wait.
-func TestFullDoor(t *testing.T) {
+// A listener whose queue is half full gets no more: the next client would wait.
+func TestFullListener(t *testing.T) {
 	s := newStage(t)
 	l := s.listen("tcp4", "127.0.0.1:0")
 	raw, err := l.SyscallConn()
@@ -779,7 +779,7 @@ func TestFullDoor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.k.OpenDoor(l, nil); err != nil {
+	if _, err := s.k.OpenListener(l, nil); err != nil {
 		t.Fatal(err)
 	}
 	s.serve("tcp4", "203.0.113.9:443")
@@ -805,7 +805,7 @@ func (s *stage) arrival() Arrival {
 }
 
 // A network namespace is reported when a process is forked in it, or comes there
-// and starts a program; once, until its door is closed.
+// and starts a program; once, until its listener is closed.
 func TestArrivals(t *testing.T) {
 	s := newStage(t)
 	p := s.start("bash", true) // by nsenter, which is forked here, and doesn't fork
@@ -816,12 +816,12 @@ func TestArrivals(t *testing.T) {
 	if a.PID != p.pid() || a.Parent != 0 {
 		t.Errorf("%+v, of %d", a, p.pid())
 	}
-	s.openDoor()
+	s.openListener()
 	if s.cookie != a.Netns {
-		t.Errorf("the door is in %d, announced was %d", s.cookie, a.Netns)
+		t.Errorf("the listener is in %d, announced was %d", s.cookie, a.Netns)
 	}
 	s.start("bash", true)
-	if err := s.k.CloseDoor(s.cookie); err != nil {
+	if err := s.k.CloseListener(s.cookie); err != nil {
 		t.Fatal(err)
 	}
 	s.start("bash", false) // not below the cgroup
@@ -871,7 +871,7 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// A storm of namespaces overflows the news of them. What isn't told leaves
+// A storm of namespaces overflows the reports of them. What isn't reported leaves
 // nothing.
 func TestArrivalsLost(t *testing.T) {
 	s := newStage(t)
@@ -885,31 +885,31 @@ func TestArrivalsLost(t *testing.T) {
 		t.Errorf("%+v %v", st, err)
 	}
 	var netns uint64
-	var d kernelDoor
+	var d kernelListener
 	told := 0
-	for it := s.k.objs.Doors.Iterate(); it.Next(&netns, &d); {
+	for it := s.k.objs.WeirListeners.Iterate(); it.Next(&netns, &d); {
 		told++
 	}
 	for range told {
-		if err := s.k.CloseDoor(s.arrival().Netns); err != nil {
+		if err := s.k.CloseListener(s.arrival().Netns); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := s.k.objs.Doors.NextKey(nil, &netns); !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := s.k.objs.WeirListeners.NextKey(nil, &netns); !errors.Is(err, ebpf.ErrKeyNotExist) {
 		t.Errorf("something is left of namespaces that are gone: %d, %v", netns, err)
 	}
 }
 
 func TestSocketUsedAgain(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
+	s.openListener()
 	s.serve("tcp4", "203.0.113.9:8443")
 	p := s.start("dockerd", true)
 	if got := p.do("reuse", "203.0.113.9:443", "203.0.113.9:8443"); got != "203.0.113.9:8443" {
-		t.Errorf("through the door and then past it: %s", got)
+		t.Errorf("through the listener and then past it: %s", got)
 	}
 	if got := p.do("reuse", "203.0.113.9:443", "198.51.100.7:80"); got != "198.51.100.7:80" {
-		t.Errorf("through the door twice: %s", got)
+		t.Errorf("through the listener twice: %s", got)
 	}
 }
 
@@ -932,7 +932,7 @@ func TestEvents(t *testing.T) {
 	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
 		n := 0
 		var pid, mode uint32
-		for it := s.k.objs.Tracked.Iterate(); it.Next(&pid, &mode); {
+		for it := s.k.objs.WeirTracked.Iterate(); it.Next(&pid, &mode); {
 			n++
 		}
 		if n == 0 {
@@ -951,7 +951,7 @@ func TestEvents(t *testing.T) {
 // Each of many connections at once is known for what it is.
 func TestMany(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
+	s.openListener()
 	var wg sync.WaitGroup
 	for i := range 4 {
 		p := s.start("dockerd", true)
@@ -966,16 +966,16 @@ func TestMany(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	var key kernelEndpoint
-	if err := s.k.objs.Handover.NextKey(nil, &key); !errors.Is(err, ebpf.ErrKeyNotExist) {
-		t.Errorf("something is left between client and door: %+v, %v", key, err)
+	if err := s.k.objs.WeirHandover.NextKey(nil, &key); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Errorf("something is left between client and listener: %+v, %v", key, err)
 	}
 }
 
 // An agent that is not below the cgroup that it serves.
-func TestDoorFromElsewhere(t *testing.T) {
+func TestListenerFromElsewhere(t *testing.T) {
 	s := newStage(t)
 	s.moveTo(s.home)
-	s.openDoor()
+	s.openListener()
 	p := s.start("dockerd", true)
 	p.redirected("tcp4", "203.0.113.9:443")
 	p.redirected("tcp6", "[2001:db8::9]:443")
@@ -1009,7 +1009,7 @@ func linksOf(t *testing.T, cgroup string) (n int) {
 
 func TestDetach(t *testing.T) {
 	s := newStage(t)
-	s.openDoor()
+	s.openListener()
 	s.serve("tcp4", "203.0.113.9:443")
 	if n := linksOf(t, s.cgroup); n != 5 {
 		t.Fatalf("%d programs are attached", n)
@@ -1017,7 +1017,7 @@ func TestDetach(t *testing.T) {
 	p := s.start("dockerd", true)
 	// Accepted, and looked at only after the end.
 	l := s.listen("tcp4", "127.0.0.1:0")
-	if _, err := s.k.OpenDoor(l, nil); err != nil {
+	if _, err := s.k.OpenListener(l, nil); err != nil {
 		t.Fatal(err)
 	}
 	p.do("hold", "tcp4", "192.0.2.7:443")
@@ -1096,7 +1096,7 @@ func TestLoadMistakes(t *testing.T) {
 // own, to a listener on loopback.
 func connects(b *testing.B, setUp func(*stage, int) string) {
 	s := newStage(b)
-	s.openDoor()
+	s.openListener()
 	s.serve("tcp4", "203.0.113.9:443")
 	go func() {
 		for range s.direct {

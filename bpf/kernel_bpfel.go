@@ -20,13 +20,6 @@ type kernelArrival struct {
 	Parent uint32
 }
 
-type kernelDoor struct {
-	_     structs.HostLayout
-	Port4 uint16
-	Port6 uint16
-	Shut  uint32
-}
-
 type kernelEndpoint struct {
 	_     structs.HostLayout
 	Netns uint64
@@ -42,6 +35,13 @@ type kernelEvent struct {
 	Tgid uint32
 	Name [16]int8
 	Comm [16]int8
+}
+
+type kernelListener struct {
+	_         structs.HostLayout
+	Port4     uint16
+	Port6     uint16
+	Suspended uint32
 }
 
 type kernelOrigin struct {
@@ -60,20 +60,20 @@ type kernelOrigin struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	kernelMapAccepted          = "accepted"
-	kernelMapArrivals          = "arrivals"
-	kernelMapCounters          = "counters"
-	kernelMapDialled           = "dialled"
-	kernelMapDoors             = "doors"
-	kernelMapEarly             = "early"
-	kernelMapEvents            = "events"
-	kernelMapHandover          = "handover"
-	kernelMapHeartbeat         = "heartbeat"
-	kernelMapMarks             = "marks"
-	kernelMapNames             = "names"
-	kernelMapSubtree           = "subtree"
-	kernelMapTracked           = "tracked"
-	kernelMapWatched           = "watched"
+	kernelMapWeirAccepted      = "weir_accepted"
+	kernelMapWeirArrivals      = "weir_arrivals"
+	kernelMapWeirCounters      = "weir_counters"
+	kernelMapWeirDialled       = "weir_dialled"
+	kernelMapWeirEarly         = "weir_early"
+	kernelMapWeirEvents        = "weir_events"
+	kernelMapWeirHandover      = "weir_handover"
+	kernelMapWeirHeartbeat     = "weir_heartbeat"
+	kernelMapWeirListeners     = "weir_listeners"
+	kernelMapWeirMarks         = "weir_marks"
+	kernelMapWeirNames         = "weir_names"
+	kernelMapWeirSubtree       = "weir_subtree"
+	kernelMapWeirTracked       = "weir_tracked"
+	kernelMapWeirWatched       = "weir_watched"
 	kernelProgWeirConnect4     = "weir_connect4"
 	kernelProgWeirConnect6     = "weir_connect6"
 	kernelProgWeirExec         = "weir_exec"
@@ -146,20 +146,20 @@ type kernelProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelMapSpecs struct {
-	Accepted  *ebpf.MapSpec `ebpf:"accepted"`
-	Arrivals  *ebpf.MapSpec `ebpf:"arrivals"`
-	Counters  *ebpf.MapSpec `ebpf:"counters"`
-	Dialled   *ebpf.MapSpec `ebpf:"dialled"`
-	Doors     *ebpf.MapSpec `ebpf:"doors"`
-	Early     *ebpf.MapSpec `ebpf:"early"`
-	Events    *ebpf.MapSpec `ebpf:"events"`
-	Handover  *ebpf.MapSpec `ebpf:"handover"`
-	Heartbeat *ebpf.MapSpec `ebpf:"heartbeat"`
-	Marks     *ebpf.MapSpec `ebpf:"marks"`
-	Names     *ebpf.MapSpec `ebpf:"names"`
-	Subtree   *ebpf.MapSpec `ebpf:"subtree"`
-	Tracked   *ebpf.MapSpec `ebpf:"tracked"`
-	Watched   *ebpf.MapSpec `ebpf:"watched"`
+	WeirAccepted  *ebpf.MapSpec `ebpf:"weir_accepted"`
+	WeirArrivals  *ebpf.MapSpec `ebpf:"weir_arrivals"`
+	WeirCounters  *ebpf.MapSpec `ebpf:"weir_counters"`
+	WeirDialled   *ebpf.MapSpec `ebpf:"weir_dialled"`
+	WeirEarly     *ebpf.MapSpec `ebpf:"weir_early"`
+	WeirEvents    *ebpf.MapSpec `ebpf:"weir_events"`
+	WeirHandover  *ebpf.MapSpec `ebpf:"weir_handover"`
+	WeirHeartbeat *ebpf.MapSpec `ebpf:"weir_heartbeat"`
+	WeirListeners *ebpf.MapSpec `ebpf:"weir_listeners"`
+	WeirMarks     *ebpf.MapSpec `ebpf:"weir_marks"`
+	WeirNames     *ebpf.MapSpec `ebpf:"weir_names"`
+	WeirSubtree   *ebpf.MapSpec `ebpf:"weir_subtree"`
+	WeirTracked   *ebpf.MapSpec `ebpf:"weir_tracked"`
+	WeirWatched   *ebpf.MapSpec `ebpf:"weir_watched"`
 }
 
 // kernelVariableSpecs contains global variables before they are loaded into the kernel.
@@ -194,38 +194,38 @@ func (o *kernelObjects) Close() error {
 //
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelMaps struct {
-	Accepted  *ebpf.Map `ebpf:"accepted"`
-	Arrivals  *ebpf.Map `ebpf:"arrivals"`
-	Counters  *ebpf.Map `ebpf:"counters"`
-	Dialled   *ebpf.Map `ebpf:"dialled"`
-	Doors     *ebpf.Map `ebpf:"doors"`
-	Early     *ebpf.Map `ebpf:"early"`
-	Events    *ebpf.Map `ebpf:"events"`
-	Handover  *ebpf.Map `ebpf:"handover"`
-	Heartbeat *ebpf.Map `ebpf:"heartbeat"`
-	Marks     *ebpf.Map `ebpf:"marks"`
-	Names     *ebpf.Map `ebpf:"names"`
-	Subtree   *ebpf.Map `ebpf:"subtree"`
-	Tracked   *ebpf.Map `ebpf:"tracked"`
-	Watched   *ebpf.Map `ebpf:"watched"`
+	WeirAccepted  *ebpf.Map `ebpf:"weir_accepted"`
+	WeirArrivals  *ebpf.Map `ebpf:"weir_arrivals"`
+	WeirCounters  *ebpf.Map `ebpf:"weir_counters"`
+	WeirDialled   *ebpf.Map `ebpf:"weir_dialled"`
+	WeirEarly     *ebpf.Map `ebpf:"weir_early"`
+	WeirEvents    *ebpf.Map `ebpf:"weir_events"`
+	WeirHandover  *ebpf.Map `ebpf:"weir_handover"`
+	WeirHeartbeat *ebpf.Map `ebpf:"weir_heartbeat"`
+	WeirListeners *ebpf.Map `ebpf:"weir_listeners"`
+	WeirMarks     *ebpf.Map `ebpf:"weir_marks"`
+	WeirNames     *ebpf.Map `ebpf:"weir_names"`
+	WeirSubtree   *ebpf.Map `ebpf:"weir_subtree"`
+	WeirTracked   *ebpf.Map `ebpf:"weir_tracked"`
+	WeirWatched   *ebpf.Map `ebpf:"weir_watched"`
 }
 
 func (m *kernelMaps) Close() error {
 	return _KernelClose(
-		m.Accepted,
-		m.Arrivals,
-		m.Counters,
-		m.Dialled,
-		m.Doors,
-		m.Early,
-		m.Events,
-		m.Handover,
-		m.Heartbeat,
-		m.Marks,
-		m.Names,
-		m.Subtree,
-		m.Tracked,
-		m.Watched,
+		m.WeirAccepted,
+		m.WeirArrivals,
+		m.WeirCounters,
+		m.WeirDialled,
+		m.WeirEarly,
+		m.WeirEvents,
+		m.WeirHandover,
+		m.WeirHeartbeat,
+		m.WeirListeners,
+		m.WeirMarks,
+		m.WeirNames,
+		m.WeirSubtree,
+		m.WeirTracked,
+		m.WeirWatched,
 	)
 }
 

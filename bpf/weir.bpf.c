@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 //go:build ignore
 
-// The kernel side of weir: it tells the agent of network namespaces (fork,
-// exec), so that the agent listens there before a runtime comes; follows
-// container runtimes (exec, exit), sends their connections to registries to the
-// agent's listener in their own network namespace (connect4/6), and tells the
-// agent where they wanted to go (sockops). Whatever goes wrong, the connection
-// is left as it is.
+// The kernel side of weir: it reports network namespaces to the agent (fork,
+// exec), so that the agent listens there before a runtime starts; tracks
+// container runtimes (exec, exit), redirects their connections to registries to
+// the agent's listener in their own network namespace (connect4/6), and hands the
+// original destination to the accepted socket (sockops). Whatever goes wrong, the
+// connection is left as it is.
 
 #include <linux/bpf.h>
 #include <linux/in.h>
@@ -33,7 +33,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 // How a tracked process's connections are treated. Keep with Mode in Go.
 enum mode {
 	MODE_PROBE = 1, // only those to probe addresses are redirected
-	MODE_NEW,	// as MODE_REDIRECT, and what escapes is noted in early
+	MODE_NEW,	// as MODE_REDIRECT, and what goes direct is noted in weir_early
 	MODE_REDIRECT,	// those to the given ports are redirected
 };
 
@@ -43,11 +43,11 @@ const volatile __u64 max_age;		   // of the heartbeat, ns
 const volatile __u16 ports[MAX_PORTS];	   // redirected ones, host order; 0 ends the list
 const volatile __u32 probes[MAX_PROBES];   // IPv4, network order; 0 ends the list
 
-// Where a client wanted to go.
+// The original destination of a redirected connection, and who made it.
 struct origin {
 	__u32 ip6[4]; // network order; IPv4 as ::ffff:a.b.c.d
 	__u16 port;   // network order
-	__u16 via;    // port of the door it was sent to, network order
+	__u16 via;    // port of the listener that it was redirected to, network order
 	__u32 tgid;
 	__u32 mode;
 	__u32 pad;
@@ -64,14 +64,14 @@ struct endpoint {
 };
 
 // The agent's listeners in a network namespace; host order, 0 for none. Both
-// are 0 from when the agent has been told of the namespace until it listens.
-struct door {
+// are 0 from when the namespace was reported to the agent until it listens.
+struct listener {
 	__u16 port4;
 	__u16 port6;
-	__u32 shut; // nobody more is sent there for now
+	__u32 suspended; // no more connections are redirected to it for now
 };
 
-// News of a network namespace without a door.
+// Reports a network namespace without a listener.
 struct arrival {
 	__u64 netns;  // cookie
 	__u32 tgid;   // a process in it
@@ -91,7 +91,7 @@ struct event {
 const struct event *unused_event __attribute__((unused)); // has bpf2go make the type
 
 // Keep with Stats in Go.
-enum counter { REDIRECTED, NO_DOOR, STALE_BEAT, UNFIT, EARLY, NO_ORIGIN, EVENTS_LOST, KNOCKED, ARRIVALS_LOST, COUNTERS };
+enum counter { REDIRECTED, NO_LISTENER, STALE_BEAT, UNFIT, EARLY, NO_ORIGIN, EVENTS_LOST, REFUSED, ARRIVALS_LOST, COUNTERS };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -99,54 +99,54 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u64);
-} heartbeat SEC(".maps");
+} weir_heartbeat SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__type(key, __u32); // tgid
 	__type(value, __u32);
-} tracked SEC(".maps");
+} weir_tracked SEC(".maps");
 
-// Processes that connected past us while they were new: they may have read
-// their root certificates before ours was there.
+// Processes that connected directly while they were new: they may have read
+// their root certificates before weir's was there.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__type(key, __u32); // tgid
 	__type(value, __u8);
-} early SEC(".maps");
+} weir_early SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 256);
 	__type(key, char[NAME_LEN]);
 	__type(value, __u8);
-} names SEC(".maps");
+} weir_names SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__type(key, __u64); // network namespace cookie
-	__type(value, struct door);
-} doors SEC(".maps");
+	__type(value, struct listener);
+} weir_listeners SEC(".maps");
 
-// Processes whose end the agent wants to hear of.
+// Processes whose end is reported to the agent.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__type(key, __u32); // tgid
 	__type(value, __u8);
-} watched SEC(".maps");
+} weir_watched SEC(".maps");
 
-// On the agent's listeners: nobody else can put it there, so a process that
-// happens to listen on a door's port is not taken for one.
+// On the agent's listeners: no other process can put it there, so one that
+// happens to listen on a listener's port is not taken for it.
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, __u8);
-} marks SEC(".maps");
+} weir_marks SEC(".maps");
 
 // The origin is on the client's socket from connect() on, is handed over by
 // endpoint when the SYN leaves, and is on the agent's socket before accept()
@@ -156,50 +156,50 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, struct origin);
-} dialled SEC(".maps");
+} weir_dialled SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
 	__type(key, struct endpoint);
 	__type(value, struct origin);
-} handover SEC(".maps");
+} weir_handover SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, struct origin);
-} accepted SEC(".maps");
+} weir_accepted SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_CGROUP_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u32);
-} subtree SEC(".maps");
+} weir_subtree SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 18);
-} events SEC(".maps");
+} weir_events SEC(".maps");
 
 // Apart from the events, so that a storm of namespaces can't push those out.
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 16);
-} arrivals SEC(".maps");
+} weir_arrivals SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, COUNTERS);
 	__type(key, __u32);
 	__type(value, __u64);
-} counters SEC(".maps");
+} weir_counters SEC(".maps");
 
 static __always_inline void count(__u32 which)
 {
-	__u64 *n = bpf_map_lookup_elem(&counters, &which);
+	__u64 *n = bpf_map_lookup_elem(&weir_counters, &which);
 
 	if (n)
 		*n += 1;
@@ -308,14 +308,15 @@ static __always_inline int is_probe(__u32 ip4)
 static __always_inline int is_alive(void)
 {
 	__u32 zero = 0;
-	__u64 *beat = bpf_map_lookup_elem(&heartbeat, &zero);
+	__u64 *beat = bpf_map_lookup_elem(&weir_heartbeat, &zero);
 
 	return beat && bpf_ktime_get_ns() - *beat <= max_age;
 }
 
-// works says whether 127.0.0.1 or ::1 is there in a socket's network namespace:
-// a listener is also where it isn't, and nobody could connect to it.
-static __always_inline int works(struct bpf_sock *sk, int v6)
+// loopback_up says whether 127.0.0.1 or ::1 is there in a socket's network
+// namespace: where it isn't, there may be a listener, but no connection to it can
+// be made.
+static __always_inline int loopback_up(struct bpf_sock *sk, int v6)
 {
 	struct sock *s = (struct sock *)bpf_skc_to_tcp_sock(sk);
 	struct list_head *head, *at;
@@ -362,7 +363,7 @@ static __always_inline int works(struct bpf_sock *sk, int v6)
 
 static __always_inline int is_ready(struct bpf_sock *sk)
 {
-	int ok = sk->state == BPF_TCP_LISTEN && bpf_sk_storage_get(&marks, sk, 0, 0);
+	int ok = sk->state == BPF_TCP_LISTEN && bpf_sk_storage_get(&weir_marks, sk, 0, 0);
 	struct sock *s = (struct sock *)bpf_skc_to_tcp_sock(sk);
 
 	// When it is full, connections to it would wait for a second and more.
@@ -394,19 +395,19 @@ static __always_inline int is_open(struct bpf_sock_addr *ctx, int v6, __u16 port
 	return sk ? is_ready(sk) : 0;
 }
 
-// divert decides whether a connection is redirected. If so it remembers the
-// origin and returns the door's port, in network order; else 0.
-static __always_inline __u16 divert(struct bpf_sock_addr *ctx, __u32 tgid, __u32 mode, int v6, __u32 a, __u32 b, __u32 c, __u32 d)
+// redirect decides whether a connection is redirected. If so it stores the origin
+// and returns the listener's port, in network order; else 0.
+static __always_inline __u16 redirect(struct bpf_sock_addr *ctx, __u32 tgid, __u32 mode, int v6, __u32 a, __u32 b, __u32 c, __u32 d)
 {
 	__u16 dport = bpf_ntohs((__u16)ctx->user_port), port;
 	struct bpf_sock *sk = ctx->sk;
 	struct origin *o;
-	struct door *door;
+	struct listener *l;
 	__u64 netns;
 
 	// A socket may be used again after a failed connect() or AF_UNSPEC.
 	if (sk)
-		bpf_sk_storage_delete(&dialled, sk);
+		bpf_sk_storage_delete(&weir_dialled, sk);
 	if (!(dport == HTTPS && !v6 && is_probe(d)) && (mode == MODE_PROBE || !is_wanted_port(dport)))
 		return 0;
 	if (!sk || ctx->protocol != IPPROTO_TCP || sk->bound_dev_if) { // loopback is another device
@@ -418,17 +419,17 @@ static __always_inline __u16 divert(struct bpf_sock_addr *ctx, __u32 tgid, __u32
 		return 0;
 	}
 	netns = bpf_get_netns_cookie(ctx);
-	door = bpf_map_lookup_elem(&doors, &netns);
-	if (!door) {
-		count(NO_DOOR);
+	l = bpf_map_lookup_elem(&weir_listeners, &netns);
+	if (!l) {
+		count(NO_LISTENER);
 		return 0;
 	}
-	port = v6 ? door->port6 : door->port4;
-	if (door->shut || !works(sk, v6) || !is_open(ctx, v6, port)) {
-		count(NO_DOOR);
+	port = v6 ? l->port6 : l->port4;
+	if (l->suspended || !loopback_up(sk, v6) || !is_open(ctx, v6, port)) {
+		count(NO_LISTENER);
 		return 0;
 	}
-	o = bpf_sk_storage_get(&dialled, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	o = bpf_sk_storage_get(&weir_dialled, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!o) {
 		count(UNFIT);
 		return 0;
@@ -447,28 +448,29 @@ static __always_inline __u16 divert(struct bpf_sock_addr *ctx, __u32 tgid, __u32
 	return o->via;
 }
 
-static __always_inline void escaped(__u32 tgid, __u32 mode, __u32 user_port)
+// note_direct notes that a new process has connected without being redirected.
+static __always_inline void note_direct(__u32 tgid, __u32 mode, __u32 user_port)
 {
 	__u8 one = 1;
 
 	if (mode != MODE_NEW || user_port == bpf_htons(DNS))
 		return;
-	bpf_map_update_elem(&early, &tgid, &one, BPF_ANY);
+	bpf_map_update_elem(&weir_early, &tgid, &one, BPF_ANY);
 	count(EARLY);
 }
 
-// may_knock says whether a process may connect to a port of its loopback
-// interface by itself. Nobody but weir listens on a door's, and it has nothing
-// to say to who was not sent there.
-static __always_inline int may_knock(struct bpf_sock_addr *ctx, int v6)
+// allow_connect says whether a process may connect to a port of its loopback
+// interface. A listener's port serves only connections that were redirected to
+// it, so others are refused.
+static __always_inline int allow_connect(struct bpf_sock_addr *ctx, int v6)
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
-	struct door *door = bpf_map_lookup_elem(&doors, &netns);
+	struct listener *l = bpf_map_lookup_elem(&weir_listeners, &netns);
 	__u16 port = bpf_ntohs((__u16)ctx->user_port);
 
-	if (!door || !port || port != (v6 ? door->port6 : door->port4))
+	if (!l || !port || port != (v6 ? l->port6 : l->port4))
 		return 1;
-	count(KNOCKED);
+	count(REFUSED);
 	return 0;
 }
 
@@ -487,19 +489,19 @@ int weir_connect4(struct bpf_sock_addr *ctx)
 		return 1;
 	ip = ctx->user_ip4;
 	if (ip == LOOPBACK4 || !ip)
-		return may_knock(ctx, 0);
+		return allow_connect(ctx, 0);
 	tgid = bpf_get_current_pid_tgid() >> 32;
-	mode = bpf_map_lookup_elem(&tracked, &tgid);
+	mode = bpf_map_lookup_elem(&weir_tracked, &tgid);
 	if (!mode)
 		return 1;
 	if (is_loopback4(ip))
 		return 1;
-	via = divert(ctx, tgid, *mode, 0, 0, 0, MAPPED, ip);
+	via = redirect(ctx, tgid, *mode, 0, 0, 0, MAPPED, ip);
 	if (via) {
 		ctx->user_ip4 = LOOPBACK4;
 		ctx->user_port = via;
 	} else {
-		escaped(tgid, *mode, ctx->user_port);
+		note_direct(tgid, *mode, ctx->user_port);
 	}
 	return 1;
 }
@@ -519,19 +521,19 @@ int weir_connect6(struct bpf_sock_addr *ctx)
 	d = ctx->user_ip6[3];
 	mapped = !a && !b && c == MAPPED;
 	if (mapped && (d == LOOPBACK4 || !d))
-		return may_knock(ctx, 0);
+		return allow_connect(ctx, 0);
 	if (!a && !b && !c && (!d || d == bpf_htonl(1)))
-		return may_knock(ctx, 1);
+		return allow_connect(ctx, 1);
 	tgid = bpf_get_current_pid_tgid() >> 32;
-	mode = bpf_map_lookup_elem(&tracked, &tgid);
+	mode = bpf_map_lookup_elem(&weir_tracked, &tgid);
 	if (!mode)
 		return 1;
 	if (mapped && is_loopback4(d))
 		return 1;
 	// A mapped address stays one: the socket may be IPv6-only otherwise.
-	via = mapped ? divert(ctx, tgid, *mode, 0, a, b, c, d) : divert(ctx, tgid, *mode, 1, a, b, c, d);
+	via = mapped ? redirect(ctx, tgid, *mode, 0, a, b, c, d) : redirect(ctx, tgid, *mode, 1, a, b, c, d);
 	if (!via) {
-		escaped(tgid, *mode, ctx->user_port);
+		note_direct(tgid, *mode, ctx->user_port);
 		return 1;
 	}
 	if (mapped) {
@@ -560,7 +562,8 @@ static __always_inline void endpoint_of(struct endpoint *e, __u32 family, __u32 
 	e->ip6[3] = v6 ? d : v4;
 }
 
-static __noinline int leaving(struct bpf_sock_ops *s)
+// on_active hands the origin over when the client's SYN is about to leave.
+static __noinline int on_active(struct bpf_sock_ops *s)
 {
 	__u32 v4 = READ(s->local_ip4), a = READ(s->local_ip6[0]), b = READ(s->local_ip6[1]), c = READ(s->local_ip6[2]), d = READ(s->local_ip6[3]);
 	struct bpf_sock *sk = s->sk;
@@ -569,43 +572,44 @@ static __noinline int leaving(struct bpf_sock_ops *s)
 
 	if (!sk)
 		return 1;
-	o = bpf_sk_storage_get(&dialled, sk, 0, 0);
+	o = bpf_sk_storage_get(&weir_dialled, sk, 0, 0);
 	if (!o)
 		return 1;
 	if (bpf_ntohl(s->remote_port) != bpf_ntohs(o->via)) {
-		bpf_sk_storage_delete(&dialled, sk);
+		bpf_sk_storage_delete(&weir_dialled, sk);
 		return 1;
 	}
 	endpoint_of(&e, s->family, v4, a, b, c, d);
 	e.netns = bpf_get_netns_cookie(s);
 	e.port = s->local_port;
-	bpf_map_update_elem(&handover, &e, o, BPF_ANY);
+	bpf_map_update_elem(&weir_handover, &e, o, BPF_ANY);
 	return 1;
 }
 
-static __noinline int arrived(struct bpf_sock_ops *s)
+// on_passive puts the origin on the socket that the listener is about to accept.
+static __noinline int on_passive(struct bpf_sock_ops *s)
 {
 	__u32 v4 = READ(s->remote_ip4), a = READ(s->remote_ip6[0]), b = READ(s->remote_ip6[1]), c = READ(s->remote_ip6[2]), d = READ(s->remote_ip6[3]);
 	struct bpf_sock *sk = s->sk;
 	struct endpoint e = {};
 	struct origin *o;
-	struct door *door;
+	struct listener *l;
 
 	if (!sk)
 		return 1;
 	e.netns = bpf_get_netns_cookie(s);
-	door = bpf_map_lookup_elem(&doors, &e.netns);
-	if (!door || (s->local_port != door->port4 && s->local_port != door->port6))
+	l = bpf_map_lookup_elem(&weir_listeners, &e.netns);
+	if (!l || (s->local_port != l->port4 && s->local_port != l->port6))
 		return 1;
 	endpoint_of(&e, s->family, v4, a, b, c, d);
 	e.port = bpf_ntohl(s->remote_port);
-	o = bpf_map_lookup_elem(&handover, &e);
+	o = bpf_map_lookup_elem(&weir_handover, &e);
 	if (!o || bpf_ntohs(o->via) != s->local_port) {
 		count(NO_ORIGIN);
 		return 1;
 	}
-	bpf_sk_storage_get(&accepted, sk, o, BPF_SK_STORAGE_GET_F_CREATE);
-	bpf_map_delete_elem(&handover, &e);
+	bpf_sk_storage_get(&weir_accepted, sk, o, BPF_SK_STORAGE_GET_F_CREATE);
+	bpf_map_delete_elem(&weir_handover, &e);
 	return 1;
 }
 
@@ -614,9 +618,9 @@ int weir_sockops(struct bpf_sock_ops *s)
 {
 	switch (s->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB: // the source port is chosen, the SYN has not left
-		return leaving(s);
+		return on_active(s);
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB: // the listener is not woken yet
-		return arrived(s);
+		return on_passive(s);
 	}
 	return 1;
 }
@@ -626,7 +630,7 @@ static __always_inline struct origin *peer_of(struct bpf_sock_addr *ctx)
 	struct origin *o = 0;
 
 	if (ctx->sk)
-		o = bpf_sk_storage_get(&dialled, ctx->sk, 0, 0);
+		o = bpf_sk_storage_get(&weir_dialled, ctx->sk, 0, 0);
 	// Not if the socket was connected elsewhere since.
 	return o && o->via == (__u16)ctx->user_port ? o : 0;
 }
@@ -662,7 +666,7 @@ int weir_getpeername6(struct bpf_sock_addr *ctx)
 
 static __always_inline void report(__u32 kind, __u32 tgid, const char *name)
 {
-	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	struct event *e = bpf_ringbuf_reserve(&weir_events, sizeof(*e), 0);
 
 	if (!e) {
 		count(EVENTS_LOST);
@@ -680,27 +684,27 @@ static __always_inline void forget(__u32 tgid)
 {
 	char none[NAME_LEN] = {};
 
-	if (bpf_map_delete_elem(&tracked, &tgid))
+	if (bpf_map_delete_elem(&weir_tracked, &tgid))
 		return; // it wasn't there
-	bpf_map_delete_elem(&early, &tgid);
+	bpf_map_delete_elem(&weir_early, &tgid);
 	report(EVENT_EXIT, tgid, none);
 }
 
-// announce tells the agent of a process's network namespace, unless it has been
-// told. parent is another process there, or 0.
+// announce reports a process's network namespace to the agent, unless it has been
+// reported. parent is another process there, or 0.
 static __always_inline void announce(struct task_struct *task, __u32 parent)
 {
 	__u64 netns = task->nsproxy->net_ns->net_cookie;
-	struct door none = {};
+	struct listener none = {};
 	struct arrival *a;
 
-	if (!netns || bpf_map_lookup_elem(&doors, &netns) || bpf_current_task_under_cgroup(&subtree, 0) != 1)
+	if (!netns || bpf_map_lookup_elem(&weir_listeners, &netns) || bpf_current_task_under_cgroup(&weir_subtree, 0) != 1)
 		return;
-	if (bpf_map_update_elem(&doors, &netns, &none, BPF_NOEXIST))
-		return; // another was faster, or there is no room
-	a = bpf_ringbuf_reserve(&arrivals, sizeof(*a), 0);
+	if (bpf_map_update_elem(&weir_listeners, &netns, &none, BPF_NOEXIST))
+		return; // another was faster, or the map is full
+	a = bpf_ringbuf_reserve(&weir_arrivals, sizeof(*a), 0);
 	if (!a) {
-		bpf_map_delete_elem(&doors, &netns); // the next process will tell
+		bpf_map_delete_elem(&weir_listeners, &netns); // the next process is reported instead
 		count(ARRIVALS_LOST);
 		return;
 	}
@@ -729,21 +733,21 @@ int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binp
 	// The name it was called by, e.g. of a link; then the file's, e.g. when
 	// it was called as /proc/self/exe.
 	bpf_get_current_comm(name, NAME_LEN);
-	if (!bpf_map_lookup_elem(&names, name)) {
+	if (!bpf_map_lookup_elem(&weir_names, name)) {
 		__builtin_memset(name, 0, sizeof(name));
 		bpf_probe_read_kernel_str(name, sizeof(name), bprm->file->f_path.dentry->d_name.name);
-		if (name[NAME_LEN - 1] || !bpf_map_lookup_elem(&names, name)) {
+		if (name[NAME_LEN - 1] || !bpf_map_lookup_elem(&weir_names, name)) {
 			forget(tgid);
-			announce(task, 0); // it may have come here without a fork: unshare(1), nsenter(1)
+			announce(task, 0); // it may have entered the namespace without a fork: unshare(1), nsenter(1)
 			return 0;
 		}
 	}
-	if (bpf_current_task_under_cgroup(&subtree, 0) != 1) {
+	if (bpf_current_task_under_cgroup(&weir_subtree, 0) != 1) {
 		forget(tgid);
 		return 0;
 	}
-	bpf_map_delete_elem(&early, &tgid);
-	bpf_map_update_elem(&tracked, &tgid, &new, BPF_ANY);
+	bpf_map_delete_elem(&weir_early, &tgid);
+	bpf_map_update_elem(&weir_tracked, &tgid, &new, BPF_ANY);
 	report(EVENT_EXEC, tgid, name);
 	return 0;
 }
@@ -757,14 +761,14 @@ int BPF_PROG(weir_exit, struct task_struct *task)
 	if (task->signal->live.counter) // not the last thread
 		return 0;
 	forget(tgid);
-	if (!bpf_map_delete_elem(&watched, &tgid))
+	if (!bpf_map_delete_elem(&weir_watched, &tgid))
 		report(EVENT_GONE, tgid, none);
 	/* The agent's files are closed after this: first connections, so that
-	 * runtimes dial again, and then doors and programs. What they dial goes
-	 * direct. */
+	 * runtimes dial again, and then listeners and programs. What they dial
+	 * goes direct. */
 	if (task->tgid == agent_pid) {
 		__u32 zero = 0;
-		__u64 *beat = bpf_map_lookup_elem(&heartbeat, &zero);
+		__u64 *beat = bpf_map_lookup_elem(&weir_heartbeat, &zero);
 
 		if (beat)
 			*beat = 0;

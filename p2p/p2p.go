@@ -406,8 +406,8 @@ type Status struct {
 	Sending int   `json:"sending"`
 	// Refused are requests for blobs that came above the bounds.
 	Refused int64 `json:"refused"`
-	// Strangers are connections of those without the swarm key.
-	Strangers int64 `json:"strangers"`
+	// Unauthenticated are connections of those without the swarm key.
+	Unauthenticated int64 `json:"unauthenticated"`
 }
 
 // Peer is a connected peer.
@@ -421,7 +421,7 @@ type Peer struct {
 
 // Status returns the node's present state.
 func (n *Node) Status() Status {
-	s := Status{ID: n.ID(), Peers: []Peer{}, Known: n.dht.RoutingTable().Size(), Sent: n.serving.sent.Load(), Sending: n.serving.running(), Refused: n.serving.refused.Load(), Strangers: n.serving.strangers.Load()}
+	s := Status{ID: n.ID(), Peers: []Peer{}, Known: n.dht.RoutingTable().Size(), Sent: n.serving.sent.Load(), Sending: n.serving.running(), Refused: n.serving.refused.Load(), Unauthenticated: n.serving.strangers.Load()}
 	for _, a := range n.host.Network().ListenAddresses() {
 		s.Listen = append(s.Listen, a.String())
 	}

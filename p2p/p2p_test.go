@@ -371,7 +371,7 @@ func TestStranger(t *testing.T) {
 	if s := stranger.Want(t.Context(), d, 0); s != nil {
 		t.Error("a stranger gets a lease")
 	}
-	if st := all[0].Status(); len(st.Peers) != 1 || st.Strangers == 0 {
+	if st := all[0].Status(); len(st.Peers) != 1 || st.Unauthenticated == 0 {
 		t.Errorf("status: %+v", st)
 	}
 }

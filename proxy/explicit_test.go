@@ -268,7 +268,7 @@ func TestPlainRegistry(t *testing.T) {
 	if got := get("http://registry.lan/index.html"); got != "/index.html at registry.lan" {
 		t.Error(got)
 	}
-	if got := s.proxy.Stats(); got.PassedOn != before.PassedOn+1 || got.Intercepted != before.Intercepted {
+	if got := s.proxy.Stats(); got.PassedThrough != before.PassedThrough+1 || got.Intercepted != before.Intercepted {
 		t.Errorf("what isn't a registry: %+v, before %+v", got, before)
 	}
 	if st := s.proxy.opts.Registry.Stats(); len(st) != 1 || st[0].Registry != "http://registry.lan@"+s.dst.String() {

@@ -103,9 +103,9 @@ type Proxy struct {
 
 // Stats are a proxy's figures since the start.
 type Stats struct {
-	Intercepted int64 `json:"intercepted"` // connections
-	PassedOn    int64 `json:"passed_on"`   // connections
-	Failed      int64 `json:"failed"`      // connections whose destination could not be reached
+	Intercepted   int64 `json:"intercepted"`    // connections
+	PassedThrough int64 `json:"passed_through"` // connections
+	Failed        int64 `json:"failed"`         // connections whose destination could not be reached
 }
 
 const (

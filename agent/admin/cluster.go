@@ -18,7 +18,7 @@ import (
 )
 
 // Figures are sums and counts, of one node or of several. They are all that
-// nodes tell each other of themselves: no image, no client, no name but those of
+// nodes send each other of themselves: no image, no client, no name but those of
 // registries.
 type Figures struct {
 	Runtimes      int64            `json:"runtimes"`
@@ -49,7 +49,7 @@ type Cluster struct {
 	Figures
 	// Nodes has this node first, without the history.
 	Nodes []NodeFigures `json:"nodes"`
-	// Silent are peers that are connected and have told nothing.
+	// Silent are peers that are connected and sent no figures.
 	Silent int `json:"silent"`
 }
 
@@ -59,19 +59,19 @@ const (
 	maxFigures = 1 << 52
 	// maxRegistries bounds the registries that are named; the rest is summed up.
 	maxRegistries = 64
-	// heardAfter is how old what peers said may be before they are asked again,
-	// heardUntil how long it counts when they don't answer.
-	heardAfter, heardUntil = 5 * time.Second, time.Minute
+	// peersMaxAge is how old what peers said may be before they are asked again,
+	// peersKeepAge how long it counts when they don't answer.
+	peersMaxAge, peersKeepAge = 5 * time.Second, time.Minute
 )
 
-// wordRE is what a registry's name and a version are made of. Those without TLS,
+// nameRE is what a registry's name and a version are made of. Those without TLS,
 // or with a CA of a runtime's own, are called http://HOST@ADDRESS and HOST#KEY.
-var wordRE = regexp.MustCompile(`^[A-Za-z0-9()\[\]._:+/@#-]{1,255}$`)
+var nameRE = regexp.MustCompile(`^[A-Za-z0-9()\[\]._:+/@#-]{1,255}$`)
 
 // figures are this node's.
 func (s *Server) figures() NodeFigures {
 	all, kept := s.o.Runtimes.Status(), s.o.Store.Stats()
-	f := NodeFigures{Version: s.o.Version, Figures: Figures{Runtimes: int64(len(all)), Registries: most(s.o.Registry.Stats()),
+	f := NodeFigures{Version: s.o.Version, Figures: Figures{Runtimes: int64(len(all)), Registries: topRegistries(s.o.Registry.Stats()),
 		StoreBlobs: int64(kept.Blobs), StoreBytes: kept.Bytes, StoreMaxBytes: kept.MaxBytes}}
 	if s.o.Peers != nil {
 		f.ID = s.o.Peers.ID()
@@ -102,12 +102,12 @@ func (s *Server) Figures() []byte {
 	return b
 }
 
-// most returns those of the registries from which most came, and the rest as one.
+// topRegistries returns those of the registries from which most came, and the rest as one.
 // What no node may say is among the rest: clients make up names of registries
 // without TLS.
-func most(all []registry.Stats) []registry.Stats {
+func topRegistries(all []registry.Stats) []registry.Stats {
 	all = slices.Clone(all)
-	unsaid := func(r registry.Stats) bool { return !wordRE.MatchString(r.Registry) }
+	unsaid := func(r registry.Stats) bool { return !nameRE.MatchString(r.Registry) }
 	if len(all) > maxRegistries || slices.ContainsFunc(all, unsaid) {
 		slices.SortFunc(all, func(a, b registry.Stats) int {
 			return cmp.Or(cmp.Compare(bytesOf(b), bytesOf(a)), cmp.Compare(a.Registry, b.Registry))
@@ -132,25 +132,25 @@ func bytesOf(r registry.Stats) int64 {
 	return r.BytesFromStore + r.BytesFromPeers + r.BytesFromUpstream
 }
 
-// heard is what peers said of themselves.
-type heard struct {
+// peerStats is the figures that peers have sent.
+type peerStats struct {
 	mu    sync.Mutex
 	asked time.Time
-	nodes map[string]heardNode // by peer id
+	nodes map[string]peerFigures // by peer id
 }
 
-type heardNode struct {
+type peerFigures struct {
 	NodeFigures
 	at time.Time
 }
 
 // Cluster returns the sums over this node and its peers. Peers are asked when
-// somebody wants to know, and not more often than each few seconds.
+// a client asks for the sums, and not more often than each few seconds.
 func (s *Server) Cluster() Cluster {
 	c := Cluster{Nodes: []NodeFigures{s.figures()}}
 	if s.o.Peers != nil {
 		var others []NodeFigures
-		others, c.Silent = s.heard.from(time.Now(), s.o.Peers.Status().Peers, func() map[string][]byte { return s.o.Peers.Figures(s.ctx) })
+		others, c.Silent = s.peerStats.from(time.Now(), s.o.Peers.Status().Peers, func() map[string][]byte { return s.o.Peers.Figures(s.ctx) })
 		c.Nodes = append(c.Nodes, others...)
 	}
 	c.Figures = sum(c.Nodes)
@@ -161,16 +161,16 @@ func (s *Server) Cluster() Cluster {
 }
 
 // from returns what the connected peers say, and how many say nothing.
-func (h *heard) from(now time.Time, connected []p2p.Peer, ask func() map[string][]byte) (nodes []NodeFigures, silent int) {
+func (h *peerStats) from(now time.Time, connected []p2p.Peer, ask func() map[string][]byte) (nodes []NodeFigures, silent int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if now.Sub(h.asked) >= heardAfter {
+	if now.Sub(h.asked) >= peersMaxAge {
 		said := ask()
-		next := make(map[string]heardNode)
+		next := make(map[string]peerFigures)
 		for _, p := range connected {
 			if f, err := readFigures(said[p.ID]); err == nil {
-				next[p.ID] = heardNode{f, now}
-			} else if old, ok := h.nodes[p.ID]; ok && now.Sub(old.at) < heardUntil {
+				next[p.ID] = peerFigures{f, now}
+			} else if old, ok := h.nodes[p.ID]; ok && now.Sub(old.at) < peersKeepAge {
 				next[p.ID] = old
 			}
 		}
@@ -217,7 +217,7 @@ func readFigures(b []byte) (f NodeFigures, err error) {
 		total += n
 	}
 	for _, name := range names {
-		if !wordRE.MatchString(name) {
+		if !nameRE.MatchString(name) {
 			return f, fmt.Errorf("%.40q can't be a name", name)
 		}
 	}
@@ -253,7 +253,7 @@ func sum(nodes []NodeFigures) (f Figures) {
 	for _, r := range registries {
 		all = append(all, *r)
 	}
-	f.Registries = most(all)
+	f.Registries = topRegistries(all)
 	// A peer's clock may be wrong.
 	newest := stepOf(time.Now())
 	for k, s := range steps {

@@ -71,7 +71,7 @@ func TestSumIsBounded(t *testing.T) {
 }
 
 // A node is heard, whatever its clients call registries.
-func TestEveryNodeIsHeard(t *testing.T) {
+func TestFiguresOfEveryNodeAreRead(t *testing.T) {
 	for name, as := range map[string]string{
 		"registry-1.docker.io":                      "registry-1.docker.io",
 		"[2001:db8::1]:5000":                        "[2001:db8::1]:5000",
@@ -80,7 +80,7 @@ func TestEveryNodeIsHeard(t *testing.T) {
 		"http://<b>@192.0.2.1:80":                   registry.Other,
 		"http://" + strings.Repeat("a", 300) + "@x": registry.Other,
 	} {
-		f, err := readFigures(said(NodeFigures{Version: "v1", Figures: Figures{Registries: most([]registry.Stats{{Registry: name, Hits: 3}, {Registry: "ghcr.io"}})}}))
+		f, err := readFigures(said(NodeFigures{Version: "v1", Figures: Figures{Registries: topRegistries([]registry.Stats{{Registry: name, Hits: 3}, {Registry: "ghcr.io"}})}}))
 		if err != nil || len(f.Registries) != 2 || !slices.Contains(f.Registries, registry.Stats{Registry: as, Hits: 3}) {
 			t.Errorf("%s: %+v, %v", name, f.Registries, err)
 		}
@@ -136,8 +136,8 @@ func FuzzReadFigures(f *testing.F) {
 
 // Peers are asked for no more often than each few seconds; what one said counts
 // a while when it is silent, and no longer than it is connected.
-func TestHeard(t *testing.T) {
-	var h heard
+func TestPeerStats(t *testing.T) {
+	var h peerStats
 	asked := 0
 	answers := map[string][]byte{"a": said(NodeFigures{ID: "forged", Address: "forged", Version: "v1", Figures: Figures{Runtimes: 1}}), "b": []byte("nonsense"), "d": said(NodeFigures{Version: "v1"})}
 	ask := func() map[string][]byte { asked++; return answers }
@@ -156,11 +156,11 @@ func TestHeard(t *testing.T) {
 		}
 	}
 	check(0, 1, 1, 2)
-	check(heardAfter-1, 1, 1, 2)
+	check(peersMaxAge-1, 1, 1, 2)
 	delete(answers, "a")
-	check(heardAfter, 2, 1, 2)
-	check(heardUntil-1, 3, 1, 2)
-	check(heardUntil+heardAfter, 4, 0, 3)
+	check(peersMaxAge, 2, 1, 2)
+	check(peersKeepAge-1, 3, 1, 2)
+	check(peersKeepAge+peersMaxAge, 4, 0, 3)
 	connected = connected[:0]
-	check(heardUntil+2*heardAfter, 5, 0, 0)
+	check(peersKeepAge+2*peersMaxAge, 5, 0, 0)
 }

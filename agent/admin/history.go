@@ -53,7 +53,7 @@ type history struct {
 	seen  traffic
 }
 
-// add takes in how much it has been by now.
+// add records how much it has been by now.
 func (h *history) add(now time.Time, total traffic) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

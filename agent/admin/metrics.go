@@ -16,28 +16,28 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	descInfo         = desc("build_info", "A constant 1 with weir's version.", "version")
-	descRuntimes     = desc("runtimes", "Running container runtimes by how they are treated.", "kind", "reach")
-	descDoors        = desc("doors", "Network namespaces with a door.")
-	descConnections  = desc("connections_total", "Redirected connections by what was done with them.", "action")
-	descRequests     = desc("registry_requests_total", "Requests to intercepted registries.", "registry")
-	descLookups      = desc("registry_lookups_total", "Blobs and manifests asked for by digest or known tag, by whether the store had them.", "registry", "result")
-	descErrors       = desc("registry_upstream_errors_total", "Requests that the upstream gave no answer to.", "registry")
-	descStale        = desc("registry_stale_answers_total", "Answers given from before the upstream failed (stale-if-error).", "registry")
-	descPushed       = desc("registry_pushed_total", "Pushed blobs and manifests that were kept.", "registry")
-	descBytes        = desc("registry_bytes_total", "Bytes of answers by where they came from.", "registry", "source")
-	descPeers        = desc("peers", "Peers that this node is connected to.")
-	descPeerSent     = desc("peer_sent_bytes_total", "Bytes of blobs sent to peers.")
-	descPeerRefused  = desc("peer_refused_total", "Requests of peers for blobs above what is served at a time.")
-	descStrangers    = desc("peer_strangers_total", "Connections to the peers' port without the swarm key.")
-	descStoreBytes   = desc("store_bytes", "Bytes of kept blobs and of running transfers.")
-	descStoreMax     = desc("store_max_bytes", "The bound of weir_store_bytes.")
-	descStoreBlobs   = desc("store_blobs", "Kept blobs.")
-	descStoreEvicted = desc("store_evicted_total", "Blobs that made room for others.")
-	descStoreCorrupt = desc("store_corrupt_total", "Blobs that were found damaged and dropped.")
-	descStoreNotKept = desc("store_not_kept_total", "Blobs there was no room for.")
-	descKernel       = desc("kernel_connections_total", "Decisions of the kernel side about connections of tracked processes.", "decision")
-	descEventsLost   = desc("kernel_events_lost_total", "Reports of processes that the agent was too slow for.")
+	descInfo                = desc("build_info", "A constant 1 with weir's version.", "version")
+	descRuntimes            = desc("runtimes", "Running container runtimes by how they are treated.", "kind", "reach")
+	descListeners           = desc("redirect_listeners", "Network namespaces with a redirect listener.")
+	descConnections         = desc("connections_total", "Redirected connections by how they were served.", "action")
+	descRequests            = desc("registry_requests_total", "Requests to intercepted registries.", "registry")
+	descLookups             = desc("registry_lookups_total", "Requests for blobs and manifests by digest or known tag, by whether the store had them.", "registry", "result")
+	descErrors              = desc("registry_upstream_errors_total", "Requests that the upstream didn't answer.", "registry")
+	descStale               = desc("registry_stale_answers_total", "Stale answers sent while the upstream failed (stale-if-error).", "registry")
+	descPushed              = desc("registry_pushed_total", "Pushed blobs and manifests that were stored.", "registry")
+	descBytes               = desc("registry_bytes_total", "Bytes sent to clients, by where they came from.", "registry", "source")
+	descPeers               = desc("peers", "Peers that this node is connected to.")
+	descPeerSent            = desc("peer_sent_bytes_total", "Bytes of blobs sent to peers.")
+	descPeerRefused         = desc("peer_refused_requests_total", "Requests of peers for blobs that were refused because too many were being served.")
+	descPeerUnauthenticated = desc("peer_unauthenticated_connections_total", "Connections to the peers' port without the swarm key.")
+	descStoreBytes          = desc("store_bytes", "Bytes of stored blobs and of running transfers.")
+	descStoreMax            = desc("store_max_bytes", "The bound of weir_store_bytes.")
+	descStoreBlobs          = desc("store_blobs", "Stored blobs.")
+	descStoreEvicted        = desc("store_evicted_total", "Blobs evicted to make room for others.")
+	descStoreCorrupt        = desc("store_corrupt_total", "Blobs found damaged and removed.")
+	descStoreNotKept        = desc("store_not_kept_total", "Blobs not stored for want of room.")
+	descKernel              = desc("kernel_connections_total", "Decisions of the kernel side about connections of tracked processes.", "decision")
+	descEventsLost          = desc("kernel_events_lost_total", "Events of processes that were lost because the agent didn't read them in time.")
 )
 
 func (c collector) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, ch) }
@@ -59,9 +59,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	for k, n := range reach {
 		gauge(descRuntimes, float64(n), k.kind, k.reach)
 	}
-	gauge(descDoors, float64(len(s.Doors)))
+	gauge(descListeners, float64(len(s.Listeners)))
 	count(descConnections, float64(s.Connections.Intercepted), "intercepted")
-	count(descConnections, float64(s.Connections.PassedOn), "passed")
+	count(descConnections, float64(s.Connections.PassedThrough), "passed_through")
 	count(descConnections, float64(s.Connections.Failed), "failed")
 	for _, r := range s.Registries {
 		count(descRequests, float64(r.Requests), r.Registry)
@@ -78,7 +78,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descPeers, float64(len(s.Peers.Peers)))
 		count(descPeerSent, float64(s.Peers.Sent))
 		count(descPeerRefused, float64(s.Peers.Refused))
-		count(descStrangers, float64(s.Peers.Strangers))
+		count(descPeerUnauthenticated, float64(s.Peers.Unauthenticated))
 	}
 	gauge(descStoreBytes, float64(s.Store.Bytes))
 	gauge(descStoreMax, float64(s.Store.MaxBytes))
@@ -91,7 +91,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 
 func collectKernel(s bpf.Stats, count func(*prometheus.Desc, float64, ...string)) {
 	for decision, n := range map[string]uint64{
-		"redirected": s.Redirected, "no_door": s.NoDoor, "stale_heartbeat": s.StaleBeat, "unfit": s.Unfit, "early": s.Early, "no_origin": s.NoOrigin, "knocked": s.Knocked,
+		"redirected": s.Redirected, "no_listener": s.NoListener, "stale_heartbeat": s.StaleHeartbeat, "unfit": s.Unfit, "early": s.Early, "no_origin": s.NoOrigin, "refused": s.Refused,
 	} {
 		count(descKernel, float64(n), decision)
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package admin serves what an agent does to those who operate it: status and
+// Package admin serves what an agent does to its operators: status and
 // pulls as JSON, metrics, and a page; and the sums over the cluster.
 package admin
 
@@ -64,11 +64,11 @@ type Options struct {
 
 // Server shows the state of an agent's parts.
 type Server struct {
-	o       Options
-	ctx     context.Context // peers are asked until then
-	started time.Time
-	history history
-	heard   heard // from peers
+	o         Options
+	ctx       context.Context // peers are asked until then
+	started   time.Time
+	history   history
+	peerStats peerStats // from peers
 }
 
 // New makes a server that asks peers until ctx is done.
@@ -106,8 +106,8 @@ func (s *Server) Handler() http.Handler {
 	return guarded(mux)
 }
 
-// guarded refuses what browsers should not do here for others. A page of
-// somebody else may give its own name this node's address (DNS rebinding), and
+// guarded refuses what browsers should not do here for other sites. A page of
+// another site may give its own name this node's address (DNS rebinding), and
 // would then read what is here: on loopback only requests for loopback are
 // answered.
 func guarded(next http.Handler) http.Handler {

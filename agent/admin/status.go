@@ -23,7 +23,7 @@ type Status struct {
 	Cgroup     string            `json:"cgroup"`
 	DataDir    string            `json:"data_dir"`
 	Runtimes   []runtimes.Status `json:"runtimes"`
-	Doors      []redirect.Status `json:"doors"`
+	Listeners  []redirect.Status `json:"listeners"`
 	Registries []registry.Stats  `json:"registries"`
 	// Waiting are registries that are passed through until the agent is
 	// restarted.
@@ -46,7 +46,7 @@ func (s *Server) Status() Status {
 	}
 	st := Status{
 		Version: s.o.Version, PID: os.Getpid(), Started: s.started, Cgroup: s.o.Cgroup, DataDir: s.o.DataDir,
-		Runtimes: s.o.Runtimes.Status(), Doors: s.o.Listeners.Status(),
+		Runtimes: s.o.Runtimes.Status(), Listeners: s.o.Listeners.Status(),
 		Registries: s.o.Registry.Stats(), Waiting: s.o.Registries.Waiting(), UnknownHosts: s.o.Proxy.Unknowns(), Connections: s.o.Proxy.Stats(),
 		Store: s.o.Store.Stats(), Kernel: kernel,
 	}

@@ -145,7 +145,7 @@ func (d *doctor) confinement() {
 	}
 }
 
-// appArmor judges a process's profile, "NAME (MODE)".
+// appArmor checks a process's profile, "NAME (MODE)".
 func appArmor(label string) *Finding {
 	profile, mode, _ := strings.Cut(label, " ")
 	if mode != "(enforce)" || profile == "unconfined" {
@@ -155,7 +155,7 @@ func appArmor(label string) *Finding {
 		Step: "docker run --security-opt apparmor=unconfined, or appArmorProfile: {type: Unconfined} in the pod"}
 }
 
-// seLinux judges a process's context, USER:ROLE:TYPE:LEVEL.
+// seLinux checks a process's context, USER:ROLE:TYPE:LEVEL.
 func seLinux(label string) *Finding {
 	fields := strings.Split(label, ":")
 	if len(fields) < 4 || !strings.HasPrefix(fields[2], "container_") {
@@ -165,7 +165,7 @@ func seLinux(label string) *Finding {
 		Step: "docker run --security-opt label=type:spc_t, or seLinuxOptions: {type: spc_t} in the pod"}
 }
 
-// lockdown judges the kernel's mode, as in "none integrity [confidentiality]":
+// lockdown checks the kernel's mode, as in "none integrity [confidentiality]":
 // kernel_lockdown(7). The last one denies programs the kernel's memory, which
 // those that follow processes read.
 func lockdown(modes string) *Finding {
@@ -289,8 +289,8 @@ func (d *doctor) agent(ctx context.Context) {
 	switch {
 	case d.running:
 		d.ok(fmt.Sprintf("the agent is running: weir %s, process %d", d.status.Version, d.status.PID))
-		if d.status.Kernel.StaleBeat > 0 {
-			d.warn("the agent's heartbeat", fmt.Sprintf("%d connections went direct because it was late", d.status.Kernel.StaleBeat),
+		if d.status.Kernel.StaleHeartbeat > 0 {
+			d.warn("the agent's heartbeat", fmt.Sprintf("%d connections went direct because it was late", d.status.Kernel.StaleHeartbeat),
 				"see whether the node is short of processor time")
 		}
 	case held:

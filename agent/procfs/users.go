@@ -11,7 +11,7 @@ import (
 
 // User returns the user who started a process, proc_pid_status(5). The owner
 // of /proc/PID says less: it is root for a process that can't be dumped, which
-// everybody can make.
+// any user can make.
 func User(pid int) (uint32, error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
 	if err != nil {

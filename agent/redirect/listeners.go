@@ -69,7 +69,7 @@ type Listener struct {
 	// The egress and the namespace outlive the listener until the last
 	// connection is done with them.
 	users     sync.WaitGroup
-	accepting sync.WaitGroup // those who may make more users
+	accepting sync.WaitGroup // goroutines that may add users
 
 	// Guarded by load.mu.
 	active  int  // connections that are served, until they are closed
@@ -159,7 +159,7 @@ func (ls *Listeners) Arrived(n bpf.Arrival) {
 		}
 	}
 	if !there {
-		if err := ls.kernel.CloseDoor(n.Netns); err != nil {
+		if err := ls.kernel.CloseListener(n.Netns); err != nil {
 			ls.log.Warn("forgetting a network namespace", "err", err)
 		}
 	}
@@ -224,7 +224,7 @@ func (ls *Listeners) make(ns *netns) (*Listener, error) {
 		return nil, err
 	}
 	rl := &Listener{ns: ns, l4: l4, l6: l6, Egress: ls.ups.NewEgress(ns.dial)}
-	if rl.cookie, err = ls.kernel.OpenDoor(l4, l6); err != nil {
+	if rl.cookie, err = ls.kernel.OpenListener(l4, l6); err != nil {
 		l4.Close()
 		if l6 != nil {
 			l6.Close()
@@ -329,7 +329,7 @@ func (ls *Listeners) limit(rl *Listener) {
 		return
 	}
 	rl.limited = limited
-	if err := ls.kernel.ShutDoor(rl.cookie, limited); err != nil {
+	if err := ls.kernel.SuspendListener(rl.cookie, limited); err != nil {
 		if !errors.Is(err, ebpf.ErrKeyNotExist) { // it has been closed
 			ls.log.Error("bounding a network namespace's connections", "netns", rl.ns.ino, "err", err)
 		}
@@ -379,7 +379,7 @@ func (ls *Listeners) close(ino uint64, rl *Listener) {
 	delete(ls.open, ino)
 	// First the kernel side forgets it, so that no connection is redirected to a
 	// listener that is about to close.
-	if err := ls.kernel.CloseDoor(rl.cookie); err != nil {
+	if err := ls.kernel.CloseListener(rl.cookie); err != nil {
 		ls.log.Warn("closing a redirect listener", "netns", ino, "err", err)
 	}
 	// Those that were sent there have connected, or are about to.

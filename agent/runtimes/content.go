@@ -27,9 +27,9 @@ func isNodes(pid int, lasting map[trust.RootID]string) bool {
 }
 
 // shareContent lets the store read the blobs that the node's containerd has, in
-// place. That of a pod, or of an ordinary user, is anybody's program of that
+// place. That of a pod, or of an ordinary user, may be any program of that
 // name. Whoever owns the files can change them after they were verified, so that
-// no checksum tells (in memory that is mapped, or on a file system of his own),
+// no checksum tells (in memory that is mapped, or on a file system of the owner's own),
 // can have each look there wait forever, and can lead it elsewhere by links.
 func (rs *Runtimes) shareContent(rt *Runtime) {
 	if !isNodes(rt.PID, rs.o.Lasting) {

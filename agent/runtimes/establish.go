@@ -50,7 +50,7 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 	}
 	res := rs.install(rt, root)
 	rs.record(host, res)
-	system, finds := res.System, ground{file: res.File}
+	system, finds := res.System, basis{file: res.File}
 	if system == nil {
 		finds.id, system = rs.o.CA.Holds(root, res.File)
 	}
@@ -80,7 +80,7 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 			rs.intercept(rt, trustByStart, finds)
 			return
 		case seeded && rs.state.remembers(rt) == rememberedSystem:
-			rs.intercept(rt, trustRemembered, ground{})
+			rs.intercept(rt, trustRemembered, basis{})
 			return
 		}
 	}
@@ -164,14 +164,14 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 	var perr error
 	if system == nil {
 		if perr = rs.probe(rt, probeSystem); perr == nil {
-			rs.intercept(rt, trustBySystem, ground{})
+			rs.intercept(rt, trustBySystem, basis{})
 			return
 		}
 	}
 	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
 		if certsD, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
 			if !fresh || rs.quiet(rt) {
-				rs.intercept(rt, trustByCertsD, ground{certsD: certsD})
+				rs.intercept(rt, trustByCertsD, basis{certsD: certsD})
 			}
 			return
 		} else if perr == nil || !errors.Is(err, errDistrusts) {

@@ -26,7 +26,7 @@ type kind struct {
 	// oneShot programs end with their pull: there is nothing to restart.
 	oneShot bool
 	// eager says that it may read its roots before it connects to a registry:
-	// its source says so, or nobody has looked. Others read them when they
+	// its source says so, or it isn't known. Others read them when they
 	// verify a registry's answer, as Go programs do by themselves, and so never
 	// before the proxy has seen to the CA, however late that is.
 	eager bool
@@ -53,8 +53,8 @@ type kind struct {
 	// node's own: containerd.
 	contentStore bool
 	// pullsThrough names the kind whose process pulls for this one and then
-	// reads no certsD: while a ctr runs, a containerd that trusts the CA by
-	// its certs.d alone is left in peace.
+	// reads no certsD: while a ctr runs, interception of a containerd that
+	// trusts the CA by its certs.d alone is suspended.
 	pullsThrough string
 }
 
@@ -71,7 +71,7 @@ type kind struct {
 // ownRoots: ctr (cmd/ctr/commands/resolver.go, resolverDefaultTLS), oras
 // (cmd/oras/internal/option/remote.go, tlsConfig), helm (internal/tlsutil/tls.go,
 // NewTLSConfig; pkg/registry/client.go), cosign (cmd/cosign/cli/options/registry.go,
-// getTLSConfig). What the others are told of is added to the system's roots:
+// getTLSConfig). What the others are given is added to the system's roots:
 // containers/image (pkg/tlsclientconfig, SetupCertificates), buildkitd
 // (util/resolver/resolver.go, loadTLSConfig), kaniko (pkg/util/transport_util.go),
 // regctl (internal/reghttp/http.go, makeRootPool), trivy
@@ -167,7 +167,7 @@ func socketsOf(rt *Runtime) []string {
 }
 
 // maxAnswers bounds what a runtime says to one question, which is some KiB. In a
-// pod it is anybody's program, and what reads its JSON reads it to the end.
+// pod it may be any program, and what reads its JSON reads it to the end.
 const maxAnswers = 16 << 20
 
 // boundedConn is a connection of which so many bytes are read.

@@ -13,7 +13,7 @@ import (
 	"weir/agent/trust"
 )
 
-// Mirrors returns the mirrors that the runtime was told to ask before the
+// Mirrors returns the mirrors that the runtime is configured to ask before the
 // registries themselves.
 func (rt *Runtime) Mirrors() (mirrors []string) {
 	add := func(all ...string) {

@@ -19,7 +19,7 @@ import (
 //   - the usual directories have to belong to a user of its user namespace. In
 //     the first one, where all are, only root can have mounted something there;
 //     the root file system of a container with a user namespace belongs to that;
-//     and what an ordinary user sees in one of its own is somebody else's.
+//     and what an ordinary user sees in one of its own belongs to another user.
 func placesOf(pid int) (trust.Places, error) {
 	environ := procfs.Strings(pid, "environ")
 	places, err := trust.SystemPlaces(environ)

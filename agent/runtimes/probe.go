@@ -16,7 +16,7 @@ import (
 )
 
 // AnswerProbe serves a connection to a probe address: it shows the runtime a
-// certificate, and tells from its reaction whether it trusts the CA.
+// certificate, and learns from its reaction whether it trusts the CA.
 func (rs *Runtimes) AnswerProbe(conn *net.TCPConn, pid int, addr netip.Addr) {
 	defer conn.Close()
 	leaf, err := rs.o.CA.Leaf(addr.String())
@@ -38,7 +38,7 @@ func (rs *Runtimes) AnswerProbe(conn *net.TCPConn, pid int, addr netip.Addr) {
 		return
 	}
 	rs.probed(pid, addr, nil)
-	// The image isn't there, and the runtime should hear that at once.
+	// The image isn't there, and the runtime should get that answer at once.
 	l := &oneConn{c: c, done: make(chan struct{})}
 	s := http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -91,8 +91,8 @@ func (l *oneConn) Close() error {
 func (l *oneConn) Addr() net.Addr { return &net.TCPAddr{} }
 
 // Probe addresses: what runtimes are asked to pull from, to see whether they
-// trust the CA. They are in the range for benchmarks (RFC 2544), which nobody
-// routes, and only the kernel side makes them lead somewhere: to the listener.
+// trust the CA. They are in the range for benchmarks (RFC 2544), which is not
+// routed, and only the kernel side makes them lead somewhere: to the listener.
 // Nothing is installed for the first one but the system's roots; the second has
 // a directory in each certs.d.
 var (
@@ -153,7 +153,7 @@ func (rs *Runtimes) probe(rt *Runtime, addr netip.Addr) error {
 	}
 }
 
-// probed takes in what became of a connection to a probe address.
+// probed records what became of a connection to a probe address.
 func (rs *Runtimes) probed(pid int, addr netip.Addr, err error) {
 	rt := rs.Find(pid)
 	if rt == nil {

@@ -31,29 +31,29 @@ type Runtime struct {
 	netns  uint64
 	ctx    context.Context // ends with the process
 	cancel context.CancelFunc
-	// unheard says that its exec is yet to be reported. Guarded by runtimes.mu.
-	unheard bool
+	// unreported says that its exec is yet to be reported. Guarded by runtimes.mu.
+	unreported bool
 	// settled is closed when it is first known how to treat it.
 	settled chan struct{}
 	once    sync.Once
 
 	// files bounds what looks at its files.
-	files looks
+	files fileAccess
 
 	mu       sync.Mutex
 	reach    string
 	how      string
-	rests    ground
+	basis    basis
 	program  program // when it is settled
 	reason   string
 	step     string
 	verdicts map[netip.Addr]chan error // of the probes under way
-	led      map[string]time.Time      // when a pull of it was last seen to be led to a host without the CA
+	misled   map[string]time.Time      // when a pull of it was last seen to be led to a host without the CA
 }
 
-// ground is what a runtime's trust in the CA rests on. The zero value is its
+// basis is what a runtime's trust in the CA rests on. The zero value is its
 // memory.
-type ground struct {
+type basis struct {
 	certsD *trust.CertsD // that alone
 	// file is among the roots that it reads when it first verifies a
 	// certificate, which may not have been yet.
@@ -110,30 +110,30 @@ type Runtimes struct {
 	ctx   context.Context // what runs in the background ends with it
 	state *stateFile
 
-	mu     sync.Mutex
-	all    map[int]*Runtime
-	paused map[string]map[int]struct{} // kind → one-shot processes it pulls for
-	wg     sync.WaitGroup
+	mu        sync.Mutex
+	all       map[int]*Runtime
+	suspended map[string]map[int]struct{} // kind → one-shot processes it pulls for
+	wg        sync.WaitGroup
 	// establishing bounds those that are being looked at, each of which may hold a
 	// thread for as long as a file system gives no answer.
 	establishing *semaphore.Weighted
-	// looking is the same for those whose files are looked at again.
-	looking *semaphore.Weighted
+	// reading is the same for those whose files are looked at again.
+	reading *semaphore.Weighted
 }
 
 // New makes a set without a runtime. What it starts in the background
 // ends with ctx.
 func New(ctx context.Context, o Options) *Runtimes {
 	return &Runtimes{o: o, ctx: ctx, state: openState(o.RunDir, o.CA.Fingerprint(), o.Log),
-		all: make(map[int]*Runtime), paused: make(map[string]map[int]struct{}),
-		establishing: semaphore.NewWeighted(maxEstablishing), looking: semaphore.NewWeighted(maxEstablishing)}
+		all: make(map[int]*Runtime), suspended: make(map[string]map[int]struct{}),
+		establishing: semaphore.NewWeighted(maxEstablishing), reading: semaphore.NewWeighted(maxEstablishing)}
 }
 
 // maxEstablishing is far above what starts at a time, and far below the threads
 // that Go gives a program (10,000).
 const maxEstablishing = 256
 
-// Seed takes in what is running already: the runtimes, and for listeners the oldest
+// Seed finds what is running already: the runtimes, and for listeners the oldest
 // process of each network namespace. What starts meanwhile is the kernel side's
 // to report.
 func (rs *Runtimes) Seed(cgroup string) error {
@@ -176,7 +176,7 @@ func (rs *Runtimes) Seed(cgroup string) error {
 	return nil
 }
 
-// Started takes in a runtime whose exec the kernel side has just seen.
+// Started adds a runtime whose exec the kernel side has just seen.
 func (rs *Runtimes) Started(ev bpf.Event) {
 	p, err := procfs.Read(ev.PID)
 	if err != nil {
@@ -185,15 +185,15 @@ func (rs *Runtimes) Started(ev bpf.Event) {
 	if k := kindOf(ev.Name, p.Comm, p.Exe); k != nil {
 		rs.mu.Lock()
 		defer rs.mu.Unlock()
-		if rt := rs.all[ev.PID]; rt != nil && rt.unheard && rt.Start == p.Start {
-			rt.unheard = false // its connection was faster than this news
+		if rt := rs.all[ev.PID]; rt != nil && rt.unreported && rt.Start == p.Start {
+			rt.unreported = false // its connection was faster than this event
 			return
 		}
 		rs.add(p, k, ev.Time, false)
 	}
 }
 
-// add takes in a process. The caller holds rs.mu.
+// add adds a process. The caller holds rs.mu.
 func (rs *Runtimes) add(p procfs.Process, k *kind, execed time.Duration, seeded bool) *Runtime {
 	rt := &Runtime{Process: p, kind: k, execed: execed, reach: ReachStarting,
 		settled: make(chan struct{}), verdicts: make(map[netip.Addr]chan error)}
@@ -204,7 +204,7 @@ func (rs *Runtimes) add(p procfs.Process, k *kind, execed time.Duration, seeded 
 	}
 	rs.all[p.PID] = rt
 	if k.pullsThrough != "" {
-		rs.pause(k.pullsThrough, p.PID)
+		rs.suspend(k.pullsThrough, p.PID)
 	}
 	rs.wg.Go(func() {
 		defer rt.settle()
@@ -230,7 +230,7 @@ func (rs *Runtimes) Ended(pid int) {
 		rs.resume(rt.kind.pullsThrough, pid)
 	}
 	if ok {
-		rt.cancel() // before anybody else says what it is
+		rt.cancel() // before another goroutine changes its mode
 	}
 	rs.mu.Unlock()
 	if !ok {
@@ -239,8 +239,8 @@ func (rs *Runtimes) Ended(pid int) {
 	rs.state.forget(pid)
 }
 
-// Reconcile forgets processes whose end was not heard of, because the kernel
-// side's news got lost or came before that of their start.
+// Reconcile forgets processes whose end was not reported, because the kernel
+// side's event got lost or came before that of their start.
 func (rs *Runtimes) Reconcile() {
 	var gone []int
 	rs.mu.Lock()
@@ -256,7 +256,7 @@ func (rs *Runtimes) Reconcile() {
 }
 
 // Find returns the runtime that a connection came from, nil if there is none.
-// The connection may be here before the news of its exec.
+// The connection may be here before the event of its exec.
 func (rs *Runtimes) Find(pid int) *Runtime {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
@@ -272,26 +272,26 @@ func (rs *Runtimes) Find(pid int) *Runtime {
 		return nil
 	}
 	rt := rs.add(p, k, 0, false)
-	rt.unheard = true
+	rt.unreported = true
 	return rt
 }
 
-// pause leaves the runtimes of a kind in peace that trust the CA only by a
-// directory which the tool pid doesn't make them read. The caller holds rs.mu.
-func (rs *Runtimes) pause(kind string, pid int) {
-	if rs.paused[kind] == nil {
-		rs.paused[kind] = make(map[int]struct{})
+// suspend ends intercepting the runtimes of a kind that trust the CA only by a
+// directory which the tool pid doesn't make them read, while that tool runs. The caller holds rs.mu.
+func (rs *Runtimes) suspend(kind string, pid int) {
+	if rs.suspended[kind] == nil {
+		rs.suspended[kind] = make(map[int]struct{})
 	}
-	rs.paused[kind][pid] = struct{}{}
+	rs.suspended[kind][pid] = struct{}{}
 	rs.remode(kind)
 }
 
 func (rs *Runtimes) resume(kind string, pid int) {
-	delete(rs.paused[kind], pid)
+	delete(rs.suspended[kind], pid)
 	rs.remode(kind)
 }
 
-// remode tells the kernel side again how to treat the runtimes of a kind. The
+// remode sets the kernel side's mode of the runtimes of a kind anew. The
 // caller holds rs.mu.
 func (rs *Runtimes) remode(kind string) {
 	for _, rt := range rs.all {
@@ -301,11 +301,11 @@ func (rs *Runtimes) remode(kind string) {
 	}
 }
 
-// setMode tells the kernel side how to treat a runtime. The caller holds rs.mu.
+// setMode sets the kernel side's mode of a runtime. The caller holds rs.mu.
 func (rs *Runtimes) setMode(rt *Runtime) {
 	rt.mu.Lock()
 	mode := bpf.ModeProbe
-	if rt.reach == ReachIntercepted && (rt.rests.certsD == nil || len(rs.paused[rt.kind.name]) == 0) {
+	if rt.reach == ReachIntercepted && (rt.basis.certsD == nil || len(rs.suspended[rt.kind.name]) == 0) {
 		mode = bpf.ModeRedirect
 	}
 	rt.mu.Unlock()
@@ -313,7 +313,7 @@ func (rs *Runtimes) setMode(rt *Runtime) {
 		return
 	}
 	if err := rs.o.Kernel.Remode(rt.PID, mode); err != nil {
-		rs.o.Log.Error("telling the kernel side about a process", "pid", rt.PID, "err", err)
+		rs.o.Log.Error("setting the mode of a process", "pid", rt.PID, "err", err)
 	}
 }
 
@@ -325,10 +325,10 @@ func (rt *Runtime) String() string { return fmt.Sprintf("%s (pid %d)", rt.kind.n
 func (rt *Runtime) settle() { rt.once.Do(func() { close(rt.settled) }) }
 
 // intercept makes a runtime one whose connections are intercepted.
-func (rs *Runtimes) intercept(rt *Runtime, how string, rests ground) {
+func (rs *Runtimes) intercept(rt *Runtime, how string, rests basis) {
 	rt.mu.Lock()
 	rt.reach, rt.how, rt.reason, rt.step = ReachIntercepted, how, "", ""
-	rt.rests = rests
+	rt.basis = rests
 	rt.mu.Unlock()
 	rs.mu.Lock()
 	rs.setMode(rt)
@@ -343,7 +343,7 @@ func (rs *Runtimes) intercept(rt *Runtime, how string, rests ground) {
 	rt.settle()
 }
 
-// passThrough leaves a runtime alone.
+// passThrough has a runtime's connections passed through.
 func (rs *Runtimes) passThrough(rt *Runtime, reason, step string) {
 	rt.mu.Lock()
 	rt.reach, rt.how, rt.reason, rt.step = ReachPassthrough, "", reason, step

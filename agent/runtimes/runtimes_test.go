@@ -59,12 +59,12 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 		t.Fatal("the kernel side didn't forget it")
 	}
 	// Before the news of its end is read, and after.
-	rs.intercept(rt, trustByStart, ground{})
+	rs.intercept(rt, trustByStart, basis{})
 	if m, ok := k.Mode(pid); ok {
 		t.Errorf("it is still tracked, as %d", m)
 	}
 	rs.Ended(pid)
-	rs.intercept(rt, trustByStart, ground{})
+	rs.intercept(rt, trustByStart, basis{})
 	if rs.state.remembers(rt) != rememberedNothing {
 		t.Error("it is remembered")
 	}

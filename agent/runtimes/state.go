@@ -102,7 +102,7 @@ func (f *stateFile) installedBefore(root string, start time.Duration) bool {
 // for life.
 func (f *stateFile) remember(rt *Runtime) {
 	rt.mu.Lock()
-	certsD := rt.rests.certsD != nil
+	certsD := rt.basis.certsD != nil
 	rt.mu.Unlock()
 	if certsD {
 		return // proven again, at no cost
@@ -192,7 +192,7 @@ func (f *stateFile) refusedBy(p program) (hosts []string) {
 	return hosts
 }
 
-// program tells one program from another, over the processes that run it, by
+// program identifies a program, over the processes that run it, by
 // what its file has: in containers of one image, each of which has a root file
 // system of its own, that is the same.
 type program struct {
@@ -203,7 +203,7 @@ type program struct {
 	User     uint32 `json:"user"`
 }
 
-// programOf returns what a process runs, nothing if that can't be told.
+// programOf returns what a process runs, nothing if that isn't known.
 func programOf(pid int, root string) program {
 	exe := "/proc/" + strconv.Itoa(pid) + "/exe"
 	path, err := os.Readlink(exe)

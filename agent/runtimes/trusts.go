@@ -25,7 +25,7 @@ func (rs *Runtimes) Trusts(rt *Runtime, name string) bool {
 		// An image reference with upper-case letters: in a certs.d that is another
 		// registry, without weir's CA, also where its server sends the client
 		// for a token.
-		rt.leads(host)
+		rt.misleads(host)
 	}
 	if err := rs.except(rt, host)[host]; err != nil {
 		rs.o.Log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
@@ -40,13 +40,13 @@ func (rs *Runtimes) Trusts(rt *Runtime, name string) bool {
 // passed through, and why. It looks at the files that the runtime reads.
 func (rs *Runtimes) except(rt *Runtime, hosts ...string) map[string]error {
 	rt.mu.Lock()
-	reach, rests, program := rt.reach, rt.rests, rt.program
+	reach, rests, program := rt.reach, rt.basis, rt.program
 	rt.mu.Unlock()
 	found := make(map[string]error, len(hosts))
 	if reach != ReachIntercepted {
 		return found
 	}
-	if rests != (ground{}) {
+	if rests != (basis{}) {
 		now, err := bounded(rs, rt, func() (trust.Coverage, error) { return rs.holds(rt, rests, hosts) })
 		for _, host := range hosts {
 			if found[host] = err; err == nil {
@@ -69,7 +69,7 @@ func (rs *Runtimes) except(rt *Runtime, hosts ...string) map[string]error {
 var errGone = errors.New("it may have read its roots while that was so")
 
 // holds says for which of hosts what a runtime's trust rests on is still there.
-func (rs *Runtimes) holds(rt *Runtime, rests ground, hosts []string) (trust.Coverage, error) {
+func (rs *Runtimes) holds(rt *Runtime, rests basis, hosts []string) (trust.Coverage, error) {
 	root, err := trust.OpenRoot(rt.PID)
 	if err != nil {
 		return nil, err
@@ -88,13 +88,13 @@ func (rs *Runtimes) holds(rt *Runtime, rests ground, hosts []string) (trust.Cove
 	return nil, nil
 }
 
-// Accepted takes in that a runtime has verified a certificate of weir's: it has
+// Accepted records that a runtime has verified a certificate of weir's: it has
 // its roots in its memory now.
 func (rs *Runtimes) Accepted(rt *Runtime) {
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	if rt.rests.certsD == nil {
-		rt.rests = ground{}
+	if rt.basis.certsD == nil {
+		rt.basis = basis{}
 	}
 }
 
@@ -108,31 +108,31 @@ const lingerTime = 10 * time.Minute
 // the CA.
 func (rt *Runtime) lingers(host string, err error) error {
 	if errors.Is(err, trust.ErrLeads) {
-		rt.leads(host)
+		rt.misleads(host)
 	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	if since, ok := rt.led[host]; ok && err == nil && rt.rests.certsD != nil && time.Since(since) < lingerTime {
+	if since, ok := rt.misled[host]; ok && err == nil && rt.basis.certsD != nil && time.Since(since) < lingerTime {
 		return fmt.Errorf("%w, or did until just now, without weir's CA; a pull may be running: it is intercepted %s after that", trust.ErrLeads, lingerTime)
 	}
 	return err
 }
 
-// leads takes in that a pull of a runtime may be led to a host without the CA.
-func (rt *Runtime) leads(host string) {
+// misleads records that a pull of a runtime may be led to a host without the CA.
+func (rt *Runtime) misleads(host string) {
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	if rt.led == nil || len(rt.led) >= maxLed {
-		rt.led = make(map[string]time.Time)
+	if rt.misled == nil || len(rt.misled) >= maxMisled {
+		rt.misled = make(map[string]time.Time)
 	}
-	rt.led[host] = time.Now()
+	rt.misled[host] = time.Now()
 }
 
-// maxLed bounds what is remembered of one runtime. Few registries are known.
-const maxLed = 1024
+// maxMisled bounds what is remembered of one runtime. Few registries are known.
+const maxMisled = 1024
 
-// Rejected takes in that a runtime did not trust a certificate after all. It is
-// left alone from then on, and so is, for this registry, every run of the
+// Rejected records that a runtime did not trust a certificate after all. It is
+// passed through from then on, and so is, for this registry, every run of the
 // program if that is what the CA was put in place for: a restart would not
 // change it.
 func (rs *Runtimes) Rejected(rt *Runtime, host string, err error) {

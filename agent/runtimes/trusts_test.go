@@ -13,8 +13,8 @@ import (
 
 // Where a pull was led without the CA it may still be on its way when the
 // settings have changed.
-func TestLedLingers(t *testing.T) {
-	rt := &Runtime{rests: ground{certsD: &trust.CertsD{}}}
+func TestMisledLingers(t *testing.T) {
+	rt := &Runtime{basis: basis{certsD: &trust.CertsD{}}}
 	if err := rt.lingers("ghcr.io", nil); err != nil {
 		t.Error(err)
 	}
@@ -31,14 +31,14 @@ func TestLedLingers(t *testing.T) {
 	if err := rt.lingers("quay.io", nil); err != nil {
 		t.Error(err)
 	}
-	rt.led["ghcr.io"] = time.Now().Add(-lingerTime)
+	rt.misled["ghcr.io"] = time.Now().Add(-lingerTime)
 	if err := rt.lingers("ghcr.io", nil); err != nil {
 		t.Error(err)
 	}
-	for i := range 2 * maxLed {
-		rt.leads(fmt.Sprint(i))
+	for i := range 2 * maxMisled {
+		rt.misleads(fmt.Sprint(i))
 	}
-	if len(rt.led) > maxLed {
-		t.Errorf("%d are kept", len(rt.led))
+	if len(rt.misled) > maxMisled {
+		t.Errorf("%d are kept", len(rt.misled))
 	}
 }

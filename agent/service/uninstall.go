@@ -66,7 +66,7 @@ func Uninstall(ctx context.Context, dataDir, runDir string) (removed []string, e
 	}
 	// Containers: their processes lead to their root file systems. A container
 	// may be, or be of, another node with a weir of its own: without this node's
-	// CA, whose the certificate there is can't be told.
+	// CA, the owner of the certificate there isn't known.
 	var procs []os.DirEntry
 	if len(own) > 0 {
 		procs, _ = os.ReadDir("/proc")

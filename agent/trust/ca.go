@@ -193,7 +193,7 @@ func (ca *CA) permits(e endpoint) bool {
 }
 
 // Leaf returns a certificate for host, which may have a port, signed by the CA
-// and good for at least another 8 hours. Those who ask for one host share the
+// and good for at least another 8 hours. Callers for one host share the
 // certificate; they must not change it. It fails for a host that [CA.Permits]
 // refuses.
 func (ca *CA) Leaf(host string) (*tls.Certificate, error) {

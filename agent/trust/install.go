@@ -49,8 +49,8 @@ var (
 	// has, and a program that was built with roots of its own to fall back on
 	// takes those only while the system has none: SetFallbackRoots in
 	// crypto/x509/root.go, and likewise packages that look whether
-	// SystemCertPool is empty. With the CA there it could not verify anybody
-	// but weir. And who has none, nor brings any, can't pull anyhow.
+	// SystemCertPool is empty. With the CA there it could not verify any
+	// registry but weir. A program without roots can't pull anyhow.
 	ErrNoRoots = errors.New("there are no root certificates")
 
 	// ErrOthers: [Places.Owners] doesn't allow to write there.
@@ -65,7 +65,7 @@ var hides = map[string]string{
 	ContainerdCertsD: DockerCertsD,
 }
 
-// Coverage tells of one certs.d for which registries the CA is in place (nil)
+// Coverage says of one certs.d for which registries the CA is in place (nil)
 // and why not for others.
 type Coverage map[string]error
 
@@ -256,7 +256,7 @@ func (in *installer) systemDir(d *dir, owners func(uint32) bool) error {
 		if err == nil {
 			defer parent.close()
 		}
-		// Not synced, for a runtime waits for nobody: if the power fails now
+		// Not synced, for a runtime doesn't wait: if the power fails now
 		// there may be an empty file, which does no harm here.
 		s, err := in.root.stage(d, parent, in.ca.pem, 0o644, false)
 		if err != nil {

@@ -369,7 +369,7 @@ func (r *Root) makeDir(name string) (_ *dir, made []string, err error) {
 	case !errors.Is(err, unix.EEXIST):
 		return nil, made, &fs.PathError{Op: "mkdir", Path: name, Err: err}
 	}
-	// Also after EEXIST, which may be someone who was faster. A symbolic link
+	// Also after EEXIST, which may be another process that was faster. A symbolic link
 	// that leads nowhere fails here.
 	d, err = r.openDir(name)
 	if err != nil {
@@ -524,7 +524,7 @@ func (s *staged) place(d *dir, name string, replace bool) error {
 	switch {
 	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EPERM), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EMLINK),
 		errors.Is(err, unix.ENOENT):
-		// Another mount, a file system without hard links, or someone has
+		// Another mount, a file system without hard links, or a process has
 		// removed all names that the file had: a copy.
 		return s.copyTo(d, name, replace)
 	}
@@ -626,7 +626,7 @@ func readRegular(handle, limit int) ([]byte, error) {
 }
 
 // openRetry is openat2(2). EAGAIN says that something was renamed while ".."
-// was resolved; who renames all the time gets the error.
+// was resolved; a process that renames all the time gets the error.
 func openRetry(at int, name string, how *unix.OpenHow) (fd int, err error) {
 	for range 16 {
 		fd, err = unix.Openat2(at, name, how)

@@ -49,7 +49,7 @@ func loggedIn(ctx context.Context, host string) (*credentials, error) {
 	if dir == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, nil // nobody's home has no logins
+			return nil, nil // a user without a home has no logins
 		}
 		dir = filepath.Join(home, ".docker")
 	}

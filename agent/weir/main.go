@@ -208,14 +208,14 @@ func agentCommand() *cobra.Command {
 		return agent.Run(cmd.Context(), conf, func(a *agent.Agent) {
 			announce(log, a.Status())
 			if err := notifyReady(); err != nil {
-				log.Warn("systemd can't be told that weir is ready", "err", err)
+				log.Warn("systemd can't be notified that weir is ready", "err", err)
 			}
 		})
 	}
 	return c
 }
 
-// notifyReady tells systemd that the agent is ready, if it wants to know:
+// notifyReady notifies systemd that the agent is ready, if it asked for it:
 // sd_notify(3).
 func notifyReady() error {
 	socket := os.Getenv("NOTIFY_SOCKET")
@@ -343,7 +343,7 @@ func fetch(ctx context.Context, admin, path string, into any) (raw []byte, err e
 	return raw, nil
 }
 
-// plain is a text of somebody else, such as the name that a pod gives to where
+// plain is a text from outside, such as the name that a pod gives to where
 // it connects, without what would mean something to a terminal.
 func plain(s string) string {
 	return strings.Map(func(r rune) rune {
@@ -439,12 +439,12 @@ func printStatus(w io.Writer, s admin.Status) error {
 		if len(p.Peers) == 0 {
 			fmt.Fprintln(t, "none is connected")
 		}
-		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d strangers turned away\n", len(p.Peers), admin.BytesText(p.Sent), p.Sending, p.Strangers)
+		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d connections without the key\n", len(p.Peers), admin.BytesText(p.Sent), p.Sending, p.Unauthenticated)
 		fmt.Fprintf(t, "THIS NODE\t%s", p.ID)
 	}
 	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, admin.BytesText(s.Store.Bytes), admin.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
-	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedOn, s.Connections.Failed)
-	fmt.Fprintf(t, "DOORS\t%d\n", len(s.Doors))
+	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedThrough, s.Connections.Failed)
+	fmt.Fprintf(t, "LISTENERS\t%d\n", len(s.Listeners))
 	return t.Flush()
 }
 

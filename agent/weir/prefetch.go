@@ -242,7 +242,7 @@ func parseDocument(b []byte) (doc document, err error) {
 }
 
 // get asks the agent, which asks the registry where it has to. What the registry
-// refuses to somebody without a name is asked for again with the user's login.
+// refuses to an anonymous client is asked for again with the user's login.
 func (p *prefetcher) get(ctx context.Context, ref reference.Named, path string) (*http.Response, error) {
 	p.mu.Lock()
 	was := p.tokens[ref.Name()]
@@ -251,7 +251,7 @@ func (p *prefetcher) get(ctx context.Context, ref reference.Named, path string) 
 	if err != nil || resp.StatusCode == http.StatusOK {
 		return resp, err
 	}
-	login := "nobody is logged in there (`docker login " + reference.Domain(ref) + "` as the user who runs this)"
+	login := "there is no login for it (`docker login " + reference.Domain(ref) + "` as the user who runs this)"
 	if resp.StatusCode == http.StatusUnauthorized || resp.Header.Get("WWW-Authenticate") != "" {
 		c, err := loggedIn(ctx, reference.Domain(ref))
 		if err == nil && c != nil {

@@ -137,13 +137,13 @@ over one connection more.`,
 const namespacesTitle = "Growth: network namespaces"
 
 // BenchmarkNamespaces has programs that weir follows in many network
-// namespaces, each of which gets a door.
+// namespaces, each of which gets a listener.
 func BenchmarkNamespaces(b *testing.B) {
 	w := newWorld(b, newContent(b, 1000))
 	agent := w.agent(b, shared)
-	s := section{title: namespacesTitle, text: `Network namespaces with a program that weir follows, each with a door of its own. The time is from the start of those that
-have come since the line before to the last door's being open, most of which is the kernel's making of namespaces.`,
-		head: []string{"namespaces", "doors", "memory more, MiB", "KiB each", "ms a namespace", "agent's CPU, ms a namespace"}}
+	s := section{title: namespacesTitle, text: `Network namespaces with a program that weir follows, each with a listener of its own. The time is from the start of those that
+have come since the line before to the last listener's being open, most of which is the kernel's making of namespaces.`,
+		head: []string{"namespaces", "listeners", "memory more, MiB", "KiB each", "ms a namespace", "agent's CPU, ms a namespace"}}
 	before := memory(b, agent.PID(), "VmRSS")
 	var x, y, t []float64
 	running := 0
@@ -155,10 +155,10 @@ have come since the line before to the last door's being open, most of which is 
 		for ; running < count; running++ {
 			w.node.Spawn("pod", "unshare", "--net", "sh", "-c", "ip link set lo up && exec "+w.crane+" client wait")
 		}
-		doors := 0
+		listeners := 0
 		if err := lab.Eventually(nil, func(context.Context) error {
-			if doors = len(agent.Status().Doors); doors < count {
-				return fmt.Errorf("%d doors, want %d", doors, count)
+			if listeners = len(agent.Status().Listeners); listeners < count {
+				return fmt.Errorf("%d listeners, want %d", listeners, count)
 			}
 			return nil
 		}); err != nil {
@@ -167,9 +167,9 @@ have come since the line before to the last door's being open, most of which is 
 		each := time.Since(start).Seconds() / float64(count-last)
 		cpu := (cpuTime(b, agent.PID()) - used) / float64(count-last)
 		more := memory(b, agent.PID(), "VmRSS") - before
-		s.row(count, doors, mib(more), f2(float64(more)/1024/float64(count)), ms(each), ms(cpu))
+		s.row(count, listeners, mib(more), f2(float64(more)/1024/float64(count)), ms(each), ms(cpu))
 		x, y, t = append(x, float64(count)), append(y, max(float64(more)/(1<<20), 0.01)), append(t, each*1000)
 	}
-	s.plots = []plot{{"Namespaces with a door", "namespaces-growth.svg", "namespaces", "MiB, ms", []series{{"MiB more", x, y}, {"ms a namespace", x, t}}}}
+	s.plots = []plot{{"Namespaces with a listener", "namespaces-growth.svg", "namespaces", "MiB, ms", []series{{"MiB more", x, y}, {"ms a namespace", x, t}}}}
 	s.report(b)
 }

@@ -154,7 +154,7 @@ func TestChaos(t *testing.T) {
 		{name: "the clock is set a month ahead, and then back", set: func() func() { return c.setClock(30 * 24 * time.Hour) }},
 		{name: "the clock is set two days back, to before the CA was made, and then right", running: true, set: func() func() { return c.setClock(-2 * 24 * time.Hour) }},
 		{name: "the kernel side's map of processes is full", set: func() func() { return c.agent.FillMap("tracked") }},
-		{name: "the kernel side's map of doors is full", set: func() func() { return c.agent.FillMap("doors") }},
+		{name: "the kernel side's map of listeners is full", set: func() func() { return c.agent.FillMap("weir_listeners") }},
 		{name: "containerd is restarted", running: true, lost: []string{"containerd 1.6", "dockerd 20.10"}, set: func() func() {
 			c.critical.Kill()
 			c.critical.Start()

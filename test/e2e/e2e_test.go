@@ -557,7 +557,7 @@ func TestOtherTraffic(t *testing.T) {
 	}
 }
 
-// Nonsense at the door harms nobody.
+// Nonsense sent to the listener does no harm.
 func TestHostile(t *testing.T) {
 	w := newWorld(t)
 	node := w.Node()

@@ -271,7 +271,7 @@ func TestFaultWrongBytes(t *testing.T) {
 	kinds := []string{"wrong", "short", "long", "cut"}
 	round := rand.IntN(len(kinds))
 	s.rounds(func(ref string, im lab.Pushed) {
-		// Each time somebody new, whom nobody shuns yet.
+		// Each time a new peer, which no peer shuns yet.
 		args := []string{bin, "client", "liar", "/etc/weir.key", kinds[round%len(kinds)], s.nodes[0].Addr().String()}
 		round++
 		for i, d := range im.Layers {

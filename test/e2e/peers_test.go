@@ -264,7 +264,7 @@ func TestPeerStranger(t *testing.T) {
 	stranger.WriteFile("/etc/weir.key", fmt.Sprintf(swarmKey, strings.Repeat("a5", 32)))
 	outside := stranger.Agent("--swarm-key", "/etc/weir.key", "--peer", nodes[0].Addr().String(), "--peer", nodes[1].Addr().String())
 	if err := lab.Eventually(nil, func(context.Context) error {
-		if agents[0].Status().Peers.Strangers == 0 {
+		if agents[0].Status().Peers.Unauthenticated == 0 {
 			return errors.New("the stranger hasn't come")
 		}
 		return nil

@@ -125,8 +125,8 @@ docker image inspect --format '{{.Id}}' %[1]s
 		}
 		p.remove()
 	}
-	if s := agent.Status(); len(s.Doors) > 1 { // the node's own is left
-		t.Logf("%+v", s.Doors)
+	if s := agent.Status(); len(s.Listeners) > 1 { // the node's own is left
+		t.Logf("%+v", s.Listeners)
 	}
 }
 
@@ -222,7 +222,7 @@ func BenchmarkPod(b *testing.B) {
 }
 
 // A pod that means harm: symlinks where certificates are lead to what isn't its
-// own, and it connects to the door by itself. weir neither writes nor reads
+// own, and it connects to the listener by itself. weir neither writes nor reads
 // outside the pod's root, gives it nothing, and lets its pulls through.
 func TestHostilePod(t *testing.T) {
 	w := newWorld(t)
@@ -247,14 +247,14 @@ tar -C /var/lib/home/%[1]s -c . | `+outerDocker+`import - %[1]s`, name, link))
 		if rt := agent.Runtime(p.pid); rt.Reach != "passthrough" || !strings.Contains(rt.Reason, "the CA can't be installed") {
 			t.Errorf("%s: %+v", link, rt)
 		}
-		var doors []string
-		for _, d := range agent.Status().Doors {
-			doors = append(doors, d.Addrs...)
+		var listeners []string
+		for _, d := range agent.Status().Listeners {
+			listeners = append(listeners, d.Addrs...)
 		}
-		for _, door := range doors {
-			host, port, _ := net.SplitHostPort(door)
+		for _, listener := range listeners {
+			host, port, _ := net.SplitHostPort(listener)
 			if out, err := p.try(fmt.Sprintf(`bash -c 'exec 3<>/dev/tcp/%s/%s; printf "GET /v2/ HTTP/1.1\r\nHost: ghcr.io\r\n\r\n" >&3; timeout 10 cat <&3' || [ $? != 124 ]`, host, port)); err != nil || strings.Contains(out, "HTTP/") {
-				t.Errorf("a door that was opened by itself answers: %v %q", err, out)
+				t.Errorf("a listener answers a connection that wasn't redirected to it: %v %q", err, out)
 			}
 		}
 		p.remove()

@@ -29,7 +29,7 @@ cp %[1]s /var/lib/clean/
 cp %[3]s %[4]s %[2]s/
 `, bundle, bin, node.As(lab.Tool(t, "crane"), "crane"), clientNamed(t, "krane")))
 	agent := node.Agent()
-	node.Spawn("door", bin+"/crane", "registry", "serve", "--address=127.0.0.1:0") // keeps the door open
+	node.Spawn("listener", bin+"/crane", "registry", "serve", "--address=127.0.0.1:0") // keeps the listener open
 	node.Run(bin+"/crane", "pull", flyway, "/dev/null")
 
 	const pull, stay = bin + "/crane pull " + flyway + " /dev/null", bin + "/crane registry serve --address=127.0.0.1:0"

@@ -542,10 +542,10 @@ may fail, and is made again.
 	for _, k := range slices.Sorted(maps.Keys(kinds)) {
 		fmt.Fprintf(&md, "| %s | %d | %d |\n", k, kinds[k], s.excuse[k])
 	}
-	table := [][]string{{"seconds", "node", "pid", "resident_bytes", "goroutines", "descriptors", "map_entries", "doors", "runtimes"}}
+	table := [][]string{{"seconds", "node", "pid", "resident_bytes", "goroutines", "descriptors", "map_entries", "listeners", "runtimes"}}
 	for _, r := range s.rows {
 		row := []string{fmt.Sprintf("%.0f", r.at.Seconds())}
-		for _, n := range []int64{int64(r.node), int64(r.pid), r.Resident, int64(r.Goroutines), int64(r.Descriptors), int64(r.Entries), int64(r.Doors), int64(r.Runtimes)} {
+		for _, n := range []int64{int64(r.node), int64(r.pid), r.Resident, int64(r.Goroutines), int64(r.Descriptors), int64(r.Entries), int64(r.Listeners), int64(r.Runtimes)} {
 			row = append(row, fmt.Sprint(n))
 		}
 		table = append(table, row)

@@ -246,7 +246,7 @@ func TestFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 	var taken int64
-	for _, d := range agent.Status().Doors {
+	for _, d := range agent.Status().Listeners {
 		taken = max(taken, d.Accepted)
 	}
 	if taken < 500 || taken > 600 {
@@ -260,7 +260,7 @@ func TestFlood(t *testing.T) {
 	w.nothingFetched(t)
 	pod.Run(crane, "pull", flyway, "/dev/null")
 	if w.hub.Log.BlobGETs() == 0 {
-		t.Errorf("the pod's door was not shut: %+v", agent.Status())
+		t.Errorf("the pod's listener was not limited: %+v", agent.Status())
 	}
 	flood.Kill()
 	if err := lab.Eventually(nil, func(context.Context) error {
@@ -350,7 +350,7 @@ func TestContainersLeaveNothing(t *testing.T) {
 		box.End()
 		if i == 2 {
 			first = settled(t, agent, func(h lab.Holdings) error {
-				if h.Doors > 1 || h.Runtimes > 0 { // the node's own door is left
+				if h.Listeners > 1 || h.Runtimes > 0 { // the node's own listener is left
 					return fmt.Errorf("%+v", h)
 				}
 				return nil
@@ -359,7 +359,7 @@ func TestContainersLeaveNothing(t *testing.T) {
 	}
 	last := settled(t, agent, func(h lab.Holdings) error {
 		// Go keeps a few goroutines and pipes for what comes next.
-		if h.Doors > 1 || h.Runtimes > 0 || h.Entries > first.Entries || h.Namespaces > first.Namespaces || h.Descriptors > first.Descriptors+4 || h.Goroutines > first.Goroutines+4 {
+		if h.Listeners > 1 || h.Runtimes > 0 || h.Entries > first.Entries || h.Namespaces > first.Namespaces || h.Descriptors > first.Descriptors+4 || h.Goroutines > first.Goroutines+4 {
 			return errors.New("more than before")
 		}
 		return nil
@@ -380,7 +380,7 @@ func TestNamespacesLeaveNothing(t *testing.T) {
 	left := func(most lab.Holdings) lab.Holdings {
 		t.Helper()
 		return settled(t, agent, func(h lab.Holdings) error {
-			if h.Doors > 1 || h.Namespaces > 1 || h.Entries > most.Entries || h.Descriptors > most.Descriptors || h.Goroutines > most.Goroutines {
+			if h.Listeners > 1 || h.Namespaces > 1 || h.Entries > most.Entries || h.Descriptors > most.Descriptors || h.Goroutines > most.Goroutines {
 				return fmt.Errorf("more is there than %+v", most)
 			}
 			return nil

@@ -21,11 +21,11 @@ type Holdings struct {
 	// Descriptors are all but pipes: Go keeps those that splice(2) went through
 	// for the next one, until two garbage collections have passed. Namespaces
 	// are those of network and mount namespaces.
-	Descriptors, Namespaces int
-	Goroutines              int
-	Entries                 int // of the kernel side's maps
-	Doors, Runtimes, Peers  int
-	Resident                int64 // bytes of memory
+	Descriptors, Namespaces    int
+	Goroutines                 int
+	Entries                    int // of the kernel side's maps
+	Listeners, Runtimes, Peers int
+	Resident                   int64 // bytes of memory
 }
 
 var (
@@ -77,7 +77,7 @@ func (a *Agent) Holdings(ctx context.Context) (h Holdings, err error) {
 	}
 	h.Goroutines, _ = strconv.Atoi(string(n[1]))
 	s, err := a.AskStatus(ctx)
-	h.Doors, h.Runtimes = len(s.Doors), len(s.Runtimes)
+	h.Listeners, h.Runtimes = len(s.Listeners), len(s.Runtimes)
 	if s.Peers != nil {
 		h.Peers = len(s.Peers.Peers)
 	}
@@ -85,7 +85,7 @@ func (a *Agent) Holdings(ctx context.Context) (h Holdings, err error) {
 }
 
 // noMoreThan says what the agent holds for nothing: beside what it held when it
-// was ready, it may hold something for each runtime, each door and each peer,
+// was ready, it may hold something for each runtime, each listener and each peer,
 // and a little that comes and goes.
 func (h Holdings) noMoreThan(ready Holdings) error {
 	var errs []error
@@ -101,7 +101,7 @@ func (h Holdings) noMoreThan(ready Holdings) error {
 		{"goroutines", h.Goroutines, ready.Goroutines, 6, 30, 20},
 		{"map entries", h.Entries, ready.Entries, 2, 0, 0},
 	} {
-		if most := x.before + x.each*(h.Runtimes+h.Doors) + x.peer*h.Peers + x.spare; x.n > most {
+		if most := x.before + x.each*(h.Runtimes+h.Listeners) + x.peer*h.Peers + x.spare; x.n > most {
 			errs = append(errs, fmt.Errorf("%d %s, want at most %d", x.n, x.what, most))
 		}
 	}

@@ -1,4 +1,4 @@
-// Shows the page anew every two seconds, as long as somebody looks.
+// Shows the page anew every two seconds, as long as it is visible.
 const again = async () => {
   if (!document.hidden) {
     try {

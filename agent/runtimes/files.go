@@ -8,23 +8,23 @@ import (
 	"time"
 )
 
-// lookTime is how long a look at a runtime's files may take. It is some hundred
+// readTime is how long reading a runtime's files may take. It is some hundred
 // microseconds, but for file systems that give no answer (NFS, FUSE).
-const lookTime = time.Second
+const readTime = time.Second
 
-var errNoAnswer = errors.New("its files can't be looked at in time: see whether a file system there gives no answer (NFS, FUSE)")
+var errNoAnswer = errors.New("its files can't be read in time: see whether a file system there gives no answer (NFS, FUSE)")
 
-// looks lets one at a time look at a runtime's files, so that a file system that
+// fileAccess lets one at a time read a runtime's files, so that a file system that
 // gives no answer holds one thread.
-type looks struct {
+type fileAccess struct {
 	mu    sync.Mutex
-	taken chan struct{} // closed when the one who looks has ended; nil if there is none
+	taken chan struct{} // closed when the one that reads has ended; nil if there is none
 	stuck bool          // that one has not ended in time
 }
 
-// begin waits until nobody else looks. It returns false if that isn't to be
+// begin waits until no other one reads. It returns false if that isn't to be
 // expected before the timer.
-func (l *looks) begin(timer <-chan time.Time) bool {
+func (l *fileAccess) begin(timer <-chan time.Time) bool {
 	for {
 		l.mu.Lock()
 		taken, stuck := l.taken, l.stuck
@@ -46,14 +46,14 @@ func (l *looks) begin(timer <-chan time.Time) bool {
 	}
 }
 
-func (l *looks) end() {
+func (l *fileAccess) end() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	close(l.taken)
 	l.taken = nil
 }
 
-func (l *looks) late() {
+func (l *fileAccess) late() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.stuck = l.taken != nil
@@ -63,12 +63,12 @@ func (l *looks) late() {
 // when that takes too long; f then goes on, and others are not let in before it
 // has ended.
 func bounded[T any](rs *Runtimes, rt *Runtime, f func() (T, error)) (found T, err error) {
-	timer := time.NewTimer(lookTime)
+	timer := time.NewTimer(readTime)
 	defer timer.Stop()
 	if !rt.files.begin(timer.C) {
 		return found, errNoAnswer
 	}
-	if !rs.looking.TryAcquire(1) { // by those that are stuck
+	if !rs.reading.TryAcquire(1) { // by those that are stuck
 		rt.files.end()
 		return found, errNoAnswer
 	}
@@ -79,7 +79,7 @@ func bounded[T any](rs *Runtimes, rt *Runtime, f func() (T, error)) (found T, er
 	done := make(chan result, 1)
 	go func() {
 		defer rt.files.end()
-		defer rs.looking.Release(1)
+		defer rs.reading.Release(1)
 		found, err := f()
 		done <- result{found, err}
 	}()

@@ -54,7 +54,7 @@ read line`, dir)
 
 // A file system below a certs.d that gives no answer holds one look, and those
 // who come meanwhile are told at once. When it answers, all goes on.
-func TestLooksAreBounded(t *testing.T) {
+func TestReadsAreBounded(t *testing.T) {
 	dir := t.TempDir()
 	certsD := filepath.Join(dir, "certs.d")
 	if err := os.MkdirAll(filepath.Join(certsD, "ghcr.io"), 0o755); err != nil {
@@ -65,10 +65,10 @@ func TestLooksAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	state := openState(t.TempDir(), "x", slog.New(slog.DiscardHandler))
-	rs := &Runtimes{o: Options{CA: ca, Log: slog.New(slog.DiscardHandler)}, state: state, looking: semaphore.NewWeighted(2)}
+	rs := &Runtimes{o: Options{CA: ca, Log: slog.New(slog.DiscardHandler)}, state: state, reading: semaphore.NewWeighted(2)}
 	pid, end := silentFS(t, filepath.Join(certsD, "ghcr.io"))
 	rt := &Runtime{Process: procfs.Process{PID: pid}, kind: kindOf("containerd"), reach: ReachIntercepted, how: trustByCertsD, settled: make(chan struct{}),
-		rests: ground{certsD: &trust.CertsD{Dirs: []string{certsD}, HostsFiles: true}}}
+		basis: basis{certsD: &trust.CertsD{Dirs: []string{certsD}, HostsFiles: true}}}
 	rt.settle()
 
 	if err := rs.except(rt, "ghcr.io")["ghcr.io"]; !errors.Is(err, errNoAnswer) {
@@ -92,7 +92,7 @@ func TestLooksAreBounded(t *testing.T) {
 	if _, err := bounded(rs, rt, func() (int, error) { return 1, nil }); err != nil {
 		t.Errorf("it answers again, but %v", err)
 	}
-	if !rs.looking.TryAcquire(2) {
+	if !rs.reading.TryAcquire(2) {
 		t.Error("a look that has ended holds its place")
 	}
 	// So many at once, of all runtimes, and no more.
@@ -102,8 +102,8 @@ func TestLooksAreBounded(t *testing.T) {
 }
 
 // Looks at one runtime's files wait for each other, and not longer than for one.
-func TestLooksTakeTurns(t *testing.T) {
-	var l looks
+func TestReadsTakeTurns(t *testing.T) {
+	var l fileAccess
 	never := make(chan time.Time)
 	if !l.begin(never) {
 		t.Fatal("the first has to wait")
