@@ -5,6 +5,7 @@ package registry
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -243,6 +244,31 @@ func TestManifestsReadSlowly(t *testing.T) {
 	if all, own := s.h.memory.used("network pod"); own > ownerMemory || all != own {
 		t.Errorf("%d bytes of %d are the network's", own, all)
 	}
+}
+
+// A disk that hangs has some manifests in memory, and not each that passes by; and
+// what could not be written is no less looked at.
+func TestDiskHangs(t *testing.T) {
+	hangs := make(chan struct{})
+	s := newSide(t, newUpstream(t), store.Options{Changed: func(digest.Digest, bool) { <-hangs }})
+	before := runtime.NumGoroutine()
+	var wg sync.WaitGroup
+	for i := range 10 * maxKeeping {
+		wg.Go(func() {
+			body := fmt.Appendf(nil, "%d", i)
+			if err := s.h.keep(digest.FromBytes(body), body, store.Origin{}); err == nil {
+				t.Error("it is kept")
+			}
+			if err := s.h.keep(digest.FromString("other"), body, store.Origin{}); !errors.Is(err, store.ErrCorrupt) {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := runtime.NumGoroutine() - before; n > maxKeeping+10 {
+		t.Errorf("%d goroutines wait for the disk", n)
+	}
+	close(hangs)
 }
 
 // stuck is a client that reads nothing.

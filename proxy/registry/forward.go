@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -110,14 +111,28 @@ func (x *exchange) reading() bool {
 // on without it. containerd waits 30 s for an answer's head.
 const diskTime = 2 * time.Second
 
+// maxKeeping is how many manifests are written at a time. Those that a disk which
+// hangs has not taken yet are in memory.
+const maxKeeping = 16
+
 // keep keeps a manifest, and doesn't wait for a disk that hangs.
 func (h *Handler) keep(d digest.Digest, body []byte, from store.Origin) error {
+	if d.Algorithm().FromBytes(body) != d {
+		return fmt.Errorf("%s: %w", d, store.ErrCorrupt)
+	}
+	ctx, cancel := context.WithTimeout(h.ctx, diskTime)
+	defer cancel()
 	kept := make(chan error, 1)
-	h.wg.Go(func() { kept <- h.store.Put(d, body, from) })
+	if h.keeping.Acquire(ctx, 1) == nil {
+		h.wg.Go(func() {
+			defer h.keeping.Release(1)
+			kept <- h.store.Put(d, body, from)
+		})
+	}
 	select {
 	case err := <-kept:
 		return err
-	case <-time.After(diskTime):
+	case <-ctx.Done():
 		return fmt.Errorf("the disk has not taken it in %s", diskTime)
 	}
 }

@@ -34,6 +34,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
+	"golang.org/x/sync/semaphore"
 	"weir/proxy/rights"
 	"weir/proxy/store"
 	"weir/proxy/upstream"
@@ -150,6 +151,7 @@ type Handler struct {
 	rights   *rights.Rights
 	sessions *sessions
 	memory   *quota // of manifests that pass by
+	keeping  *semaphore.Weighted
 	outages  outages
 	tokens   *tokens
 	peers    Peers
@@ -187,7 +189,7 @@ func New(o Options) *Handler {
 	}
 	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer},
 		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
-		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: newAsking()}
+		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), keeping: semaphore.NewWeighted(maxKeeping), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: newAsking()}
 	h.types, _ = lru.New[digest.Digest, string](4096)
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	if h.file == "" {
