@@ -90,8 +90,15 @@ type buffer struct {
 	over  bool // it is too long, there is no memory for it, or it is released
 }
 
-// buffer returns an empty one. Release it.
-func (x *exchange) buffer() *buffer { return &buffer{quota: x.h.memory, owner: x.up.owner()} }
+// buffer returns an empty one. Release it. A client can hold it up at any registry,
+// so that it is the client's network whose bounds count.
+func (x *exchange) buffer() *buffer {
+	owner := x.up.owner()
+	if x.up.NetworkID != "" {
+		owner = "network " + x.up.NetworkID
+	}
+	return &buffer{quota: x.h.memory, owner: owner}
+}
 
 // firstBuffer is enough for most manifests.
 const firstBuffer = 8 << 10

@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -166,6 +167,96 @@ func TestManifestsHeldUp(t *testing.T) {
 	cancel()
 	clients.Wait()
 	eventually(t, "memory is counted for ever", func() bool { all, _ := s.h.memory.used(""); return all == 0 })
+}
+
+// Clients that read a kept manifest slowly hold its file, and no memory for it; those
+// that hold up manifests at an authenticated registry use up what their own network
+// may have, and no other's.
+func TestManifestsReadSlowly(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "")
+	padded := func(n int) []byte {
+		return fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"config":{},"layers":[]%s}`, docker2, strings.Repeat(" ", n))
+	}
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.HasPrefix(r.URL.Path, "/v2/a/manifests/held") && r.Method == http.MethodGet {
+			w.Header().Set("Content-Type", docker2)
+			w.Header().Set("Content-Length", strconv.Itoa(maxManifest))
+			_, _ = w.Write(bytes.Repeat([]byte(" "), maxManifest-10))
+			_ = http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+			return true
+		}
+		return false
+	}
+	m := u.put("a", padded(maxManifest-200))
+	u.mu.Lock()
+	u.types[m], u.tags["a:1"] = docker2, m
+	u.mu.Unlock()
+	s := newSide(t, u, store.Options{})
+	host := strings.TrimPrefix(u.srv.URL, "https://")
+	rt := u.srv.Client().Transport
+	serve := func(network, path string, w http.ResponseWriter, ctx context.Context) {
+		r := httptest.NewRequestWithContext(ctx, http.MethodGet, path, nil)
+		r.Host = host
+		s.h.Serve(w, r, Upstream{Host: host, NetworkID: network, Transport: rt})
+	}
+	for range 2 {
+		w := httptest.NewRecorder()
+		serve("", "/v2/a/manifests/1", w, t.Context())
+		if w.Code != 200 || w.Body.Len() < maxManifest-300 {
+			t.Fatal(w.Code, w.Body.Len())
+		}
+	}
+	s.settle()
+
+	ctx, cancel := context.WithCancel(t.Context())
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	defer cancel()
+	const slow = 100
+	started := make(chan struct{}, slow)
+	var before, during runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for range slow {
+		clients.Go(func() {
+			serve("pod", "/v2/a/manifests/1", &stuck{ResponseRecorder: httptest.NewRecorder(), started: started, ctx: ctx}, ctx)
+		})
+	}
+	for range slow {
+		<-started
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&during)
+	if grown := int64(during.HeapAlloc) - int64(before.HeapAlloc); grown > slow*(1<<20)/2 {
+		t.Errorf("%d clients have %d MiB held", slow, grown>>20)
+	}
+
+	for i := range 10 {
+		clients.Go(func() {
+			defer func() { _ = recover() }() // it is broken off
+			serve("pod", fmt.Sprintf("/v2/a/manifests/held%d", i), httptest.NewRecorder(), ctx)
+		})
+	}
+	eventually(t, "nothing is held", func() bool { _, own := s.h.memory.used("network pod"); return own > ownerMemory/2 })
+	if all, own := s.h.memory.used("network pod"); own > ownerMemory || all != own {
+		t.Errorf("%d bytes of %d are the network's", own, all)
+	}
+}
+
+// stuck is a client that reads nothing.
+type stuck struct {
+	*httptest.ResponseRecorder
+	started chan struct{}
+	ctx     context.Context
+	once    sync.Once
+}
+
+func (s *stuck) Write(p []byte) (int, error) {
+	s.once.Do(func() { s.started <- struct{}{} })
+	<-s.ctx.Done()
+	return 0, s.ctx.Err()
 }
 
 // A body without a length doesn't grow beyond the store, and the client gets all

@@ -38,6 +38,11 @@ func (x *exchange) forward() {
 			if pr.In.URL.IsAbs() {
 				pr.Out.URL.Opaque = absolute(pr.In.URL)
 			}
+			for _, h := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+				if v, ok := pr.In.Header[h]; ok { // ReverseProxy drops these too
+					pr.Out.Header[h] = v
+				}
+			}
 			if _, ok := pr.In.Header["Accept-Encoding"]; !ok {
 				pr.Out.Header.Del("Accept-Encoding")
 			}
@@ -63,6 +68,12 @@ func absolute(u *url.URL) string {
 func (x *exchange) passing(resp *http.Response) error {
 	x.h.outages.note(x.up.ID(), false)
 	x.answered = x.h.rights.Now()
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		if x.r.Header.Get("Upgrade") == "" {
+			return errUpgrade
+		}
+		return nil // its body is the connection
+	}
 	switch {
 	case x.push != nil:
 		x.push.answered(x, resp)

@@ -290,8 +290,8 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 	x.stats.requests.Add(1)
 	// What is not the plain form of the distribution API is the upstream's business:
 	// another host than the connection's, a request target with a scheme (and maybe
-	// with a user and a password), and what a query may ask for, or prove.
-	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || x.reading() && r.URL.RawQuery != "" {
+	// with a user and a password), and what a query or a body may ask for, or prove.
+	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || x.reading() && (r.URL.RawQuery != "" || r.ContentLength != 0) {
 		x.target = target{}
 	}
 	x.who = rights.Principal{Repository: up.repository(x.target.repo), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
@@ -490,13 +490,31 @@ func (x *exchange) ask(q question) (*http.Response, error) {
 // send sends a request to the upstream. What follows redirects goes on to https
 // only, or stays at a registry without TLS.
 func (x *exchange) send(req *http.Request, follow bool) (*http.Response, error) {
+	rt := transport(func(req *http.Request) (*http.Response, error) {
+		resp, err := x.up.Transport.RoundTrip(req)
+		if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+			resp.Body.Close()
+			return nil, errUpgrade
+		}
+		return resp, err
+	})
 	if !follow {
-		return x.up.Transport.RoundTrip(req)
+		return rt(req)
 	}
 	// Where a redirect leads may be out of weir's reach, and not of the client's,
 	// which may go there by a proxy: it is left to the client then.
-	return x.up.follow(x.up.Transport).Do(req.WithContext(upstream.WithDialBudget(req.Context(), redirectTime)))
+	return x.up.follow(rt).Do(req.WithContext(upstream.WithDialBudget(req.Context(), redirectTime)))
 }
+
+// errUpgrade says that a registry changes the protocol of a connection on its own.
+// What it sends then has no end, and doesn't end with the request.
+var errUpgrade = errors.New("the registry changes the protocol, which it wasn't asked for")
+
+// transport is a function as an http.RoundTripper.
+type transport func(*http.Request) (*http.Response, error)
+
+// RoundTrip implements http.RoundTripper.
+func (t transport) RoundTrip(req *http.Request) (*http.Response, error) { return t(req) }
 
 // redirectTime is how long it may take to connect to where a registry redirects.
 const redirectTime = time.Second
@@ -565,7 +583,7 @@ func (x *exchange) request(ctx context.Context, method string, extra http.Header
 	req.RequestURI = ""
 	req.Body, req.ContentLength = http.NoBody, 0
 	req.Header = req.Header.Clone()
-	for _, h := range []string{"Connection", "Keep-Alive", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Range", "If-Range"} {
+	for _, h := range []string{"Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Range", "If-Range"} {
 		req.Header.Del(h)
 	}
 	if _, ok := req.Header["User-Agent"]; !ok {

@@ -3,7 +3,6 @@
 package registry
 
 import (
-	"bytes"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
 )
 
 // maxManifest bounds a manifest that is kept. The OCI distribution
@@ -24,11 +24,12 @@ const maxManifest = 4 << 20
 func (x *exchange) manifest() {
 	d := x.target.digest
 	contained, stale := x.h.rights.Contains(x.vantage(), d), x.allowsStale(d)
-	body, mediaType, ok := x.keptManifest(d)
-	if !ok && stale && x.r.Method == http.MethodGet && x.manifestFromPeer(d) {
-		body, mediaType, ok = x.keptManifest(d)
+	m := x.keptManifest(d)
+	if m == nil && stale && x.r.Method == http.MethodGet && x.manifestFromPeer(d) {
+		m = x.keptManifest(d)
 	}
-	if !ok || !contained && !stale {
+	defer func() { m.close() }()
+	if m == nil || !contained && !stale {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
@@ -49,7 +50,7 @@ func (x *exchange) manifest() {
 			x.grant()
 		}
 	}
-	x.serveManifest(body, mediaType, x.hit())
+	x.serveManifest(m, x.hit())
 }
 
 // answers says whether an answer to a question that followed redirects is the one
@@ -70,22 +71,23 @@ func describesManifest(resp *http.Response, d digest.Digest) bool {
 	return strings.HasPrefix(mediaType, "application/vnd.docker.distribution.manifest.") || strings.HasPrefix(mediaType, "application/vnd.oci.image.")
 }
 
-func (x *exchange) serveManifest(body []byte, mediaType, status string) {
+func (x *exchange) serveManifest(m *keptManifest, status string) {
 	x.stats.hits.Add(1)
-	x.w.Header().Set("Content-Type", mediaType)
+	x.w.Header().Set("Content-Type", m.mediaType)
 	x.headers(status)
 	if x.r.Method == http.MethodGet {
-		x.stats.fromStore.Add(int64(len(body)))
+		x.stats.fromStore.Add(m.Size())
 	}
-	http.ServeContent(x.w, x.r, "", time.Time{}, bytes.NewReader(body))
+	http.ServeContent(x.w, x.r, "", time.Time{}, m.Reader())
 }
 
 // tag answers GET and HEAD of a manifest by tag. What the tag is, is the
 // upstream's to say each time. When the answer will probably be kept, a HEAD
 // asks for that: registries don't count it as a pull.
 func (x *exchange) tag() {
-	was, body, mediaType, known := x.knownTag(false)
-	if !known && !x.entitled() || conditional(x.r) {
+	was, m := x.knownTag(false)
+	defer func() { m.close() }()
+	if m == nil && !x.entitled() || conditional(x.r) {
 		if x.r.Method == http.MethodGet {
 			x.stats.misses.Add(1)
 		}
@@ -97,9 +99,10 @@ func (x *exchange) tag() {
 		if !asked {
 			asked = true
 			x.recallFromPeers()
-			was, body, mediaType, known = x.knownTag(true)
+			m.close()
+			was, m = x.knownTag(true)
 		}
-		return known && x.h.rights.Fresh(was.When) && x.allowsStale(was.Digest)
+		return m != nil && x.h.rights.Fresh(was.When) && x.allowsStale(was.Digest)
 	}
 	resp, err := x.ask(x.head(true, instead))
 	switch {
@@ -108,7 +111,7 @@ func (x *exchange) tag() {
 		x.stats.stale.Add(1)
 		x.target.digest = was.Digest
 		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(was.When).Seconds()), 10))
-		x.serveManifest(body, mediaType, "hit; detail=stale-if-error")
+		x.serveManifest(m, "hit; detail=stale-if-error")
 		return
 	case err != nil && x.r.Method == http.MethodGet && x.r.Context().Err() == nil:
 		x.forward() // the HEAD was ours
@@ -129,9 +132,10 @@ func (x *exchange) tag() {
 	if ok {
 		x.grant()
 		x.checkPublic(resp)
-		body, mediaType, ok = x.keptManifest(d)
+		m.close()
+		m = x.keptManifest(d)
 	}
-	if !ok || mediaType != resp.Header.Get("Content-Type") || !x.h.rights.Contains(x.vantage(), d) {
+	if !ok || m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.h.rights.Contains(x.vantage(), d) {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
@@ -139,7 +143,7 @@ func (x *exchange) tag() {
 	x.target.digest = d
 	copyHeader(x.w.Header(), resp.Header)
 	x.w.Header().Del("Content-Encoding") // of what it would have sent
-	x.serveManifest(body, mediaType, "hit; detail=head")
+	x.serveManifest(m, "hit; detail=head")
 }
 
 // learnTag records what an upstream says that a tag is.
@@ -157,27 +161,51 @@ func (x *exchange) setTag(d digest.Digest) {
 	x.h.knows(x.who.Repository)
 }
 
-// keptManifest reads a manifest from the store if it is of a media type that
-// the client accepts.
-func (x *exchange) keptManifest(d digest.Digest) ([]byte, string, bool) {
+// keptManifest is a manifest in the store, which is served from its file: a client
+// may take as long as it likes to read it, and has no more of memory for that than
+// for a blob.
+type keptManifest struct {
+	*store.Blob
+	mediaType string
+}
+
+// close closes the file, if there is one.
+func (m *keptManifest) close() {
+	if m != nil {
+		m.Close()
+	}
+}
+
+// keptManifest opens a manifest in the store, if it is whole and of a media type
+// that the client accepts, or returns nil.
+func (x *exchange) keptManifest(d digest.Digest) *keptManifest {
 	b, err := x.h.store.Get(d)
 	if err != nil {
-		return nil, "", false
+		return nil
 	}
-	defer b.Close()
-	if b.Size() > maxManifest {
-		return nil, "", false
+	m := &keptManifest{Blob: b}
+	if b.Size() <= maxManifest && x.read(m, d) && m.mediaType != "" && accepts(x.r, m.mediaType) {
+		return m
 	}
-	body, err := io.ReadAll(b.Reader())
-	if err != nil {
-		return nil, "", false
+	m.close()
+	return nil
+}
+
+// read reads a manifest once, to see that it is whole and what its media type is.
+func (x *exchange) read(m *keptManifest, d digest.Digest) bool {
+	var known bool
+	if m.mediaType, known = x.h.types.Get(d); known {
+		_, err := io.Copy(io.Discard, m.Reader())
+		return err == nil
 	}
-	mt, ok := x.h.types.Get(d)
-	if !ok {
-		mt = mediaTypeOf(body)
-		x.h.types.Add(d, mt)
+	buf := x.buffer()
+	defer buf.release()
+	if buf.fill(m.Reader()) != nil || buf.over {
+		return false
 	}
-	return body, mt, mt != "" && accepts(x.r, mt)
+	m.mediaType = mediaTypeOf(buf.bytes)
+	x.h.types.Add(d, m.mediaType)
+	return true
 }
 
 // mediaTypeOf tells a manifest's media type from its content, empty when it

@@ -215,20 +215,19 @@ func (x *exchange) recallFromPeers() {
 	}
 }
 
-// knownTag returns what a tag was, if its manifest is kept, or to be had from a
-// peer.
-func (x *exchange) knownTag(peers bool) (was rights.Tagged, body []byte, mediaType string, known bool) {
-	for _, was = range x.h.rights.Tag(x.who.Repository, x.target.tag) {
-		if body, mediaType, known = x.keptManifest(was.Digest); known {
-			return was, body, mediaType, true
+// knownTag returns what a tag was and its manifest, if that is kept, or to be had
+// from a peer.
+func (x *exchange) knownTag(peers bool) (rights.Tagged, *keptManifest) {
+	for _, was := range x.h.rights.Tag(x.who.Repository, x.target.tag) {
+		m := x.keptManifest(was.Digest)
+		if m == nil && peers && x.manifestFromPeer(was.Digest) {
+			m = x.keptManifest(was.Digest)
 		}
-		if peers && x.manifestFromPeer(was.Digest) {
-			if body, mediaType, known = x.keptManifest(was.Digest); known {
-				return was, body, mediaType, true
-			}
+		if m != nil {
+			return was, m
 		}
 	}
-	return rights.Tagged{}, nil, "", false
+	return rights.Tagged{}, nil
 }
 
 // entitled says whether the client could be given something of the repository if

@@ -168,6 +168,8 @@ func client(what string, args []string) error {
 		roots.AppendCertsFromPEM(pem)
 		http.DefaultTransport.(*http.Transport).TLSClientConfig = &tls.Config{RootCAs: roots}
 		return client(args[1], args[2:])
+	case "connected": // how, host, and what to ask for
+		return connected(args[0], args[1], args[2:])
 	case "stay": // until it is killed
 		time.Sleep(time.Hour)
 	case "raw": // registry, repository, "blobs" or "manifests", reference; without credentials
