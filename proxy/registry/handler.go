@@ -452,8 +452,9 @@ func (x *exchange) send(req *http.Request, follow bool) (*http.Response, error) 
 	return x.up.follow(x.up.Transport).Do(req.WithContext(upstream.WithDialBudget(req.Context(), redirectTime)))
 }
 
-// redirectTime is how long it may take to connect to where a registry redirects.
-const redirectTime = time.Second
+// redirectTime is how long it may take to connect to where a registry redirects:
+// with what comes after, it is less than a second.
+const redirectTime = 700 * time.Millisecond
 
 // follow is a client that follows redirects from the registry.
 func (u Upstream) follow(rt http.RoundTripper) *http.Client {

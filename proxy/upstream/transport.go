@@ -190,16 +190,20 @@ func (g *guess) stop() {
 	}
 }
 
-// suspect sends the request a second time, unless the first one is known to have
-// come and the answer to take time.
+// suspect sends the request a second time. Where the first one is known to have
+// come it waits longer, and longer still where answers are known to take time.
 func (g *guess) suspect(c net.Conn, again bool) {
 	g.mu.Lock()
 	if g.heard || g.over || g.done != nil {
 		g.mu.Unlock()
 		return
 	}
-	if !again && arrived(c) && g.pool.isSlow() {
-		g.timer = time.AfterFunc(g.times.slow-g.times.guess, func() { g.suspect(c, true) })
+	if !again && arrived(c) {
+		wait := g.times.answer
+		if g.pool.isSlow() {
+			wait = g.times.slow
+		}
+		g.timer = time.AfterFunc(wait-g.times.guess, func() { g.suspect(c, true) })
 		g.mu.Unlock()
 		return
 	}
@@ -249,7 +253,7 @@ func (g *guess) end(resp *http.Response, err error) (*http.Response, error) {
 	second := g.done
 	if err == nil || second == nil {
 		g.over = true
-		if err == nil && time.Since(g.since) > g.times.guess {
+		if err == nil && time.Since(g.since) > g.times.answer {
 			g.pool.setSlow()
 		}
 		if second != nil {
