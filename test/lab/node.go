@@ -130,10 +130,11 @@ func (n *Node) Drop(to netip.Prefix) (mend func()) {
 
 // ForgetFlows has the network lose what is sent over the connections that the
 // node has with hosts, as when what tracks connections on the way has forgotten
-// them. New ones are not concerned. What it returns mends it.
-func (n *Node) ForgetFlows() (mend func()) {
+// them. New ones are not concerned. What it returns ends that, and them.
+func (n *Node) ForgetFlows() (end func()) {
 	n.t.Helper()
 	var add, remove strings.Builder
+	forgotten := make(map[string]bool)
 	for line := range strings.Lines(n.in.space.Run("ss", "-Htn", "state", "established")) {
 		fields := strings.Fields(line)
 		if len(fields) < 4 {
@@ -144,6 +145,7 @@ func (n *Node) ForgetFlows() (mend func()) {
 		if err1 != nil || err2 != nil || !n.Owns(from.Addr()) {
 			continue
 		}
+		forgotten[from.String()] = true
 		tables := "iptables"
 		if from.Addr().Is6() {
 			tables = "ip6tables"
@@ -155,7 +157,19 @@ func (n *Node) ForgetFlows() (mend func()) {
 		}
 	}
 	n.in.router.Run("sh", "-ec", add.String()+"true")
-	return func() { n.in.router.Run("sh", "-ec", remove.String()+"true") }
+	return func() {
+		// Else what the node has sent over them would come now.
+		n.in.mu.Lock()
+		for _, conns := range n.in.conns {
+			for c := range conns {
+				if forgotten[c.RemoteAddr().String()] {
+					reset(c)
+				}
+			}
+		}
+		n.in.mu.Unlock()
+		n.in.router.Run("sh", "-ec", remove.String()+"true")
+	}
 }
 
 // ShapeOut limits the rate at which the node sends to the internet and to other

@@ -233,7 +233,9 @@ func (r *Registry) serve(realm, service string, also ...string) {
 // Front has a function answer all requests to the registry, its token server and
 // where it keeps its blobs. next is what would have answered; [Registry.Open]
 // answers without asking for credentials. It is set before requests come.
-func (r *Registry) Front(f func(w http.ResponseWriter, r *http.Request, next http.Handler)) { r.front = f }
+func (r *Registry) Front(f func(w http.ResponseWriter, r *http.Request, next http.Handler)) {
+	r.front = f
+}
 
 // Open is the registry without a token server and redirects.
 func (r *Registry) Open() http.Handler { return r.open }
