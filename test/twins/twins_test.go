@@ -323,14 +323,14 @@ func (w *world) play(st story, alone bool) *result {
 		w.mu.Lock()
 		w.plays[p.repo] = p
 		if alone {
-			p.side.current = p
+			p.current = p
 		}
 		w.mu.Unlock()
 		p.run()
 		w.mu.Lock()
 		delete(w.plays, p.repo)
 		if alone {
-			p.side.current = nil
+			p.current = nil
 		}
 		w.mu.Unlock()
 	}
