@@ -24,8 +24,9 @@ type way struct {
 	image    func(*lab.Image)
 	slow     bool                     // it takes minutes
 	fits     func(client string) bool // nil means all
-	// any says that which error a failure gives depends on when the client gives
-	// up, or in which order it asks.
+	// any says that which error a failure gives, and what else is asked, depends on
+	// when the client gives up, or in which order it asks: weir resumes what breaks
+	// off, too.
 	any bool
 }
 
@@ -364,7 +365,7 @@ var ways = []way{
 		}
 		next.ServeHTTP(w, r)
 	}},
-	{name: "1 % of the length is missing", any: true, serve: head(func(_ *play, r *http.Request, h http.Header, status int) int {
+	{name: "announces 1 % more of a blob than there is", any: true, serve: head(func(_ *play, r *http.Request, h http.Header, status int) int {
 		if n, err := strconv.Atoi(h.Get("Content-Length")); isBlob(r) && err == nil && status == http.StatusOK && n > 100 {
 			h.Set("Content-Length", strconv.Itoa(n+n/100)) // the connection ends before
 		}
