@@ -7,6 +7,7 @@ GO ?= go
 export GOTOOLCHAIN := go1.27.3
 BENCH ?= .
 ORACLE_SEED ?= 1
+TWINS_FOR ?= 30m
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
@@ -25,7 +26,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 VULNDB = v0.0.0-20261105234957-e22db6528018
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos oracle race scale lint vulncheck generate check-generated fuzz demo clean
+.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos twins oracle race scale lint vulncheck generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,7 @@ test: ## run all tests (as root; installs what they need)
 	$(GO) vet -tags scale ./p2p
 	$(AS_ROOT) $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
 	$(AS_ROOT) $(GO) test -timeout 40m ./test/e2e ./test/lab # most of it for building the tools, once
+	$(AS_ROOT) $(GO) test -timeout 15m ./test/twins
 
 test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6 minutes, once)
 	@$(call need,$(TEST_PACKAGES) $(KUBERNETES_PACKAGES))
@@ -84,6 +86,10 @@ soak: ## the long tests: 100 pulls for each fault among peers, 1,000 starts, 500
 chaos: ## break whatever can break while runtimes pull, a thousand times, and write test/CHAOS.md (20 minutes)
 	@$(call need,$(TEST_PACKAGES))
 	$(AS_ROOT) $(GO) test -count=1 -v -timeout 60m -run '^TestChaos$$' ./test/e2e -chaos.all -chaos.pulls 5 -chaos.stop 30s -chaos.out ../CHAOS.md
+
+twins: ## play the same stories on a node with weir and on one without, random ones too, and write test/TWINS.md (35 minutes, or TWINS_FOR; alone on the machine)
+	@$(call need,$(TEST_PACKAGES))
+	$(AS_ROOT) $(GO) test -count=1 -v -timeout 120m -run '^TestTwins$$' ./test/twins -twins.for $(TWINS_FOR) $(if $(TWINS_SEED),-twins.seed $(TWINS_SEED)) -twins.out ../TWINS.md
 
 oracle: ## play a million steps of random stories against what registries would answer (10 minutes; ORACLE_SEED=2 for others)
 	$(GO) test -count=1 -v -timeout 60m -run '^TestOracle' ./proxy/registry -oracle.steps 1000000 -oracle.seed $(ORACLE_SEED)

@@ -516,8 +516,9 @@ type transport func(*http.Request) (*http.Response, error)
 // RoundTrip implements http.RoundTripper.
 func (t transport) RoundTrip(req *http.Request) (*http.Response, error) { return t(req) }
 
-// redirectTime is how long it may take to connect to where a registry redirects.
-const redirectTime = time.Second
+// redirectTime is how long it may take to connect to where a registry redirects:
+// with what comes after, it is less than a second.
+const redirectTime = 700 * time.Millisecond
 
 // follow is a client that follows redirects from the registry.
 func (u Upstream) follow(rt http.RoundTripper) *http.Client {

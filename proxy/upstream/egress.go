@@ -61,7 +61,7 @@ const maxPools = 1024
 
 // times are how long things may take; see the defaults.
 type times struct {
-	connect, fallback, handshake, guess, slow time.Duration
+	connect, fallback, handshake, guess, answer, slow time.Duration
 }
 
 var defaultTimes = times{
@@ -75,10 +75,13 @@ var defaultTimes = times{
 	fallback: 300 * time.Millisecond,
 	// When they are tried beside one that accepts, and then says nothing.
 	handshake: time.Second,
-	// How long a connection that was used before may say nothing.
-	guess: time.Second,
-	// The same where the other side has acknowledged the request, and is known to
-	// take its time: it isn't made to do everything twice.
+	// How long a request on a connection that was used before may go without an
+	// acknowledgement: all that this costs is to be less than a second.
+	guess: 500 * time.Millisecond,
+	// And without an answer, where the other side has acknowledged it.
+	answer: time.Second,
+	// The same where the other side is known to take its time: it isn't made to do
+	// everything twice.
 	slow: 15 * time.Second,
 }
 

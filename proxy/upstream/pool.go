@@ -70,6 +70,11 @@ func (p *pool) close() {
 	if p.http != nil {
 		p.http.CloseIdleConnections()
 	}
+	p.discardReady()
+}
+
+// discardReady closes the connections that are ready. p.mu is held.
+func (p *pool) discardReady() {
 	for _, c := range p.ready {
 		c.Close()
 	}

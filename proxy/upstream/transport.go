@@ -154,19 +154,21 @@ type guess struct {
 	old    *http.Transport
 	giveUp context.CancelFunc // the first attempt
 
-	mu    sync.Mutex
-	timer *time.Timer // until it is suspect; nil when it isn't a guess
-	since time.Time   // when it had its connection
-	heard bool        // an answer to it has begun
-	over  bool        // the first attempt's answer counts, or none
-	done  chan struct{}
-	won   bool // the second attempt's answer counts
-	end2  context.CancelFunc
-	resp  *http.Response
-	err   error // of the second attempt, if the first was given up for it
+	mu     sync.Mutex
+	timer  *time.Timer // until it is suspect; nil when it isn't a guess
+	since  time.Time   // when it had its connection
+	reused bool        // that connection has carried requests before
+	heard  bool        // an answer to it has begun
+	over   bool        // the first attempt's answer counts, or none
+	done   chan struct{}
+	won    bool // the second attempt's answer counts
+	end2   context.CancelFunc
+	resp   *http.Response
+	err    error // of the second attempt, if the first was given up for it
 }
 
-// got begins to wait when the connection is one that was used before.
+// got begins to wait. A connection that was not used before may have waited for
+// its first request, and be forgotten since.
 func (g *guess) got(info httptrace.GotConnInfo) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -174,8 +176,8 @@ func (g *guess) got(info httptrace.GotConnInfo) {
 		g.timer.Stop()
 		g.timer = nil
 	}
-	g.since, g.heard = time.Now(), false
-	if (info.Reused || info.WasIdle) && !g.over {
+	g.since, g.heard, g.reused = time.Now(), false, info.Reused || info.WasIdle
+	if !g.over {
 		g.timer = time.AfterFunc(g.times.guess, func() { g.suspect(info.Conn, false) })
 	}
 }
@@ -190,16 +192,25 @@ func (g *guess) stop() {
 	}
 }
 
-// suspect sends the request a second time, unless the first one is known to have
-// come and the answer to take time.
+// suspect sends the request a second time. Where the first one is known to have
+// come over a connection that was used before, it waits longer, and longer still
+// where answers are known to take time.
 func (g *guess) suspect(c net.Conn, again bool) {
 	g.mu.Lock()
 	if g.heard || g.over || g.done != nil {
 		g.mu.Unlock()
 		return
 	}
-	if !again && arrived(c) && g.pool.isSlow() {
-		g.timer = time.AfterFunc(g.times.slow-g.times.guess, func() { g.suspect(c, true) })
+	if !again && arrived(c) {
+		if !g.reused { // a client's own connection would be no better
+			g.mu.Unlock()
+			return
+		}
+		wait := g.times.answer
+		if g.pool.isSlow() {
+			wait = g.times.slow
+		}
+		g.timer = time.AfterFunc(wait-g.times.guess, func() { g.suspect(c, true) })
 		g.mu.Unlock()
 		return
 	}
@@ -210,6 +221,9 @@ func (g *guess) suspect(c net.Conn, again bool) {
 	req := g.req.Clone(ctx)
 	g.mu.Unlock()
 	defer close(g.done)
+	g.pool.mu.Lock()
+	g.pool.discardReady() // they are no newer
+	g.pool.mu.Unlock()
 	fresh := g.fresh()
 	resp, err := fresh.RoundTrip(req)
 	g.mu.Lock()
@@ -249,7 +263,7 @@ func (g *guess) end(resp *http.Response, err error) (*http.Response, error) {
 	second := g.done
 	if err == nil || second == nil {
 		g.over = true
-		if err == nil && time.Since(g.since) > g.times.guess {
+		if err == nil && time.Since(g.since) > g.times.answer {
 			g.pool.setSlow()
 		}
 		if second != nil {

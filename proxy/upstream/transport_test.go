@@ -82,6 +82,26 @@ func TestForgottenConnections(t *testing.T) {
 	}
 }
 
+// Connections that were made to look at a registry, and have waited for their first
+// request, are forgotten as well.
+func TestForgottenReady(t *testing.T) {
+	w := newWorld(t)
+	s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) { fmt.Fprint(rw, "here") })
+	target := s.target()
+	p := w.egress.pool(target.key())
+	for range 2 {
+		c, err := w.egress.connect(t.Context(), target.key(), target.Settings, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.keep(c)
+	}
+	s.drop()
+	if got, err := send(t, w.egress.Transport(target), "GET", target.url(), nil); err != nil || got != "here" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
 // several has some connections to a target kept.
 func (w *world) several(n int, target Target) {
 	w.t.Helper()
@@ -141,7 +161,7 @@ func TestSlowRegistry(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "what was sent has arrived", func() bool { return arrived(c) })
-	g := &guess{pool: p, times: defaultTimes}
+	g := &guess{pool: p, times: defaultTimes, reused: true}
 	if g.suspect(c, false); g.done != nil || g.timer == nil {
 		t.Error("a slow registry is asked twice at once")
 	}

@@ -403,8 +403,14 @@ func (h *host) Accept() (net.Conn, error) {
 // HTTPS serves a handler as a host, at port 443. With h2, over HTTP/2 as well.
 func (in *Internet) HTTPS(name string, h2 bool, h http.Handler) {
 	in.t.Helper()
+	in.HTTPSAs(name, name, 443, h2, h)
+}
+
+// HTTPSAs serves a handler at a host's port with the certificate of another name.
+func (in *Internet) HTTPSAs(host, name string, port int, h2 bool, h http.Handler) {
+	in.t.Helper()
 	cert := in.certificate(name)
-	for _, l := range in.listen(name, 443) {
+	for _, l := range in.listen(host, port) {
 		srv := &http.Server{Handler: h, TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}}, ErrorLog: log.New(io.Discard, "", 0)}
 		if !h2 {
 			srv.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}

@@ -98,6 +98,82 @@ func (n *Node) Shape(mbit int) {
 	shape(n.in.router, fmt.Sprintf("node%d", n.number), mbit)
 }
 
+// Unshape takes the limit away.
+func (n *Node) Unshape() {
+	n.t.Helper()
+	n.in.router.Run("tc", "qdisc", "del", "dev", fmt.Sprintf("node%d", n.number), "root")
+}
+
+// Owns says whether an address is the node's, or that of a box on it.
+func (n *Node) Owns(a netip.Addr) bool {
+	k := byte(n.number)
+	if a = a.Unmap(); a.Is4() {
+		b := a.As4()
+		return b[0] == 10 && (b[1] == 77 && b[2] == k || b[1] == 80+2*k || b[1] == 81+2*k)
+	}
+	return netip.MustParsePrefix(fmt.Sprintf("2001:db8:77:%d::/64", n.number)).Contains(a)
+}
+
+// Drop has the network lose what the node sends to an address or a network. What
+// it returns mends it.
+func (n *Node) Drop(to netip.Prefix) (mend func()) {
+	n.t.Helper()
+	tables := "iptables"
+	if to.Addr().Is6() {
+		tables = "ip6tables"
+	}
+	rule := func(do string) {
+		n.t.Helper()
+		n.in.router.Run(tables, "-w", do, "FORWARD", "-i", fmt.Sprintf("node%d", n.number), "-d", to.String(), "-j", "DROP")
+	}
+	rule("-I")
+	return func() { rule("-D") }
+}
+
+// ForgetFlows has the network lose what is sent over the connections that the
+// node has with hosts, as when what tracks connections on the way has forgotten
+// them. New ones are not concerned. What it returns ends that, and them.
+func (n *Node) ForgetFlows() (end func()) {
+	n.t.Helper()
+	var add, remove strings.Builder
+	forgotten := make(map[string]bool)
+	for line := range strings.Lines(n.in.space.Run("ss", "-Htn", "state", "established")) {
+		fields := strings.Fields(line)
+		if len(fields) < 4 {
+			continue
+		}
+		host, err1 := netip.ParseAddrPort(fields[2])
+		from, err2 := netip.ParseAddrPort(fields[3])
+		if err1 != nil || err2 != nil || !n.Owns(from.Addr()) {
+			continue
+		}
+		forgotten[from.String()] = true
+		tables := "iptables"
+		if from.Addr().Is6() {
+			tables = "ip6tables"
+		}
+		for _, way := range [][2]netip.AddrPort{{from, host}, {host, from}} {
+			rule := fmt.Sprintf("FORWARD -p tcp -s %s --sport %d -d %s --dport %d -j DROP\n", way[0].Addr(), way[0].Port(), way[1].Addr(), way[1].Port())
+			fmt.Fprintf(&add, "%s -w -I %s", tables, rule)
+			fmt.Fprintf(&remove, "%s -w -D %s", tables, rule)
+		}
+	}
+	n.in.router.Run("sh", "-ec", add.String()+"true")
+	return func() {
+		// Else what the node has sent over them would come now.
+		n.in.mu.Lock()
+		for _, conns := range n.in.conns {
+			for c := range conns {
+				if forgotten[c.RemoteAddr().String()] {
+					reset(c)
+				}
+			}
+		}
+		n.in.mu.Unlock()
+		n.in.router.Run("sh", "-ec", remove.String()+"true")
+	}
+}
+
 // ShapeOut limits the rate at which the node sends to the internet and to other
 // nodes. What it returns takes the limit away.
 func (n *Node) ShapeOut(mbit int) (lift func()) {
@@ -534,20 +610,33 @@ func (d *Docker) Remove(ref string) {
 	}
 }
 
-// Push gives an image, which dockerd has under another name, a name, and pushes
-// it to that name's registry.
-func (d *Docker) Push(from, ref string) {
+// TryPush gives an image, which dockerd has under another name, a name, and
+// pushes it to that name's registry, with a user's name and password if given.
+func (d *Docker) TryPush(from, ref string, login ...string) error {
 	d.node.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
 	defer cancel()
 	if _, err := d.API.ImageTag(ctx, client.ImageTagOptions{Source: from, Target: ref}); err != nil {
 		d.node.t.Fatalf("docker tag %s %s: %v", from, ref, err)
 	}
-	resp, err := d.API.ImagePush(ctx, ref, client.ImagePushOptions{RegistryAuth: base64([]byte("{}"))})
+	auth := []byte("{}")
+	if len(login) == 2 {
+		var err error
+		if auth, err = json.Marshal(registry.AuthConfig{Username: login[0], Password: login[1]}); err != nil {
+			return err
+		}
+	}
+	resp, err := d.API.ImagePush(ctx, ref, client.ImagePushOptions{RegistryAuth: base64(auth)})
 	if err == nil {
 		err = resp.Wait(ctx)
 	}
-	if err != nil {
+	return err
+}
+
+// Push is TryPush, which must succeed.
+func (d *Docker) Push(from, ref string) {
+	d.node.t.Helper()
+	if err := d.TryPush(from, ref); err != nil {
 		d.node.t.Fatalf("docker push %s: %v\n--- log of dockerd\n%s", ref, err, d.Log(3<<10))
 	}
 }
@@ -602,14 +691,24 @@ func (n *Node) BuildKit() *BuildKit {
 	return b
 }
 
-// Build builds a Dockerfile, with flags of `buildctl build`, and returns what
-// that prints.
+// Build builds a Dockerfile, with flags of `buildctl build`, which must succeed,
+// and returns what that prints.
 func (b *BuildKit) Build(dockerfile string, flags ...string) string {
+	b.node.t.Helper()
+	out, err := b.TryBuild(dockerfile, flags...)
+	if err != nil {
+		b.node.t.Fatal(err)
+	}
+	return out
+}
+
+// TryBuild is Build, which may fail.
+func (b *BuildKit) TryBuild(dockerfile string, flags ...string) (string, error) {
 	b.node.t.Helper()
 	const dir = "/var/lib/home/build"
 	b.node.WriteFile(dir+"/Dockerfile", dockerfile)
 	args := []string{Tool(b.node.t, "buildctl"), "build", "--progress=plain", "--frontend=dockerfile.v0", "--local=context=" + dir, "--local=dockerfile=" + dir}
-	return b.node.Run(append(args, flags...)...)
+	return b.node.Output(append(args, flags...)...)
 }
 
 // Containerd is a containerd with its CRI.

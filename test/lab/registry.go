@@ -46,6 +46,8 @@ type Registry struct {
 	users   map[string]string          // password by name
 	readers map[string]map[string]bool // users by private repository
 	fault   func(http.ResponseWriter, *http.Request) bool
+	front   func(w http.ResponseWriter, r *http.Request, next http.Handler)
+	open    http.Handler
 	tokens  []string // that were given out
 }
 
@@ -56,8 +58,8 @@ func (in *Internet) DockerHub() *Registry {
 	r := in.newRegistry("registry-1.docker.io")
 	r.cdn = "production.cloudflare.docker.com"
 	in.Host("docker.io") // dockerd looks it up, and connects there for nothing
-	in.HTTPS("auth.docker.io", false, r.Log.logging("auth.docker.io", http.HandlerFunc(r.token)))
-	in.HTTPS(r.cdn, false, r.Log.logging(r.cdn, http.HandlerFunc(r.signed)))
+	in.HTTPS("auth.docker.io", false, r.Log.logging("auth.docker.io", r.fronted(http.HandlerFunc(r.token))))
+	in.HTTPS(r.cdn, false, r.Log.logging(r.cdn, r.fronted(http.HandlerFunc(r.signed))))
 	r.serve("https://auth.docker.io/token", "registry.docker.io", "index.docker.io")
 	return r
 }
@@ -187,6 +189,10 @@ func (r *Registry) serve(realm, service string, also ...string) {
 		},
 		ErrorLog: nil,
 	}
+	r.open = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		req.Header.Del("Authorization")
+		proxy.ServeHTTP(w, req)
+	})
 	h := http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if req.URL.Path == "/token" {
 			r.token(w, req)
@@ -217,12 +223,31 @@ func (r *Registry) serve(realm, service string, also ...string) {
 			w.WriteHeader(http.StatusTemporaryRedirect)
 			return
 		}
-		req.Header.Del("Authorization")
-		proxy.ServeHTTP(w, req)
+		r.open.ServeHTTP(w, req)
 	})
 	for _, host := range append([]string{r.Host}, also...) {
-		r.in.HTTPS(host, false, r.Log.logging(host, h))
+		r.in.HTTPS(host, false, r.Log.logging(host, r.fronted(h)))
 	}
+}
+
+// Front has a function answer all requests to the registry, its token server and
+// where it keeps its blobs. next is what would have answered; [Registry.Open]
+// answers without asking for credentials. It is set before requests come.
+func (r *Registry) Front(f func(w http.ResponseWriter, r *http.Request, next http.Handler)) {
+	r.front = f
+}
+
+// Open is the registry without a token server and redirects.
+func (r *Registry) Open() http.Handler { return r.open }
+
+func (r *Registry) fronted(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if r.front == nil {
+			h.ServeHTTP(w, req)
+			return
+		}
+		r.front(w, req, h)
+	})
 }
 
 // Fault has a function answer requests to the registry and to where it keeps

@@ -1,0 +1,606 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package twins plays the same stories on two nodes, one with weir's agent and
+// one without, and compares them: outcome, error text, what the registry was
+// asked, and time. A story is a client, a way of the registry, a fault of the
+// network and a moment in the agent's life.
+package twins
+
+import (
+	"cmp"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"net/netip"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"weir/test/lab"
+)
+
+var (
+	playFor = flag.Duration("twins.for", 0, "for how long random stories are played, and the time is a matter too")
+	seed    = flag.Uint64("twins.seed", uint64(time.Now().UnixNano()), "of the random stories")
+	only    = flag.String("twins.only", "", "play only the stories with this in their name, as in a failure's message")
+	out     = flag.String("twins.out", "", "file for the table; empty means the test's log")
+)
+
+// maxAdded is how much later a story may end with weir. It counts in `make twins`.
+const maxAdded = time.Second
+
+// TestMain lets this binary be the raw client, under another name.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 2 && os.Args[1] == "raw" {
+		if err := raw(os.Args[2:]); err != nil {
+			fmt.Println("failed:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// world is an internet with three registries, and the two nodes.
+type world struct {
+	*lab.Internet
+	t               *testing.T
+	hub, ghcr, corp *lab.Registry
+	sides           [2]*side // without weir, and with it
+
+	stories int
+	mu      sync.Mutex
+	plays   map[string]*play // that run, by repository
+	results []*result
+	// composed says how many stories were played besides the fixed ones.
+	composed string
+}
+
+// side is one of the two nodes.
+type side struct {
+	*lab.Node
+	w       *world
+	agent   *lab.Agent // nil for the node without weir
+	clients map[string]*client
+	raw     string // the raw client's program
+	current *play  // what requests belong to that name no repository
+}
+
+// story is what is played on both.
+type story struct {
+	client, op, way, fault, moment string
+}
+
+func (s story) String() string {
+	return strings.Join(slices.DeleteFunc([]string{s.client, s.op, s.way, s.fault, s.moment}, func(s string) bool { return s == "" }), " · ")
+}
+
+// play is a story at one side.
+type play struct {
+	*side
+	story
+	c     *client
+	way   way
+	reg   *lab.Registry
+	repo  string
+	tag   string
+	im    lab.Pushed
+	env   []string // of tools
+	begun chan struct{}
+
+	mu    sync.Mutex
+	asked []request
+	count map[string]int // for ways that change
+	slow  string         // the blob that is slow
+	once  sync.Once
+
+	out  string
+	err  error
+	took time.Duration
+}
+
+func (p *play) ref() string {
+	host := p.reg.Host
+	if p.reg == p.w.hub {
+		host = "docker.io"
+	}
+	return host + "/" + p.repo + ":" + p.tag
+}
+
+// login is the user for registries that want one.
+func (p *play) login() []string {
+	if p.reg == p.w.corp {
+		return []string{user, password}
+	}
+	return nil
+}
+
+const user, password = "alice", "wonderland-twins"
+
+// request is one that came to a host.
+type request struct {
+	method, host, path string
+	status             int
+	agent, rng         string
+	left               bool // who asked didn't wait for the end of the answer
+}
+
+func (r request) String() string {
+	return fmt.Sprintf("%s %s%s → %d", r.method, r.host, r.path, r.status)
+}
+
+// result is how a story went at both sides.
+type result struct {
+	story
+	errs   [2]string
+	took   [2]time.Duration
+	faults []string // what is worse with weir
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{Internet: lab.NewInternet(t), t: t, plays: make(map[string]*play)}
+	w.hub, w.ghcr, w.corp = w.DockerHub(), w.Registry("ghcr.io"), w.Registry("registry.corp")
+	for _, r := range []*lab.Registry{w.hub, w.ghcr, w.corp} {
+		r.User(user, password)
+		r.Push("base/warm:1", lab.Image{Layers: []int{1000, 150_000}, Seed: 4})
+		r.Front(func(rw http.ResponseWriter, req *http.Request, next http.Handler) { w.front(req.Host, rw, req, next) })
+	}
+	for _, h := range []string{"cdn1.example", "cdn2.example", "upload.example"} {
+		w.HTTPS(h, false, http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) { w.front(h, rw, req, w.ghcr.Open()) }))
+	}
+	w.HTTPSAs("upload.example", "upload.example", 8443, false, http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) {
+		w.front("upload.example:8443", rw, req, w.ghcr.Open())
+	}))
+	w.HTTPSAs(newAddress, "ghcr.io", 443, false, http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) {
+		w.front("ghcr.io, at its new address", rw, req, w.ghcr.Open())
+	}))
+	w.Proxy(proxyHost, 3128)
+	w.ghcr.Push("base/base:1", lab.Image{Layers: []int{150_000, 1000}, Seed: 3})
+	for i := range w.sides {
+		s := &side{Node: w.Node(), w: w}
+		w.sides[i] = s
+		if i == 1 {
+			s.agent = s.Agent("--registry", w.corp.Host)
+		}
+		s.startClients()
+	}
+	return w
+}
+
+var (
+	repoRE  = regexp.MustCompile(`(?:repository:|/v2/)(twins/s[0-9]+[ab])\b`)
+	pathREs = []struct {
+		re *regexp.Regexp
+		to string
+	}{
+		{regexp.MustCompile(`twins/s[0-9]+[ab]`), "R"},
+		{regexp.MustCompile(`twins%2Fs[0-9]+[ab]`), "R"},
+		{regexp.MustCompile(`/blobs/uploads/[^/ ?"]+`), "/blobs/uploads/U"},
+		{regexp.MustCompile(`[0-9a-f]{64}`), "D"},
+		{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22,}`), "U"},
+		{regexp.MustCompile(`\b[0-9a-f]{12}\b`), "D"},
+		{regexp.MustCompile(`(_state|sig|token)=[^ &"]+`), "$1=S"},
+		{regexp.MustCompile(`s[0-9]+[ab]\b`), "S"},
+		{regexp.MustCompile(`10\.[0-9]+\.[0-9]+\.[0-9]+:[0-9]+|\[2001:db8:77:[0-9a-f:]+\]:[0-9]+`), "C"},
+		{regexp.MustCompile(`[0-9]{4}[-/][0-9]{2}[-/][0-9]{2}[T ][0-9:.]+Z?`), "T"},
+		{regexp.MustCompile(`boundary=[0-9a-f]+`), "boundary=B"},
+		{regexp.MustCompile(` in node [0-9]+:`), " in the node:"},
+		{regexp.MustCompile(`/tmp/[^ :"]+|/var/tmp/[^ :"]+`), "/tmp/F"},
+		{regexp.MustCompile(`\b[0-9.]+(ms|s|kB|MB|MiB|KiB)\b`), "N$1"},
+	}
+)
+
+// normal takes out of a text what differs from play to play.
+func normal(s string) string {
+	for _, r := range pathREs {
+		s = r.re.ReplaceAllString(s, r.to)
+	}
+	return s
+}
+
+// front notes what is asked of a host, and has the way of the play that it belongs
+// to answer.
+func (w *world) front(host string, rw http.ResponseWriter, r *http.Request, next http.Handler) {
+	where := r.URL.Path + " " + r.URL.RawQuery
+	if r.URL.Path == "/token" {
+		_ = r.ParseForm()
+		where = strings.Join(r.Form["scope"], " ")
+	}
+	addr, _ := netip.ParseAddrPort(r.RemoteAddr)
+	w.mu.Lock()
+	var p *play
+	if m := repoRE.FindStringSubmatch(where); m != nil {
+		p = w.plays[m[1]]
+	} else if !strings.Contains(where, "base/") { // which is not part of a story
+		for _, s := range w.sides {
+			if s != nil && s.Owns(addr.Addr()) {
+				p = s.current
+			}
+		}
+	}
+	w.mu.Unlock()
+	if p == nil {
+		next.ServeHTTP(rw, r)
+		return
+	}
+	rec := &recorded{ResponseWriter: rw}
+	q := request{method: r.Method, host: host, path: normal(r.URL.Path), agent: r.UserAgent(), rng: r.Header.Get("Range")}
+	defer func() {
+		q.status, q.left = rec.status, r.Context().Err() != nil
+		p.mu.Lock()
+		p.asked = append(p.asked, q)
+		p.mu.Unlock()
+	}()
+	if strings.Contains(r.URL.Path, "/blobs/") {
+		p.once.Do(func() { close(p.begun) })
+	}
+	if p.way.serve == nil {
+		next.ServeHTTP(rec, r)
+		return
+	}
+	p.way.serve(p, rec, r, next)
+}
+
+// recorded keeps an answer's status, and lets its head be changed.
+type recorded struct {
+	http.ResponseWriter
+	head   func(h http.Header, status int) int
+	status int
+}
+
+func (w *recorded) WriteHeader(code int) {
+	if code >= 100 && code < 200 {
+		w.ResponseWriter.WriteHeader(code)
+		return
+	}
+	if w.status == 0 {
+		if w.head != nil {
+			code = w.head(w.Header(), code)
+		}
+		w.status = code
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *recorded) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+func (w *recorded) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// begin makes the play of a story at a side.
+func (w *world) begin(st story, i, number int) *play {
+	p := &play{side: w.sides[i], story: st, tag: "1", begun: make(chan struct{}), count: make(map[string]int)}
+	p.repo = fmt.Sprintf("twins/s%d%c", number, 'a'+i)
+	p.c = p.clients[st.client]
+	p.way = find(ways, st.way, func(w way) string { return w.name })
+	p.reg = w.ghcr
+	if p.way.registry != nil {
+		p.reg = p.way.registry(w)
+	}
+	size := 200_000
+	if find(moments, st.moment, func(m moment) string { return m.name }).during != nil {
+		size = 1 << 20
+	}
+	im := lab.Image{Layers: []int{size, 2000}, Seed: uint64(100 + number), OCI: number%2 == 0, Index: number%3 == 0}
+	if p.way.image != nil {
+		p.way.image(&im)
+	}
+	p.im = p.reg.Push(p.repo+":1", im)
+	return p
+}
+
+func find[T any](all []T, name string, of func(T) string) T {
+	if i := slices.IndexFunc(all, func(t T) bool { return of(t) == name }); i >= 0 {
+		return all[i]
+	}
+	panic("no " + name)
+}
+
+// play plays a story at both sides, one after the other, and compares. One that
+// isn't alone is played at both sides at once, and beside others.
+func (w *world) play(st story, alone bool) *result {
+	w.mu.Lock()
+	w.stories++
+	number := w.stories
+	w.mu.Unlock()
+	var both [2]*play
+	var beside sync.WaitGroup
+	one := func(i int) {
+		p := w.begin(st, i, number)
+		both[i] = p
+		w.mu.Lock()
+		w.plays[p.repo] = p
+		if alone {
+			p.current = p
+		}
+		w.mu.Unlock()
+		p.run()
+		w.mu.Lock()
+		delete(w.plays, p.repo)
+		if alone {
+			p.current = nil
+		}
+		w.mu.Unlock()
+	}
+	for i := range both {
+		if alone {
+			one(i)
+		} else {
+			beside.Go(func() { one(i) })
+		}
+	}
+	beside.Wait()
+	r := compare(both[0], both[1])
+	w.mu.Lock()
+	w.results = append(w.results, r)
+	w.mu.Unlock()
+	return r
+}
+
+// run plays the story.
+func (p *play) run() {
+	m := find(moments, p.moment, func(m moment) string { return m.name })
+	f := find(faults, p.fault, func(f fault) string { return f.name })
+	if m.during != nil {
+		p.Shape(8) // so that there is a middle
+		defer p.Unshape()
+	}
+	if f.set != nil {
+		mend := f.set(p)
+		defer mend()
+	}
+	var after func()
+	if m.before != nil && (p.agent != nil || m.both) {
+		after = m.before(p)
+	}
+	var during sync.WaitGroup
+	ended := make(chan struct{})
+	if m.during != nil && p.agent != nil {
+		during.Go(func() {
+			select {
+			case <-p.begun:
+				m.during(p)
+			case <-ended: // the registry was asked for no blob
+			}
+		})
+	}
+	start := time.Now()
+	do := find(ops, p.op, func(o op) string { return o.name })
+	p.err = do.do(p)
+	if p.err != nil && m.cuts {
+		p.err = do.do(p)
+	}
+	p.took = time.Since(start)
+	close(ended)
+	during.Wait()
+	if m.after != nil && p.agent != nil {
+		m.after(p)
+	}
+	if after != nil {
+		after()
+	}
+	if p.c.forget != nil {
+		p.c.forget(p)
+	}
+}
+
+// own says whether a request is one that weir makes by itself, besides what the
+// client asks: its HEADs and tokens in its own name, the small ranges by which a
+// registry shows that content is in a repository, and what it asked twice, since
+// the first time was on a kept connection and stayed without an answer for a second.
+func own(q request) bool {
+	var from, to int64
+	n, _ := fmt.Sscanf(q.rng, "bytes=%d-%d", &from, &to)
+	return q.agent == "weir" || q.left && reads(q) || q.method == http.MethodGet && n == 2 && to-from < 1<<10
+}
+
+// reads are requests that weir may spare the registry, and that clients make in
+// numbers that depend on their own haste.
+func reads(q request) bool {
+	return q.method == http.MethodGet || q.method == http.MethodHead || q.path == "/token"
+}
+
+// compare says what is worse with weir.
+func compare(without, with *play) *result {
+	r := &result{story: without.story, took: [2]time.Duration{without.took, with.took}}
+	for i, p := range []*play{without, with} {
+		if p.err != nil {
+			r.errs[i] = normal(lastLines(p.err.Error()))
+		}
+	}
+	switch {
+	case without.err == nil && with.err != nil:
+		r.faults = append(r.faults, "it fails: "+r.errs[1])
+	case without.err != nil && with.err != nil && !without.way.any && r.errs[0] != r.errs[1]:
+		r.faults = append(r.faults, fmt.Sprintf("another error: without %q, with %q", r.errs[0], r.errs[1]))
+	case without.err == nil && with.err == nil && normal(without.out) != normal(with.out):
+		r.faults = append(r.faults, fmt.Sprintf("another answer: without\n%s\nwith\n%s", normal(without.out), normal(with.out)))
+	}
+	cut := find(moments, without.moment, func(m moment) string { return m.name }).cuts // and clients try again
+	if without.err == nil && with.err == nil && !cut && !without.way.any {
+		r.faults = append(r.faults, asked(without, with)...)
+	}
+	return r
+}
+
+// asked compares what the registry was asked.
+func asked(without, with *play) (faults []string) {
+	var n [2]map[string]int
+	read := make(map[string]bool)
+	for i, p := range []*play{without, with} {
+		n[i] = make(map[string]int)
+		p.mu.Lock()
+		for _, q := range p.asked {
+			if i == 1 && own(q) {
+				continue
+			}
+			n[i][q.String()]++
+			read[q.String()] = reads(q)
+		}
+		p.mu.Unlock()
+	}
+	for _, q := range slices.Sorted(maps.Keys(read)) {
+		a, b := n[0][q], n[1][q]
+		switch {
+		case !read[q] && a != b:
+			faults = append(faults, fmt.Sprintf("%s: %d times, without weir %d", q, b, a))
+		case read[q] && b > 2*(a+explained(q, n[0]))+2, read[q] && b > 0 && a+explained(q, n[0]) == 0:
+			faults = append(faults, fmt.Sprintf("%s: %d times, without weir %d", q, b, a))
+		}
+	}
+	if len(faults) > 0 {
+		for _, p := range []*play{without, with} {
+			var all []string
+			for _, q := range p.asked {
+				all = append(all, fmt.Sprintf("%v, by %s %s", q, q.agent, q.rng))
+			}
+			faults = append(faults, fmt.Sprintf("asked with weir: %v:\n%s", p.agent != nil, strings.Join(all, "\n")))
+		}
+	}
+	return faults
+}
+
+func lastLines(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return strings.Join(lines[max(0, len(lines)-3):], "\n")
+}
+
+func TestTwins(t *testing.T) {
+	w := newWorld(t)
+	if *only != "" {
+		for _, st := range append(w.all(), fixed...) {
+			if strings.Contains(st.String(), *only) {
+				w.check(t, st, true)
+			}
+		}
+		w.report(t)
+		return
+	}
+	byWay, others := w.fixed()
+	var beside sync.WaitGroup
+	for _, st := range slow {
+		beside.Go(func() { w.check(t, st, false) })
+	}
+	for _, st := range byWay {
+		w.check(t, st, true)
+	}
+	beside.Wait() // what comes now breaks connections
+	for _, st := range others {
+		w.check(t, st, true)
+	}
+	if *playFor > 0 {
+		t.Logf("-twins.seed %d", *seed)
+		rng := rand.New(rand.NewPCG(*seed, 0))
+		all := w.all()
+		rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		n := 0
+		for end := time.Now().Add(*playFor); time.Now().Before(end); n++ {
+			if n%4 < 3 && n/4*3+n%4 < len(all) {
+				w.check(t, all[n/4*3+n%4], true)
+			} else {
+				w.check(t, w.random(rng), true)
+			}
+		}
+		w.composed = fmt.Sprintf("Of the %d stories of each client with each way, fault and moment it played %d, and %d random ones.",
+			len(all), min(len(all), n/4*3+min(n%4, 3)), n-min(len(all), n/4*3+min(n%4, 3)))
+	}
+	w.report(t)
+}
+
+// check plays a story, whose being worse with weir fails the test.
+func (w *world) check(t *testing.T, st story, alone bool) {
+	r := w.play(st, alone)
+	cuts := find(moments, st.moment, func(m moment) string { return m.name }).cuts
+	if (*playFor > 0 || *only != "") && !cuts && r.took[1]-r.took[0] > maxAdded {
+		// Once more, as the machine has other things to do too.
+		if again := w.play(st, alone); again.took[1]-again.took[0] > maxAdded {
+			r.faults = append(r.faults, fmt.Sprintf("%v, without weir %v; again: %v, %v", r.took[1], r.took[0], again.took[1], again.took[0]))
+		}
+	}
+	for _, f := range r.faults {
+		t.Errorf("%v: %.8000s", st, f)
+	}
+	if testing.Verbose() {
+		fmt.Printf("%s %v: %v, %v %.120q\n", time.Now().Format("15:04:05"), st, r.took[0].Round(time.Millisecond), r.took[1].Round(time.Millisecond), r.errs)
+	}
+}
+
+// report writes the table.
+func (w *world) report(t *testing.T) {
+	var b strings.Builder
+	fmt.Fprintf(&b, "# Twins\n\nThe same stories on a node without weir and on one with it, as `make twins` played them: %d plays, seed %d.\n"+
+		"%s\n"+"A story is a client, what it does, a way of the registry, a fault of the network and a moment in the agent's\nlife; each row sums up all that have it. "+
+		"\"Worse\" are those that failed with weir alone, gave another answer or\nerror, or asked the registry for something else. Added time is with weir less without, of those that succeeded\nat both; negative is faster. Not counted as something else: weir's own HEADs and tokens (User-Agent weir), its\n"+
+		"ranges of less than 1 KiB, a request that it sent twice and whose first answer it left, a HEAD in place of a GET of a\n"+
+		"tag, a whole blob in place of a range, and whatever was spared. A story that came more than a second later was played\n"+
+		"again, and counts if it did so both times; not where the agent is killed, and clients begin anew.\n",
+		len(w.results), *seed, w.composed)
+	for _, dim := range []struct {
+		name string
+		of   func(story) string
+	}{
+		{"client", func(s story) string { return s.client }}, {"what it does", func(s story) string { return s.op }},
+		{"way of the registry", func(s story) string { return s.way }}, {"fault of the network", func(s story) string { return s.fault }},
+		{"moment in the agent's life", func(s story) string { return s.moment }},
+	} {
+		fmt.Fprintf(&b, "\n| %s | plays | succeeded at both | failed at both | failed without weir alone | worse with weir | added, p50 | added, worst |\n|---|---|---|---|---|---|---|---|\n", dim.name)
+		rows := make(map[string][]*result)
+		for _, r := range w.results {
+			rows[dim.of(r.story)] = append(rows[dim.of(r.story)], r)
+		}
+		for _, name := range slices.Sorted(maps.Keys(rows)) {
+			var ok, failed, better, worse int
+			var added []time.Duration
+			for _, r := range rows[name] {
+				switch {
+				case len(r.faults) > 0:
+					worse++
+				case r.errs[0] != "" && r.errs[1] == "":
+					better++
+				case r.errs[0] != "":
+					failed++
+				default:
+					ok++
+				}
+				if r.errs == [2]string{} {
+					added = append(added, r.took[1]-r.took[0])
+				}
+			}
+			p50, worst := "–", "–"
+			if len(added) > 0 {
+				slices.Sort(added)
+				p50, worst = fmt.Sprint(added[len(added)/2].Milliseconds(), " ms"), fmt.Sprint(added[len(added)-1].Milliseconds(), " ms")
+			}
+			fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %d | %s | %s |\n", cmp.Or(name, "none"), len(rows[name]), ok, failed, better, worse, p50, worst)
+		}
+	}
+	b.WriteString("\n## Worse with weir\n\n")
+	n := 0
+	for _, r := range w.results {
+		for _, f := range r.faults {
+			if !strings.HasPrefix(f, "asked with weir") {
+				n++
+				fmt.Fprintf(&b, "- %v: %s\n", r.story, strings.ReplaceAll(f, "\n", " "))
+			}
+		}
+	}
+	if n == 0 {
+		b.WriteString("None.\n")
+	}
+	if *out == "" {
+		t.Log(b.String())
+	} else if err := os.WriteFile(*out, []byte(b.String()), 0o644); err != nil {
+		t.Error(err)
+	}
+}
