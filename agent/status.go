@@ -116,6 +116,7 @@ var (
 	descStoreEvicted = desc("store_evicted_total", "Blobs that made room for others.")
 	descStoreCorrupt = desc("store_corrupt_total", "Blobs that were found damaged and dropped.")
 	descStoreNotKept = desc("store_not_kept_total", "Blobs there was no room for.")
+	descStoreHangs   = desc("store_disk_hangs", "Whether the store's disk does not answer: nothing is kept until it does.")
 	descKernel       = desc("kernel_connections_total", "Decisions of the kernel side about connections of tracked processes.", "decision")
 	descEventsLost   = desc("kernel_events_lost_total", "Reports of processes that the agent was too slow for.")
 )
@@ -166,6 +167,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	count(descStoreEvicted, float64(s.Store.Evicted))
 	count(descStoreCorrupt, float64(s.Store.Corrupt))
 	count(descStoreNotKept, float64(s.Store.NotKept))
+	hangs := 0.0
+	if !s.Store.Hangs.IsZero() {
+		hangs = 1
+	}
+	gauge(descStoreHangs, hangs)
 	collectKernel(s.Kernel, count)
 }
 

@@ -119,7 +119,9 @@ func (u *Upload) writeAt(p []byte, off int64) error {
 
 // hurry gives up the copy, unless what it returns is called within the disk's
 // time: what passes by doesn't wait longer.
-func (u *Upload) hurry() (stop func() bool) { return time.AfterFunc(u.store.disk.timeout, u.unkeep).Stop }
+func (u *Upload) hurry() (stop func() bool) {
+	return time.AfterFunc(u.store.disk.timeout, u.unkeep).Stop
+}
 
 // unkeep gives up the copy, as the disk hangs, or is slower than what passes by.
 func (u *Upload) unkeep() {
