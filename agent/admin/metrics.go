@@ -36,6 +36,7 @@ var (
 	descStoreEvicted        = desc("store_evicted_total", "Blobs evicted to make room for others.")
 	descStoreCorrupt        = desc("store_corrupt_total", "Blobs found damaged and removed.")
 	descStoreNotKept        = desc("store_not_kept_total", "Blobs not stored for want of room.")
+	descStoreHangs          = desc("store_disk_hangs", "1 while the store's disk does not answer, and nothing is stored; otherwise 0.")
 	descKernel              = desc("kernel_connections_total", "Decisions of the kernel side about connections of tracked processes.", "decision")
 	descEventsLost          = desc("kernel_events_lost_total", "Events of processes that were lost because the agent didn't read them in time.")
 )
@@ -86,6 +87,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	count(descStoreEvicted, float64(s.Store.Evicted))
 	count(descStoreCorrupt, float64(s.Store.Corrupt))
 	count(descStoreNotKept, float64(s.Store.NotKept))
+	hangs := 0.0
+	if !s.Store.Hangs.IsZero() {
+		hangs = 1
+	}
+	gauge(descStoreHangs, hangs)
 	collectKernel(s.Kernel, count)
 }
 

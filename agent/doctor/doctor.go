@@ -293,6 +293,10 @@ func (d *doctor) agent(ctx context.Context) {
 			d.warn("the agent's heartbeat", fmt.Sprintf("%d connections went direct because it was late", d.status.Kernel.StaleHeartbeat),
 				"see whether the node is short of processor time")
 		}
+		if since := d.status.Store.Hangs; !since.IsZero() {
+			d.warn("--data-dir "+d.status.DataDir, "its disk does not answer since "+since.Local().Format(time.DateTime)+": blobs are served and pushed through without being kept",
+				"look at the disk and the kernel's log (dmesg); weir keeps blobs again as soon as it answers")
+		}
 	case held:
 		d.problem("the agent", fmt.Sprintf("process %d runs but doesn't answer at %s: connections go direct meanwhile", holder, d.conf.Admin),
 			fmt.Sprintf("give the agent's --admin, if it has another; or else kill -9 %d, and look at its log", holder))

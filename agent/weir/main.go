@@ -443,6 +443,9 @@ func printStatus(w io.Writer, s admin.Status) error {
 		fmt.Fprintf(t, "THIS NODE\t%s", p.ID)
 	}
 	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, admin.BytesText(s.Store.Bytes), admin.BytesText(s.Store.MaxBytes), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
+	if since := s.Store.Hangs; !since.IsZero() {
+		fmt.Fprintf(t, "\tthe disk of %s does not answer since %s: blobs are served and pushed through without being kept; look at the disk and the kernel's log\n", plain(s.DataDir), since.Local().Format(time.DateTime))
+	}
 	fmt.Fprintf(t, "CONNECTIONS\t%d intercepted, %d passed through, %d failed\n", s.Connections.Intercepted, s.Connections.PassedThrough, s.Connections.Failed)
 	fmt.Fprintf(t, "LISTENERS\t%d\n", len(s.Listeners))
 	return t.Flush()

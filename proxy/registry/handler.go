@@ -223,7 +223,8 @@ const saveTime = time.Second
 // save keeps what is known, unless that is still being done. It is for one
 // goroutine at a time.
 func (h *Handler) save() {
-	if h.saved == nil {
+	begun := h.saved == nil
+	if begun {
 		saved := make(chan error, 1)
 		h.saved = saved
 		go func() { saved <- h.rights.Save(h.file) }()
@@ -235,7 +236,9 @@ func (h *Handler) save() {
 			h.log.Warn("what is known of repositories can't be kept", "file", h.file, "err", err)
 		}
 	case <-time.After(saveTime):
-		h.log.Warn("what is known of repositories is not kept yet; the disk does not answer", "file", h.file)
+		if begun {
+			h.log.Warn("what is known of repositories is not kept yet; the disk does not answer", "file", h.file)
+		}
 	}
 }
 

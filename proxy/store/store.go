@@ -423,7 +423,7 @@ func (s *Store) Put(d digest.Digest, b []byte, from Origin) error {
 func (s *Store) refuse() error {
 	err := s.ctx.Err()
 	if err == nil && !s.disk.hangs().IsZero() {
-		err = fmt.Errorf("%w: %w", s.notKept(), ErrDiskHangs)
+		err = fmt.Errorf("%s: %w", s.dir, ErrDiskHangs)
 	}
 	return err
 }

@@ -129,7 +129,7 @@ func (t *Transfer) forget() {
 
 // Begin starts to take the blob of size bytes (-1 if not known) from body,
 // and from more when body breaks off. It returns a reader for the leader. The
-// error is [ErrNoSpace] when the blob can't be kept; then the transfer is
+// error is [ErrNoSpace] or [ErrDiskHangs] when the blob can't be kept; then the transfer is
 // abandoned and body is still the caller's.
 //
 // Kept blobs make room for one whose size is known. One without may be endless,
@@ -179,7 +179,9 @@ func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Sou
 	if t.file, err = t.create(size); err != nil {
 		t.promise(0)
 		t.room.release()
-		err = fmt.Errorf("%w: %w", s.notKept(), err)
+		if !errors.Is(err, ErrDiskHangs) {
+			err = fmt.Errorf("%w: %w", s.notKept(), err)
+		}
 		t.Abandon(err)
 		return nil, err
 	}
