@@ -38,10 +38,25 @@ func TestUserSettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, uid := range []uint32{0, 1000} {
-		cmd := exec.Command("/bin/sleep", "60")
+		cmd := exec.Command("/bin/cat")
 		cmd.Env = []string{"HOME=" + home}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
 		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// Its environment can be read once it runs, which is a moment after exec.
+		if _, err := in.Write([]byte{0}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.Read(make([]byte, 1)); err != nil {
 			t.Fatal(err)
 		}
 		rt := &Runtime{Process: procfs.Process{PID: cmd.Process.Pid}, kind: kindOf("podman")}
