@@ -113,7 +113,7 @@ func (x *exchange) blob() {
 // doesn't send that.
 func (x *exchange) headOfKept(b *store.Blob) {
 	stale := x.allowsStale(x.target.digest)
-	resp, err := x.ask(x.head(false, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
+	resp, err := x.ask(x.head(false, func() bool { return stale }))
 	switch {
 	case failed(resp, err) && stale:
 		x.stale = true

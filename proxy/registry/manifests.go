@@ -35,7 +35,7 @@ func (x *exchange) manifest() {
 		return
 	}
 	if !x.allows(d) {
-		resp, err := x.ask(x.head(x.r.Method == http.MethodGet, func() bool { return stale })) //nolint:bodyclose // ask has closed that of a HEAD
+		resp, err := x.ask(x.head(x.r.Method == http.MethodGet, func() bool { return stale }))
 		switch {
 		case failed(resp, err) && stale:
 			x.stale = true
@@ -97,7 +97,7 @@ func (x *exchange) tag() {
 		}
 		return m != nil && x.h.rights.Fresh(was.When) && x.allowsStale(was.Digest)
 	}
-	resp, err := x.ask(x.head(x.r.Method == http.MethodGet, instead)) //nolint:bodyclose // ask has closed that of a HEAD
+	resp, err := x.ask(x.head(x.r.Method == http.MethodGet, instead))
 	switch {
 	case failed(resp, err) && instead():
 		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.Digest, "since", was.When, "err", because(resp, err))

@@ -19,8 +19,8 @@ type shares[K comparable, V any] struct {
 	by  map[string]*simplelru.LRU[K, V]
 }
 
-func newShares[K comparable, V any](max int) *shares[K, V] {
-	return &shares[K, V]{max: max, by: make(map[string]*simplelru.LRU[K, V])}
+func newShares[K comparable, V any](limit int) *shares[K, V] {
+	return &shares[K, V]{max: limit, by: make(map[string]*simplelru.LRU[K, V])}
 }
 
 func (s *shares[K, V]) get(share string, key K) (v V, ok bool) {
