@@ -72,14 +72,14 @@ func connected(how, host string, paths []string) error {
 	addr := netip.AddrPortFrom(netip.MustParseAddr(ips[0]), 443)
 	var c net.Conn
 	program, handsOver := strings.CutPrefix(how, "hands over to ")
-	switch {
-	case how == "io_uring":
+	switch how {
+	case "io_uring":
 		c, err = uring(addr, 0)
-	case how == "io_uring worker":
+	case "io_uring worker":
 		c, err = uring(addr, ioAsync)
-	case how == "device":
+	case "device":
 		c, err = onDevice(addr)
-	case how == "handed over":
+	case "handed over":
 		c, err = takeOver(3)
 	default:
 		c, err = net.Dial("tcp", addr.String())
