@@ -82,6 +82,8 @@ type Config struct {
 	// Version is shown in the status.
 	Version string
 	Log     *slog.Logger
+	// LogLevel is that of Log, to be changed at run time; nil if it can't be.
+	LogLevel *slog.LevelVar
 }
 
 // Defaults of the configuration.

@@ -4,7 +4,7 @@ package agent
 
 import "testing"
 
-// Traces are sent when somebody says where to, and not otherwise.
+// Traces are sent when the environment says where to, and not otherwise.
 func TestWantsTraces(t *testing.T) {
 	for _, c := range []struct {
 		env  map[string]string

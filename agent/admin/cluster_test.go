@@ -70,7 +70,7 @@ func TestSumIsBounded(t *testing.T) {
 	}
 }
 
-// A node is heard, whatever its clients call registries.
+// A node's figures are read, whatever its clients call registries.
 func TestFiguresOfEveryNodeAreRead(t *testing.T) {
 	for name, as := range map[string]string{
 		"registry-1.docker.io":                      "registry-1.docker.io",

@@ -60,6 +60,8 @@ type Options struct {
 		Figures(ctx context.Context) map[string][]byte
 	}
 	Log *slog.Logger
+	// Level is the log's level, to be changed at run time; nil if it can't be.
+	Level *slog.LevelVar
 }
 
 // Server shows the state of an agent's parts.
@@ -79,6 +81,7 @@ func New(ctx context.Context, o Options) *Server {
 // Sample adds what was sent to runtimes since the last time to the history.
 func (s *Server) Sample() { s.history.add(time.Now(), trafficOf(s.o.Registry.Stats())) }
 
+// Handler serves all of it.
 func (s *Server) Handler() http.Handler {
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collector{s})
@@ -99,6 +102,7 @@ func (s *Server) Handler() http.Handler {
 			_ = json.NewEncoder(w).Encode(get())
 		})
 	}
+	mux.Handle("/debug/", debug(s.o.Level, s.o.Log))
 	mux.HandleFunc("GET /{$}", s.page)
 	for _, name := range []string{"page.css", "page.js"} {
 		mux.HandleFunc("GET /"+name, func(w http.ResponseWriter, r *http.Request) { http.ServeFileFS(w, r, pageFiles, "page/"+name) })

@@ -58,7 +58,7 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 	if _, ok := k.Mode(pid); ok {
 		t.Fatal("the kernel side didn't forget it")
 	}
-	// Before the news of its end is read, and after.
+	// Before the event of its end is read, and after.
 	rs.intercept(rt, trustByStart, basis{})
 	if m, ok := k.Mode(pid); ok {
 		t.Errorf("it is still tracked, as %d", m)

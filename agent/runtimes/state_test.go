@@ -65,7 +65,7 @@ func TestProgramRefusals(t *testing.T) {
 	}
 	s.programRefuses(program{}, "ghcr.io")
 	if s.programRefused(program{}, "ghcr.io") {
-		t.Error("a program that nobody could look at counts for all such")
+		t.Error("a program that couldn't be identified counts for all such")
 	}
 	for range 2 {
 		s.programRefuses(p, "ghcr.io")
@@ -88,7 +88,7 @@ func TestProgramRefusals(t *testing.T) {
 	}
 }
 
-// FuzzState reads a state file that somebody or something has damaged.
+// FuzzState reads a state file that was damaged.
 func FuzzState(f *testing.F) {
 	dir := f.TempDir()
 	fresh := openState(dir, "certificate", slog.New(slog.DiscardHandler))

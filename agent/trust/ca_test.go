@@ -55,7 +55,7 @@ func pool(ca *CA) *x509.CertPool {
 	return p
 }
 
-// signAny signs for any host, as someone with the key could.
+// signAny signs for any host, as an attacker with the key could.
 func signAny(t *testing.T, ca *CA, host string) *x509.Certificate {
 	t.Helper()
 	e, err := parseEndpoint(host)
@@ -181,7 +181,7 @@ func TestConstraintsByFamily(t *testing.T) {
 	}
 }
 
-// What else someone with the key could try.
+// What else an attacker with the key could try.
 func TestRootVouchesForServersOnly(t *testing.T) {
 	ca := newCA(t)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

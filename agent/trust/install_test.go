@@ -271,7 +271,7 @@ func TestInstallBesideRoots(t *testing.T) {
 				t.Fatal(res.System)
 			}
 			mustHold(t, filepath.Join(dir, tt.in, systemFile), ca.PEM())
-			// What it has put there isn't taken for somebody else's roots.
+			// What it has put there isn't taken for another's roots.
 			if again := ca.Install(r, places, nil); again.System != nil || len(again.Files) > 0 {
 				t.Errorf("again: %+v", again)
 			}

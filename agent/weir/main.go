@@ -178,7 +178,8 @@ func agentCommand() *cobra.Command {
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		log, err := newLogger(os.Stderr, level, format)
+		logLevel := new(slog.LevelVar)
+		log, err := newLogger(os.Stderr, logLevel, level, format)
 		if err != nil {
 			return usageError{err}
 		}
@@ -204,7 +205,7 @@ func agentCommand() *cobra.Command {
 			}
 			conf.Ports = append(conf.Ports, uint16(p))
 		}
-		conf.Version, conf.Log = buildVersion(), log
+		conf.Version, conf.Log, conf.LogLevel = buildVersion(), log, logLevel
 		return agent.Run(cmd.Context(), conf, func(a *agent.Agent) {
 			announce(log, a.Status())
 			if err := notifyReady(); err != nil {
@@ -231,8 +232,7 @@ func notifyReady() error {
 	return err
 }
 
-func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
-	var l slog.Level
+func newLogger(w io.Writer, l *slog.LevelVar, level, format string) (*slog.Logger, error) {
 	if err := l.UnmarshalText([]byte(level)); err != nil {
 		return nil, fmt.Errorf("--log-level: %q is none of debug, info, warn, error", level)
 	}

@@ -56,7 +56,7 @@ func listen(addr string) {
 	os.Exit(1)
 }
 
-// binary is this test's binary where everybody may run it.
+// binary is this test's binary where any user may run it.
 func binary(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "weir")
