@@ -170,7 +170,8 @@ func (w *window) next(off int64) (int64, *piece) {
 // wait waits by c until there is something to do for who has come to off. The
 // caller holds w.mu.
 func (w *window) wait(c *sync.Cond, off int64) {
-	for !w.ended && !w.quit && !(c == &w.toWrite && (w.unkept || w.err != nil)) {
+	writer := c == &w.toWrite
+	for !w.ended && !w.quit && (!writer || !w.unkept && w.err == nil) {
 		if n := w.arrived - off; n >= w.batch || w.starved && n >= chunkSize {
 			return
 		}
