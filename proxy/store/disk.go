@@ -261,7 +261,7 @@ func (d *disk) readAt(f *os.File, p []byte, off int64) (n int, err error) {
 	buf, err := on(d, func() ([]byte, error) {
 		buf := make([]byte, len(p)-n)
 		k, err := f.ReadAt(buf, off+int64(n))
-		if k > 0 && err == io.EOF {
+		if k > 0 && errors.Is(err, io.EOF) {
 			err = nil
 		}
 		return buf[:k], err

@@ -388,7 +388,7 @@ func TestArrivalStories(t *testing.T) {
 						}
 						at += int64(n)
 						switch {
-						case err == io.EOF && at == int64(len(want)):
+						case errors.Is(err, io.EOF) && at == int64(len(want)):
 							return
 						case err != nil && errors.Is(err, ErrDiskHangs):
 							// Its bytes were held back, or are only on the disk.
@@ -423,7 +423,7 @@ func TestArrivalStories(t *testing.T) {
 				}
 			}
 			wg.Wait()
-			kept := false
+			var kept bool
 			select {
 			case kept = <-ended:
 			case <-time.After(2 * time.Second): // nobody reads it any more, and it rests

@@ -769,7 +769,7 @@ func (r *TransferReader) Read(p []byte) (int, error) {
 	switch {
 	case n > 0:
 		err = nil
-	case err == io.EOF:
+	case errors.Is(err, io.EOF):
 		err = errRestarted // cut just now
 	case errors.Is(err, ErrDiskHangs):
 		err = &writeError{err}

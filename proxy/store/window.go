@@ -16,6 +16,9 @@ const (
 	// windowsSize bounds those of all blobs on their way in. Beyond it each has
 	// one piece: what is not written yet can't be elsewhere.
 	windowsSize = 32 << 20
+	// nearSize is how many bytes that are in the file stay in memory for those who
+	// haven't read them.
+	nearSize = 1 << 20
 	// batchSize is how many bytes of a transfer are hashed and written at a time:
 	// waking a goroutine for less takes longer than its work.
 	batchSize = 256 << 10
@@ -107,7 +110,7 @@ func (w *window) start(sum *sums, h hash.Hash, write func(p []byte, off int64) e
 				_, _ = h.Write(b)
 				w.mu.Lock()
 				w.hashed += n
-				w.freed()
+				w.done()
 				continue
 			}
 			if w.ended {
@@ -137,7 +140,7 @@ func (w *window) start(sum *sums, h hash.Hash, write func(p []byte, off int64) e
 					w.wake()
 				default:
 					w.stored += n
-					w.freed()
+					w.done()
 				}
 				continue
 			}
@@ -167,7 +170,8 @@ func (w *window) next(off int64) (int64, *piece) {
 // wait waits by c until there is something to do for who has come to off. The
 // caller holds w.mu.
 func (w *window) wait(c *sync.Cond, off int64) {
-	for !w.ended && !w.quit && !(c == &w.toWrite && (w.unkept || w.err != nil)) {
+	writer := c == &w.toWrite
+	for !w.ended && !w.quit && (!writer || !w.unkept && w.err == nil) {
 		if n := w.arrived - off; n >= w.batch || w.starved && n >= chunkSize {
 			return
 		}
@@ -179,6 +183,12 @@ func (w *window) wait(c *sync.Cond, off int64) {
 func (w *window) resume() {
 	w.toHash.Signal()
 	w.toWrite.Signal()
+}
+
+// done lets go of what was hashed and written. The caller holds w.mu.
+func (w *window) done() {
+	w.trim(false)
+	w.freed()
 }
 
 // freed lets the source look again whether there is space. The caller holds w.mu.
@@ -243,7 +253,7 @@ func (w *window) place(stop func() error) ([]byte, error) {
 			return len(w.held) > 0 && (len(w.held) >= windowSize/chunkSize || w.pieces.lent.Load() >= windowsSize/chunkSize)
 		}
 		w.trim(false)
-		for full() && w.trim(true) {
+		for (full() || min(w.hashed, w.stored)-w.base > nearSize) && w.trim(true) {
 		}
 		if !full() {
 			w.starved = false
