@@ -401,9 +401,16 @@ var ways = []way{
 func explained(q string, without map[string]int) int {
 	switch {
 	// A tag that a client asks for by GET is resolved by a HEAD, with the client's
-	// credentials, and its manifest is spared.
+	// credentials, and its manifest is spared; where HEAD is refused, it is not.
 	case strings.HasPrefix(q, "HEAD ") && strings.Contains(q, "/manifests/"):
-		return without["GET"+strings.TrimPrefix(q, "HEAD")]
+		path, _, _ := strings.Cut(strings.TrimPrefix(q, "HEAD "), " → ")
+		n := 0
+		for other, m := range without {
+			if strings.HasPrefix(other, "GET "+path+" →") {
+				n += m
+			}
+		}
+		return n
 	// A blob of which a client asks a range comes into the store whole.
 	case strings.HasPrefix(q, "GET ") && strings.Contains(q, "/blobs/sha256:") && strings.HasSuffix(q, "200"):
 		return without[strings.TrimSuffix(q, "200")+"206"]
