@@ -216,7 +216,7 @@ func TestReadingHangs(t *testing.T) {
 	own, others := new(gate), new(gate)
 	defer own.open()
 	defer others.open()
-	s.reading.timeout, s.reading.hold = 20*time.Millisecond, own.hold
+	s.reading.hold = own.hold
 	mine, theirs := random(93, 3*chunkSize), random(94, 1000)
 	d := put(t, s, mine)
 	foreign := t.TempDir()
@@ -225,7 +225,7 @@ func TestReadingHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.AddForeign(foreign)
-	s.foreign[0].timeout, s.foreign[0].hold = 20*time.Millisecond, others.hold
+	s.foreign[0].timeout, s.foreign[0].hold = 100*time.Millisecond, others.hold
 
 	opened, err := s.Get(d)
 	if err != nil {
@@ -239,6 +239,7 @@ func TestReadingHangs(t *testing.T) {
 	if !s.Has(d) || !s.Stats().Hangs.IsZero() {
 		t.Error("a disk of others hangs, and the store's with it")
 	}
+	s.reading.timeout = 100 * time.Millisecond
 	own.close()
 	for range 100 {
 		if _, err := s.Get(d); !errors.Is(err, ErrNotFound) {
@@ -254,11 +255,11 @@ func TestReadingHangs(t *testing.T) {
 	}
 	own.open()
 	others.open()
-	waitFor(t, "both can be read", func() bool { return s.Has(d) && s.Has(dt) })
 	for d, want := range map[digest.Digest][]byte{d: mine, dt: theirs} {
-		if got, err := read(s, d); err != nil || !bytes.Equal(got, want) {
-			t.Errorf("%d bytes, %v", len(got), err)
-		}
+		waitFor(t, "it can be read", func() bool {
+			got, err := read(s, d)
+			return err == nil && bytes.Equal(got, want)
+		})
 	}
 }
 
@@ -266,7 +267,7 @@ func TestReadingHangs(t *testing.T) {
 func TestLateOperation(t *testing.T) {
 	s := open(t, t.TempDir(), Options{})
 	g := new(gate)
-	s.disk.timeout, s.disk.hold = 20*time.Millisecond, g.hold
+	s.disk.timeout, s.disk.hold = 100*time.Millisecond, g.hold
 	g.close()
 	b := random(95, 1000)
 	d := digest.FromBytes(b)
@@ -278,6 +279,7 @@ func TestLateOperation(t *testing.T) {
 	if n := files(t, s.dir); n != 1 || s.Has(d) || s.Stats().Bytes != 0 {
 		t.Errorf("%d files, %+v", n, s.Stats())
 	}
+	s.disk.timeout = diskTimeout
 	put(t, s, b)
 }
 
