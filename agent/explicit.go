@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"weir/agent/service"
 	"weir/proxy/upstream"
 )
 
@@ -57,15 +58,10 @@ func (a *Agent) listenExplicit() (stop func(), err error) {
 	return stop, nil
 }
 
-// Socket is the name, in the run directory, of the Unix socket at which the agent
-// answers `weir prefetch`, which is none of the programs whose connections are
-// redirected. Only root may connect.
-const Socket = "prefetch.sock"
-
-// listenPrefetch opens that socket, as a mirror of all known registries. Without it
-// there is no prefetching, and all else goes on.
+// listenPrefetch opens the socket for `weir prefetch`, as a mirror of all known
+// registries. Without it there is no prefetching, and all else goes on.
 func (a *Agent) listenPrefetch() {
-	path := filepath.Join(a.conf.RunDir, Socket)
+	path := filepath.Join(a.conf.RunDir, service.SocketFile)
 	_ = os.Remove(path) // of a process that was killed; the run directory is locked
 	old := unix.Umask(0o177)
 	l, err := net.Listen("unix", path)

@@ -117,7 +117,7 @@ func openLedgerIfAny(path string) (*trust.Ledger, error) {
 
 // ownEntries are what weir makes in its directories. Any other file
 // there stays.
-var ownEntries = []string{"ca", "store", TagsFile, IdentityFile, LedgerFile, pidFile, "state.json", "state.json.new"}
+var ownEntries = []string{"ca", "store", TagsFile, IdentityFile, LedgerFile, pidFile, SocketFile, "state.json", "state.json.new"}
 
 func removeOwn(dir string) (removed []string, err error) {
 	paths := make([]string, 0, len(ownEntries))
@@ -182,6 +182,11 @@ func stopAgent(ctx context.Context, runDir string) error {
 	}
 	return fmt.Errorf("the agent (process %d) does not end; kill it and try again: %w", pid, ctx.Err())
 }
+
+// SocketFile is the name, in the run directory, of the Unix socket at which the
+// agent answers `weir prefetch`, which is none of the programs whose connections are
+// redirected. Only root may connect.
+const SocketFile = "prefetch.sock"
 
 // Names of files in the data directory.
 const (

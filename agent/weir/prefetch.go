@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 	"weir/agent"
 	"weir/agent/admin"
+	"weir/agent/service"
 )
 
 func prefetchCommand() *cobra.Command {
@@ -45,7 +46,7 @@ func prefetchCommand() *cobra.Command {
 		return nil
 	}
 	c.RunE = func(cmd *cobra.Command, args []string) error {
-		p := &prefetcher{socket: filepath.Join(runDir, agent.Socket), platform: platform, out: cmd.OutOrStdout(), tokens: make(map[string]string)}
+		p := &prefetcher{socket: filepath.Join(runDir, service.SocketFile), platform: platform, out: cmd.OutOrStdout(), tokens: make(map[string]string)}
 		if name, arch, ok := strings.Cut(platform, "/"); !ok || name == "" || arch == "" {
 			return usageError{fmt.Errorf("--platform: %q is not OS/ARCHITECTURE, such as linux/arm64", platform)}
 		}
