@@ -115,7 +115,7 @@ func (x *exchange) headOfKept(b *store.Blob) {
 	stale := x.allowsStale(x.target.digest)
 	resp, err := x.ask(x.head(false, func() bool { return stale }))
 	switch {
-	case failed(resp, err) && stale:
+	case x.failed(resp, err) && stale:
 		x.stale = true
 		x.serveKept(b)
 	case err != nil:
@@ -184,7 +184,7 @@ func (x *exchange) askRange(size int64) (*proof, *http.Response, error) {
 	stale := x.allowsStale(x.target.digest)
 	resp, err := x.ask(question{method: http.MethodGet, extra: extra, follow: true,
 		patience: x.h.outages.patience(x.up.ID()), instead: func() bool { return stale }})
-	if stale && failed(resp, err) {
+	if stale && x.failed(resp, err) {
 		if err == nil {
 			resp.Body.Close()
 		}
@@ -402,6 +402,13 @@ func (x *exchange) lead(t *store.Transfer) {
 		resp.Body.Close()
 		cancel()
 		x.forward()
+		return
+	}
+	if foreign(resp) {
+		// A login page, say: the registry may give the blob to those who follow.
+		t.Abandon(errNotLed)
+		defer cancel()
+		x.sent(resp)
 		return
 	}
 	when = x.h.rights.Now()

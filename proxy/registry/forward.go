@@ -21,7 +21,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
-	"weir/proxy/rights"
 )
 
 // forward sends the client's request to the upstream and its answer back,
@@ -115,8 +114,9 @@ func (x *exchange) followed(resp *http.Response) {
 	}
 	req := x.request(x.r.Context(), x.r.Method, nil)
 	if req.URL.Host != location.Host {
-		req.Header = rights.Strip(req.Header)
-		req.Header["User-Agent"] = x.r.Header["User-Agent"]
+		for _, field := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
+			req.Header.Del(field) // as clients do (net/http); all else is the client's still
+		}
 	}
 	if ranges := x.r.Header["Range"]; ranges != nil {
 		req.Header["Range"] = ranges
@@ -221,7 +221,7 @@ func (x *exchange) base() {
 	}
 	client := excused{x.up.ID(), x.up.Client}
 	resp, err := x.ask(question{method: x.r.Method, patience: x.h.outages.whole, instead: func() bool { return true }})
-	if !failed(resp, err) {
+	if !x.failed(resp, err) {
 		x.h.outages.excused.Remove(client)
 		x.relay(resp)
 		return

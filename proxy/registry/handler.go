@@ -542,9 +542,10 @@ func (x *exchange) own(resp *http.Response) bool {
 
 // failed says whether an upstream has not answered the question: an answer of
 // 429 or 5xx says something about the upstream, and nothing about what was
-// asked for, and what isn't the registry's says nothing at all.
-func failed(resp *http.Response, err error) bool {
-	return err != nil || resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500 || foreign(resp)
+// asked for, and what isn't the registry's says nothing at all. Where the registry
+// redirects to, a page or a refusal is an answer: a login page, for one.
+func (x *exchange) failed(resp *http.Response, err error) bool {
+	return err != nil || resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500 || x.own(resp) && foreign(resp)
 }
 
 // foreign says whether an answer is hardly a registry's, but that of something in

@@ -37,7 +37,7 @@ func (x *exchange) manifest() {
 	if !x.allows(d) {
 		resp, err := x.ask(x.head(true, func() bool { return stale }))
 		switch {
-		case failed(resp, err) && stale:
+		case x.failed(resp, err) && stale:
 			x.stale = true
 		case x.r.Method == http.MethodHead && err == nil && x.answers(resp):
 			x.relay(resp)
@@ -106,7 +106,7 @@ func (x *exchange) tag() {
 	}
 	resp, err := x.ask(x.head(true, instead))
 	switch {
-	case failed(resp, err) && instead():
+	case x.failed(resp, err) && instead():
 		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.Digest, "since", was.When, "err", because(resp, err))
 		x.stats.stale.Add(1)
 		x.target.digest = was.Digest
