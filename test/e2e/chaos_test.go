@@ -153,7 +153,7 @@ func TestChaos(t *testing.T) {
 		{name: "the clock is set 20 hours ahead, and then back", running: true, set: func() func() { return c.setClock(20 * time.Hour) }},
 		{name: "the clock is set a month ahead, and then back", set: func() func() { return c.setClock(30 * 24 * time.Hour) }},
 		{name: "the clock is set two days back, to before the CA was made, and then right", running: true, set: func() func() { return c.setClock(-2 * 24 * time.Hour) }},
-		{name: "the kernel side's map of processes is full", set: func() func() { return c.agent.FillMap("tracked") }},
+		{name: "the kernel side's map of processes is full", set: func() func() { return c.agent.FillMap("weir_tracked") }},
 		{name: "the kernel side's map of listeners is full", set: func() func() { return c.agent.FillMap("weir_listeners") }},
 		{name: "containerd is restarted", running: true, lost: []string{"containerd 1.6", "dockerd 20.10"}, set: func() func() {
 			c.critical.Kill()
