@@ -286,7 +286,7 @@ var ways = []way{
 		_, _ = gz.Write(rec.Body.Bytes())
 		gz.Close()
 	}},
-	{name: "a challenge page", serve: answer(func(*http.Request) bool { return true }, http.StatusForbidden, http.Header{"Content-Type": {"text/html"}}, "<html>are you human?</html>")},
+	{name: "a challenge page", any: true, serve: answer(func(*http.Request) bool { return true }, http.StatusForbidden, http.Header{"Content-Type": {"text/html"}}, "<html>are you human?</html>")},
 	{name: "429", serve: answer(func(*http.Request) bool { return true }, http.StatusTooManyRequests, http.Header{"Retry-After": {"1"}}, `{"errors":[{"code":"TOOMANYREQUESTS"}]}`), any: true},
 	{name: "429 for the first blob", any: true, serve: func(p *play, w *recorded, r *http.Request, next http.Handler) {
 		if isBlob(r) && authorized(r) && p.first("429") {
