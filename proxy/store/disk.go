@@ -248,14 +248,20 @@ func (d *disk) readAt(f *os.File, p []byte, off int64) (n int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	inMemory := false
 	if raw.Read(func(fd uintptr) bool {
 		n, err = unix.Preadv2(int(fd), [][]byte{p}, off, unix.RWF_NOWAIT)
+		// tmpfs doesn't know the flag, and has nothing that could hang.
+		inMemory = errors.Is(err, unix.EOPNOTSUPP) && d.hold == nil && isTmpfs(int(fd))
 		return true
 	}) != nil {
 		return 0, os.ErrClosed
 	}
 	if n = max(n, 0); n == len(p) {
 		return n, nil
+	}
+	if inMemory {
+		return f.ReadAt(p, off)
 	}
 	// The operation may be left behind, and p is the caller's.
 	buf, err := on(d, func() ([]byte, error) {
@@ -271,6 +277,13 @@ func (d *disk) readAt(f *os.File, p []byte, off int64) (n int, err error) {
 		err = io.EOF
 	}
 	return n, err
+}
+
+// isTmpfs says whether a file is in memory. It is asked only where reading without
+// waiting isn't supported.
+func isTmpfs(fd int) bool {
+	var st unix.Statfs_t
+	return unix.Fstatfs(fd, &st) == nil && st.Type == unix.TMPFS_MAGIC
 }
 
 // fileAt is a file as io.ReaderAt.
