@@ -423,11 +423,6 @@ func (x *exchange) lead(t *store.Transfer) {
 	}
 	x.notKept(err)
 	resp.Body = body
-	if x.r.Header.Get("Range") != "" {
-		body.Close()
-		x.forward()
-		return
-	}
 	x.sent(resp)
 }
 
