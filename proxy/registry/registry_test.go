@@ -502,6 +502,33 @@ func TestCutIsResumed(t *testing.T) {
 	}
 }
 
+// Of a blob that is shorter than was announced the rest isn't asked for again and
+// again: the client sees what it would see without.
+func TestShorterThanAnnounced(t *testing.T) {
+	want := bytesOf(5, 600_000)
+	for _, o := range []store.Options{{}, {MaxBytes: 1}} {
+		u := newUpstream(t)
+		u.allow("a", "")
+		d := u.put("a", want)
+		u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Header.Get("Range") != "" {
+				return false
+			}
+			w.Header().Set("Content-Length", "606000")
+			_, _ = w.Write(want)
+			return true
+		}
+		s := newSide(t, u, o)
+		path := "/v2/a/blobs/" + d.String()
+		if a := s.do("GET", path, ""); !errors.Is(a.err, io.ErrUnexpectedEOF) || len(a.body) < len(want)-1 {
+			t.Errorf("%d bytes, err %v", len(a.body), a.err)
+		}
+		if got := u.requests(); !slices.Equal(got, []string{"GET " + path, "GET " + path}) {
+			t.Errorf("the upstream was asked %q, want the blob and its rest", got)
+		}
+	}
+}
+
 // A damaged file in the store is noticed and fetched again in mid-answer.
 func TestDamagedWhileServed(t *testing.T) {
 	u := newUpstream(t)

@@ -61,7 +61,7 @@ const maxPools = 1024
 
 // times are how long things may take; see the defaults.
 type times struct {
-	connect, fallback, handshake, guess, answer, slow time.Duration
+	connect, fallback, handshake, guess, idle, relay time.Duration
 }
 
 var defaultTimes = times{
@@ -75,14 +75,19 @@ var defaultTimes = times{
 	fallback: 300 * time.Millisecond,
 	// When they are tried beside one that accepts, and then says nothing.
 	handshake: time.Second,
-	// How long a request on a connection that was used before may go without an
-	// acknowledgement: all that this costs is to be less than a second.
+	// How long a request may go without an acknowledgement, and twice that if the
+	// kernel has not sent it again by then: all that a forgotten connection costs is
+	// to be about a second.
 	guess: 500 * time.Millisecond,
-	// And without an answer, where the other side has acknowledged it.
-	answer: time.Second,
-	// The same where the other side is known to take its time: it isn't made to do
-	// everything twice.
-	slow: 15 * time.Second,
+	// How long a connection may wait for its next request and be taken to lead to
+	// the registry still, if what is sent is acknowledged.
+	idle: 5 * time.Second,
+	// What acknowledges may be a relay on this side (slirp4netns, a virtual
+	// machine's NAT) that has lost the registry meanwhile. After so long without an
+	// answer the request is sent again, once, if the connection has waited as long
+	// as idle before. A registry that takes its time is not asked twice otherwise:
+	// what it counts or fetches it would count and fetch twice.
+	relay: 15 * time.Second,
 }
 
 // NewEgress returns a way out that dials with dial. Close it when its namespace

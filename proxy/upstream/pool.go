@@ -21,7 +21,6 @@ type pool struct {
 	ready []net.Conn // nobody has used them yet
 	last  verdict    // what was found out when it was verified, or asked
 	away  verdict    // that it could not be reached in the time that there was
-	slow  time.Time  // until when it is known to take its time for an answer
 }
 
 // verdict is what was found out, and when.
@@ -47,8 +46,6 @@ const (
 	// readyTTL is how long a connection that was made to look at a target may wait
 	// for its first request. It is fresh, as the client's own would be.
 	readyTTL = 5 * time.Second
-	// slowTTL is how long a target is known to take its time.
-	slowTTL = time.Minute
 )
 
 // pool returns the pool of a key.
@@ -258,9 +255,24 @@ func alive(c net.Conn) bool {
 	return err == nil && info.State == unix.BPF_TCP_ESTABLISHED
 }
 
-// arrived says whether the other side has acknowledged all that was sent to it.
-// It doesn't when the connection was forgotten on the way.
-func arrived(c net.Conn) bool {
+// delivery is what the kernel knows of what was sent.
+type delivery int
+
+const (
+	underway delivery = iota // not acknowledged yet
+	repeated                 // not acknowledged in time, so that the kernel has sent it again
+	arrived                  // acknowledged
+)
+
+// delivered says how far what was sent on a connection has come. It doesn't arrive
+// when the connection was forgotten on the way.
+func delivered(c net.Conn) delivery {
 	info, err := tcpInfo(c)
-	return err != nil || info.Unacked == 0 && info.Notsent_bytes == 0
+	switch {
+	case err != nil || info.Unacked == 0 && info.Notsent_bytes == 0:
+		return arrived
+	case info.Retransmits > 0:
+		return repeated
+	}
+	return underway
 }

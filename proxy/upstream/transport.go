@@ -19,8 +19,9 @@ import (
 //
 // A request that may be sent twice uses a connection that is kept for all clients
 // of the target. Such a connection may have been forgotten on the way, which nobody
-// is told of, so it is a guess: when nothing comes back for a moment, the request is
-// sent over a new connection as well, and the first answer counts. Every other
+// is told of, so it is a guess: when the other side's kernel doesn't acknowledge the
+// request, it is sent over a new connection as well, and the first answer counts. One
+// that was acknowledged is waited for, as the client would. Every other
 // request uses a connection that was made for this client connection, as the client
 // would have.
 type Transport struct {
@@ -116,19 +117,6 @@ func (p *pool) replace(old, fresh *http.Transport) {
 	}
 }
 
-// isSlow says whether the target is known to take its time.
-func (p *pool) isSlow() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return time.Now().Before(p.slow)
-}
-
-func (p *pool) setSlow() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.slow = time.Now().Add(slowTTL)
-}
-
 // roundTrip sends a request that may be sent twice. fresh makes transports for the
 // pool.
 func (p *pool) roundTrip(req *http.Request, times times, fresh func() *http.Transport) (*http.Response, error) {
@@ -157,7 +145,7 @@ type guess struct {
 	mu     sync.Mutex
 	timer  *time.Timer // until it is suspect; nil when it isn't a guess
 	since  time.Time   // when it had its connection
-	reused bool        // that connection has carried requests before
+	waited bool        // that connection has waited for it for a while
 	heard  bool        // an answer to it has begun
 	over   bool        // the first attempt's answer counts, or none
 	done   chan struct{}
@@ -176,9 +164,9 @@ func (g *guess) got(info httptrace.GotConnInfo) {
 		g.timer.Stop()
 		g.timer = nil
 	}
-	g.since, g.heard, g.reused = time.Now(), false, info.Reused || info.WasIdle
+	g.since, g.heard, g.waited = time.Now(), false, info.WasIdle && info.IdleTime >= g.times.idle
 	if !g.over {
-		g.timer = time.AfterFunc(g.times.guess, func() { g.suspect(info.Conn, false) })
+		g.timer = time.AfterFunc(g.times.guess, func() { g.suspect(info.Conn) })
 	}
 }
 
@@ -192,25 +180,27 @@ func (g *guess) stop() {
 	}
 }
 
-// suspect sends the request a second time. Where the first one is known to have
-// come over a connection that was used before, it waits longer, and longer still
-// where answers are known to take time.
-func (g *guess) suspect(c net.Conn, again bool) {
+// suspect sends the request a second time, unless the first one is known to have
+// arrived, or may be on its way still.
+func (g *guess) suspect(c net.Conn) {
 	g.mu.Lock()
 	if g.heard || g.over || g.done != nil {
 		g.mu.Unlock()
 		return
 	}
-	if !again && arrived(c) {
-		if !g.reused { // a client's own connection would be no better
+	var wait time.Duration
+	switch delivered(c) {
+	case arrived:
+		if !g.waited { // a client's own connection would be no better
 			g.mu.Unlock()
 			return
 		}
-		wait := g.times.answer
-		if g.pool.isSlow() {
-			wait = g.times.slow
-		}
-		g.timer = time.AfterFunc(wait-g.times.guess, func() { g.suspect(c, true) })
+		wait = g.times.relay - time.Since(g.since)
+	case underway:
+		wait = 2*g.times.guess - time.Since(g.since)
+	}
+	if wait > 0 {
+		g.timer = time.AfterFunc(wait, func() { g.suspect(c) })
 		g.mu.Unlock()
 		return
 	}
@@ -232,7 +222,7 @@ func (g *guess) suspect(c net.Conn, again bool) {
 	case err != nil:
 		fresh.CloseIdleConnections()
 		cancel()
-		if !arrived(c) { // a client without weir would have come no farther
+		if delivered(c) != arrived { // a client without weir would have come no farther
 			g.err = err
 			g.giveUp()
 		}
@@ -263,9 +253,6 @@ func (g *guess) end(resp *http.Response, err error) (*http.Response, error) {
 	second := g.done
 	if err == nil || second == nil {
 		g.over = true
-		if err == nil && time.Since(g.since) > g.times.answer {
-			g.pool.setSlow()
-		}
 		if second != nil {
 			g.end2()
 		}

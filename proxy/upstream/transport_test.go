@@ -27,14 +27,14 @@ import (
 func TestForgottenConnections(t *testing.T) {
 	for name, tt := range map[string]struct {
 		packets bool // they are dropped; else they are taken, and not passed on
-		slow    bool // the registry is known to take its time
-	}{"dropped": {true, false}, "dropped by a slow one": {true, true}, "taken and not passed on": {false, false}} {
+		relay   time.Duration
+	}{"dropped": {true, time.Hour}, "taken and not passed on": {false, time.Second}} {
 		for _, method := range []string{"GET", "HEAD"} {
 			t.Run(name+" "+method, func(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t)
 				w.egress.times.guess = 500 * time.Millisecond // new ones must be quicker
-				w.egress.times.slow = time.Hour
+				w.egress.times.idle, w.egress.times.relay = 0, tt.relay
 				var forgotten atomic.Pointer[map[net.Conn]bool]
 				end := make(chan struct{})
 				s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
@@ -65,9 +65,6 @@ func TestForgottenConnections(t *testing.T) {
 					}
 					s.mu.Unlock()
 					forgotten.Store(&f)
-				}
-				if tt.slow {
-					w.egress.pool(s.target().key()).setSlow()
 				}
 				for range 5 {
 					if err := ask(); err != nil {
@@ -121,11 +118,11 @@ func (w *world) several(n int, target Target) {
 	}
 }
 
-// A registry that takes its time is not given up, though it was asked a second
-// time; and it isn't asked twice again, as long as what it is sent arrives.
+// A registry that takes its time is not asked twice, as what is sent arrives. Where
+// what acknowledges may be a relay, it is, and not given up.
 func TestSlowRegistry(t *testing.T) {
 	w := newWorld(t)
-	w.egress.times.guess = 50 * time.Millisecond
+	w.egress.times.guess, w.egress.times.idle, w.egress.times.relay = 50*time.Millisecond, 0, 100*time.Millisecond
 	var n atomic.Int64
 	second, end := make(chan struct{}), make(chan struct{})
 	s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
@@ -143,13 +140,9 @@ func TestSlowRegistry(t *testing.T) {
 	})
 	defer close(end)
 	target := s.target()
-	p := w.egress.pool(target.key())
 	for _, want := range []string{"1", "3"} {
 		if got, err := send(t, w.egress.Transport(target), "GET", target.url(), nil); err != nil || got != want {
 			t.Fatalf("%q, %v; want %q", got, err, want)
-		}
-		if p.isSlow() != (want == "3") {
-			t.Errorf("after %s requests it is slow: %v", want, p.isSlow())
 		}
 	}
 	c, err := net.Dial("tcp", s.addr.String())
@@ -160,12 +153,45 @@ func TestSlowRegistry(t *testing.T) {
 	if _, err := c.Write([]byte("arrives")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "what was sent has arrived", func() bool { return arrived(c) })
-	g := &guess{pool: p, times: defaultTimes, reused: true}
-	if g.suspect(c, false); g.done != nil || g.timer == nil {
-		t.Error("a slow registry is asked twice at once")
+	eventually(t, "what was sent has arrived", func() bool { return delivered(c) == arrived })
+	for _, waited := range []bool{false, true} {
+		g := &guess{times: defaultTimes, since: time.Now(), waited: waited}
+		g.suspect(c)
+		if again := g.timer != nil && g.timer.Stop(); g.done != nil || again != waited {
+			t.Errorf("its connection has waited: %v; asked twice at once: %v, later: %v", waited, g.done != nil, again)
+		}
 	}
-	g.timer.Stop()
+}
+
+// What the kernel has not sent again yet may be on its way still, for twice as long.
+func TestUnderway(t *testing.T) {
+	w := newWorld(t)
+	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
+	c, err := net.Dial("tcp", s.addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	eventually(t, "the server has it", func() bool { return s.conns() == 1 })
+	s.drop()
+	if _, err := c.Write([]byte("doesn't arrive")); err != nil {
+		t.Fatal(err)
+	}
+	var again atomic.Bool
+	req, _ := http.NewRequestWithContext(t.Context(), "GET", s.target().url(), nil)
+	for !again.Load() {
+		g := &guess{pool: &pool{}, times: defaultTimes, req: req, since: time.Now(), giveUp: func() {}, fresh: func() *http.Transport {
+			again.Store(true)
+			return w.egress.newHTTP(Target{Addr: s.addr}, 0)
+		}}
+		g.suspect(c)
+		if again.Load() != (g.timer == nil) || again.Load() && delivered(c) != repeated {
+			t.Fatalf("asked twice: %v, and it is %d", again.Load(), delivered(c))
+		}
+		if g.timer != nil {
+			g.timer.Stop()
+		}
+	}
 }
 
 // A connection was forgotten on the way, and there is no other: the request fails
@@ -202,7 +228,7 @@ func TestBothAttempts(t *testing.T) {
 	for _, answered := range []bool{true, false} {
 		t.Run(fmt.Sprint("the second is answered: ", answered), func(t *testing.T) {
 			w := newWorld(t)
-			w.egress.times.guess = 50 * time.Millisecond
+			w.egress.times.guess, w.egress.times.idle, w.egress.times.relay = 50*time.Millisecond, 0, 50*time.Millisecond
 			var n atomic.Int64
 			second, failed := make(chan struct{}), make(chan struct{})
 			s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {

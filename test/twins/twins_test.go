@@ -128,7 +128,6 @@ type request struct {
 	method, host, path string
 	status             int
 	agent, rng         string
-	left               bool // who asked didn't wait for the end of the answer
 }
 
 func (r request) String() string {
@@ -233,7 +232,7 @@ func (w *world) front(host string, rw http.ResponseWriter, r *http.Request, next
 	rec := &recorded{ResponseWriter: rw}
 	q := request{method: r.Method, host: host, path: normal(r.URL.Path), agent: r.UserAgent(), rng: r.Header.Get("Range")}
 	defer func() {
-		q.status, q.left = rec.status, r.Context().Err() != nil
+		q.status = rec.status
 		p.mu.Lock()
 		p.asked = append(p.asked, q)
 		p.mu.Unlock()
@@ -397,13 +396,12 @@ func (p *play) run() {
 }
 
 // own says whether a request is one that weir makes by itself, besides what the
-// client asks: its HEADs and tokens in its own name, the small ranges by which a
-// registry shows that content is in a repository, and what it asked twice, since
-// the first time was on a kept connection and stayed without an answer for a second.
+// client asks: its HEADs and tokens in its own name, and the small ranges by which a
+// registry shows that content is in a repository.
 func own(q request) bool {
 	var from, to int64
 	n, _ := fmt.Sscanf(q.rng, "bytes=%d-%d", &from, &to)
-	return q.agent == "weir" || q.left && reads(q) || q.method == http.MethodGet && n == 2 && to-from < 1<<10
+	return q.agent == "weir" || q.method == http.MethodGet && n == 2 && to-from < 1<<10
 }
 
 // reads are requests that weir may spare the registry, and that clients make in
@@ -554,9 +552,9 @@ func (w *world) report(t *testing.T) {
 	fmt.Fprintf(&b, "# Twins\n\nThe same stories on a node without weir and on one with it, as `make twins` played them: %d plays, seed %d.\n"+
 		"%s\n"+"A story is a client, what it does, a way of the registry, a fault of the network and a moment in the agent's\nlife; each row sums up all that have it. "+
 		"\"Worse\" are those that failed with weir alone, gave another answer or\nerror, or asked the registry for something else. Added time is with weir less without, of those that succeeded\nat both; negative is faster. Not counted as something else: weir's own HEADs and tokens (User-Agent weir), its\n"+
-		"ranges of less than 1 KiB, a request that it sent twice and whose first answer it left, a HEAD in place of a GET of a\n"+
-		"tag, a whole blob in place of a range, and whatever was spared. A story that came more than a second later was played\n"+
-		"again, and counts if it did so both times; not where the agent is killed, and clients begin anew.\n",
+		"ranges of less than 1 KiB, a HEAD in place of a GET of a tag, a whole blob in place of a range, and whatever was spared.\n"+
+		"A story that came more than a second later was played again, and counts if it did so both times; not where the agent is\n"+
+		"killed, and clients begin anew.\n",
 		len(w.results), *seed, w.composed)
 	for _, dim := range []struct {
 		name string
