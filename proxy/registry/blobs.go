@@ -150,7 +150,7 @@ func (x *exchange) serveKept(b *store.Blob) {
 	c := &content{x: x, size: b.Size(), from: b.Reader()}
 	defer c.Close()
 	// Of one that was never read all is read before the first byte is given.
-	x.serve(c, x.hit(), b.Size() >= largeBlob)
+	x.serve(c, x.keptIn(b), b.Size() >= largeBlob)
 }
 
 // proof is what a registry has shown of a blob, by which it is told from one that
@@ -283,7 +283,7 @@ func (x *exchange) sent(resp *http.Response) {
 	if resp.ContentLength >= 0 {
 		x.w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
 	}
-	x.stream(s, "fwd=miss")
+	x.stream(s, provenance{})
 	x.grant()
 	x.prove(x.provenBy(resp), x.target.digest)
 }
@@ -345,7 +345,7 @@ func (x *exchange) follow(t *store.Transfer, start int64) {
 	}
 	x.stats.hits.Add(1)
 	x.following = true
-	x.fromTransfer(r, "hit; detail=following")
+	x.fromTransfer(r, provenance{source: SourceTransfer})
 }
 
 // askFor asks the registry whether the client may have a blob of size bytes that
@@ -418,7 +418,7 @@ func (x *exchange) lead(t *store.Transfer) {
 	r, err := t.Begin(resp.ContentLength, body, x.source())
 	if err == nil {
 		defer r.Close()
-		x.fromTransfer(r, "fwd=miss; stored")
+		x.fromTransfer(r, provenance{stored: true})
 		return
 	}
 	x.notKept(err)
@@ -472,7 +472,7 @@ func (x *exchange) relay(resp *http.Response) {
 }
 
 // fromTransfer serves a blob from a running transfer.
-func (x *exchange) fromTransfer(r *store.TransferReader, status string) {
+func (x *exchange) fromTransfer(r *store.TransferReader, from provenance) {
 	if err := r.Settle(x.r.Context()); err != nil {
 		switch {
 		case x.r.Context().Err() != nil:
@@ -488,7 +488,7 @@ func (x *exchange) fromTransfer(r *store.TransferReader, status string) {
 	if r.Size() < 0 {
 		o := &onward{x: x, from: r.WithContext(x.r.Context())}
 		defer o.Close()
-		x.stream(o, status)
+		x.stream(o, from)
 		return
 	}
 	c := &content{x: x, size: r.Size()}
@@ -501,7 +501,7 @@ func (x *exchange) fromTransfer(r *store.TransferReader, status string) {
 		c.following = ctx
 	}
 	c.from = r.WithContext(ctx)
-	x.serve(c, status, true)
+	x.serve(c, from, true)
 }
 
 // errLags says that another client's transfer is much slower than the registry.
@@ -546,17 +546,16 @@ func (x *exchange) keepUp(r *store.TransferReader) (ctx context.Context, stop fu
 	return ctx, func() { cancel(nil) }
 }
 
-// hit is the cache status of an answer from what is kept.
-func (x *exchange) hit() string {
+// keptIn is where an answer from what is kept comes from.
+func (x *exchange) keptIn(b *store.Blob) provenance {
 	if x.stale {
 		x.stats.stale.Add(1)
 		x.h.log.Warn("the upstream gives no answer; served what it gave before", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest)
-		return "hit; detail=stale-if-error"
 	}
-	return "hit"
+	return provenance{source: sourceOf(b), stale: x.stale}
 }
 
-func (x *exchange) headers(status string) {
+func (x *exchange) headers(from provenance) {
 	h := x.w.Header()
 	if h.Get("Content-Type") == "" {
 		h.Set("Content-Type", "application/octet-stream")
@@ -564,7 +563,7 @@ func (x *exchange) headers(status string) {
 	h.Set("Docker-Content-Digest", x.target.digest.String())
 	h.Set("Docker-Distribution-Api-Version", "registry/2.0")
 	h.Set("Etag", `"`+x.target.digest.String()+`"`)
-	h.Set("Cache-Status", "weir; "+status) // RFC 9211
+	x.w.from(from)
 }
 
 // largeBlob is of how many bytes a blob is that takes a moment to read.
@@ -585,9 +584,9 @@ func (w headFirst) ReadFrom(r io.Reader) (int64, error) { return io.Copy(w.Respo
 
 // serve answers from content of known size: whole, ranges, or just the head.
 // slow is whether it may take a while to come.
-func (x *exchange) serve(c *content, status string, slow bool) {
-	x.headers(status)
-	w := x.w
+func (x *exchange) serve(c *content, from provenance, slow bool) {
+	x.headers(from)
+	var w http.ResponseWriter = x.w
 	if slow {
 		w = headFirst{w}
 	}
@@ -599,8 +598,8 @@ func (x *exchange) serve(c *content, status string, slow bool) {
 
 // stream answers with all that r gives. When it fails the connection breaks,
 // so that the client can't take what it got for the whole.
-func (x *exchange) stream(r io.Reader, status string) {
-	x.headers(status)
+func (x *exchange) stream(r io.Reader, from provenance) {
+	x.headers(from)
 	if _, err := io.Copy(x.w, r); err != nil {
 		x.h.log.Warn("a blob broke off", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
 		panic(http.ErrAbortHandler)

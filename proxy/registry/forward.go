@@ -236,7 +236,7 @@ func (x *exchange) base() {
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", "2")
 	h.Set("Docker-Distribution-Api-Version", "registry/2.0")
-	h.Set("Cache-Status", "weir; hit; detail=stale-if-error")
+	x.w.from(provenance{source: SourceStore, stale: true})
 	_, _ = io.WriteString(x.w, "{}")
 }
 

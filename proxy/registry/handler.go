@@ -260,7 +260,7 @@ func (h *Handler) Close() {
 // exchange is one request on its way through.
 type exchange struct {
 	h      *Handler
-	w      http.ResponseWriter
+	w      *delivery
 	r      *http.Request
 	up     Upstream
 	target target
@@ -280,15 +280,21 @@ type exchange struct {
 // credentials and the registry wants to see some, it is asked again with the
 // token that everybody gets: for clients that can't ask for one, because they
 // speak to weir and not to the registry.
+//
+// Every answer says in its Cache-Status where it comes from, see [FromUpstream].
 func (h *Handler) ServeAnonymous(w http.ResponseWriter, r *http.Request, up Upstream) {
 	if r.Header.Get("Authorization") == "" {
 		up.Transport = &anonymous{h, up}
 	}
-	h.Serve(w, r, up)
+	h.serve(&delivery{ResponseWriter: w, marked: true}, r, up)
 }
 
 // Serve answers a request that a client sent to an upstream.
 func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
+	h.serve(&delivery{ResponseWriter: w}, r, up)
+}
+
+func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.name())}
 	x.stats.requests.Add(1)
 	// What is not the plain form of the distribution API is the upstream's business:
@@ -301,10 +307,10 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 	if x.excused() {
 		x.up.Transport = &anonymous{h, up}
 	}
+	w.manifest, w.head = x.target.kind == manifest, r.Method == http.MethodHead
 	complete := false // unless it panics, as handlers do to break off
-	if x.reading() && (x.target.kind == manifest || x.target.kind == blob && r.Method == http.MethodGet) {
-		a, end := h.pulls.begin(x)
-		x.w = a
+	if x.reading() && (w.manifest || x.target.kind == blob && !w.head) {
+		end := h.pulls.begin(x)
 		defer func() { end(complete && r.Context().Err() == nil) }()
 	}
 	switch {

@@ -50,7 +50,7 @@ func (x *exchange) manifest() {
 			x.grant()
 		}
 	}
-	x.serveManifest(m, x.hit())
+	x.serveManifest(m, x.keptIn(m.Blob))
 }
 
 // answers says whether an answer to a question that followed redirects is the one
@@ -71,10 +71,10 @@ func describesManifest(resp *http.Response, d digest.Digest) bool {
 	return strings.HasPrefix(mediaType, "application/vnd.docker.distribution.manifest.") || strings.HasPrefix(mediaType, "application/vnd.oci.image.")
 }
 
-func (x *exchange) serveManifest(m *keptManifest, status string) {
+func (x *exchange) serveManifest(m *keptManifest, from provenance) {
 	x.stats.hits.Add(1)
 	x.w.Header().Set("Content-Type", m.mediaType)
-	x.headers(status)
+	x.headers(from)
 	if x.r.Method == http.MethodGet {
 		x.stats.fromStore.Add(m.Size())
 	}
@@ -111,7 +111,7 @@ func (x *exchange) tag() {
 		x.stats.stale.Add(1)
 		x.target.digest = was.Digest
 		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(was.When).Seconds()), 10))
-		x.serveManifest(m, "hit; detail=stale-if-error")
+		x.serveManifest(m, provenance{source: sourceOf(m.Blob), stale: true})
 		return
 	case err != nil && x.r.Method == http.MethodGet && x.r.Context().Err() == nil:
 		x.forward() // the HEAD was ours
@@ -143,7 +143,7 @@ func (x *exchange) tag() {
 	x.target.digest = d
 	copyHeader(x.w.Header(), resp.Header)
 	x.w.Header().Del("Content-Encoding") // of what it would have sent
-	x.serveManifest(m, "hit; detail=head")
+	x.serveManifest(m, provenance{source: sourceOf(m.Blob), resolved: true})
 }
 
 // learnTag records what an upstream says that a tag is.

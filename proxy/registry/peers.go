@@ -126,7 +126,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	r, err := t.BeginUnverified(size, cb, more, again)
 	if err == nil {
 		defer r.Close()
-		x.fromTransfer(r, "hit; detail=peer")
+		x.fromTransfer(r, provenance{source: SourcePeer})
 		return true
 	}
 	// It can't be kept, and what isn't kept can't be verified before a client

@@ -109,10 +109,9 @@ func TestPullsAreBounded(t *testing.T) {
 		x.target = target{kind: manifest, tag: "a"}
 		x.who.Name = strings.Repeat("a", i+1)
 		for range 10 {
-			a, end := ps.begin(x)
-			a.head = true
-			a.from.Store(new(string))
-			end(true)
+			x.w = &delivery{manifest: true, head: true}
+			x.w.gives.Store(true)
+			ps.begin(x)(true)
 		}
 	}
 	if n := len(ps.list()); n != maxPulls {
