@@ -5,13 +5,17 @@ GO ?= go
 # Weir is built with this Go wherever it is built, which the go command gets if
 # it is another: `make vulncheck` finds nothing in its standard library.
 export GOTOOLCHAIN := go1.27.3
+# All is compiled in one way, so that vet, the tests, weir and the tools that the
+# tests build have one cache.
+export GOFLAGS := $(filter-out -trimpath,$(GOFLAGS)) -trimpath
+export CGO_ENABLED := 0
 BENCH ?= .
 ORACLE_SEED ?= 1
 TWINS_FOR ?= 30m
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
-BUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+BUILD = $(GO) build -ldflags "-s -w -X main.version=$(VERSION)"
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-AS_ROOT = $(SUDO) env PATH="$$PATH" GOTOOLCHAIN=$(GOTOOLCHAIN)
+AS_ROOT = $(SUDO) env PATH="$$PATH" GOTOOLCHAIN=$(GOTOOLCHAIN) GOFLAGS="$(GOFLAGS)" CGO_ENABLED=$(CGO_ENABLED)
 APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 # Debian packages: what running needs, what the tests drive, what generates and checks.
@@ -26,7 +30,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 VULNDB = v0.0.0-20261105234957-e22db6528018
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist run test test-kubernetes manifest bench bench-parts soak chaos twins oracle race scale lint vulncheck generate check-generated fuzz demo clean
+.PHONY: help build dist run test package-tests system-tests test-kubernetes manifest bench bench-parts soak chaos twins oracle race scale lint vulncheck generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,9 +60,13 @@ test: ## run all tests (as root; installs what they need)
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))"
 	$(GO) vet ./...
 	$(GO) vet -tags scale ./p2p
-	$(AS_ROOT) $(GO) test -race -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
-	$(AS_ROOT) $(GO) test -timeout 40m ./test/e2e ./test/lab # most of it for building the tools, once
-	$(AS_ROOT) $(GO) test -timeout 15m ./test/twins
+	$(MAKE) -j2 -Otarget package-tests system-tests
+
+package-tests: # with the race detector; vet has run
+	$(AS_ROOT) CGO_ENABLED=1 $(GO) test -race -vet=off -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
+
+system-tests: # they build the tools that they drive, once
+	$(AS_ROOT) $(GO) test -vet=off -timeout 40m ./test/e2e ./test/lab ./test/twins
 
 test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6 minutes, once)
 	@$(call need,$(TEST_PACKAGES) $(KUBERNETES_PACKAGES))

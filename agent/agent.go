@@ -25,6 +25,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"weir/agent/admin"
 	"weir/agent/redirect"
 	"weir/agent/registries"
@@ -131,6 +132,7 @@ type Agent struct {
 	runtimes  *runtimes.Runtimes
 	stuck     bool // what is found out about a runtime doesn't end
 	adminL    net.Listener
+	metrics   *prometheus.Registry
 	admin     *admin.Server
 }
 
@@ -140,7 +142,7 @@ func (a *Agent) Status() admin.Status { return a.admin.Status() }
 // Run runs an agent until ctx is done, and then drains and stops it. ready is
 // called when it serves. The error is one line that says what to do.
 func Run(ctx context.Context, conf Config, ready func(*Agent)) error {
-	a := &Agent{conf: conf, log: conf.Log}
+	a := &Agent{conf: conf, log: conf.Log, metrics: prometheus.NewRegistry()}
 	if a.log == nil {
 		a.log = slog.Default()
 	}

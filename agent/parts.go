@@ -98,7 +98,7 @@ func (a *Agent) openProxy() (stop func(), err error) {
 		return nil, err
 	}
 	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
-		File: filepath.Join(a.conf.DataDir, service.TagsFile), Log: a.log}
+		File: filepath.Join(a.conf.DataDir, service.TagsFile), Metrics: a.metrics, Log: a.log}
 	if a.peers != nil {
 		options.Peers = a.peers
 	}
@@ -153,7 +153,7 @@ func (a *Agent) openRuntimes() (stop func(), err error) {
 
 // watch starts what runs in the background.
 func (a *Agent) watch() (stop func(), err error) {
-	shown := admin.Options{Version: a.conf.Version, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir, Kernel: a.kernel, Runtimes: a.runtimes,
+	shown := admin.Options{Metrics: a.metrics, Version: a.conf.Version, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir, Kernel: a.kernel, Runtimes: a.runtimes,
 		Listeners: a.listeners, Registry: a.registry, Registries: &a.regs, Proxy: a.proxy, Store: a.store, Log: a.log, Level: a.conf.LogLevel}
 	if a.peers != nil {
 		shown.Peers = a.peers

@@ -54,7 +54,7 @@ func (p *Proxy) Forward(ctx context.Context, e *upstream.Egress) http.Handler {
 		}
 		target := upstream.Target{Host: upstream.ParseHost(host)}
 		if err := p.verify(c.Req.Context(), Flow{Egress: e}, target); err != nil {
-			p.log.Info("a registry can't be verified; tunnelled", "registry", host, "err", err)
+			p.cantVerify(host, err)
 			return tunnel, authority
 		}
 		return &goproxy.ConnectAction{Action: goproxy.ConnectHijack, Hijack: func(_ *http.Request, conn net.Conn, _ *goproxy.ProxyCtx) {

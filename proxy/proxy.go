@@ -28,6 +28,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2/expirable"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )
@@ -91,14 +92,16 @@ type Proxy struct {
 	server *http.Server
 	ready  handed // intercepted connections on their way to server
 
-	intercepted, passed, failed atomic.Int64
+	intercepted, passed, failed, unverified atomic.Int64
 
 	mu      sync.Mutex
 	splices map[*splice]struct{}
 	opening int       // connections of which it isn't known yet what becomes of them
 	changed sync.Cond // when there are fewer
 	unknown unknowns
-	active  sync.WaitGroup
+	// unverifiable are registries of which the log has it.
+	unverifiable *lru.LRU[string, struct{}]
+	active       sync.WaitGroup
 }
 
 // Stats are a proxy's figures since the start.
@@ -106,6 +109,8 @@ type Stats struct {
 	Intercepted   int64 `json:"intercepted"`    // connections
 	PassedThrough int64 `json:"passed_through"` // connections
 	Failed        int64 `json:"failed"`         // connections whose destination could not be reached
+	// Unverified are those of PassedThrough whose registry could not be verified.
+	Unverified int64 `json:"unverified"`
 }
 
 const (
@@ -131,7 +136,7 @@ const (
 
 // New returns a proxy. Close it.
 func New(o Options) *Proxy {
-	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), unknown: newUnknowns()}
+	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), unknown: newUnknowns(), unverifiable: lru.NewLRU[string, struct{}](maxUnknown, nil, askAgain)}
 	p.changed.L = &p.mu
 	if p.log == nil {
 		p.log = slog.Default()
@@ -205,7 +210,7 @@ func (c *intercepted) Close() error {
 
 // Stats returns the proxy's figures.
 func (p *Proxy) Stats() Stats {
-	return Stats{p.intercepted.Load(), p.passed.Load(), p.failed.Load()}
+	return Stats{p.intercepted.Load(), p.passed.Load(), p.failed.Load(), p.unverified.Load()}
 }
 
 // Serve carries one connection. It returns when the connection was passed
@@ -399,7 +404,7 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 		err = p.verify(ctx, f, t)
 	}
 	if err != nil {
-		p.log.Info("a registry can't be verified; passed through", "registry", host, "dst", f.Dst, "err", err)
+		p.cantVerify(host, err)
 		return up, t, "the registry can't be verified"
 	}
 	return up, t, ""
@@ -423,6 +428,16 @@ func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
 		return err
 	}
 	return nil // requests try it again
+}
+
+// cantVerify counts a connection to a registry that can't be verified, which the log
+// has once in a while.
+func (p *Proxy) cantVerify(host string, err error) {
+	p.unverified.Add(1)
+	if !p.unverifiable.Contains(host) {
+		p.unverifiable.Add(host, struct{}{})
+		p.log.Info("a registry can't be verified: connections to it are passed through, and counted", "registry", host, "err", err)
+	}
 }
 
 func portOf(a netip.AddrPort) string {

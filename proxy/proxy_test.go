@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/big"
 	"net"
 	"net/http"
@@ -312,6 +313,8 @@ func TestDecide(t *testing.T) {
 func TestUnverifiableUpstreamIsPassedThrough(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
+	var log bytes.Buffer
+	s.proxy.log = slog.New(slog.NewTextHandler(&log, nil))
 	evil := newAuthority(t, "evil")
 	srv := &http.Server{TLSConfig: &tls.Config{GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) { return evil.Leaf(chi.ServerName) }}}
 	go func() { _ = srv.ServeTLS(l, "", "") }()
@@ -320,6 +323,9 @@ func TestUnverifiableUpstreamIsPassedThrough(t *testing.T) {
 		if got := s.issuer("registry.test"); got != "evil" {
 			t.Errorf("certificate of %q, want the client to see for itself", got)
 		}
+	}
+	if n := s.proxy.Stats().Unverified; n != 2 || strings.Count(log.String(), "can't be verified") != 1 {
+		t.Errorf("%d connections are counted, and the log has\n%s", n, log.String())
 	}
 }
 

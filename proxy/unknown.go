@@ -93,11 +93,12 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 		is, err := speaksDistribution(ctx, host, f)
 		p.unknown.mu.Lock()
 		defer p.unknown.mu.Unlock()
+		was := u.Registry
 		u.Registry, u.Problem = is, ""
 		if err != nil {
 			u.Problem = err.Error()
 		}
-		if is {
+		if is && !was {
 			p.log.Info("a registry that weir doesn't know is passed through; add it with --registry to have it cached", "registry", host)
 		}
 	}()

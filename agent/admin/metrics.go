@@ -5,6 +5,7 @@ package admin
 import (
 	"github.com/prometheus/client_golang/prometheus"
 	"weir/bpf"
+	"weir/proxy/registry"
 )
 
 // collector turns the status into metrics, so that there is one count of
@@ -20,9 +21,10 @@ var (
 	descRuntimes            = desc("runtimes", "Running container runtimes by how they are treated.", "kind", "reach")
 	descListeners           = desc("redirect_listeners", "Network namespaces with a redirect listener.")
 	descConnections         = desc("connections_total", "Redirected connections by how they were served.", "action")
+	descUnverified          = desc("unverified_connections_total", "Connections to known registries passed through because the registry could not be verified.")
 	descRequests            = desc("registry_requests_total", "Requests to intercepted registries.", "registry")
 	descLookups             = desc("registry_lookups_total", "Requests for blobs and manifests by digest or known tag, by whether the store had them.", "registry", "result")
-	descErrors              = desc("registry_upstream_errors_total", "Requests that the upstream didn't answer.", "registry")
+	descErrors              = desc("registry_upstream_errors_total", "Requests that the upstream didn't answer (no_answer), or answered with 429 (rate_limited) or 5xx (server_error).", "registry", "kind")
 	descStale               = desc("registry_stale_answers_total", "Stale answers sent while the upstream failed (stale-if-error).", "registry")
 	descPushed              = desc("registry_pushed_total", "Pushed blobs and manifests that were stored.", "registry")
 	descBytes               = desc("registry_bytes_total", "Bytes sent to clients, by where they came from.", "registry", "source")
@@ -64,16 +66,19 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	count(descConnections, float64(s.Connections.Intercepted), "intercepted")
 	count(descConnections, float64(s.Connections.PassedThrough), "passed_through")
 	count(descConnections, float64(s.Connections.Failed), "failed")
+	count(descUnverified, float64(s.Connections.Unverified))
 	for _, r := range s.Registries {
 		count(descRequests, float64(r.Requests), r.Registry)
 		count(descLookups, float64(r.Hits), r.Registry, "hit")
 		count(descLookups, float64(r.Misses), r.Registry, "miss")
-		count(descErrors, float64(r.Errors), r.Registry)
+		count(descErrors, float64(r.Errors), r.Registry, "no_answer")
+		count(descErrors, float64(r.RateLimited), r.Registry, "rate_limited")
+		count(descErrors, float64(r.ServerErrors), r.Registry, "server_error")
 		count(descStale, float64(r.Stale), r.Registry)
 		count(descPushed, float64(r.Pushed), r.Registry)
-		count(descBytes, float64(r.BytesFromStore), r.Registry, "store")
-		count(descBytes, float64(r.BytesFromPeers), r.Registry, "peers")
-		count(descBytes, float64(r.BytesFromUpstream), r.Registry, "upstream")
+		count(descBytes, float64(r.BytesFromStore), r.Registry, registry.SourceStore.String())
+		count(descBytes, float64(r.BytesFromPeers), r.Registry, registry.SourcePeer.String())
+		count(descBytes, float64(r.BytesFromUpstream), r.Registry, registry.SourceUpstream.String())
 	}
 	if s.Peers != nil {
 		gauge(descPeers, float64(len(s.Peers.Peers)))

@@ -59,7 +59,9 @@ type Options struct {
 		Status() p2p.Status
 		Figures(ctx context.Context) map[string][]byte
 	}
-	Log *slog.Logger
+	// Metrics has what parts collect by themselves.
+	Metrics *prometheus.Registry
+	Log     *slog.Logger
 	// Level is the log's level, to be changed at run time; nil if it can't be.
 	Level *slog.LevelVar
 }
@@ -83,7 +85,7 @@ func (s *Server) Sample() { s.history.add(time.Now(), trafficOf(s.o.Registry.Sta
 
 // Handler serves all of it.
 func (s *Server) Handler() http.Handler {
-	metrics := prometheus.NewRegistry()
+	metrics := s.o.Metrics
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collector{s})
 	mux := http.NewServeMux()
 	// A compressor takes a MiB for each scrape of some KiB.

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2/expirable"
 	"golang.org/x/sync/semaphore"
 	"weir/agent/procfs"
 	"weir/agent/trust"
@@ -119,6 +120,9 @@ type Runtimes struct {
 	establishing *semaphore.Weighted
 	// reading is the same for those whose files are looked at again.
 	reading *semaphore.Weighted
+	// logged are the kinds of programs that end with their pull, with why they are
+	// passed through: such programs may be started without end.
+	logged *lru.LRU[[2]string, struct{}]
 }
 
 // New makes a set without a runtime. What it starts in the background
@@ -126,7 +130,8 @@ type Runtimes struct {
 func New(ctx context.Context, o Options) *Runtimes {
 	return &Runtimes{o: o, ctx: ctx, state: openState(o.RunDir, o.CA.Fingerprint(), o.Log),
 		all: make(map[int]*Runtime), suspended: make(map[string]map[int]struct{}),
-		establishing: semaphore.NewWeighted(maxEstablishing), reading: semaphore.NewWeighted(maxEstablishing)}
+		establishing: semaphore.NewWeighted(maxEstablishing), reading: semaphore.NewWeighted(maxEstablishing),
+		logged: lru.NewLRU[[2]string, struct{}](256, nil, time.Hour)}
 }
 
 // maxEstablishing is far above what starts at a time, and far below the threads
@@ -352,7 +357,11 @@ func (rs *Runtimes) passThrough(rt *Runtime, reason, step string) {
 	rs.setMode(rt)
 	rs.mu.Unlock()
 	rs.state.forget(rt.PID)
-	if rt.ctx.Err() == nil {
+	why := [2]string{rt.kind.name, reason}
+	if rt.ctx.Err() == nil && !rs.logged.Contains(why) {
+		if rt.kind.oneShot {
+			rs.logged.Add(why, struct{}{})
+		}
 		rs.o.Log.Info("a runtime is passed through", "runtime", rt.kind.name, "pid", rt.PID, "because", reason, "step", step)
 	}
 	rt.settle()

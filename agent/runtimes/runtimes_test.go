@@ -3,11 +3,13 @@
 package runtimes
 
 import (
+	"bytes"
 	"context"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -67,5 +69,34 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 	rs.intercept(rt, trustByStart, basis{})
 	if rs.state.remembers(rt) != rememberedNothing {
 		t.Error("it is remembered")
+	}
+}
+
+// A program that ends with its pull may be started without end: why it is passed
+// through is logged once, and each time of a daemon.
+func TestPassThroughIsLogged(t *testing.T) {
+	cgroup := agenttest.Cgroup(t)
+	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: Programs()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	ca, err := trust.OpenCA(t.TempDir(), []string{"ghcr.io"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	rs := New(t.Context(), Options{Kernel: k, CA: ca, RunDir: t.TempDir(), Log: slog.New(slog.NewTextHandler(&log, nil))})
+	for name, want := range map[string]int{"crane": 2, "dockerd": 6} {
+		log.Reset()
+		for _, reason := range []string{"one reason", "another"} {
+			for range 3 {
+				rt := &Runtime{kind: kindOf(name), settled: make(chan struct{}), ctx: t.Context()}
+				rs.passThrough(rt, reason, "")
+			}
+		}
+		if n := strings.Count(log.String(), "passed through"); n != want {
+			t.Errorf("%s: %d lines, want %d:\n%s", name, n, want, log.String())
+		}
 	}
 }

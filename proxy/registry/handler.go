@@ -33,6 +33,7 @@ import (
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
 	"weir/proxy/rights"
@@ -134,7 +135,9 @@ type Options struct {
 	File string
 	// Tracer gets a span for each pull and each of its parts. Nil means none.
 	Tracer trace.Tracer
-	Log    *slog.Logger // nil means slog.Default()
+	// Metrics collects how long clients waited. Nil means nowhere.
+	Metrics prometheus.Registerer
+	Log     *slog.Logger // nil means slog.Default()
 
 	now func() time.Time // nil means time.Now
 }
@@ -187,7 +190,7 @@ func New(o Options) *Handler {
 	if o.Tracer == nil {
 		o.Tracer = noop.Tracer{}
 	}
-	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer},
+	h := &Handler{store: o.Store, pulls: pulls{tracer: o.Tracer, durations: newDurations(o.Metrics)},
 		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
 		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: newOutages(), tokens: newTokens(), peers: o.Peers, names: newNames(), file: o.File, log: o.Log, lagTime: lagTime, asking: newAsking()}
 	h.types, _ = lru.New[digest.Digest, string](4096)
@@ -296,6 +299,7 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 
 func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 	x := &exchange{h: h, w: w, r: r, up: up, target: parsePath(r.URL.EscapedPath()), stats: h.stats.of(up.name())}
+	x.up.Transport = counted{up.Transport, x.stats}
 	x.stats.requests.Add(1)
 	// What is not the plain form of the distribution API is the upstream's business:
 	// another host than the connection's, a request target with a scheme (and maybe
@@ -305,7 +309,7 @@ func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 	}
 	x.who = rights.Principal{Repository: up.repository(x.target.repo), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
 	if x.excused() {
-		x.up.Transport = &anonymous{h, up}
+		x.up.Transport = &anonymous{h, x.up}
 	}
 	w.manifest, w.head = x.target.kind == manifest, r.Method == http.MethodHead
 	complete := false // unless it panics, as handlers do to break off

@@ -58,7 +58,8 @@ const (
 
 // pulls are the running and the latest pulls, the latest first.
 type pulls struct {
-	tracer trace.Tracer
+	tracer    trace.Tracer
+	durations durations
 
 	mu  sync.Mutex
 	all []*pull
@@ -71,6 +72,7 @@ type pull struct {
 	running  []*delivery
 	arriving *arrivals
 	trace    context.Context // with the span of the pull, of which those of its answers are parts
+	over     bool            // its span has ended, and how long it took is recorded
 }
 
 // delivery is the answer to a request as its client gets it.
@@ -84,6 +86,7 @@ type delivery struct {
 	gives    atomic.Bool // content, from source
 	source   Source      // set before gives
 	headed   bool
+	first    time.Time // when it had the first byte of content
 }
 
 // from says where the content of the answer comes from. Without it that is the
@@ -132,6 +135,13 @@ func (ps *pulls) begin(x *exchange) (end func(complete bool)) {
 		if a.gives.Load() && (p.Reference == "" || x.target.tag != "" && strings.Contains(p.Reference, ":")) {
 			p.Reference = reference
 		}
+		switch {
+		case !a.gives.Load():
+		case x.target.tag != "":
+			observe(ps.durations.resolve, a.source, p.Ended.Sub(now))
+		case !a.first.IsZero() && !a.manifest:
+			observe(ps.durations.firstByte, a.source, a.first.Sub(now))
+		}
 		if len(p.running) > 0 {
 			return
 		}
@@ -139,19 +149,20 @@ func (ps *pulls) begin(x *exchange) (end func(complete bool)) {
 		if p.Blobs+p.Manifests == 0 && p.Reference == "" { // it was refused
 			ps.all = slices.DeleteFunc(ps.all, func(q *pull) bool { return q == p })
 		}
-		if trace.SpanFromContext(p.trace).IsRecording() {
-			time.AfterFunc(pullPause, func() { ps.over(p, pullPause) })
-		}
+		time.AfterFunc(pullPause, func() { ps.over(p, pullPause) })
 	}
 }
 
-// over ends the span of a pull that has paused for so long.
+// over ends the span of a pull that has paused for so long, and records how long it
+// took.
 func (ps *pulls) over(p *pull, pause time.Duration) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	if len(p.running) > 0 || time.Since(p.Ended) < pause {
+	if p.over || len(p.running) > 0 || time.Since(p.Ended) < pause {
 		return
 	}
+	p.over = true
+	ps.durations.ended(&p.Pull)
 	span := trace.SpanFromContext(p.trace)
 	span.SetAttributes(attribute.String("weir.reference", p.Reference), attribute.Int64("weir.bytes", p.Bytes))
 	span.End(trace.WithTimestamp(p.Ended))
@@ -281,6 +292,9 @@ func (a *delivery) begins(code int) {
 // Write implements http.ResponseWriter.
 func (a *delivery) Write(b []byte) (int, error) {
 	a.begins(http.StatusOK)
+	if a.first.IsZero() {
+		a.first = time.Now()
+	}
 	n, err := a.ResponseWriter.Write(b)
 	a.bytes.Add(int64(n))
 	return n, err

@@ -103,7 +103,7 @@ func (s *side) eventually(so func([]Pull) bool) {
 // No more than the latest pulls are remembered, and a client that asks without
 // end takes no more memory.
 func TestPullsAreBounded(t *testing.T) {
-	ps := pulls{tracer: noop.Tracer{}}
+	ps := pulls{tracer: noop.Tracer{}, durations: newDurations(nil)}
 	x := &exchange{stats: new(counters), target: target{kind: blob}, r: &http.Request{Method: http.MethodGet}}
 	for i := range 3 * maxPulls {
 		x.target = target{kind: manifest, tag: "a"}

@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 	"weir/proxy/store"
 )
 
@@ -158,16 +159,17 @@ func (u *scripted) requests() (log []string) {
 
 // side is a proxy in front of an upstream.
 type side struct {
-	t      *testing.T
-	up     *scripted
-	h      *Handler
-	store  *store.Store
-	dir    string
-	file   string
-	peers  Peers
-	client string       // that the requests are of
-	later  atomic.Int64 // nanoseconds that the clock of rights is ahead
-	srv    *httptest.Server
+	metrics *prometheus.Registry
+	t       *testing.T
+	up      *scripted
+	h       *Handler
+	store   *store.Store
+	dir     string
+	file    string
+	peers   Peers
+	client  string       // that the requests are of
+	later   atomic.Int64 // nanoseconds that the clock of rights is ahead
+	srv     *httptest.Server
 }
 
 // settle waits until nothing is asked in the background.
@@ -183,7 +185,8 @@ func (s *side) restart() {
 	if s.h != nil {
 		s.h.Close()
 	}
-	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file, Peers: s.peers,
+	s.metrics = prometheus.NewRegistry()
+	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file, Peers: s.peers, Metrics: s.metrics,
 		now: func() time.Time { return time.Now().Add(time.Duration(s.later.Load())) }})
 	s.h.outages.whole, s.h.outages.rest = 200*time.Millisecond, 10*time.Millisecond
 }

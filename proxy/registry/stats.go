@@ -13,32 +13,34 @@ import (
 type Stats struct {
 	Registry          string `json:"registry"`
 	Requests          int64  `json:"requests"`
-	Hits              int64  `json:"hits"`   // blobs and manifests that were kept, or arriving
-	Misses            int64  `json:"misses"` // blobs and manifests that a peer or the upstream had to give
-	Errors            int64  `json:"errors"` // requests without an answer of the upstream
-	Stale             int64  `json:"stale"`  // answers from before the upstream failed
-	Pushed            int64  `json:"pushed"` // blobs and manifests kept from pushes
+	Hits              int64  `json:"hits"`          // blobs and manifests that were kept, or arriving
+	Misses            int64  `json:"misses"`        // blobs and manifests that a peer or the upstream had to give
+	Errors            int64  `json:"errors"`        // requests without an answer of the upstream
+	RateLimited       int64  `json:"rate_limited"`  // answers 429 of the upstream
+	ServerErrors      int64  `json:"server_errors"` // answers 5xx of the upstream
+	Stale             int64  `json:"stale"`         // answers from before the upstream failed
+	Pushed            int64  `json:"pushed"`        // blobs and manifests kept from pushes
 	BytesFromStore    int64  `json:"bytes_from_store"`
 	BytesFromPeers    int64  `json:"bytes_from_peers"`
 	BytesFromUpstream int64  `json:"bytes_from_upstream"`
 }
 
+// Counts are all of the figures.
+func (s *Stats) Counts() []*int64 {
+	return []*int64{&s.Requests, &s.Hits, &s.Misses, &s.Errors, &s.RateLimited, &s.ServerErrors, &s.Stale, &s.Pushed,
+		&s.BytesFromStore, &s.BytesFromPeers, &s.BytesFromUpstream}
+}
+
 // Add adds another registry's figures, or another node's of this one.
 func (s *Stats) Add(o Stats) {
-	s.Requests += o.Requests
-	s.Hits += o.Hits
-	s.Misses += o.Misses
-	s.Errors += o.Errors
-	s.Stale += o.Stale
-	s.Pushed += o.Pushed
-	s.BytesFromStore += o.BytesFromStore
-	s.BytesFromPeers += o.BytesFromPeers
-	s.BytesFromUpstream += o.BytesFromUpstream
+	for i, n := range o.Counts() {
+		*s.Counts()[i] += *n
+	}
 }
 
 type counters struct {
-	requests, hits, misses, errors, stale, pushed, fromStore, fromPeers, fromUpstream atomic.Int64
-	arrivals                                                                          arrivals
+	requests, hits, misses, errors, rateLimited, serverErrors, stale, pushed, fromStore, fromPeers, fromUpstream atomic.Int64
+	arrivals                                                                                                     arrivals
 }
 
 // maxStats bounds the registries that are counted each for itself: clients can
@@ -70,7 +72,7 @@ func (h *Handler) Stats() []Stats {
 	var all []Stats
 	h.stats.m.Range(func(k, v any) bool {
 		c := v.(*counters)
-		all = append(all, Stats{k.(string), c.requests.Load(), c.hits.Load(), c.misses.Load(), c.errors.Load(), c.stale.Load(), c.pushed.Load(), c.fromStore.Load(), c.fromPeers.Load(), c.fromUpstream.Load()})
+		all = append(all, Stats{k.(string), c.requests.Load(), c.hits.Load(), c.misses.Load(), c.errors.Load(), c.rateLimited.Load(), c.serverErrors.Load(), c.stale.Load(), c.pushed.Load(), c.fromStore.Load(), c.fromPeers.Load(), c.fromUpstream.Load()})
 		return true
 	})
 	slices.SortFunc(all, func(a, b Stats) int { return cmp.Compare(a.Registry, b.Registry) })

@@ -68,6 +68,7 @@ type breakage struct {
 // use once it is mended. `make chaos` makes over a thousand pulls of it, and a
 // table.
 func TestChaos(t *testing.T) {
+	t.Parallel()
 	c := &chaos{t: t, world: newWorld(t)}
 	nodes, agents := cluster(t, c.world, 2)
 	c.node, c.agent = nodes[0], agents[0]

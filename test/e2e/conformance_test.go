@@ -54,6 +54,7 @@ func outcomes(t *testing.T, node *lab.Node, program, host string) map[string]str
 // The OCI distribution conformance tests come to the same results through weir
 // as without it, for two implementations of registries.
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	in := lab.NewInternet(t)
 	for name, registries := range map[string][2]*lab.Registry{
 		"distribution": {in.Registry("ghcr.io"), in.Registry("quay.io")},

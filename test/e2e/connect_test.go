@@ -28,6 +28,7 @@ import (
 // followed, and pass through otherwise; either way its requests are answered as
 // without weir, and what is private needs credentials.
 func TestConnectedOtherwise(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.hub.User("alice", "wonderland")
 	w.hub.Private("acme/secret", "alice")

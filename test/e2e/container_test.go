@@ -54,6 +54,7 @@ tar -C /var/lib/home/image -c . | docker import --change 'ENTRYPOINT ["/weir"]' 
 // README's lines: it serves the dockerd that runs it once that is restarted, a containerd beside it, and a
 // dockerd in another container; and leaves nothing when it is uninstalled.
 func TestAgentInContainer(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	docker := node.Docker("--cgroup-parent=" + filepath.Base(node.Cgroup()))
@@ -126,6 +127,7 @@ func TestAgentInContainer(t *testing.T) {
 // capabilities, and a file system of its own in which it can write nothing but
 // its two directories.
 func TestUnit(t *testing.T) {
+	t.Parallel()
 	b, err := os.ReadFile("../../deploy/weir.service")
 	if err != nil {
 		t.Fatal(err)

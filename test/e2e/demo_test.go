@@ -14,6 +14,7 @@ import (
 
 // TestDemo is `make demo`: the main job, as a table of what came from where.
 func TestDemo(t *testing.T) {
+	t.Parallel()
 	in := lab.NewInternet(t)
 	hub, ghcr := in.DockerHub(), in.Registry("ghcr.io")
 	const size = 24 << 20

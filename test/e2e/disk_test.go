@@ -18,6 +18,7 @@ import (
 // and a push come to what they do without weir, and it says what is wrong. When the
 // disk answers again, blobs are kept again.
 func TestDiskHangs(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Run("sh", "-ec", "mkdir -p /var/lib/weir; truncate -s 256M /var/lib/disk; mkfs.ext4 -qF /var/lib/disk; mount -o loop /var/lib/disk /var/lib/weir")

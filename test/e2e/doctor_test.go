@@ -13,6 +13,7 @@ import (
 // What the doctor finds about real runtimes, registries and agents; what can be
 // had without them has its test beside the command.
 func TestDoctor(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.OwnCA("registry.corp.test")
 	node := w.Node()

@@ -50,6 +50,7 @@ func listed(command string) string {
 // Each command of the documents is run as it is written there, on a node, from
 // top to bottom, or is one that is listed above.
 func TestCommands(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.Registry("registry.example.com")
 	w.hub.Push("library/debian:12", lab.Image{Layers: []int{500_000}, Seed: 7})

@@ -88,6 +88,7 @@ func fetched(t *testing.T, r *lab.Registry) {
 }
 
 func TestDocker(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -115,6 +116,7 @@ func TestDocker(t *testing.T) {
 
 // Both of containerd's ways: a new one finds the CA among its system roots.
 func TestContainerd(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -140,6 +142,7 @@ func TestContainerd(t *testing.T) {
 // A containerd that was running before, with a certs.d that its user has named,
 // proves that it reads it.
 func TestContainerdCertsD(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.WriteFile("/etc/containerd/config.toml", `version = 2
@@ -171,6 +174,7 @@ func TestContainerdCertsD(t *testing.T) {
 // A runtime that was running before and doesn't trust the CA is left alone;
 // once it is restarted it is intercepted.
 func TestRunningBefore(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	docker := node.Docker()
@@ -207,6 +211,7 @@ func TestRunningBefore(t *testing.T) {
 // A runtime that was running before and has not verified anything yet proves
 // that it trusts the CA.
 func TestRunningButNew(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	docker := node.Docker()
@@ -223,6 +228,7 @@ func TestRunningButNew(t *testing.T) {
 
 // What one runtime has pulled is served to the other.
 func TestShared(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Agent()
@@ -244,6 +250,7 @@ func TestShared(t *testing.T) {
 
 // What containerd had before weir came is served from where it is.
 func TestContainerdsContent(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	containerd := node.Containerd()
@@ -267,6 +274,7 @@ func TestContainerdsContent(t *testing.T) {
 
 // A dockerd in a box of its own, as in a dind pod.
 func TestDockerInBox(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -303,6 +311,7 @@ func TestDockerInBox(t *testing.T) {
 
 // A dockerd in a container of a dockerd in a container.
 func TestDockerInBoxInBox(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -320,6 +329,7 @@ func TestDockerInBoxInBox(t *testing.T) {
 
 // A private repository is kept for those who may read it, and for nobody else.
 func TestPrivate(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.hub.User("alice", "wonderland")
 	w.hub.User("mallory", "guess")
@@ -370,6 +380,7 @@ func TestPrivate(t *testing.T) {
 
 // The agent is killed at the worst moments, and no pull fails.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -429,6 +440,7 @@ func TestKill(t *testing.T) {
 
 // An agent that hangs is bypassed.
 func TestHang(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -485,6 +497,7 @@ func (w *world) held() (big lab.Pushed, half <-chan struct{}, resume chan<- stru
 
 // SIGTERM detaches first, and what runs is finished.
 func TestDrain(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -519,6 +532,7 @@ func TestDrain(t *testing.T) {
 // What isn't a registry's comes through unchanged, for a process that is
 // followed and for one that is not; the latter is never redirected.
 func TestOtherTraffic(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	otherHosts(w.Internet)
 	w.OnlyIPv6("ghcr.io")
@@ -559,6 +573,7 @@ func TestOtherTraffic(t *testing.T) {
 
 // Nonsense sent to the listener does no harm.
 func TestHostile(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -619,6 +634,7 @@ func sockets(t *testing.T, pid int) int {
 
 // A damaged file in the store is noticed, dropped and fetched again.
 func TestDamagedStore(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -649,6 +665,7 @@ func TestDamagedStore(t *testing.T) {
 
 // A full disk means serving without keeping.
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Run("mkdir", "-p", "/var/lib/weir")
@@ -670,6 +687,7 @@ func TestFullDisk(t *testing.T) {
 
 // After uninstall, nothing is left: no file, no program, no process.
 func TestUninstall(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.WriteFile("/etc/containerd/config.toml", `version = 2
@@ -683,7 +701,7 @@ func TestUninstall(t *testing.T) {
 	files := func() string {
 		return strings.Join(slices.Concat(node.Listing("/etc"), node.Listing("/run"), box.Listing("/etc")), "\n")
 	}
-	before, programs := files(), lab.Programs(t)
+	before := files()
 
 	agent := node.Agent()
 	if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
@@ -691,7 +709,8 @@ func TestUninstall(t *testing.T) {
 	}
 	agent.Runtime(docker.PID())
 	docker.Pull(flyway)
-	if files() == before || lab.Programs(t) <= programs {
+	programs := node.Programs()
+	if files() == before || len(programs) == 0 {
 		t.Fatal("the agent has left no trace while it runs: the test is blind")
 	}
 	if _, err := node.Output(lab.Weir(t), "agent", "--cgroup", "/sys/fs/cgroup/unified"); err == nil {
@@ -704,13 +723,7 @@ func TestUninstall(t *testing.T) {
 	if after := files(); after != before {
 		t.Errorf("the files are not as before:\n%s\n--- instead of\n%s", after, before)
 	}
-	// The kernel frees what nobody uses any more a grace period later.
-	if err := lab.Eventually(nil, func(context.Context) error {
-		if got := lab.Programs(t); got > programs {
-			return fmt.Errorf("%d programs are left, %d before", got, programs)
-		}
-		return nil
-	}); err != nil {
+	if err := lab.Unloaded(programs); err != nil {
 		t.Error(err)
 	}
 	if _, err := node.File("/var/lib/weir"); !errors.Is(err, os.ErrNotExist) {
@@ -728,6 +741,7 @@ func TestUninstall(t *testing.T) {
 // The ways in which containerd pulls through CRI: 1.7; 2 with its transfer
 // service; 2 with the client's resolver.
 func TestContainerdPaths(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -769,6 +783,7 @@ func TestContainerdPaths(t *testing.T) {
 // The newest dockerd, with its containerd image store, and the newest
 // containerd.
 func TestNewest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -796,6 +811,7 @@ func TestNewest(t *testing.T) {
 // directory with a colon in its name. While a ctr runs, whose pulls read none,
 // it is left in peace.
 func TestNewestContainerdBefore(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	containerd := node.NewestContainerd()

@@ -164,6 +164,7 @@ func all(count int) (who []int) {
 
 // The node that fetches, and that others read from, is killed.
 func TestFaultFetcherDies(t *testing.T) {
+	t.Parallel()
 	s := newFaultySwarm(t, 5)
 	s.rounds(func(ref string, im lab.Pushed) {
 		first, others := s.signalFetcher(ref, im, syscall.SIGKILL)
@@ -175,6 +176,7 @@ func TestFaultFetcherDies(t *testing.T) {
 
 // A steward of the largest layer is killed.
 func TestFaultStewardDies(t *testing.T) {
+	t.Parallel()
 	s := newFaultySwarm(t, 5)
 	s.rounds(func(ref string, im lab.Pushed) {
 		steward := s.steward(im.Layers[0])
@@ -214,6 +216,7 @@ func (s *faultySwarm) steward(d digest.Digest) int {
 
 // A quarter of the nodes are killed.
 func TestFaultQuarterDies(t *testing.T) {
+	t.Parallel()
 	s := newFaultySwarm(t, 8)
 	s.rounds(func(ref string, im lab.Pushed) {
 		wait := s.start(ref, im, all(8))
@@ -229,6 +232,7 @@ func TestFaultQuarterDies(t *testing.T) {
 
 // The network between the nodes parts for 10 seconds.
 func TestFaultPartition(t *testing.T) {
+	t.Parallel()
 	s := newFaultySwarm(t, 8)
 	s.rounds(func(ref string, im lab.Pushed) {
 		wait := s.start(ref, im, all(8))
@@ -252,6 +256,7 @@ func TestFaultPartition(t *testing.T) {
 
 // The node that others read from stalls, without closing.
 func TestFaultStall(t *testing.T) {
+	t.Parallel()
 	s := newFaultySwarm(t, 5)
 	s.rounds(func(ref string, im lab.Pushed) {
 		first, others := s.signalFetcher(ref, im, syscall.SIGSTOP)
@@ -264,6 +269,7 @@ func TestFaultStall(t *testing.T) {
 
 // A member says that it has everything, and sends something else.
 func TestFaultWrongBytes(t *testing.T) {
+	t.Parallel()
 	s := newFaultySwarm(t, 5)
 	liar := s.Node()
 	liar.WriteFile("/etc/weir.key", fmt.Sprintf(swarmKey, strings.Repeat("5a", 32)))
@@ -290,6 +296,7 @@ func TestFaultWrongBytes(t *testing.T) {
 
 // A node's disk is full, or gets full.
 func TestFaultFullDisk(t *testing.T) {
+	t.Parallel()
 	s := newFaultySwarm(t, 5)
 	s.agents[0].Stop()
 	s.nodes[0].Run("mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", "/var/lib/weir")

@@ -15,6 +15,7 @@ import (
 
 // BuildKit's linter has nothing to say about the Dockerfile.
 func TestDockerfile(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.hub.Push("library/golang:1.27", lab.Image{Layers: []int{1000}})
 	node := w.Node()
@@ -35,6 +36,7 @@ func TestDockerfile(t *testing.T) {
 // The image that is made without a container engine has less than 40 MB, is the
 // same each time, and runs.
 func TestImage(t *testing.T) {
+	t.Parallel()
 	if out, err := exec.Command("make", "-C", "../..", "build").CombinedOutput(); err != nil {
 		t.Fatalf("make build: %v\n%s", err, out)
 	}

@@ -35,6 +35,7 @@ func touched(t *testing.T) string {
 // One command makes weir a service, the same one is the upgrade, in which no
 // pull fails, and another takes it off. git has the word on /etc.
 func TestInstall(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Systemd()

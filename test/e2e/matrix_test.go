@@ -20,6 +20,7 @@ import (
 // More tools that pull by themselves, from Docker Hub and from ghcr.io: what
 // one has pulled, the others get from the node.
 func TestMoreTools(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -62,6 +63,7 @@ func tick() { time.Sleep(50 * time.Millisecond) }
 
 // nerdctl, which pulls by itself and keeps it in containerd.
 func TestNerdctl(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -92,6 +94,7 @@ func TestNerdctl(t *testing.T) {
 // all; a step pulls there; and what was built is pushed to another registry. The
 // second job gets the base from the node. Nothing of weir's is in the image.
 func TestKaniko(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	crane, roots := craneAndRoots(t, w)
 	w.hub.Push("acme/base:1", lab.Image{Layers: []int{700_000}, Seed: 71, Program: crane, Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": roots}})
@@ -137,6 +140,7 @@ exec env -i HOME=/root USER=root PATH=/usr/local/bin:/kaniko SSL_CERT_DIR=/kanik
 // node's dockerd, with a network of its own, and a fresh one for each job. A step
 // of the build pulls too; nothing of weir's is in the image.
 func TestBuildx(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	crane, roots := craneAndRoots(t, w)
 	w.ghcr.Push("acme/base:1", lab.Image{Layers: []int{700_000}, Seed: 72, Program: crane, Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": roots}})

@@ -26,6 +26,7 @@ const page = "http://127.0.0.1:5050/"
 // What a pull got, and from where, as `weir pulls` and the page show it. The
 // page is looked at with a browser.
 func TestPage(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.ghcr.Push("acme/later:1", lab.Image{Layers: []int{1000}, Seed: 3})
 	node := w.Node()
@@ -102,6 +103,7 @@ func TestPage(t *testing.T) {
 // itself, added up, and nobody's images. On a phone nothing is wider than the
 // screen. WEIR_SCREENSHOTS names a directory that pictures go to.
 func TestPageOfCluster(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	large := w.hub.Push("acme/large:1", lab.Image{Layers: []int{40 << 20, 10 << 20, 6 << 20}, Seed: 9})
 	nodes, agents := cluster(t, w, 3)
@@ -214,6 +216,7 @@ func TestPageOfCluster(t *testing.T) {
 
 // An image is prefetched, and pulled without a byte of the registry's.
 func TestPrefetch(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.hub.User("alice", "wonderland")
 	w.hub.Private("acme/secret", "alice")

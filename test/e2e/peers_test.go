@@ -63,6 +63,7 @@ func known(agents []*lab.Agent) error {
 // The ways in which nodes find each other: a name that stands for all of them,
 // as that of a headless Service does, and nothing but a common network.
 func TestPeersFound(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	var nodes []*lab.Node
 	hosts := "127.0.0.1 localhost\n"
@@ -90,6 +91,7 @@ func TestPeersFound(t *testing.T) {
 
 // What one node has pulled, another one gets from it.
 func TestPeer(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.hub.User("alice", "wonderland")
 	w.hub.Private("acme/secret", "alice")
@@ -136,6 +138,7 @@ func TestPeer(t *testing.T) {
 
 // What the host's containerd holds is had from there too.
 func TestPeersContainerd(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	nodes, _ := cluster(t, w, 2)
 	a := nodes[0].Containerd()
@@ -148,6 +151,7 @@ func TestPeersContainerd(t *testing.T) {
 // Many nodes that pull the same at the same time: each blob leaves the registry
 // once.
 func TestPeersBurst(t *testing.T) {
+	t.Parallel()
 	const count = 4
 	w := newWorld(t)
 	im := w.hub.Push("acme/large:1", lab.Image{Layers: []int{24 << 20, 8 << 20, 3 << 20, 1 << 20, 300_000, 10_000}, Seed: 9})
@@ -184,6 +188,7 @@ func TestPeersBurst(t *testing.T) {
 // Nodes that come one after another, different images with the same layers, and
 // the same image for different platforms: each blob leaves the registry once.
 func TestPeersMixed(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	one := w.hub.Push("acme/one:1", lab.Image{Layers: []int{12 << 20, 6 << 20, 2 << 20}, Seed: 31, Index: true})
 	two := w.hub.Push("acme/two:1", lab.Image{Layers: []int{12 << 20, 6 << 20, 3 << 20}, Seed: 31})
@@ -239,6 +244,7 @@ func TestPeersMixed(t *testing.T) {
 // A registry is down: what its tags are and what is in them, peers know, for a
 // client whose right this node still knows.
 func TestPeersOutage(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	nodes, _ := cluster(t, w, 2)
 	a, b := nodes[0].Docker(), nodes[1].Docker()
@@ -258,6 +264,7 @@ func TestPeersOutage(t *testing.T) {
 
 // Whoever has no key, or another one, is nobody.
 func TestPeerStranger(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	nodes, agents := cluster(t, w, 2)
 	stranger := w.Node()
@@ -292,6 +299,7 @@ func TestPeerStranger(t *testing.T) {
 
 // The identity survives a restart, and uninstall takes it away.
 func TestPeerIdentity(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	nodes, agents := cluster(t, w, 2)
 	id := agents[0].Status().Peers.ID

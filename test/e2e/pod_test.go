@@ -93,6 +93,7 @@ func (p *pod) remove() { _, _ = p.node.Output("sh", "-c", outerDocker+"rm --forc
 // empty each time: pulls from two registries, at the same time, a build and a
 // push. The second job's bytes come from the node.
 func TestPod(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -134,6 +135,7 @@ docker image inspect --format '{{.Id}}' %[1]s
 // own that isn't there, and one ends in the middle of it: the others get all,
 // and the registry sends it once.
 func TestPodsAtOnce(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	im := w.hub.Push("acme/large:1", lab.Image{Layers: []int{12 << 20, 6 << 20, 2 << 20}, Seed: 63})
 	node := w.Node()
@@ -166,6 +168,7 @@ func TestPodsAtOnce(t *testing.T) {
 // What a pod has pulled stays when the pod is gone: for the node, for a pod in
 // the node's own network, and for the node's peers.
 func TestPodsShare(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	nodes, agents := cluster(t, w, 2)
 	docker := nodes[0].Docker()
@@ -225,6 +228,7 @@ func BenchmarkPod(b *testing.B) {
 // own, and it connects to the listener by itself. weir neither writes nor reads
 // outside the pod's root, gives it nothing, and lets its pulls through.
 func TestHostilePod(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()

@@ -41,6 +41,7 @@ func answer(status int) func(http.ResponseWriter, *http.Request) bool {
 // ever, what isn't fails as it would without weir, and everything is well once
 // the registry is back.
 func TestRegistryFails(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -142,6 +143,7 @@ func TestRegistryFails(t *testing.T) {
 // Blobs that come wrong: cut off, they are resumed; with other bytes or of
 // another length, they never get to anybody as a whole, and aren't kept.
 func TestBlobsComeWrong(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Agent()
@@ -215,11 +217,14 @@ func TestBlobsComeWrong(t *testing.T) {
 // Docker Hub's limit: 200 pulls of what is kept, with every GET of a manifest
 // answered by 429.
 func TestRateLimited(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Agent()
 	docker := node.Docker()
-	docker.Pull(flyway)
+	const ref = "acme/small:1" // most of the time that a larger one takes is dockerd's, to unpack it
+	small := w.hub.Push(ref, lab.Image{Layers: []int{1000, 1000}, Seed: 5})
+	docker.Pull(ref)
 	limited := 0
 	w.hub.Fault(func(rw http.ResponseWriter, r *http.Request) bool {
 		if r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/manifests/") {
@@ -230,10 +235,10 @@ func TestRateLimited(t *testing.T) {
 	})
 	w.forget()
 	for range 200 {
-		docker.Remove(flyway)
-		docker.Pull(flyway)
+		docker.Remove(ref)
+		docker.Pull(ref)
 	}
-	docker.Same(flyway, w.flyway)
+	docker.Same(ref, small)
 	if limited > 0 {
 		t.Errorf("the registry was asked for %d manifests", limited)
 	}
@@ -245,6 +250,7 @@ func TestRateLimited(t *testing.T) {
 // its own, which only the registry can judge, and a tag is only the registry's
 // to say: one HEAD does both.
 func TestWarmPullCosts(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Agent()
@@ -284,6 +290,7 @@ func TestWarmPullCosts(t *testing.T) {
 // What docker has pushed is served to who pulls it next, and a push of a
 // gigabyte needs no memory.
 func TestPushThenPull(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent("--store-size", "4GiB")
@@ -323,6 +330,7 @@ func TestPushThenPull(t *testing.T) {
 
 // A build by dockerd takes its base from the store, and its cache too.
 func TestBuild(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Agent()
@@ -344,6 +352,7 @@ func TestBuild(t *testing.T) {
 
 // A buildkitd by itself: its base, and the cache that it keeps in a registry.
 func TestBuildKit(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -370,6 +379,7 @@ func TestBuildKit(t *testing.T) {
 // dockerd and containerd, told to use weir as a mirror, where it redirects
 // nothing.
 func TestMirror(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	const hosts = "server = \"https://%s\"\n[host.\"http://127.0.0.1:5051\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
@@ -405,6 +415,7 @@ func TestMirror(t *testing.T) {
 
 // A registry without TLS is cached too, with nothing configured in weir.
 func TestPlainRegistry(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	plain := w.PlainRegistry("registry.lan", 5000)
 	im := plain.Push("team/app:1", lab.Image{Layers: []int{800_000, 1000}, Seed: 7})
@@ -431,6 +442,7 @@ func TestPlainRegistry(t *testing.T) {
 // certificates for its clients: dockerd's are what weir uses, and only for
 // those who have them.
 func TestOwnCA(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	corp, ca, cert, key := w.OwnCA("registry.corp")
 	im := corp.Push("team/app:1", lab.Image{Layers: []int{800_000}, Seed: 8})
@@ -464,6 +476,7 @@ func TestOwnCA(t *testing.T) {
 // A registry that weir doesn't know is passed through and shown, and cached once
 // it is in the file of registries, if the CA may speak for it.
 func TestUnknownRegistry(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r := w.Registry("registry.corp.example")
 	im := r.Push("team/app:1", lab.Image{Layers: []int{100_000}, Seed: 9})
@@ -505,6 +518,7 @@ func TestUnknownRegistry(t *testing.T) {
 // The tools that pull by themselves: each run is a new process, and each finds
 // what another has left.
 func TestTools(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -545,6 +559,7 @@ func TestTools(t *testing.T) {
 // podman and buildah, as root and with nothing configured: cold, and then from
 // what the other has left.
 func TestPodman(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Agent()
@@ -570,6 +585,7 @@ func TestPodman(t *testing.T) {
 
 // A node whose only way out is a proxy: the mirror goes through it.
 func TestHTTPSProxy(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	tunnels := w.Proxy("proxy.corp", 3128)
 	proxy, _ := w.Host("proxy.corp")
@@ -599,6 +615,7 @@ func TestHTTPSProxy(t *testing.T) {
 
 // skopeo with weir as its HTTPS_PROXY, where weir redirects nothing.
 func TestForwardProxy(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.hub.User("alice", "wonderland")
 	node := w.Node()

@@ -23,6 +23,7 @@ import (
 // client of its own, whether it asks for a layer, the configuration or the
 // manifest.
 func TestLiar(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.hub.User("alice", "wonderland")
 	w.hub.Private("acme/secret", "alice")

@@ -29,6 +29,7 @@ mknod -m 666 /dev/net/tun c 10 200`)
 // own, which slirp4netns gives a way out. What it pulls it shares with a
 // rootless podman.
 func TestRootless(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	addUser(node)

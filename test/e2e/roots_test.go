@@ -14,6 +14,7 @@ import (
 // elsewhere: each pull succeeds. Where the CA can be put where the program reads
 // roots it is intercepted, else passed through, and the status says why.
 func TestRoots(t *testing.T) {
+	t.Parallel()
 	const bundle, bin = "/var/lib/clean.crt", "/var/lib/home/bin"
 	const (
 		debian = "mkdir /etc/ssl/certs; cp " + bundle + " /etc/ssl/certs/ca-certificates.crt\n"

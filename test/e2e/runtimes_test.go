@@ -83,6 +83,7 @@ func TestDeployDocument(t *testing.T) {
 // Runtimes that were running, and had verified certificates, before weir came:
 // nothing changes for them until they are restarted.
 func TestBefore(t *testing.T) {
+	t.Parallel()
 	type running struct {
 		pid           func() int
 		pull, restart func()
@@ -108,6 +109,7 @@ func TestBefore(t *testing.T) {
 		"buildkitd":  func(_ *world, n *lab.Node) running { return buildkit(n) },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			w := newWorld(t)
 			node := w.Node()
 			rt := start(w, node)
@@ -136,6 +138,7 @@ func TestBefore(t *testing.T) {
 // weir comes while a runtime pulls that reads certs.d at the beginning of each
 // pull: that pull goes on as it began, and the next ones are intercepted.
 func TestComesDuringPull(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	im := lab.Image{Seed: 77}
 	for range 12 {

@@ -97,6 +97,7 @@ func arrangements(ca string) []arrangement {
 // each pull, and the connection doesn't say which image it is for. The same
 // containerd runs before weir, proves that it reads certs.d, and is restarted.
 func TestHostsFiles(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	given, corp := w.Registry("registry.given"), w.Registry("registry.corp")
 	images := newCopies(w.hub, w.ghcr, given, corp)
@@ -155,6 +156,7 @@ func TestHostsFiles(t *testing.T) {
 // Mirrors, and CAs beside the system's, as other runtimes are told of them: what
 // those start with has weir's CA too, so all is intercepted, and no pull fails.
 func TestMirrorSettings(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	images := newCopies(w.ghcr)
 	node := w.Node()
@@ -238,6 +240,7 @@ for p in $pids; do wait $p; done`, command))
 // A tool that is told of a file with all the roots that it trusts is passed
 // through, from its first run on.
 func TestOwnRoots(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	newCopies(w.hub, w.ghcr)
 	node := w.Node()
@@ -282,6 +285,7 @@ func TestOwnRoots(t *testing.T) {
 // remembered for the program, so that its next runs don't fail, nor after the
 // agent's restart. Another program is not concerned.
 func TestRefusalIsRemembered(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.WriteFile("/var/lib/own-roots.pem", w.Roots())
@@ -323,6 +327,7 @@ func TestRefusalIsRemembered(t *testing.T) {
 // the next program: the runtime may have read its roots in between. Its pulls go
 // on, and the status says what happened.
 func TestCAIsRemoved(t *testing.T) {
+	t.Parallel()
 	const file = "/etc/ssl/certs/weir-ca.pem"
 	w := newWorld(t)
 	node := w.Node()
@@ -369,6 +374,7 @@ func TestCAIsRemoved(t *testing.T) {
 // The node's roots, and a container's, are put together anew, as an upgrade of
 // the package ca-certificates does: weir's CA stays, and nothing fails.
 func TestUpdateCACertificates(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	a := node.Agent()
@@ -402,6 +408,7 @@ func TestUpdateCACertificates(t *testing.T) {
 // other directories there, goes on pulling, and so does the agent in its place as
 // soon as there is an answer.
 func TestCertsDHangs(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.WriteFile("/etc/containerd/config.toml", configPath)

@@ -92,6 +92,7 @@ type puller struct {
 // when it had warmed up. `make soak` lets it run for an hour, and draws what the
 // agents hold.
 func TestSoak(t *testing.T) {
+	t.Parallel()
 	s := &soak{t: t, world: newWorld(t), end: make(chan struct{}), next: lab.NextWeir(t), pulls: map[string]int{}, excuse: map[string]int{}}
 	nodes, agents := cluster(t, s.world, 3, "--store-size", "128MiB")
 	for i, n := range nodes {

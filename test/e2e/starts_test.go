@@ -97,6 +97,7 @@ func (c *containers) run(args ...string) (string, error) {
 // namespaces that are made just then: each pull succeeds and is intercepted.
 // WEIR_STARTS is how many there are.
 func TestStarts(t *testing.T) {
+	t.Parallel()
 	count := fromEnv(t, "WEIR_STARTS", 40)
 	w := newWorld(t)
 	node := w.Node()
@@ -164,6 +165,7 @@ func why(agent *lab.Agent) string {
 // While the agent gets hardly any processor time, programs that start succeed,
 // also those that read their roots before they connect.
 func TestStartsWithSlowAgent(t *testing.T) {
+	t.Parallel()
 	count := fromEnv(t, "WEIR_STARTS", 40)
 	w := newWorld(t)
 	node := w.Node()
@@ -204,6 +206,7 @@ func TestStartsWithSlowAgent(t *testing.T) {
 // An agent that hangs holds no container up: some are started, pull and end
 // while it does nothing at all.
 func TestStartsWithHangingAgent(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	fresh := newContainers(node, node.As(lab.Tool(t, "crane"), "crane"))
@@ -227,6 +230,7 @@ func TestStartsWithHangingAgent(t *testing.T) {
 // A pod that has more connections than it may is alone in noticing: its further
 // ones go direct, other workloads are served, and afterwards it is too.
 func TestFlood(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()
@@ -279,6 +283,7 @@ func TestFlood(t *testing.T) {
 // the agent's memory, and no other workload's pulls. WEIR_PODS is how many there
 // are, with 200 connections each.
 func TestFloodOfManifests(t *testing.T) {
+	t.Parallel()
 	count := fromEnv(t, "WEIR_PODS", 20)
 	w := newWorld(t)
 	node := w.Node()
@@ -333,6 +338,7 @@ func TestFloodOfManifests(t *testing.T) {
 // Containers with a dockerd in them come and go: nothing of them is left.
 // WEIR_CONTAINERS is how many there are.
 func TestContainersLeaveNothing(t *testing.T) {
+	t.Parallel()
 	count := fromEnv(t, "WEIR_CONTAINERS", 10)
 	w := newWorld(t)
 	node := w.Node()
@@ -370,6 +376,7 @@ func TestContainersLeaveNothing(t *testing.T) {
 // Network namespaces without any runtime come and go, as sandboxes make them:
 // nothing of them is left either.
 func TestNamespacesLeaveNothing(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	agent := node.Agent()

@@ -19,6 +19,7 @@ import (
 // With OpenTelemetry's own variables set, each pull is a trace: its parts, where
 // their bytes came from, and no secret.
 func TestTraces(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.ghcr.User("alice", "alices-password")
 	w.ghcr.Private("team/private", "alice")

@@ -26,22 +26,7 @@ import (
 // machine's.
 func (n *Node) SetClock(ahead time.Duration) {
 	n.t.Helper()
-	var pids []int
-	if err := filepath.WalkDir(n.dir, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || e.Name() != "cgroup.procs" {
-			return err
-		}
-		b, err := os.ReadFile(path)
-		for pid := range strings.FieldsSeq(string(b)) {
-			if n, _ := strconv.Atoi(pid); n > 0 { // 0 is in another PID namespace
-				pids = append(pids, n)
-			}
-		}
-		return err
-	}); err != nil {
-		n.t.Fatal(err)
-	}
-	for _, pid := range pids {
+	for _, pid := range n.pids() {
 		if err := setClock(pid, ahead); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ESRCH) {
 			n.t.Fatalf("setting the clock of process %d: %v", pid, err)
 		}

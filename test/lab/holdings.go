@@ -28,10 +28,7 @@ type Holdings struct {
 	Resident                   int64 // bytes of memory
 }
 
-var (
-	goroutinesRE = regexp.MustCompile(`(?m)^go_goroutines (\d+)`)
-	mapRE        = regexp.MustCompile(`map_id:\s+(\d+)`)
-)
+var goroutinesRE = regexp.MustCompile(`(?m)^go_goroutines (\d+)`)
 
 // Holdings looks at what the agent holds at the moment.
 func (a *Agent) Holdings(ctx context.Context) (h Holdings, err error) {
@@ -53,12 +50,8 @@ func (a *Agent) Holdings(ctx context.Context) (h Holdings, err error) {
 			h.Namespaces++
 		}
 	}
-	maps, err := a.mapIDs()
-	if err != nil {
-		return h, err
-	}
-	for _, id := range maps {
-		n, err := mapEntries(id)
+	for _, id := range kernelIDs(a.PID(), "map_id") {
+		n, err := mapEntries(ebpf.MapID(id))
 		if err != nil {
 			return h, err
 		}
@@ -142,17 +135,19 @@ func (a *Agent) leaves(ready Holdings) {
 	a.node.t.Errorf("the agent holds something for nothing: %v\n%s\n%s", err, strings.Join(open, "\n"), a.Log(64<<10))
 }
 
-// mapIDs are the maps that the agent has open.
-func (a *Agent) mapIDs() (ids []ebpf.MapID, err error) {
-	infos, err := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", a.PID()))
+// kernelIDs are the ids, of a kind as in fdinfo, of what a process has open.
+func kernelIDs(pid int, kind string) (ids []uint32) {
+	infos, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", pid))
 	for _, f := range infos {
 		b, _ := os.ReadFile(f)
-		if id := mapRE.FindSubmatch(b); id != nil {
-			n, _ := strconv.Atoi(string(id[1]))
-			ids = append(ids, ebpf.MapID(n))
+		for line := range strings.Lines(string(b)) {
+			var id uint32
+			if n, _ := fmt.Sscanf(line, kind+":\t%d", &id); n == 1 {
+				ids = append(ids, id)
+			}
 		}
 	}
-	return ids, err
+	return ids
 }
 
 // mapEntries counts what is in a map that something has to be deleted from.

@@ -120,12 +120,8 @@ func (a *Agent) FillMap(name string) (empty func()) {
 func (a *Agent) kernelMap(name string) *ebpf.Map {
 	t := a.node.t
 	t.Helper()
-	ids, err := a.mapIDs()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, id := range ids {
-		m, err := ebpf.NewMapFromID(id)
+	for _, id := range kernelIDs(a.PID(), "map_id") {
+		m, err := ebpf.NewMapFromID(ebpf.MapID(id))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -9,14 +9,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
-	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -53,6 +54,7 @@ cp -a /etc %[1]s/
 mount --bind %[1]s/etc /etc
 mount -t tmpfs tmpfs /run
 mount -t tmpfs -o size=8G tmpfs /var/lib
+mount -t tmpfs tmpfs /dev/shm
 mkdir -p /var/lib/home
 rm -rf /etc/docker /etc/containerd /etc/containers/certs.d /etc/cni
 cat %[2]s > /etc/hosts
@@ -257,6 +259,26 @@ func (n *Node) End() {
 	_ = n.holder.Wait()
 }
 
+// pids are the node's processes, but for those in PID namespaces of their own.
+func (n *Node) pids() (pids []int) {
+	n.t.Helper()
+	if err := filepath.WalkDir(n.dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.Name() != "cgroup.procs" {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for pid := range strings.FieldsSeq(string(b)) {
+			if n, _ := strconv.Atoi(pid); n > 0 { // 0 is in another PID namespace
+				pids = append(pids, n)
+			}
+		}
+		return err
+	}); err != nil {
+		n.t.Fatal(err)
+	}
+	return pids
+}
+
 // Cgroup is the node's cgroup2 directory, in which all its processes are.
 func (n *Node) Cgroup() string { return n.dir }
 
@@ -327,20 +349,44 @@ func (n *Node) Listing(dir string) (names []string) {
 	return names
 }
 
-// Programs counts the eBPF programs of weir in the kernel.
-func Programs(t testing.TB) (n int) {
-	t.Helper()
-	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
-		p, err := ebpf.NewProgramFromID(id)
-		if err != nil {
-			continue
+// Programs are weir's eBPF programs that processes of the node have open.
+func (n *Node) Programs() (ids []ebpf.ProgramID) {
+	n.t.Helper()
+	for _, pid := range n.pids() {
+		for _, id := range kernelIDs(pid, "prog_id") {
+			if name := programName(ebpf.ProgramID(id)); strings.HasPrefix(name, "weir_") {
+				ids = append(ids, ebpf.ProgramID(id))
+			}
 		}
-		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, "weir_") {
-			n++
-		}
-		p.Close()
 	}
-	return n
+	return ids
+}
+
+// Unloaded waits until the kernel has freed programs: it does so a grace period
+// after their last use.
+func Unloaded(ids []ebpf.ProgramID) error {
+	return Eventually(nil, func(context.Context) error {
+		for _, id := range ids {
+			if name := programName(id); name != "" {
+				return fmt.Errorf("the program %s is still loaded", name)
+			}
+		}
+		return nil
+	})
+}
+
+// programName is the name of a loaded program, or empty.
+func programName(id ebpf.ProgramID) string {
+	p, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return ""
+	}
+	defer p.Close()
+	info, err := p.Info()
+	if err != nil {
+		return ""
+	}
+	return info.Name
 }
 
 // Agent is weir's agent on a node.

@@ -106,7 +106,7 @@ func scratch(t testing.TB, module, version string) (dir string) {
 // install makes the command that builds a program into out.
 func install(t testing.TB, name, dir, out string) *exec.Cmd {
 	program, version, _ := strings.Cut(tools[name], "@")
-	env := append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
+	env := append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod -trimpath")
 	cmd := exec.Command("go", "install", tools[name])
 	if module, _, _ := strings.Cut(program, "/cmd/"); slices.Contains([]string{buildkit, kubernetes, containerdV1, kaniko, nerdctl}, module) {
 		dir = scratch(t, module, version)
