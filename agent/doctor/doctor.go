@@ -78,6 +78,7 @@ func Examine(ctx context.Context, conf Config) []Finding {
 type doctor struct {
 	conf     Config
 	findings []Finding
+	hangs    bool         // the disk of --data-dir
 	running  bool         // an agent answers at --admin
 	status   admin.Status // of it
 }
@@ -219,21 +220,56 @@ func (d *doctor) processes() {
 	}
 }
 
+// diskTime bounds how long a disk is waited for.
+const diskTime = 2 * time.Second
+
+// within returns what f returns, and whether it did so in time. A system call on a
+// disk that hangs can't be ended: it is left behind.
+func within[T any](f func() T) (v T, ok bool) {
+	done := make(chan T, 1)
+	go func() { done <- f() }()
+	select {
+	case v = <-done:
+		return v, true
+	case <-time.After(diskTime):
+		return v, false
+	}
+}
+
 func (d *doctor) directories() {
 	for _, dir := range []struct{ flag, path string }{{"--data-dir", d.conf.DataDir}, {"--run-dir", d.conf.RunDir}} {
-		what := dir.flag + " " + dir.path
-		if err := writable(dir.path); err != nil {
-			d.problem(what, err.Error(), "choose a writable directory with "+dir.flag)
-			continue
-		}
-		if dir.flag == "--data-dir" {
-			if problem, step := disk(dir.path); problem != "" {
-				d.warn(what, problem, step)
-				continue
+		what, store := dir.flag+" "+dir.path, dir.flag == "--data-dir"
+		found, ok := within(func() *Finding { return directory(dir.path, store) })
+		switch {
+		case !ok && store:
+			d.hangs = true
+			d.warn(what, "its disk does not answer: blobs are served and pushed through without being kept",
+				"look at the disk and the kernel's log (dmesg), or choose another directory with --data-dir")
+		case !ok:
+			d.problem(what, "its disk does not answer", "look at the disk and the kernel's log (dmesg), or choose another directory with "+dir.flag)
+		case found == nil:
+			d.ok(what)
+		default:
+			found.What = what
+			if found.Step == "" {
+				found.Step = "choose a writable directory with " + dir.flag
 			}
+			d.findings = append(d.findings, *found)
 		}
-		d.ok(what)
 	}
+}
+
+// directory says what is wrong with a directory, of the store or not, if anything.
+func directory(path string, store bool) *Finding {
+	if err := writable(path); err != nil {
+		return &Finding{Problem: err.Error()}
+	}
+	if store {
+		if problem, step := disk(path); problem != "" {
+			return &Finding{Problem: problem, Step: step, Warning: true}
+		}
+	}
+	return nil
 }
 
 // disk says what is wrong with the file system of the store.
@@ -265,6 +301,9 @@ func disk(dir string) (problem, step string) {
 // clock compares the clock with the CA's time: it may have been wrong when the
 // CA was made, or is now.
 func (d *doctor) clock() {
+	if d.hangs {
+		return
+	}
 	b, err := os.ReadFile(filepath.Join(d.conf.DataDir, "ca", "ca.crt"))
 	if err != nil {
 		return // weir hasn't run yet
@@ -293,7 +332,7 @@ func (d *doctor) agent(ctx context.Context) {
 			d.warn("the agent's heartbeat", fmt.Sprintf("%d connections went direct because it was late", d.status.Kernel.StaleHeartbeat),
 				"see whether the node is short of processor time")
 		}
-		if since := d.status.Store.Hangs; !since.IsZero() {
+		if since := d.status.Store.Hangs; !since.IsZero() && !d.hangs {
 			d.warn("--data-dir "+d.status.DataDir, "its disk does not answer since "+since.Local().Format(time.DateTime)+": blobs are served and pushed through without being kept",
 				"look at the disk and the kernel's log (dmesg); weir keeps blobs again as soon as it answers")
 		}

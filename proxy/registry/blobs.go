@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -477,12 +478,20 @@ func (x *exchange) relay(resp *http.Response) {
 
 // fromTransfer serves a blob from a running transfer.
 func (x *exchange) fromTransfer(r *store.TransferReader, from provenance) {
-	if err := r.Settle(x.r.Context()); err != nil {
+	err := r.Settle(x.r.Context())
+	if err == nil && r.Size() >= 0 && r.Size() <= smallBlob {
+		ctx, cancel := context.WithTimeout(x.r.Context(), smallTime)
+		if e := r.Ended(ctx); errors.Is(e, store.ErrCorrupt) {
+			err = e
+		}
+		cancel()
+	}
+	if err != nil {
 		switch {
 		case x.r.Context().Err() != nil:
 		case errors.Is(err, store.ErrCorrupt):
 			// Passed through, the whole of it would reach the client.
-			x.unreachable(x.w, x.r, err)
+			x.notThere(err)
 		default:
 			x.h.log.Warn("a blob can't be had; left to the client", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", scrub(err))
 			x.forward()
@@ -506,6 +515,29 @@ func (x *exchange) fromTransfer(r *store.TransferReader, from provenance) {
 	}
 	c.from = r.WithContext(ctx)
 	x.serve(c, from, true)
+}
+
+const (
+	// smallBlob is of how many bytes a blob is that is verified before its head is
+	// sent: image configurations are.
+	smallBlob = 64 << 10
+	// smallTime is how long that may take. It arrives at once, or its registry is
+	// slow.
+	smallTime = 500 * time.Millisecond
+)
+
+// notThere answers for a blob in whose place the registry has sent something else:
+// there is none of that digest, which is final. An answer that breaks off has clients
+// try again, though without weir they find out themselves, and give up (dockerd
+// tries six times).
+func (x *exchange) notThere(err error) {
+	x.stats.errors.Add(1)
+	x.h.log.Warn("the registry sends something else than the blob", "registry", x.up.ID(), "repository", x.target.repo, "digest", x.target.digest, "err", err)
+	x.w.Header().Set("Content-Type", "application/json")
+	x.w.WriteHeader(http.StatusNotFound)
+	_ = json.NewEncoder(x.w).Encode(map[string]any{"errors": []map[string]string{{
+		"code": "BLOB_UNKNOWN", "message": "what " + x.up.Host + " sends has another digest",
+	}}})
 }
 
 // errLags says that another client's transfer is much slower than the registry.

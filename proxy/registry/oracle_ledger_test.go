@@ -318,7 +318,7 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	if m != nil {
 		target = modelByDigest[m[3]]
 	}
-	broken := got.status == 0 || got.status == http.StatusBadGateway
+	broken := got.status == 0 || got.status == http.StatusBadGateway || got.status == http.StatusNotFound
 	switch {
 	case !reading:
 		return "", said("difference", "a request that writes is answered in another way")

@@ -476,6 +476,25 @@ func TestWrongBytes(t *testing.T) {
 	}
 }
 
+// In place of a small blob, such as an image's configuration, the registry sends
+// something else. The client is told at once, and has nothing to try again.
+func TestWrongSmallBlob(t *testing.T) {
+	want := bytesOf(4, 3000)
+	u := newUpstream(t)
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Length", "3000")
+		_, _ = w.Write(append(bytes.Clone(want[1:]), want[0]))
+		return true
+	}
+	s := newSide(t, u, store.Options{})
+	path := "/v2/a/blobs/" + digest.FromBytes(want).String()
+	a := s.do("GET", path, "")
+	s.want(a, http.StatusNotFound, nil, "GET "+path)
+	if !strings.Contains(string(a.body), "BLOB_UNKNOWN") {
+		t.Errorf("%s", a.body)
+	}
+}
+
 // A blob that breaks off is continued by Range, and the client doesn't notice.
 func TestCutIsResumed(t *testing.T) {
 	want := bytesOf(5, 600_000)

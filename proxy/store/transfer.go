@@ -829,6 +829,22 @@ func (r *TransferReader) Settle(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// Ended waits until the transfer has ended. The error is the transfer's, when it
+// has failed, or ctx's.
+func (r *TransferReader) Ended(ctx context.Context) error {
+	t := r.t
+	defer t.wakeWith(ctx)()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for t.state == arriving && ctx.Err() == nil {
+		t.change.Wait()
+	}
+	if t.state == arriving {
+		return ctx.Err()
+	}
+	return t.err
+}
+
 // Seek implements io.Seeker. The end is known only when the size is.
 func (r *TransferReader) Seek(offset int64, whence int) (int64, error) {
 	size := r.Size()
