@@ -21,7 +21,7 @@ import (
 const (
 	// walkTime is how long the search for the peers closest to a key may take,
 	// in a swarm so large that not all peers know each other.
-	walkTime = 2 * time.Second
+	walkTime = time.Second / 2
 	// regionTime is how long the peers in a part of the key space are remembered.
 	// A peer that has come since is asked later for what is there.
 	regionTime = 5 * time.Minute
@@ -73,26 +73,29 @@ func (n *Node) search(ctx context.Context, k key, target kb.ID) []peer.ID {
 		if len(next) == 0 {
 			break
 		}
-		answers := make([]answer, len(next))
-		var wg sync.WaitGroup
-		for i, p := range next {
-			asked[p] = true
-			wg.Go(func() {
-				a, err := n.ask(ctx, p, question{Op: opNear, Key: k})
-				if err != nil {
-					n.log.Debug("a peer doesn't say who is close to a key", "peer", p, "err", err)
-				}
-				answers[i] = a
-			})
+		type near struct {
+			by peer.ID
+			answer
 		}
-		wg.Wait()
-		for i, a := range answers {
-			watched(ctx, next[i], a.Near)
-			for _, s := range a.Near {
-				if !slices.Contains(known, s.ID) {
-					n.learnAddrs(s)
-					known = append(known, s.ID)
+		answers := make(chan near, len(next))
+		for _, p := range next {
+			asked[p] = true
+			go func() {
+				a, _ := n.ask(n.ctx, p, question{Op: opNear, Key: k})
+				answers <- near{p, a}
+			}()
+		}
+		for range next {
+			select {
+			case a := <-answers:
+				watched(ctx, a.by, a.Near)
+				for _, s := range a.Near {
+					if !slices.Contains(known, s.ID) {
+						n.learnAddrs(s)
+						known = append(known, s.ID)
+					}
 				}
+			case <-ctx.Done(): // what is known by now has to do
 			}
 		}
 		known = kb.SortClosestPeers(known, target)

@@ -378,6 +378,7 @@ func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, er
 	defer cancel()
 	a, err := n.exchange(own, steward, q)
 	if err != nil && ctx.Err() == nil { // the steward had no more time, and not the caller
+		n.log.Debug("a peer doesn't answer", "peer", steward, "err", err)
 		n.peers.down(steward)
 	}
 	return a, err
@@ -411,42 +412,37 @@ func (n *Node) exchange(ctx context.Context, to peer.ID, q question) (answer, er
 	return parseAnswer(b)
 }
 
-// consult asks the stewards in their order for the first that answers, and
-// sends the others the same in the background. It returns false when no other node
-// answers.
+// consult asks the closest steward that answers, and sends the others the same in
+// the background. It returns false when no other node answers. Stewards that are
+// silent cost askTime, all together, and nothing for a while then.
 func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
-	if !n.Ready() {
+	if !n.Ready() || n.ctx.Err() != nil {
 		return answer{}, false
 	}
-	for range 2 { // those that don't answer make room for the next
-		all := n.closest(ctx, q.Key, stewards)
-		for i, s := range all {
-			a, err := n.ask(ctx, s, q)
-			if err != nil {
-				n.log.Debug("a steward doesn't answer", "peer", s, "err", err)
-				continue
-			}
-			others := slices.Delete(slices.Clone(all), i, i+1)
-			if len(a.Sources) == 0 {
-				if more := n.second(ctx, others, q); len(more) > 0 {
-					a = answer{Sources: more}
-				}
-			}
-			if q.Op == opWant {
-				n.log.Debug("a steward has answered", "steward", s, "rank", i, "key", q.Key, "fetch", a.Fetch, "avoid", len(q.Avoid))
-				note := question{Op: opNote, Key: q.Key}
-				if len(a.Sources) > 0 {
-					note.From = a.Sources[0].ID
-				}
-				n.tell(others, note)
-			}
-			return a, true
-		}
-		if ctx.Err() != nil {
-			break
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	// Those that don't answer make room for the next.
+	all := n.closest(ctx, q.Key, 2*stewards)
+	steward, a, err := firstOf(ctx, all, n.opts.next, func(s peer.ID) (answer, error) { return n.ask(n.ctx, s, q) }, nil)
+	if err != nil {
+		return answer{}, false
+	}
+	others := slices.DeleteFunc(all, func(s peer.ID) bool { return s == steward || n.peers.isDown(s) })
+	others = others[:min(stewards-1, len(others))]
+	if len(a.Sources) == 0 {
+		if more := n.second(ctx, others, q); len(more) > 0 {
+			a = answer{Sources: more}
 		}
 	}
-	return answer{}, false
+	if q.Op == opWant {
+		n.log.Debug("a steward has answered", "steward", steward, "key", q.Key, "fetch", a.Fetch, "avoid", len(q.Avoid))
+		note := question{Op: opNote, Key: q.Key}
+		if len(a.Sources) > 0 {
+			note.From = a.Sources[0].ID
+		}
+		n.tell(others, note)
+	}
+	return a, true
 }
 
 // second asks the other stewards who has something that the first one, which

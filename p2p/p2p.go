@@ -24,6 +24,7 @@ package p2p
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -84,6 +85,8 @@ type Options struct {
 	// it.
 	Wrap func(net.Conn) net.Conn
 	Log  *slog.Logger // nil means slog.Default()
+
+	next time.Duration // 0 means nextTime
 }
 
 // DefaultPort is the port that peers listen on.
@@ -139,6 +142,7 @@ func New(o Options) (_ *Node, err error) {
 	if n.log == nil {
 		n.log = slog.Default()
 	}
+	n.opts.next = cmp.Or(o.next, nextTime)
 	if o.UploadLimit > 0 {
 		n.upload = rate.NewLimiter(rate.Limit(o.UploadLimit), max(int(o.UploadLimit/10), sendSize))
 	}

@@ -18,25 +18,28 @@ import (
 )
 
 const (
-	// watchTime is how often a transfer from a peer is looked at.
-	watchTime = time.Second
-	// silent is how often in a row a peer may send nothing, and be without
-	// more than it has sent, before it is left: it waits for the upstream, as
-	// this node would.
-	silent = 20
-	// stalled is how often in a row a peer may send nothing though it has more,
-	// stalledAtFirst that before the first byte, when both sides may have much to
-	// begin at the same time.
-	stalled, stalledAtFirst = 2, 3
+	// watchTime is how often a transfer from a peer is looked at, and how long the
+	// peer has to say how far it is. lookTime is the same before it has begun.
+	watchTime = time.Second / 2
+	lookTime  = 300 * time.Millisecond
+	// openTime is how long a blob's sources may say nothing, all together, before it
+	// is had elsewhere.
+	openTime = time.Second
+	// The following are counts of looks in a row.
+	//
+	// waiting is how many may show a source that answers to send nothing, and to be
+	// without more than it has sent: it waits for the upstream, as this node would.
+	waiting = 10
+	// stalled is how many may show that it sends nothing though it has more,
+	// stalledAtFirst the same before the first byte, when both sides may have much
+	// to begin at the same time.
+	stalled, stalledAtFirst = 2, 4
+	// lagging is how many may show it to be slower than the upstream though it has
+	// more, and dripping that it gives much less, when it has not much more.
+	lagging, dripping = 5, 20
 	// slack is how far a peer may be ahead of what it has sent: what is in the
 	// buffers between.
 	slack = 4 << 20
-	// openTime is how long others are tried after a source that gave nothing. The
-	// first may take its own time, because it may wait for the upstream itself.
-	openTime = 3 * time.Second
-	// dripping is how many looks in a row may show a source to give much less than
-	// the upstream, when it has not much more.
-	dripping = 10
 	// minPace is the rate below which a peer that has more is left when it
 	// isn't known what the upstream gives, in bytes per second.
 	minPace = 256 << 10
@@ -104,7 +107,14 @@ func (s *Share) ask(ctx context.Context) bool {
 func (s *Share) take(a answer, ok bool) {
 	s.fetch = !ok || a.Fetch
 	s.sources = slices.DeleteFunc(a.Sources, func(x source) bool {
-		return x.ID == s.n.host.ID() || slices.Contains(s.failed, x.ID) || s.n.peers.shunned(x.ID) || s.n.peers.isMute(x.ID)
+		if slices.Contains(s.failed, x.ID) {
+			return true
+		}
+		if !s.n.good(x) {
+			s.failed = append(s.failed, x.ID) // the stewards know others
+			return true
+		}
+		return false
 	})
 	slices.SortStableFunc(s.sources, func(a, b source) int {
 		bad := func(x source) int {
@@ -120,8 +130,9 @@ func (s *Share) take(a answer, ok bool) {
 	})
 }
 
-// next returns the next source to try.
-func (s *Share) next(ctx context.Context) (source, error) {
+// next returns the next source to try. With more, the stewards are asked when none
+// is left.
+func (s *Share) next(ctx context.Context, more bool) (source, error) {
 	for {
 		s.mu.Lock()
 		if len(s.sources) > 0 {
@@ -130,7 +141,7 @@ func (s *Share) next(ctx context.Context) (source, error) {
 			s.mu.Unlock()
 			return src, nil
 		}
-		done := s.fetch || s.asked >= maxAsks
+		done := !more || s.fetch || s.asked >= maxAsks
 		s.mu.Unlock()
 		if done || ctx.Err() != nil {
 			return source{}, ErrNoPeer
@@ -149,60 +160,102 @@ func (s *Share) fail(id peer.ID) {
 // if that isn't known. size is what it must be, or -1 if that isn't known. The
 // error is [ErrNoPeer] when the upstream is the place to get it from. What is
 // read may be wrong; tell [Share.Wrong].
+//
+// A source that says nothing has the next one tried beside it. One that says that it
+// waits for its own is waited for.
 func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, int64, error) {
-	for start := time.Now(); ; {
-		src, err := s.next(ctx)
+	type opened struct {
+		*body
+		err error
+	}
+	results, quiet, over := make(chan opened), make(chan bool), make(chan struct{})
+	defer close(over)
+	running := 0
+	begin := func(more bool) bool {
+		src, err := s.next(ctx, more)
 		if err != nil {
-			return nil, 0, err
+			return false
 		}
-		if time.Since(start) > openTime {
+		running++
+		go func() {
+			b, err := s.open(ctx, src, offset, size, func(is bool) {
+				select {
+				case quiet <- is:
+				case <-over:
+				}
+			})
+			if err != nil {
+				s.fail(src.ID)
+				if ctx.Err() == nil {
+					s.n.log.Debug("a peer doesn't give a blob", "peer", src.ID, "digest", s.d, "offset", offset, "err", err)
+					if !errors.Is(err, ErrNotHere) && !errors.Is(err, errBusy) {
+						s.n.peers.slow(src.ID)
+					}
+				}
+			}
+			select {
+			case results <- opened{b, err}:
+			case <-over:
+				if err == nil {
+					b.Close()
+				}
+			}
+		}()
+		return true
+	}
+	deadline := time.After(openTime)
+	late, answering := false, false
+	for {
+		if running == 0 && (late || !begin(true)) || late && !answering {
 			return nil, 0, ErrNoPeer
 		}
-		body, n, err := s.open(ctx, src, offset, size)
-		if err == nil {
-			return body, n, nil
-		}
-		s.fail(src.ID)
-		if ctx.Err() != nil {
+		select {
+		case r := <-results:
+			if running--; r.err == nil {
+				return r.body, r.total, nil
+			}
+			if ctx.Err() != nil {
+				return nil, 0, ctx.Err()
+			}
+		case is := <-quiet:
+			if answering = answering || !is; is && !late {
+				begin(false)
+			}
+		case <-deadline:
+			late = true
+		case <-ctx.Done():
 			return nil, 0, ctx.Err()
-		}
-		s.n.log.Debug("a peer doesn't give a blob", "peer", src.ID, "digest", s.d, "offset", offset, "err", err)
-		if !errors.Is(err, ErrNotHere) && !errors.Is(err, errBusy) {
-			s.n.peers.slow(src.ID)
 		}
 	}
 }
 
-// open reads from one source. A source that waits for its own is waited for.
-func (s *Share) open(ctx context.Context, src source, offset, size int64) (io.ReadCloser, int64, error) {
+// open reads from one source, and tells when it is found to be quiet, or not to be.
+func (s *Share) open(ctx context.Context, src source, offset, size int64, quiet func(bool)) (*body, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	b := &body{s: s, src: src, cancel: cancel, pos: offset}
+	b := &body{s: s, src: src, cancel: cancel, pos: offset, total: -1, stop: make(chan struct{}), begun: make(chan struct{})}
 	b.at.Store(offset)
-	stop := make(chan struct{})
-	go b.watch(ctx, stop)
+	go b.watch(ctx, quiet)
 	resp, err := s.n.get(ctx, src, "/blobs/"+s.d.String(), offset)
+	close(b.begun)
 	if err != nil {
-		close(stop)
+		close(b.stop)
 		cancel()
-		return nil, 0, err
+		return nil, err
 	}
-	total := int64(-1)
+	b.resp = resp
 	if resp.ContentLength >= 0 {
-		total = offset + resp.ContentLength
+		b.total = offset + resp.ContentLength
 	}
-	if size >= 0 && total >= 0 && total != size {
-		close(stop)
-		cancel()
-		resp.Body.Close()
+	if size >= 0 && b.total >= 0 && b.total != size {
+		b.Close()
 		s.n.penalize(src.ID, s.d, true)
-		return nil, 0, fmt.Errorf("it would have %d bytes instead of %d", total, size)
+		return nil, fmt.Errorf("it would have %d bytes instead of %d", b.total, size)
 	}
 	kept := resp.Header.Get(keptHeader) != ""
 	s.mu.Lock()
 	s.gave[src.ID] = kept
 	s.mu.Unlock()
-	b.resp, b.stop = resp, stop
-	return b, total, nil
+	return b, nil
 }
 
 // penalize records that a peer sent what it should not have.
@@ -238,7 +291,9 @@ type body struct {
 	s      *Share
 	src    source
 	resp   *http.Response
+	total  int64 // its size, or -1
 	cancel context.CancelFunc
+	begun  chan struct{} // closed when there is an answer, or none
 	stop   chan struct{}
 	once   sync.Once
 	pos    int64
@@ -272,36 +327,47 @@ func (b *body) Close() error {
 }
 
 // watch leaves a source that sends nothing though it has something, or less
-// than the upstream would.
-func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
-	t := time.NewTicker(watchTime)
-	defer t.Stop()
+// than the upstream would. Before the first byte it tells whether the source is
+// quiet.
+func (b *body) watch(ctx context.Context, quiet func(bool)) {
+	interval, begun, lost := lookTime, b.begun, 1
+	timer := time.NewTimer(interval)
+	defer timer.Stop()
 	start := b.at.Load()
+	pace := max(b.s.pace/2, minPace) // per second
 	last, idle, slow, mute, stall, drip := start, 0, 0, 0, 0, 0
-	for {
+	for ; ; timer.Reset(interval) {
 		select {
-		case <-stop:
+		case <-b.stop:
 			return
 		case <-ctx.Done():
 			return
-		case <-t.C:
+		case <-begun:
+			interval, begun, lost = watchTime, nil, 0
+			mute, idle, stall = 0, 0, 0
+			continue
+		case <-timer.C:
 		}
 		now := b.at.Load()
 		got := now - last
 		last = now
-		floor := max(b.s.pace/2, minPace)
-		if got >= floor || got > 0 && b.s.n.intake.get() >= float64(floor) {
+		floor := int64(float64(pace) * interval.Seconds())
+		if begun == nil && (got >= floor || got > 0 && b.s.n.intake.get() >= float64(pace)) {
 			// The node gets what it can take; what it takes is shared.
 			idle, slow, mute, stall, drip = 0, 0, 0, 0, 0
 			continue
 		}
-		st, err := b.ask(ctx)
+		st, err := b.ask(ctx, interval)
 		if ctx.Err() != nil {
 			return
 		}
+		silent := err != nil && !errors.Is(err, ErrNotHere)
+		if begun != nil {
+			quiet(silent)
+		}
 		switch {
-		case err != nil && !errors.Is(err, ErrNotHere):
-			if mute++; mute >= 3 && b.at.Load() == now {
+		case silent:
+			if mute++; mute > lost && b.at.Load() == now {
 				b.s.n.peers.mute(b.src.ID)
 				b.leave("it doesn't answer", err)
 				return
@@ -311,7 +377,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 			b.leave("it doesn't have it any more", err)
 			return
 		case got == 0 && st.Arrived-now <= 1: // the last byte waits for the digest
-			if idle++; idle >= silent {
+			if idle++; idle >= waiting {
 				b.leave("it waits itself", nil)
 				return
 			}
@@ -321,7 +387,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 				return
 			}
 		case st.Arrived-now > slack || st.Kept:
-			if slow++; slow >= 3 {
+			if slow++; slow >= lagging {
 				b.leave("it is slower than the upstream", nil)
 				return
 			}
@@ -334,12 +400,13 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 		default:
 			idle, slow, stall, drip = 0, 0, 0, 0
 		}
+		mute = 0
 	}
 }
 
 // ask asks the source how far it is.
-func (b *body) ask(ctx context.Context) (state, error) {
-	ctx, cancel := context.WithTimeout(ctx, watchTime)
+func (b *body) ask(ctx context.Context, long time.Duration) (state, error) {
+	ctx, cancel := context.WithTimeout(ctx, long)
 	defer cancel()
 	return b.s.n.stateAt(ctx, b.src, b.s.d)
 }
@@ -362,28 +429,39 @@ func (n *Node) Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, e
 	if !ok {
 		return nil, ErrNoPeer
 	}
-	for _, src := range a.Sources {
-		if n.peers.shunned(src.ID) || src.ID == n.host.ID() {
-			continue
-		}
-		b, err := n.small(ctx, src, "/blobs/"+d.String(), limit)
+	_, b, err := firstOf(ctx, n.goodOf(a.Sources), n.opts.next, func(src source) ([]byte, error) {
+		b, err := n.small(n.ctx, src, "/blobs/"+d.String(), limit)
 		if err == nil && d.Algorithm().FromBytes(b) != d {
 			n.penalize(src.ID, d, true)
-			continue
+			err = errors.New("it is another blob")
 		}
-		if err == nil {
-			return b, nil
-		}
+		return b, err
+	}, nil)
+	if err != nil {
+		return nil, ErrNoPeer
 	}
-	return nil, ErrNoPeer
+	return b, nil
 }
 
-// small reads something small from a peer.
+// good says whether something may be read from a source, and goodOf are those.
+func (n *Node) good(x source) bool {
+	return x.ID != n.host.ID() && !n.peers.shunned(x.ID) && !n.peers.isMute(x.ID)
+}
+
+func (n *Node) goodOf(all []source) []source {
+	return slices.DeleteFunc(all, func(x source) bool { return !n.good(x) })
+}
+
+// small reads something small from a peer. One that doesn't give it in time is left
+// out for a while.
 func (n *Node) small(ctx context.Context, src source, path string, limit int64) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, openTime)
 	defer cancel()
 	resp, err := n.get(ctx, src, path, 0)
 	if err != nil {
+		if errors.Is(err, context.DeadlineExceeded) {
+			n.peers.mute(src.ID)
+		}
 		return nil, err
 	}
 	defer resp.Body.Close()
@@ -395,16 +473,33 @@ func (n *Node) small(ctx context.Context, src source, path string, limit int64) 
 	return b, err
 }
 
-// Recall returns what peers know under a name that they provide.
+// Recall returns what peers know under a name that they provide. Those that are
+// silent while others answer are waited for a moment.
 func (n *Node) Recall(ctx context.Context, name string) (all [][]byte) {
 	k := nameKey(name)
 	a, _ := n.consult(ctx, question{Op: opFind, Key: k})
-	for _, src := range a.Sources {
-		if n.peers.shunned(src.ID) || src.ID == n.host.ID() {
-			continue
-		}
-		if b, err := n.small(ctx, src, "/names/"+HashName(name), maxRecall); err == nil {
-			all = append(all, b)
+	sources := n.goodOf(a.Sources)
+	answers := make(chan []byte, len(sources))
+	for _, src := range sources {
+		go func() {
+			b, _ := n.small(n.ctx, src, "/names/"+HashName(name), maxRecall)
+			answers <- b
+		}()
+	}
+	var enough <-chan time.Time
+	for range sources {
+		select {
+		case b := <-answers:
+			if b == nil {
+				continue
+			}
+			if all = append(all, b); enough == nil {
+				enough = time.After(secondTime)
+			}
+		case <-enough:
+			return all
+		case <-ctx.Done():
+			return all
 		}
 	}
 	return all

@@ -3,6 +3,7 @@
 package p2p
 
 import (
+	"cmp"
 	"context"
 	"crypto/hkdf"
 	"crypto/hmac"
@@ -262,25 +263,31 @@ func (n *Node) secure(ctx context.Context, c net.Conn, want peer.ID, server bool
 func (n *Node) dialPeer(ctx context.Context, want peer.ID, addrs []string) (*tls.Conn, peer.ID, error) {
 	ctx, cancel := context.WithTimeout(ctx, peekTime)
 	defer cancel()
-	err := errors.New("no address is known")
-	for _, addr := range addrs {
-		var c net.Conn
-		if c, err = n.DialContext(ctx, "tcp", addr); err != nil {
-			continue
-		}
-		if d, ok := ctx.Deadline(); ok {
-			_ = c.SetDeadline(d)
-		}
-		var tc *tls.Conn
-		var id peer.ID
-		if tc, id, err = n.secure(ctx, c, want, false); err != nil {
-			c.Close()
-			continue
-		}
-		_ = c.SetDeadline(time.Time{})
-		return tc, id, nil
+	type conn struct {
+		*tls.Conn
+		peer.ID
 	}
-	return nil, "", fmt.Errorf("no connection to peer %s at %v: %w", want, addrs, err)
+	_, c, err := firstOf(ctx, addrs, n.opts.next, func(addr string) (conn, error) {
+		c, err := n.DialContext(ctx, "tcp", addr)
+		if err != nil {
+			return conn{}, err
+		}
+		stop := context.AfterFunc(ctx, func() { c.Close() })
+		tc, id, err := n.secure(ctx, c, want, false)
+		if !stop() || err != nil {
+			c.Close()
+			return conn{}, cmp.Or(err, ctx.Err())
+		}
+		return conn{tc, id}, nil
+	}, func(c conn, err error) {
+		if err == nil {
+			c.Close()
+		}
+	})
+	if err != nil {
+		return nil, "", fmt.Errorf("no connection to peer %s at %v: %w", want, addrs, err)
+	}
+	return c.Conn, c.ID, nil
 }
 
 // hostPort is the HOST:PORT of a multiaddr that is just that, or empty.

@@ -3,9 +3,14 @@
 package p2p
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -105,6 +110,111 @@ func TestDrip(t *testing.T) {
 		}
 	case <-time.After(3 * dripping * watchTime):
 		t.Error("it isn't left")
+	}
+}
+
+// freezer has connections stand still, as those of a process that was stopped.
+type freezer struct{ frozen, thawed chan struct{} }
+
+type freezing struct {
+	net.Conn
+	by     *freezer
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (f *freezer) wrap(c net.Conn) net.Conn {
+	return &freezing{Conn: c, by: f, closed: make(chan struct{})}
+}
+
+// stand waits for the end, if it is frozen.
+func (c *freezing) stand() {
+	select {
+	case <-c.by.frozen:
+		select {
+		case <-c.closed:
+		case <-c.by.thawed:
+		}
+	default:
+	}
+}
+
+func (c *freezing) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.stand()
+	return n, err
+}
+
+func (c *freezing) Write(p []byte) (int, error) {
+	c.stand()
+	return c.Conn.Write(p)
+}
+
+func (c *freezing) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// A source that is silent has the next one tried beside it, and isn't tried again
+// for a while. When all are silent, they cost a pull openTime together.
+func TestSilentSources(t *testing.T) {
+	a := newMember(t, nil)
+	blob := random(100 << 10)
+	var all []*member
+	var freezers []*freezer
+	for range 3 {
+		f := &freezer{make(chan struct{}), make(chan struct{})}
+		freezers = append(freezers, f)
+		all = append(all, newMember(t, func(o *Options) { o.Wrap = f.wrap }, a.addr()))
+		t.Cleanup(func() { close(f.thawed) }) // or it would have no end
+	}
+	var d digest.Digest
+	for _, m := range all {
+		until(t, "all known", func() bool { return m.dht.RoutingTable().Size() >= len(all) })
+		d = m.put(blob)
+		m.Provide(d)
+	}
+	want := func(sources int) (s *Share) {
+		until(t, fmt.Sprintf("%d have it", sources), func() bool {
+			if s != nil {
+				s.Close(false)
+			}
+			s = a.Want(t.Context(), d, 0)
+			return s != nil && len(s.sources) == sources
+		})
+		return s
+	}
+	s := want(3)
+	order := slices.Clone(s.sources)
+	freeze := func(src source) {
+		for i, m := range all {
+			if m.host.ID() == src.ID {
+				close(freezers[i].frozen)
+			}
+		}
+	}
+	freeze(order[0])
+	body, size, err := s.Open(t.Context(), 0, -1)
+	if err != nil || size != int64(len(blob)) || !bytes.Equal(readAll(t, body), blob) {
+		t.Fatalf("%d bytes, %v", size, err)
+	}
+	s.Close(false)
+	until(t, "the silent one is known to be so", func() bool { return a.peers.isMute(order[0].ID) })
+	s = want(2)
+	freeze(order[1])
+	freeze(order[2])
+	if _, _, err := s.Open(t.Context(), 0, -1); !errors.Is(err, ErrNoPeer) {
+		t.Error(err)
+	}
+	until(t, "all are known to be silent", func() bool { return a.peers.isMute(order[1].ID) && a.peers.isMute(order[2].ID) })
+	// And as stewards: one that has said nothing in its time is not asked again.
+	if s := a.Want(t.Context(), d, 0); s != nil && len(s.sources) > 0 {
+		t.Errorf("it is to be read from %v", s.sources)
+	}
+	for _, src := range order {
+		if _, err := a.ask(t.Context(), src.ID, question{Op: opFind, Key: must(keyOf(d))}); err == nil || !a.peers.isDown(src.ID) {
+			t.Errorf("a silent steward: %v", err)
+		}
 	}
 }
 

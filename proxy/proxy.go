@@ -96,8 +96,9 @@ type Proxy struct {
 
 	mu      sync.Mutex
 	splices map[*splice]struct{}
-	opening int       // connections of which it isn't known yet what becomes of them
-	changed sync.Cond // when there are fewer
+	idle    time.Duration // see idleTime
+	opening int           // connections of which it isn't known yet what becomes of them
+	changed sync.Cond     // when there are fewer
 	unknown unknowns
 	// unverifiable are registries of which the log has it.
 	unverifiable *lru.LRU[string, struct{}]
@@ -120,6 +121,10 @@ const (
 	// openTime is how long connections that are being opened are waited for at
 	// the end.
 	openTime = 5 * time.Second
+	// idleTime is for how long a connection that is passed through has to be idle to
+	// be closed at the end, and idleLook how often that is looked at.
+	idleTime = 5 * time.Second
+	idleLook = 100 * time.Millisecond
 	// silence is how long a client may say nothing before the destination is
 	// dialled, for protocols in which the server speaks first.
 	silence = 100 * time.Millisecond
@@ -136,7 +141,7 @@ const (
 
 // New returns a proxy. Close it.
 func New(o Options) *Proxy {
-	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), unknown: newUnknowns(), unverifiable: lru.NewLRU[string, struct{}](maxUnknown, nil, askAgain)}
+	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), idle: idleTime, unknown: newUnknowns(), unverifiable: lru.NewLRU[string, struct{}](maxUnknown, nil, askAgain)}
 	p.changed.L = &p.mu
 	if p.log == nil {
 		p.log = slog.Default()
@@ -545,8 +550,8 @@ func (p *Proxy) pass(ctx context.Context, conn *net.TCPConn, f Flow, o opening) 
 }
 
 // Shutdown waits until the connections have ended: those to registries after
-// their running request, those passed through when one side closes. When ctx
-// is done it cuts the rest, and returns ctx's error. There must be no more calls
+// their running request, those passed through when one side closes, or when they
+// are idle. When ctx is done it cuts the rest, and returns ctx's error. There must be no more calls
 // of Serve by then.
 func (p *Proxy) Shutdown(ctx context.Context) error {
 	// The server reads no more requests then, and some connections may still be on
@@ -571,10 +576,16 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	p.ready.Close()
 	done := make(chan struct{})
 	go func() { p.active.Wait(); close(done) }()
-	select {
-	case <-done:
-		return err
-	case <-ctx.Done():
+	look := time.NewTicker(idleLook)
+	defer look.Stop()
+	for ctx.Err() == nil {
+		p.closeIdle()
+		select {
+		case <-done:
+			return err
+		case <-look.C:
+		case <-ctx.Done():
+		}
 	}
 	p.mu.Lock()
 	for s := range p.splices {
@@ -584,6 +595,18 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	p.mu.Unlock()
 	<-done
 	return ctx.Err()
+}
+
+// closeIdle closes the connections that are passed through and idle: clients may
+// keep them for minutes after their last request.
+func (p *Proxy) closeIdle() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s := range p.splices {
+		if s.idleFor(p.idle) {
+			s.close()
+		}
+	}
 }
 
 // abort closes a connection with a reset, as its peer would see it from a

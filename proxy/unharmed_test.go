@@ -3,6 +3,7 @@
 package proxy
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -346,6 +347,57 @@ func TestShutdownWhileOpening(t *testing.T) {
 	time.AfterFunc(50*time.Millisecond, func() { close(verified) })
 	if err := <-got; err != nil {
 		t.Errorf("the pull: %v", err)
+	}
+	if err := <-down; err != nil {
+		t.Error(err)
+	}
+}
+
+// At the end, connections that are passed through and that their clients keep for a
+// next request are closed in order, at once. One whose server is still to answer has
+// its answer.
+func TestShutdownWhileIdle(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	s.proxy.idle = 100 * time.Millisecond
+	s.flow.Store(new(func(f *Flow) { f.Direct = true }))
+	answer := make(chan struct{})
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/late" {
+			<-answer
+		}
+		_, _ = io.WriteString(w, "here")
+	})}
+	go func() { _ = srv.Serve(l) }()
+	t.Cleanup(func() { srv.Close() })
+	ask := func(path string) (net.Conn, *bufio.Reader) {
+		c, err := net.Dial("tcp", s.door.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", path)
+		return c, bufio.NewReader(c)
+	}
+	_, idle := ask("/")
+	if resp, err := http.ReadResponse(idle, nil); err != nil {
+		t.Fatal(err)
+	} else if b, err := io.ReadAll(resp.Body); string(b) != "here" {
+		t.Fatal(string(b), err)
+	}
+	_, late := ask("/late")
+	down := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	go func() { down <- s.proxy.Shutdown(ctx) }()
+	if _, err := idle.ReadByte(); err != io.EOF {
+		t.Errorf("the idle one: %v", err)
+	}
+	close(answer)
+	if resp, err := http.ReadResponse(late, nil); err != nil {
+		t.Errorf("the one that waits: %v", err)
+	} else if b, err := io.ReadAll(resp.Body); string(b) != "here" || err != nil {
+		t.Errorf("the one that waits: %q %v", b, err)
 	}
 	if err := <-down; err != nil {
 		t.Error(err)

@@ -61,7 +61,7 @@ const maxPools = 1024
 
 // times are how long things may take; see the defaults.
 type times struct {
-	connect, fallback, handshake, guess, idle, relay time.Duration
+	connect, fallback, handshake, guess, idle, relay, retry time.Duration
 }
 
 var defaultTimes = times{
@@ -88,6 +88,9 @@ var defaultTimes = times{
 	// as idle before. A registry that takes its time is not asked twice otherwise:
 	// what it counts or fetches it would count and fetch twice.
 	relay: 15 * time.Second,
+	// How often a host that could not be reached is tried again, which none waits
+	// for.
+	retry: 500 * time.Millisecond,
 }
 
 // NewEgress returns a way out that dials with dial. Close it when its namespace
@@ -244,17 +247,16 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 		}
 		return c, err
 	}
-	if err := p.unreachable(); err != nil {
-		return nil, err
-	}
 	type result struct {
 		c   net.Conn
 		err error
 	}
 	results := make(chan result)
 	late := make(chan struct{})
-	go func() {
-		c, err := e.connect(context.WithoutCancel(ctx), k, t.Settings, false)
+	attempt := func(long time.Duration) {
+		actx, cancel := context.WithTimeout(context.WithoutCancel(ctx), long)
+		defer cancel()
+		c, err := e.connect(actx, k, t.Settings, false)
 		if err != nil {
 			err = fmt.Errorf("%s: %w: %w", k.hostport, ErrUnreachable, err)
 		}
@@ -265,7 +267,15 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 				p.keep(c)
 			}
 		}
-	}()
+	}
+	if err := p.unreachable(); err != nil {
+		if p.tryAgain(e.times.retry) {
+			close(late)
+			go attempt(4 * e.times.retry)
+		}
+		return nil, err
+	}
+	go attempt(e.times.connect)
 	timer := time.NewTimer(budget)
 	defer timer.Stop()
 	select {

@@ -21,6 +21,7 @@ type pool struct {
 	ready []net.Conn // nobody has used them yet
 	last  verdict    // what was found out when it was verified, or asked
 	away  verdict    // that it could not be reached in the time that there was
+	tried time.Time  // when it was tried again since
 }
 
 // verdict is what was found out, and when.
@@ -40,8 +41,8 @@ const (
 	downTTL = 30 * time.Second
 	// answersTTL is how long one that has answered, or hasn't, is not asked again.
 	answersTTL = 3 * time.Second
-	// awayTTL is how long a host that could not be reached in time isn't tried by
-	// those who can do without.
+	// awayTTL is how long a host that could not be reached in time isn't waited for
+	// by those who can do without.
 	awayTTL = 5 * time.Minute
 	// readyTTL is how long a connection that was made to look at a target may wait
 	// for its first request. It is fresh, as the client's own would be.
@@ -148,6 +149,18 @@ func (p *pool) unreachable() error {
 		return p.away.err
 	}
 	return nil
+}
+
+// tryAgain says whether it is time to try a host that could not be reached, which is
+// once in each interval, and records that it is tried now.
+func (p *pool) tryAgain(interval time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.away.when) < interval || time.Since(p.tried) < interval {
+		return false
+	}
+	p.tried = time.Now()
+	return true
 }
 
 func (p *pool) found(err error) {

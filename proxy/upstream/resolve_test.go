@@ -4,6 +4,8 @@ package upstream
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -59,8 +61,8 @@ func resolvConf(t *testing.T, content string) string {
 // While the own name servers don't answer, the node's are asked.
 func TestNodeNames(t *testing.T) {
 	var asked atomic.Int64
-	n := &names{own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "# the node's\nsearch lan\nnameserver "+nameServer(t, &asked, "192.0.2.1")+"\noptions edns0\n")}
-	n.down.Store(time.Now().Add(time.Hour).UnixNano())
+	n := newNames(resolvConf(t, "nameserver 198.51.100.1\n"), resolvConf(t, "# the node's\nsearch lan\nnameserver "+nameServer(t, &asked, "192.0.2.1")+"\noptions edns0\n"))
+	n.ownDown.Store(time.Now().Add(time.Hour).UnixNano())
 	ips, err := n.lookup(t.Context(), "registry.example.com")
 	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" || asked.Load() == 0 {
 		t.Errorf("%v, %v, %d questions", ips, err, asked.Load())
@@ -76,28 +78,90 @@ func TestNodeNames(t *testing.T) {
 	}
 }
 
-// While the own name servers are silent, the node's are asked before a runtime
-// loses its patience, whatever the search list.
-func TestSilentNameServers(t *testing.T) {
-	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+// silent is a resolver whose name server takes questions and says nothing. It is
+// told when it gets one.
+func silent(t *testing.T, asked func()) *net.Resolver {
+	t.Helper()
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer silent.Close()
-	own := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	t.Cleanup(func() { c.Close() })
+	go func() {
+		for b := make([]byte, 1500); ; asked() {
+			if _, _, err := c.ReadFrom(b); err != nil {
+				return
+			}
+		}
+	}()
+	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
-		return d.DialContext(ctx, "udp", silent.LocalAddr().String())
+		return d.DialContext(ctx, "udp", c.LocalAddr().String())
 	}}
-	var asked atomic.Int64
-	n := &names{resolver: own, own: resolvConf(t, "nameserver 198.51.100.1\n"), node: resolvConf(t, "nameserver "+nameServer(t, &asked, "192.0.2.1")+"\n")}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*ownServersTime)
-	defer cancel()
-	ips, err := n.lookup(ctx, "cdn.example.com")
-	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" {
-		t.Errorf("%v, %v", ips, err)
+}
+
+// While the own name servers are silent, the node's are asked beside them, whatever
+// the search list, and first the next time.
+func TestSilentNameServers(t *testing.T) {
+	var asked, inVain atomic.Int64
+	n := newNames(resolvConf(t, "nameserver 198.51.100.1\n"), resolvConf(t, "nameserver "+nameServer(t, &asked, "192.0.2.1")+"\n"))
+	n.resolver = silent(t, func() { inVain.Add(1) })
+	for range 2 {
+		ips, err := n.lookup(t.Context(), "cdn.example.com")
+		if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" {
+			t.Errorf("%v, %v", ips, err)
+		}
 	}
-	if n.down.Load() == 0 {
-		t.Error("the silent ones are asked first again")
+	if n := inVain.Load(); n > 2 { // the addresses of both families
+		t.Errorf("the silent ones were asked again, %d questions", n)
+	}
+}
+
+// While no name server answers, a host is where it was, and the questions go on. A
+// host that no name server ever knew has none, and one that is gone is gone.
+func TestNamesAreKept(t *testing.T) {
+	var asked atomic.Int64
+	addr := nameServer(t, &asked, "192.0.2.1")
+	questions := make(chan struct{}, 100)
+	mute := silent(t, func() { questions <- struct{}{} })
+	type dial func(ctx context.Context, network, address string) (net.Conn, error)
+	var server atomic.Value
+	conf := resolvConf(t, "nameserver 198.51.100.1\n")
+	n := newNames(conf, conf)
+	n.resolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		return server.Load().(dial)(ctx, network, address)
+	}}
+	lookup := func(host string) (string, error) {
+		ips, err := n.lookup(t.Context(), host)
+		return fmt.Sprint(ips), err
+	}
+	server.Store(dial(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "udp", addr)
+	}))
+	if got, err := lookup("cdn.example.com"); err != nil || got != "[192.0.2.1]" {
+		t.Fatal(got, err)
+	}
+	server.Store(dial(func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("refused") }))
+	if got, err := lookup("cdn.example.com"); err != nil || got != "[192.0.2.1]" {
+		t.Error("name servers that refuse:", got, err)
+	}
+	if got, err := lookup("other.example.com"); err == nil {
+		t.Error("a host that was never known:", got)
+	}
+	n.known.Add("old.example.com", addresses{[]netip.Addr{netip.MustParseAddr("192.0.2.2")}, time.Now().Add(-knownTTL)})
+	if got, err := lookup("old.example.com"); err == nil {
+		t.Error("addresses of long ago:", got)
+	}
+	server.Store(dial(mute.Dial))
+	for range 3 {
+		if got, err := lookup("cdn.example.com"); err != nil || got != "[192.0.2.1]" {
+			t.Error("silent name servers:", got, err)
+		}
+	}
+	<-questions
+	if n.silent.Load() == 0 {
+		t.Error("the silent ones are waited for again")
 	}
 }
 

@@ -393,6 +393,7 @@ func TestReadyConnection(t *testing.T) {
 // those who can do without a moment, once. Those who can't try it all the same.
 func TestDialBudget(t *testing.T) {
 	w := newWorld(t)
+	w.egress.times.retry = time.Hour
 	w.egress.times.fallback = time.Millisecond
 	w.name("127.0.0.2")
 	here := func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, "here") }
@@ -435,6 +436,33 @@ func TestDialBudget(t *testing.T) {
 	if err := get(WithDialBudget(t.Context(), defaultTimes.connect), blob); err != nil {
 		t.Errorf("after it could be reached again: %v", err)
 	}
+}
+
+// A host that could not be reached is tried again beside those who don't wait for it,
+// so that it is known when it is back.
+func TestUnreachableIsBack(t *testing.T) {
+	w := newWorld(t)
+	w.egress.times.retry = 100 * time.Millisecond
+	w.name("127.0.0.1")
+	cdn := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, "here") })
+	w.silence(cdn.addr, true)
+	tr := w.egress.Transport(Target{Host: ParseHost("registry.test")})
+	get := func() error {
+		req, _ := http.NewRequestWithContext(WithDialBudget(t.Context(), 10*time.Millisecond), "GET", fmt.Sprintf("https://cdn.test:%d/blob", cdn.addr.Port()), nil)
+		resp, err := tr.RoundTrip(req)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	}
+	eventually(t, "it is tried again", func() bool {
+		if err := get(); !errors.Is(err, ErrUnreachable) {
+			t.Fatal(err)
+		}
+		return w.dialled(cdn.addr) > 1
+	})
+	w.silence(cdn.addr, false)
+	eventually(t, "it is reached", func() bool { return get() == nil })
 }
 
 // A host that takes longer than there was time for is reached all the same, and is

@@ -42,13 +42,14 @@ type Registry struct {
 	secret  []byte // of tokens and signed URLs
 	cdn     string // host that blobs are redirected to, if any
 
-	mu      sync.Mutex
-	users   map[string]string          // password by name
-	readers map[string]map[string]bool // users by private repository
-	fault   func(http.ResponseWriter, *http.Request) bool
-	front   func(w http.ResponseWriter, r *http.Request, next http.Handler)
-	open    http.Handler
-	tokens  []string // that were given out
+	mu         sync.Mutex
+	users      map[string]string          // password by name
+	readers    map[string]map[string]bool // users by private repository
+	fault      func(http.ResponseWriter, *http.Request) bool
+	tokenFault func(http.ResponseWriter, *http.Request) bool
+	front      func(w http.ResponseWriter, r *http.Request, next http.Handler)
+	open       http.Handler
+	tokens     []string // that were given out
 }
 
 // DockerHub makes what docker.io is: a registry, a token server, and a third
@@ -69,6 +70,42 @@ func (in *Internet) Registry(host string) *Registry {
 	in.t.Helper()
 	r := in.newRegistry(host)
 	r.serve("https://"+host+"/token", host)
+	return r
+}
+
+// PasswordRegistry makes a registry without a token server: users send their name
+// and password with each request, and nothing is public.
+func (in *Internet) PasswordRegistry(host string) *Registry {
+	in.t.Helper()
+	r := in.newRegistry(host)
+	r.serve("", host)
+	return r
+}
+
+// KubernetesBackend is where [Internet.KubernetesRegistry] redirects to.
+const KubernetesBackend = "europe-west3-docker.pkg.dev"
+
+// KubernetesRegistry makes what registry.k8s.io is: a host that asks for no token
+// and redirects manifests and blobs without a look to a registry at another.
+func (in *Internet) KubernetesRegistry() *Registry {
+	in.t.Helper()
+	r := in.newRegistry("registry.k8s.io")
+	const prefix = "/v2/k8s-artifacts-prod/images/"
+	in.HTTPS(r.Host, false, r.Log.logging(r.Host, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if r.failing(w, req, &r.fault) {
+			return
+		}
+		if req.URL.Path == "/v2/" {
+			w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+			return
+		}
+		w.Header().Set("Location", "https://"+KubernetesBackend+prefix+strings.TrimPrefix(req.URL.Path, "/v2/"))
+		w.WriteHeader(http.StatusTemporaryRedirect)
+	})))
+	in.HTTPS(KubernetesBackend, false, r.Log.logging(KubernetesBackend, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		req.URL.Path = "/v2/" + strings.TrimPrefix(req.URL.Path, prefix)
+		r.open.ServeHTTP(w, req)
+	})))
 	return r
 }
 
@@ -119,6 +156,18 @@ func (in *Internet) newBackend(host string, command func(addr string) []string) 
 	in.all = append(in.all, r)
 	in.mu.Unlock()
 	r.backend = &url.URL{Scheme: "http", Host: addr}
+	proxy := &httputil.ReverseProxy{
+		Transport: r.client.Transport,
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.SetURL(r.backend)
+			pr.Out.Host = pr.In.Host
+			pr.Out.Header.Set("X-Forwarded-Proto", "https")
+		},
+	}
+	r.open = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		req.Header.Del("Authorization")
+		proxy.ServeHTTP(w, req)
+	})
 	p.until("answering", func(ctx context.Context) error {
 		resp, err := r.do(ctx, "GET", "/v2/", "", nil)
 		if err == nil {
@@ -177,42 +226,35 @@ func (in *Internet) OwnCA(host string) (r *Registry, ca, cert, key []byte) {
 	return r, own.caPEM(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: client.Certificate[0]}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-// serve puts the registry behind TLS and a token server, also under other names.
+// serve puts the registry behind TLS and a token server, if it has a realm, also
+// under other names.
 func (r *Registry) serve(realm, service string, also ...string) {
 	r.in.t.Helper()
-	proxy := &httputil.ReverseProxy{
-		Transport: r.client.Transport,
-		Rewrite: func(pr *httputil.ProxyRequest) {
-			pr.SetURL(r.backend)
-			pr.Out.Host = pr.In.Host
-			pr.Out.Header.Set("X-Forwarded-Proto", "https")
-		},
-		ErrorLog: nil,
-	}
-	r.open = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		req.Header.Del("Authorization")
-		proxy.ServeHTTP(w, req)
-	})
 	h := http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if req.URL.Path == "/token" {
 			r.token(w, req)
 			return
 		}
-		r.mu.Lock()
-		fault := r.fault
-		r.mu.Unlock()
-		if fault != nil && fault(w, req) {
+		if r.failing(w, req, &r.fault) {
 			return
 		}
 		repo := repository(req.URL.Path)
 		user, ok := r.verify(strings.TrimPrefix(req.Header.Get("Authorization"), "Bearer "), repo)
+		if realm == "" {
+			user, ok = r.login(req.BasicAuth())
+			ok = ok && user != ""
+		}
 		if !ok || repo != "" && !r.mayRead(repo, user) {
 			scope := ""
 			if repo != "" {
 				scope = fmt.Sprintf(`,scope="repository:%s:pull"`, repo)
 			}
 			w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
-			w.Header().Set("Www-Authenticate", fmt.Sprintf(`Bearer realm="%s",service="%s"%s`, realm, service, scope))
+			challenge := fmt.Sprintf(`Bearer realm="%s",service="%s"%s`, realm, service, scope)
+			if realm == "" {
+				challenge = fmt.Sprintf("Basic realm=%q", service)
+			}
+			w.Header().Set("Www-Authenticate", challenge)
 			w.Header().Set("Content-Type", "application/json")
 			w.WriteHeader(http.StatusUnauthorized)
 			_, _ = w.Write([]byte(`{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}`))
@@ -256,6 +298,21 @@ func (r *Registry) Fault(f func(http.ResponseWriter, *http.Request) bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.fault = f
+}
+
+// FaultTokens has a function answer requests for tokens in the same way.
+func (r *Registry) FaultTokens(f func(http.ResponseWriter, *http.Request) bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.tokenFault = f
+}
+
+// failing says whether a fault, which there may be, has answered a request.
+func (r *Registry) failing(w http.ResponseWriter, req *http.Request, fault *func(http.ResponseWriter, *http.Request) bool) bool {
+	r.mu.Lock()
+	f := *fault
+	r.mu.Unlock()
+	return f != nil && f(w, req)
 }
 
 // Secrets are the users' passwords and the tokens that were given out: nobody
@@ -316,14 +373,15 @@ func (r *Registry) sign(what string) string {
 // token is the token server: anonymous users get tokens too, for what is
 // public. A token is "user|scopes|nonce|signature".
 func (r *Registry) token(w http.ResponseWriter, req *http.Request) {
+	if r.failing(w, req, &r.tokenFault) {
+		return
+	}
 	user, password, given := req.BasicAuth()
 	if err := req.ParseForm(); err == nil && req.PostForm.Get("username") != "" {
 		user, password, given = req.PostForm.Get("username"), req.PostForm.Get("password"), true
 	}
-	r.mu.Lock()
-	want, known := r.users[user]
-	r.mu.Unlock()
-	if given && (!known || want != password) {
+	user, ok := r.login(user, password, given)
+	if !ok {
 		w.WriteHeader(http.StatusUnauthorized)
 		_, _ = w.Write([]byte(`{"details":"incorrect username or password"}`))
 		return
@@ -343,6 +401,14 @@ func (r *Registry) token(w http.ResponseWriter, req *http.Request) {
 	r.mu.Unlock()
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(map[string]any{"token": token, "access_token": token, "expires_in": 300})
+}
+
+// login says whether a name and password, if they are given, are a user's.
+func (r *Registry) login(name, password string, given bool) (user string, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	want, known := r.users[name]
+	return name, !given || known && want == password
 }
 
 func (r *Registry) verify(token, repo string) (user string, ok bool) {
@@ -365,10 +431,7 @@ func (r *Registry) verify(token, repo string) (user string, ok bool) {
 
 // signed is the host that blobs are redirected to.
 func (r *Registry) signed(w http.ResponseWriter, req *http.Request) {
-	r.mu.Lock()
-	fault := r.fault
-	r.mu.Unlock()
-	if fault != nil && fault(w, req) {
+	if r.failing(w, req, &r.fault) {
 		return
 	}
 	if req.URL.Query().Get("sig") != r.sign(req.URL.Path) || req.Header.Get("Authorization") != "" {
