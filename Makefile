@@ -13,6 +13,10 @@ BENCH ?= .
 ORACLE_SEED ?= 1
 TWINS_FOR ?= 30m
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+# A version as charts and images have it. What has no tag is older than all that have.
+RELEASE = $(if $(filter v%,$(VERSION)),$(VERSION:v%=%),0.0.0-$(VERSION))
+DIST ?= dist
+ROOTS ?= /etc/ssl/certs/ca-certificates.crt
 BUILD = $(GO) build -ldflags "-s -w -X main.version=$(VERSION)"
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 AS_ROOT = $(SUDO) env PATH="$$PATH" GOTOOLCHAIN=$(GOTOOLCHAIN) GOFLAGS="$(GOFLAGS)" CGO_ENABLED=$(CGO_ENABLED)
@@ -26,11 +30,14 @@ KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static pro
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk docker-registry
 CYCLONEDX = github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
+HELM ?= $(GO) run helm.sh/helm/v4/cmd/helm@v4.3.1
+COSIGN ?= $(GO) run github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3
+ACTIONLINT = github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 VULNDB = v0.0.0-20261105234957-e22db6528018
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist run test package-tests system-tests test-kubernetes manifest bench bench-parts soak chaos twins oracle race scale lint vulncheck generate check-generated fuzz demo clean
+.PHONY: help build dist publish sign run test package-tests system-tests test-kubernetes manifest bench bench-parts soak chaos twins oracle race scale lint vulncheck generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,16 +45,33 @@ help: ## list the targets
 build: ## build bin/weir, a static binary
 	$(BUILD) -o bin/weir ./agent/weir
 
-dist: ## build what a release has: binaries for amd64 and arm64, what they are made of (CycloneDX), the image, sums
-	rm -rf dist && mkdir dist
+dist: ## build what a release has: binaries for amd64 and arm64, what they are made of (CycloneDX), the image, the chart that has it from REGISTRY, sums
+	rm -rf $(DIST) && mkdir $(DIST)
 	for arch in amd64 arm64; do \
-		GOARCH=$$arch $(BUILD) -o dist/weir-linux-$$arch ./agent/weir && \
-		$(GO) run $(CYCLONEDX) bin -json -noserial -version $(VERSION) -output dist/weir-linux-$$arch.cdx.json dist/weir-linux-$$arch && \
-		sed -i '/^    "timestamp": /d' dist/weir-linux-$$arch.cdx.json || exit 1; \
+		GOARCH=$$arch $(BUILD) -o $(DIST)/weir-linux-$$arch ./agent/weir && \
+		$(GO) run $(CYCLONEDX) bin -json -noserial -version $(VERSION) -output $(DIST)/weir-linux-$$arch.cdx.json $(DIST)/weir-linux-$$arch && \
+		sed -i '/^    "timestamp": /d' $(DIST)/weir-linux-$$arch.cdx.json || exit 1; \
 	done
-	$(GO) run ./deploy/image -out dist/image dist/weir-linux-amd64 dist/weir-linux-arm64
-	tar -C dist/image --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf dist/weir-image.oci.tar . && rm -r dist/image
-	cd dist && sha256sum weir-* > SHA256SUMS
+	$(GO) run ./deploy/image -out $(DIST)/image -roots $(ROOTS) $(DIST)/weir-linux-amd64 $(DIST)/weir-linux-arm64
+	tar -C $(DIST)/image --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf $(DIST)/weir-image.oci.tar . && rm -r $(DIST)/image
+	cp -r deploy/chart $(DIST)/weir
+	sed -i 's|^  repository: ""$$|  repository: "$(REGISTRY:%=%/weir)"|' $(DIST)/weir/values.yaml
+	$(HELM) package $(DIST)/weir --version $(RELEASE) --app-version $(RELEASE) --destination $(DIST) && rm -r $(DIST)/weir
+	cd $(DIST) && sha256sum weir-* > SHA256SUMS
+
+publish: ## push what dist has made to REGISTRY: the image as weir, the chart as charts/weir (as who is logged in there)
+	@test -n '$(REGISTRY)' || { echo "say where, as it was said to make dist: REGISTRY=registry.example.com"; exit 1; }
+	@$(call need,skopeo)
+	skopeo copy --all --preserve-digests --digestfile $(DIST)/image.digest oci-archive:$(DIST)/weir-image.oci.tar docker://$(REGISTRY)/weir:$(RELEASE)
+	set -o pipefail; $(HELM) push $(DIST)/weir-$(RELEASE).tgz oci://$(REGISTRY)/charts 2>&1 | tee $(DIST)/push.log
+	sed -n 's/^Digest: //p' $(DIST)/push.log > $(DIST)/chart.digest && rm $(DIST)/push.log && test -s $(DIST)/chart.digest
+
+sign: ## sign what publish has pushed, and the sums, as who runs this is known to sigstore (keyless; SIGN_FLAGS for another way)
+	$(COSIGN) sign --yes --recursive $(SIGN_FLAGS) $(REGISTRY)/weir@$$(cat $(DIST)/image.digest)
+	$(COSIGN) sign --yes $(SIGN_FLAGS) $(REGISTRY)/charts/weir@$$(cat $(DIST)/chart.digest)
+	for arch in amd64 arm64; do \
+		$(COSIGN) attest --yes $(SIGN_FLAGS) --type cyclonedx --predicate $(DIST)/weir-linux-$$arch.cdx.json $(REGISTRY)/weir@$$(cat $(DIST)/image.digest) || exit 1; done
+	$(COSIGN) sign-blob --yes $(SIGN_FLAGS) --bundle $(DIST)/SHA256SUMS.sigstore.json $(DIST)/SHA256SUMS
 
 run: build ## install what is missing, and run the agent on this machine
 	@$(call need,$(RUN_PACKAGES))
@@ -115,6 +139,7 @@ fuzz: ## fuzz each parser of outside bytes for a minute, or FUZZTIME
 
 lint: ## run the linters
 	$(GO) run $(GOLANGCI_LINT) run ./...
+	$(GO) run $(ACTIONLINT)
 
 vulncheck: ## look for known vulnerabilities in what weir calls (VULNDB=latest for those of today)
 	.ci/vulncheck $(GOVULNCHECK) $(VULNDB)
@@ -132,7 +157,7 @@ demo: build ## show the main job without internet: cold and warm pulls, and wher
 	@$(AS_ROOT) $(GO) test -count=1 -run '^TestDemo$$' -v ./test/e2e
 
 clean: ## remove what was built
-	rm -rf bin
+	rm -rf bin dist
 
 # need installs the Debian packages that are missing.
 define need

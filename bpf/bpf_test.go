@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 )
 
@@ -1066,6 +1067,38 @@ func TestKilled(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d programs are left", linksOf(t, s.cgroup))
 		}
+	}
+}
+
+// The programs use nothing that is newer than the oldest kernel, as far as it
+// has a number: Linux 5.15 ends with these.
+func TestOldestKernel(t *testing.T) {
+	const lastHelper, lastMap = asm.FnTaskPtRegs, ebpf.TaskStorage
+	spec, err := loadKernel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	helpers := 0
+	for name, p := range spec.Programs {
+		for _, ins := range p.Instructions {
+			if ins.IsKfuncCall() {
+				t.Errorf("%s calls a kfunc: %v", name, ins)
+			}
+			if !ins.IsBuiltinCall() {
+				continue
+			}
+			if helpers++; asm.BuiltinFunc(ins.Constant) > lastHelper {
+				t.Errorf("%s calls %v", name, asm.BuiltinFunc(ins.Constant))
+			}
+		}
+	}
+	for name, m := range spec.Maps {
+		if m.Type > lastMap {
+			t.Errorf("%s is a %v", name, m.Type)
+		}
+	}
+	if helpers == 0 {
+		t.Error("no program calls a helper")
 	}
 }
 

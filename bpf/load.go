@@ -35,8 +35,10 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
+	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 )
 
@@ -128,6 +130,9 @@ func load(o Options) (*Kernel, error) {
 			return nil, fmt.Errorf("setting %s of the eBPF programs: %w", name, err)
 		}
 	}
+	// Kernels that count programs and maps as locked memory allow next to none of
+	// it. Where that can't be raised, loading says what is the matter.
+	_ = rlimit.RemoveMemlock()
 	k := &Kernel{}
 	if err := spec.LoadAndAssign(&k.objs, nil); err != nil {
 		return nil, explain("loading the eBPF programs", err)
@@ -135,10 +140,20 @@ func load(o Options) (*Kernel, error) {
 	return k, nil
 }
 
+// oldest is the first kernel that has all that the programs use, as
+// [features.LinuxVersionCode] has it: bpf_get_netns_cookie in a sockops program
+// came last.
+const oldest = 5<<16 | 15<<8
+
 // explain puts the usual cause into an error: the library's own hint for EPERM,
-// the limit on locked memory, is mostly wrong.
+// the limit on locked memory, is mostly wrong, and what an older kernel says is
+// about the first of what it lacks. One with all of it brought back to it is
+// never asked for its version.
 func explain(doing string, err error) error {
+	version, verr := features.LinuxVersionCode()
 	switch {
+	case verr == nil && version < oldest:
+		return fmt.Errorf("%s: this kernel is Linux %d.%d, which is too old; use Linux 5.15 or later (%w)", doing, version>>16, version>>8&0xff, err)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && os.Geteuid() != 0:
 		return fmt.Errorf("%s is not permitted (%w); run as root with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, in a container as privileged, and see that the kernel is not locked down", doing, unix.EPERM)
 	case errors.Is(err, ebpf.ErrNotSupported):

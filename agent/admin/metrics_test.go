@@ -50,7 +50,7 @@ func metrics(t *testing.T) (all []metric) {
 
 // The document has each metric with its labels and its help, and no other.
 func TestMetricsDocument(t *testing.T) {
-	doc, err := os.ReadFile("../../deploy/monitoring/METRICS.md")
+	doc, err := os.ReadFile("../../deploy/METRICS.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +82,7 @@ func TestMonitoringNames(t *testing.T) {
 	}
 	values := map[string]string{"reach": runtimes.ReachIntercepted + " " + runtimes.ReachPassthrough + " " + runtimes.ReachStarting, "source": "store peer upstream", "result": "hit miss", "kind": "no_answer rate_limited server_error"}
 	for _, file := range []string{"rules.yaml", "rules_test.yaml", "dashboard.json"} {
-		b, err := os.ReadFile("../../deploy/monitoring/" + file)
+		b, err := os.ReadFile("../../deploy/chart/monitoring/" + file)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -161,11 +162,56 @@ func (c *cluster) helm(command string, more ...string) {
 	if line == "" {
 		c.t.Fatalf("the README has no helm %s", command)
 	}
-	line = strings.Replace(line, "deploy/chart", absolute(c.t, chart), 1)
 	args := append([]string{lab.Tool(c.t, "helm")}, strings.Fields(line)[1:]...)
 	if out, err := c.node.Output(append(append(args, "--wait", "--timeout", "3m"), more...)...); err != nil {
 		c.t.Fatalf("%s: %v\n%s", line, err, out)
 	}
+}
+
+// release makes what a release has, of weir as it is, and publishes and signs it
+// in a registry of the lab, as the workflow does it in a real one. Signing
+// without a key takes services of the world's.
+func (c *cluster) release(version, roots string) {
+	c.t.Helper()
+	dist := filepath.Join(c.t.TempDir(), "dist")
+	args := []string{"VERSION=" + version, "REGISTRY=registry.example.com", "DIST=" + dist, "ROOTS=" + temp(c.t, roots),
+		"HELM=" + lab.Tool(c.t, "helm"), "COSIGN=" + lab.Tool(c.t, "cosign"),
+		"SIGN_FLAGS=--key /var/lib/home/cosign.key --use-signing-config=false --tlog-upload=false"}
+	if out, err := exec.Command("make", append([]string{"-C", "../..", "dist"}, args...)...).CombinedOutput(); err != nil {
+		c.t.Fatalf("make dist: %v\n%s", err, out)
+	}
+	cosign := func(args ...string) {
+		c.t.Helper()
+		c.node.Run(append([]string{"env", "-C", "/var/lib/home", "COSIGN_PASSWORD=", lab.Tool(c.t, "cosign")}, args...)...)
+	}
+	cosign("generate-key-pair")
+	// A node's /var/lib is its own, and which packages there are is this machine's.
+	c.node.Run(append([]string{"env", "COSIGN_PASSWORD=", fmt.Sprintf("DPKG_ADMINDIR=/proc/%d/root/var/lib/dpkg", os.Getpid()),
+		"make", "-C", absolute(c.t, "../.."), "publish", "sign"}, args...)...)
+	release := strings.TrimPrefix(version, "v")
+	verify := []string{"--key=cosign.pub", "--insecure-ignore-tlog"}
+	for _, ref := range []string{"weir:" + release, "charts/weir:" + release} {
+		cosign(append([]string{"verify", "registry.example.com/" + ref}, verify...)...)
+	}
+	cosign(append([]string{"verify-attestation", "--type=cyclonedx", "registry.example.com/weir:" + release}, verify...)...)
+	cosign(append([]string{"verify-blob", "--bundle=" + dist + "/SHA256SUMS.sigstore.json", dist + "/SHA256SUMS"}, verify...)...)
+	c.node.Run("sh", "-ec", "cd "+dist+"; sha256sum --check --strict SHA256SUMS")
+}
+
+// module returns the directory of a Go module's files.
+func module(t testing.TB, path string) string {
+	t.Helper()
+	cmd := exec.Command("go", "mod", "download", "-json", path)
+	cmd.Dir = t.TempDir() // of no module
+	out, err := cmd.Output()
+	var downloaded struct{ Dir string }
+	if err == nil {
+		err = json.Unmarshal(out, &downloaded)
+	}
+	if err != nil {
+		t.Fatalf("getting %s: %v", path, err)
+	}
+	return downloaded.Dir
 }
 
 func absolute(t testing.TB, path string) string {

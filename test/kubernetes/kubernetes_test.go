@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -37,10 +38,8 @@ func TestChart(t *testing.T) {
 	in.Registry("registry.k8s.io").Push("pause:3.10.2", lab.Image{Program: lab.Debian(t, busybox, "busybox-static"), Cmd: []string{"sleep", "infinity"}})
 	private := in.Registry("registry.example.com")
 	private.User("someone", "secret")
-	for i, tag := range []string{"v1", "v2"} {
-		private.Push("weir:"+tag, lab.Image{Layers: []int{1000}, Seed: uint64(10 + i), Program: lab.Weir(t),
-			Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots())}})
-	}
+	private.Push("weir:next", lab.Image{Program: lab.NextWeir(t),
+		Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots())}})
 	hub := in.DockerHub()
 	app := private.Push("team/app:1", lab.Image{Layers: []int{3 << 20}, Seed: 1, Program: busybox, OCI: true})
 	private.Private("team/app", "someone")
@@ -59,12 +58,19 @@ func TestChart(t *testing.T) {
 	c.kubectl("create", "secret", "docker-registry", "login", "--docker-server=registry.example.com", "--docker-username=someone", "--docker-password=secret")
 	sleeping := []string{"sleep", "infinity"}
 
-	// Installing.
+	// Installing what a release has, which says itself where its image is.
+	c.release("v0.1.0", in.Roots())
 	values := []string{"--set=registries={registry.example.com}",
 		"--set=env.WEIR_CGROUP=" + node.Cgroup(), "--set=store.size=2GiB"}
 	start := time.Now()
-	c.helm("install", append(values, "--set=image.tag=v1")...)
+	c.helm("install", values...)
 	t.Logf("the DaemonSet is ready %.1f s after helm install began", time.Since(start).Seconds())
+	if image := c.image(); image != "registry.example.com/weir:0.1.0" {
+		t.Errorf("%q runs", image)
+	}
+	if s, err := c.status(); err != nil || s.Version != "v0.1.0" {
+		t.Errorf("%+v, %v", s, err)
+	}
 	key := c.key()
 	c.eventually("containerd's trust", func() error {
 		s, err := c.status()
@@ -121,7 +127,7 @@ func TestChart(t *testing.T) {
 
 	// A new version, while pods pull.
 	var wg sync.WaitGroup
-	wg.Go(func() { c.helm("upgrade", "--set=image.tag=v2", "--set=uninstall=false") })
+	wg.Go(func() { c.helm("upgrade", "--set=image.tag=next", "--set=uninstall=false") })
 	for i := range many {
 		name := fmt.Sprintf("rolled-%d", i)
 		c.apply(pod(name, object{"image": fmt.Sprintf("registry.example.com/team/rolled:%d", i), "args": sleeping}, nil))
@@ -131,7 +137,7 @@ func TestChart(t *testing.T) {
 	if lines := c.failures(); len(lines) > 0 {
 		t.Errorf("while weir was upgraded:\n%s", strings.Join(lines, "\n"))
 	}
-	if image := c.kubectl("-n", "weir", "get", "pods", "-o", "jsonpath={.items[*].spec.containers[*].image}"); image != "registry.example.com/weir:v2" {
+	if image := c.image(); image != "registry.example.com/weir:next" {
 		t.Errorf("%q runs", image)
 	}
 	if s, err := c.status(); err != nil || s.Peers == nil {
@@ -155,6 +161,7 @@ func TestChart(t *testing.T) {
 	}
 	c.helm("uninstall")
 	c.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", absolute(t, manifest))
+	c.monitoring()
 	// The directories themselves are taken off the root of process 1, which
 	// isn't the node's in a box.
 	for _, dir := range []string{"/var/lib/weir", "/run/weir"} {
@@ -168,6 +175,35 @@ func TestChart(t *testing.T) {
 	c.containerd.Remove("registry.example.com/team/app:1", app)
 	c.apply(pod("app", object{"image": "registry.example.com/team/app:1", "args": sleeping}, object{"imagePullSecrets": []object{{"name": "login"}}}))
 	c.running("app")
+}
+
+// monitoring has the API server look at what the chart has for Prometheus'
+// operator and Grafana's sidecar.
+func (c *cluster) monitoring() {
+	c.t.Helper()
+	crds := filepath.Join(module(c.t, "github.com/prometheus-operator/prometheus-operator@v0.85.0"), "example/prometheus-operator-crd")
+	for _, kind := range []string{"podmonitors", "prometheusrules"} {
+		c.kubectl("create", "-f", filepath.Join(crds, "monitoring.coreos.com_"+kind+".yaml"))
+		c.kubectl("wait", "--for=condition=Established", "crd/"+kind+".monitoring.coreos.com")
+	}
+	out, err := helmTemplate(c.t, "--set=image.repository=registry.example.com/weir", "--set=podMonitor.enabled=true", "--set=admin.host=0.0.0.0",
+		"--set=prometheusRule.enabled=true", "--set=dashboard.enabled=true", "--namespace=default")
+	if err != nil {
+		c.t.Fatal(err, out)
+	}
+	c.node.WriteFile("/var/lib/home/monitoring.yaml", out)
+	said := c.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "/var/lib/home/monitoring.yaml")
+	for _, made := range []string{"podmonitor.monitoring.coreos.com/weir", "prometheusrule.monitoring.coreos.com/weir", "configmap/weir-dashboard"} {
+		if !strings.Contains(said, made+" created") {
+			c.t.Errorf("%s isn't made:\n%s", made, said)
+		}
+	}
+}
+
+// image is what the DaemonSet's pod runs.
+func (c *cluster) image() string {
+	c.t.Helper()
+	return c.kubectl("-n", "weir", "get", "pods", "-o", "jsonpath={.items[*].spec.containers[*].image}")
 }
 
 // key is the swarm's key.

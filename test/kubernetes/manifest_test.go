@@ -41,7 +41,7 @@ metadata:
 // sourceRE is what helm says about where an object is from.
 var sourceRE = regexp.MustCompile(`(?m)^# Source: .*\n`)
 
-func helmTemplate(t *testing.T, args ...string) (string, error) {
+func helmTemplate(t testing.TB, args ...string) (string, error) {
 	t.Helper()
 	cmd := exec.Command(lab.Tool(t, "helm"), append([]string{"template", "weir", chart, "--namespace", "weir"}, args...)...)
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
@@ -95,6 +95,20 @@ func TestValues(t *testing.T) {
 	out, err := helmTemplate(t, image, "--set=peers.enabled=false")
 	if err != nil || strings.Contains(out, "SWARM") || strings.Contains(out, "kind: Secret") {
 		t.Errorf("without peers: %v\n%s", err, out)
+	}
+	// What monitors it is what the chart has in its files.
+	if out, err = helmTemplate(t, image, "--set=prometheusRule.enabled=true", "--set=dashboard.enabled=true"); err != nil {
+		t.Fatal(err, out)
+	}
+	for file, indent := range map[string]string{"rules.yaml": "  ", "dashboard.json": "    "} {
+		b, err := os.ReadFile(monitoring + "/" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole := indent + strings.ReplaceAll(strings.TrimRight(string(b), "\n"), "\n", "\n"+indent)
+		if !strings.Contains(out, whole) {
+			t.Errorf("%s is not what is in the chart's objects:\n%s", file, out)
+		}
 	}
 	if out, err := exec.Command(lab.Tool(t, "helm"), "lint", "--strict", chart, image).CombinedOutput(); err != nil {
 		t.Errorf("helm lint: %v\n%s", err, out)

@@ -19,7 +19,7 @@ import (
 	"weir/test/lab"
 )
 
-const monitoring = "../../deploy/monitoring"
+const monitoring = chart + "/monitoring"
 
 // The rules are ones, and the alerts come when they should.
 func TestRules(t *testing.T) {

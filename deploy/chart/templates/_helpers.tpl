@@ -15,7 +15,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "weir.image" -}}
-{{ required "image.repository has to be given: where you have pushed the image that the Dockerfile makes, such as registry.example.com/weir" .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{ required "image.repository has to be given: where the image is, such as registry.example.com/weir; or take the chart that `make dist` makes" .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
 {{- end }}
 
 {{- define "weir.keySecret" -}}
