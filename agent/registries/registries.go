@@ -128,6 +128,18 @@ func (rs *List) Names() (names []string) {
 	return names
 }
 
+// Directories are the names of registries that can be made a directory of in a
+// certs.d: of those that are known by the domain that they are in, it is for the
+// one that is used.
+func (rs *List) Directories() (names []string) {
+	for _, k := range rs.Hosts.All() {
+		if !k.Below {
+			names = append(names, k.Host)
+		}
+	}
+	return names
+}
+
 // Watch reads the file again whenever it has changed, until ctx is done. permits
 // is as in reload.
 func (rs *List) Watch(ctx context.Context, permits func(host string) bool, log *slog.Logger) {

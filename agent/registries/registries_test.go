@@ -97,7 +97,11 @@ func FuzzRegistryFile(f *testing.F) {
 			if k.Host == "" || strings.ContainsAny(k.Host, "/ \t\n") {
 				t.Errorf("the registry %q of %q", k.Host, content)
 			}
-			if known, ok := rs.Hosts.Find(k.Host); !ok || known.Host != k.Host {
+			host := k.Host
+			if k.Below {
+				host = "some." + host
+			}
+			if known, ok := rs.Hosts.Find(host); !ok || known.Host != k.Host {
 				t.Errorf("%q isn't found: %+v", k.Host, known)
 			}
 		}

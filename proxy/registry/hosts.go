@@ -13,9 +13,10 @@ import (
 // Known is a registry that weir knows to be one.
 type Known struct {
 	// Host is what clients connect to. With Subtree, every host below it is
-	// a registry too.
+	// a registry too, and with Below only those.
 	Host    string
 	Subtree bool
+	Below   bool
 	// Name is what image references and certs.d directories call it, when
 	// that isn't Host.
 	Name string
@@ -30,31 +31,6 @@ const DockerHub = "registry-1.docker.io"
 // dockerHubIndex is Docker Hub too, to crane, kaniko and all else that is built
 // on go-containerregistry.
 const dockerHubIndex = "index.docker.io"
-
-// WellKnown are the public registries that most images come from. Only hosts
-// that serve nothing but registries are here, because weir's CA may speak for
-// all of them.
-var WellKnown = []Known{
-	{Host: DockerHub, Name: "docker.io", AnyNetwork: true},
-	{Host: dockerHubIndex, AnyNetwork: true},
-	{Host: "ghcr.io", AnyNetwork: true},
-	{Host: "quay.io", AnyNetwork: true},
-	{Host: "registry.k8s.io", AnyNetwork: true},
-	{Host: "gcr.io", Subtree: true},
-	{Host: "pkg.dev", Subtree: true},
-	{Host: "mcr.microsoft.com", AnyNetwork: true},
-	{Host: "azurecr.io", Subtree: true},
-	{Host: "public.ecr.aws", AnyNetwork: true},
-	{Host: "registry.gitlab.com", AnyNetwork: true},
-	{Host: "docker.elastic.co", AnyNetwork: true},
-	{Host: "nvcr.io", AnyNetwork: true},
-	{Host: "cgr.dev", AnyNetwork: true},
-	{Host: "lscr.io", AnyNetwork: true},
-	{Host: "registry.access.redhat.com", AnyNetwork: true},
-	{Host: "registry.redhat.io", AnyNetwork: true},
-	{Host: "registry.opensuse.org", AnyNetwork: true},
-	{Host: "docker.redpanda.com", AnyNetwork: true},
-}
 
 // Hosts tells registries from other hosts. Its methods may be called
 // concurrently.
@@ -98,7 +74,7 @@ func (h *Hosts) Named(name string) (host string, ok bool) {
 // belongs to.
 func (h *Hosts) Find(host string) (Known, bool) {
 	for _, k := range h.All() {
-		if host == k.Host || k.Subtree && strings.HasSuffix(host, "."+k.Host) {
+		if host == k.Host && !k.Below || (k.Subtree || k.Below) && strings.HasSuffix(host, "."+k.Host) {
 			return k, true
 		}
 	}
