@@ -148,7 +148,7 @@ func (x *exchange) unreachable(err error) {
 	err = scrub(err)
 	x.stats.errors.Add(1)
 	x.h.log.Warn("no answer from the upstream", "registry", x.up.ID(), "method", x.r.Method, "path", x.r.URL.Path, "err", err)
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
 		// The client sees the same, and tries again; a 502 it would take for the
 		// answer (containerd).
 		panic(http.ErrAbortHandler)

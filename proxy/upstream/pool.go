@@ -22,6 +22,9 @@ type pool struct {
 	last  verdict    // what was found out when it was verified, or asked
 	away  verdict    // that it could not be reached in the time that there was
 	tried time.Time  // when it was tried again since
+	// closing is when it has last closed a connection soon after an answer, without
+	// saying so.
+	closing time.Time
 }
 
 // verdict is what was found out, and when.
@@ -47,6 +50,11 @@ const (
 	// readyTTL is how long a connection that was made to look at a target may wait
 	// for its first request. It is fresh, as the client's own would be.
 	readyTTL = 5 * time.Second
+	// closingTime is how soon after an answer a connection has to be closed for that
+	// to be the target's way, and not that it has waited too long for a request.
+	closingTime = time.Second
+	// closingTTL is for how long that is remembered.
+	closingTTL = time.Minute
 )
 
 // pool returns the pool of a key.

@@ -5,6 +5,8 @@ package upstream
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -23,13 +25,21 @@ import (
 // request, it is sent over a new connection as well, and the first answer counts. One
 // that was acknowledged is waited for, as the client would. Every other
 // request uses a connection that was made for this client connection, as the client
-// would have.
+// would have; a fresh one where the target closes them after each answer.
 type Transport struct {
 	egress *Egress
 	target Target
 
-	mu  sync.Mutex
-	own *http.Transport // nil until it is needed
+	mu   sync.Mutex
+	own  *http.Transport // nil until it is needed
+	last map[key]lastUse
+}
+
+// lastUse is the last request on a connection that was made for this client
+// connection.
+type lastUse struct {
+	conn net.Conn
+	when time.Time // it was answered; zero if the answer says that the connection ends
 }
 
 // Transport returns a RoundTripper for a client connection to a target. Close it
@@ -52,14 +62,39 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		k := t.target.keyFor(req.URL)
 		return t.egress.pool(k).roundTrip(req, t.egress.times, func() *http.Transport { return t.egress.newHTTP(t.target, userTimeout) })
 	}
+	k := t.target.keyFor(req.URL)
+	p := t.egress.pool(k)
 	t.mu.Lock()
 	if t.own == nil {
-		t.own = t.egress.newHTTP(t.target, 0)
+		t.own, t.last = t.egress.newHTTP(t.target, 0), make(map[key]lastUse)
 		t.own.MaxIdleConnsPerHost = 1
 	}
-	own := t.own
+	own, last := t.own, t.last[k]
 	t.mu.Unlock()
-	return own.RoundTrip(req)
+	if last.conn != nil && (!alive(last.conn) || p.isClosing()) {
+		own.CloseIdleConnections()
+	}
+	use, reused := lastUse{}, false
+	resp, err := own.RoundTrip(req.WithContext(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+		use.conn, reused = info.Conn, info.Reused
+		if !info.Reused && time.Since(last.when) < closingTime {
+			p.setClosing()
+		}
+	}})))
+	switch {
+	case err == nil:
+		resp.Request = req
+		if !resp.Close {
+			use.when = time.Now()
+		}
+	case reused && req.Context().Err() == nil:
+		// net/http has several errors for it, one of them without a name.
+		err = fmt.Errorf("%w: the connection has ended: %w", io.EOF, err)
+	}
+	t.mu.Lock()
+	t.last[k] = use
+	t.mu.Unlock()
+	return resp, err
 }
 
 // repeatable says whether a request may be sent twice.
@@ -115,6 +150,20 @@ func (p *pool) replace(old, fresh *http.Transport) {
 	if !current {
 		fresh.CloseIdleConnections()
 	}
+}
+
+// isClosing says whether the target is known to close connections after an answer
+// without saying so. A request that is sent over one meets its end.
+func (p *pool) isClosing() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return time.Since(p.closing) < closingTTL
+}
+
+func (p *pool) setClosing() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closing = time.Now()
 }
 
 // roundTrip sends a request that may be sent twice. fresh makes transports for the

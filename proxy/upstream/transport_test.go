@@ -324,6 +324,52 @@ func TestUploadsHaveTheirOwnConnection(t *testing.T) {
 	})
 }
 
+// A registry closes each connection after its answer, and doesn't say so; sometimes
+// late, when the next request is on its way. Once it has done so, each request that
+// may not be sent twice has a connection of its own.
+func TestClosedUnannounced(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for n := 0; ; n++ {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			r := bufio.NewReader(c)
+			if req, err := http.ReadRequest(r); err == nil {
+				_, _ = io.Copy(io.Discard, req.Body)
+				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nhere")
+			}
+			if n == 0 {
+				c.Close()
+				continue
+			}
+			go func() { _, _ = r.ReadByte(); c.Close() }()
+		}
+	}()
+	w := newWorld(t)
+	target := Target{Addr: netip.MustParseAddrPort(l.Addr().String())}
+	tr := w.egress.Transport(target)
+	defer tr.Close()
+	for i := range 4 {
+		if got, err := send(t, tr, "POST", "http://"+target.Addr.String()+"/v2/", strings.NewReader("body")); err != nil || got != "here" {
+			t.Errorf("request %d: %q, %v", i, got, err)
+		}
+		if i == 0 {
+			eventually(t, "the first connection is closed", func() bool { return !alive(tr.last[target.key()].conn) })
+		}
+	}
+	// To who doesn't know, it is as if the client had met the end of its connection.
+	w.egress.pool(target.key()).closing = time.Time{}
+	if _, err := send(t, tr, "POST", "http://"+target.Addr.String()+"/v2/", strings.NewReader("body")); !errors.Is(err, io.EOF) {
+		t.Error(err)
+	}
+}
+
 // The kernel notices when a kept connection is dead. An upload to a registry that
 // takes nothing for a while goes on, as it would without weir.
 func TestSocketOptions(t *testing.T) {
