@@ -28,6 +28,7 @@ import (
 	"weir/agent"
 	"weir/agent/admin"
 	"weir/agent/service"
+	"weir/proxy/registry"
 )
 
 func prefetchCommand() *cobra.Command {
@@ -159,7 +160,7 @@ func (p *prefetcher) image(ctx context.Context, ref reference.Named) error {
 			if err != nil {
 				return err
 			}
-			if strings.Contains(resp.Header.Get("Cache-Status"), "; hit") {
+			if !registry.FromUpstream(resp.Header) {
 				here.Add(n)
 			}
 			done.Add(1)

@@ -10,21 +10,6 @@ import (
 	"weir/proxy/store"
 )
 
-// owner is whose bounds count for what the upstream brings: empty when it is
-// authenticated. Of any other, a pod chooses the name, and the address and port as
-// well, so that it is the pod's network which counts.
-func (u Upstream) owner() string {
-	switch {
-	case u.authenticated():
-		return ""
-	case u.NetworkID != "":
-		return "network " + u.NetworkID
-	case u.TrustRootsID != "":
-		return "roots " + u.TrustRootsID
-	}
-	return "address " + u.Plain
-}
-
 const (
 	// manifestMemory bounds the bytes of manifests that are held in memory
 	// while they pass by, and ownerMemory those of one owner. What is beyond
@@ -222,7 +207,7 @@ func (o *onward) Read(p []byte) (int, error) {
 	if n > 0 || err == nil || errors.Is(err, io.EOF) {
 		return n, err
 	}
-	rest, rerr := o.from.Rest(o.x.r.Context(), o.x.ownSource())
+	rest, rerr := o.from.Rest(o.x.r.Context(), o.x.ownSource)
 	if rerr != nil {
 		return 0, rerr
 	}

@@ -370,7 +370,7 @@ func TestSlowAfterOutage(t *testing.T) {
 	u.putManifest("library/p", "1", docker2)
 	s := newSide(t, u, store.Options{})
 	s.do("GET", "/v2/library/p/manifests/1", "")
-	s.h.outages.whole, s.h.outages.rest = time.Minute, time.Nanosecond
+	s.h.outages.first, s.h.outages.again = time.Minute, time.Nanosecond
 	s.h.outages.note(Upstream{Host: strings.TrimPrefix(u.srv.URL, "https://")}.ID(), true)
 	if a := s.do("GET", "/v2/", ""); a.StatusCode != 202 {
 		t.Errorf("%s %q", a.Status, a.body)

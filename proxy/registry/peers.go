@@ -74,33 +74,33 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	if share.Mine() {
 		return false
 	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(x.r.Context()))
-	stop := context.AfterFunc(x.r.Context(), cancel)
+	ctx, detach, cancel := x.detachable()
 	body, size, err := share.Open(ctx, 0, -1)
-	if err != nil || !stop() {
+	if err != nil || !detach() {
 		cancel()
 		if err == nil {
 			body.Close()
 		}
 		return false
 	}
+	var shown *proof
 	if !x.allows(x.target.digest) {
-		shown, resp, err := x.askRange(size)
-		if err == nil && shown == nil && !x.stale {
-			resp.Body.Close()
-		}
-		if x.shown = shown; shown == nil && !x.stale {
+		var resp *reply
+		shown, resp, err = x.requestProof(size)
+		if shown == nil && !errors.Is(err, errOutage) {
+			if err == nil {
+				resp.Body.Close()
+			}
 			body.Close()
 			cancel()
 			return false
 		}
 	}
-	upstream := x.source()
 	more := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
 		if body, _, err := share.Open(ctx, offset, size); err == nil {
 			return x.countedPeer(body), nil
 		}
-		return upstream(ctx, offset)
+		return x.source(ctx, offset)
 	}
 	asked := false
 	again := func(ctx context.Context) (io.ReadCloser, int64, error) {
@@ -126,7 +126,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	r, err := t.BeginUnverified(size, cb, more, again)
 	if err == nil {
 		defer r.Close()
-		x.fromTransfer(r, "hit; detail=peer")
+		x.serveTransfer(r, shown, provenance{source: SourcePeer})
 		return true
 	}
 	// It can't be kept, and what isn't kept can't be verified before a client
@@ -199,9 +199,9 @@ func (h *Handler) Recall(hash string) []byte {
 	return b
 }
 
-// recallFromPeers records what peers know of the client's repository. Whoever has
+// mergeFromPeers records what peers know of the client's repository. Whoever has
 // the right to read it is for this node's own upstream to say.
-func (x *exchange) recallFromPeers() {
+func (x *exchange) mergeFromPeers() {
 	if x.h.peers == nil || !x.h.peers.Ready() || x.who.Network != "" {
 		return
 	}
@@ -233,5 +233,5 @@ func (x *exchange) knownTag(peers bool) (rights.Tagged, *keptManifest) {
 // entitled says whether the client could be given something of the repository if
 // the upstream were silent.
 func (x *exchange) entitled() bool {
-	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.Granted(x.who) || x.h.rights.Public(x.vantage()))
+	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.Granted(x.who) || x.h.rights.Public(x.vantage))
 }

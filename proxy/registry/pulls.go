@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/trace"
@@ -73,21 +74,32 @@ type pull struct {
 	trace    context.Context // with the span of the pull, of which those of its answers are parts
 }
 
-// delivery counts the body of an answer.
+// delivery is the answer to a request as its client gets it.
 type delivery struct {
 	http.ResponseWriter
 	manifest bool
-	head     bool // it has no body
+	head     bool          // it has no body
+	digest   digest.Digest // as far as that is known
+	marked   bool          // it says where it comes from, also when that is the registry
 	bytes    atomic.Int64
 	size     atomic.Int64
-	from     atomic.Pointer[string] // its Cache-Status, once it has begun and gives something
+	gives    atomic.Bool // content, from source
+	source   Source      // set before gives
 	headed   bool
 }
 
-// begin takes in an answer that will be given. end has to be called after it.
-func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
-	a = &delivery{ResponseWriter: x.w, manifest: x.target.kind == manifest, head: x.r.Method == http.MethodHead}
-	reference := ""
+// from says where the content of the answer comes from. Without it that is the
+// registry, whose answer passes through.
+func (a *delivery) from(p provenance) {
+	a.source = p.source
+	a.Header().Set("Cache-Status", p.cacheStatus())
+	a.marked = false
+}
+
+// begin records an answer that will be given. end has to be called after it.
+func (ps *pulls) begin(x *exchange) (end func(complete bool)) {
+	a, reference := x.w, ""
+	a.digest = x.target.digest
 	if a.manifest {
 		reference = cmp.Or(x.target.tag, x.target.digest.String())
 	}
@@ -111,16 +123,16 @@ func (ps *pulls) begin(x *exchange) (a *delivery, end func(complete bool)) {
 	}
 	p.running = append(p.running, a)
 	_, span := ps.tracer.Start(p.trace, spanName(a), trace.WithTimestamp(now))
-	return a, func(complete bool) {
+	return func(complete bool) {
 		ps.mu.Lock()
 		defer ps.mu.Unlock()
 		defer span.End()
-		a.describe(span, x.target, complete)
+		a.describe(span, x.target.tag, complete)
 		p.running = slices.DeleteFunc(p.running, func(b *delivery) bool { return b == a })
 		p.add(a, !complete || a.bytes.Load() < a.size.Load())
 		p.Ended = time.Now()
 		// Runtimes ask what a tag is, and get what they were told by digest.
-		if a.from.Load() != nil && (p.Reference == "" || x.target.tag != "" && strings.Contains(p.Reference, ":")) {
+		if a.gives.Load() && (p.Reference == "" || x.target.tag != "" && strings.Contains(p.Reference, ":")) {
 			p.Reference = reference
 		}
 		if len(p.running) > 0 {
@@ -170,31 +182,19 @@ func spanName(a *delivery) string {
 }
 
 // describe says in a trace what became of an answer.
-func (a *delivery) describe(span trace.Span, t target, complete bool) {
+func (a *delivery) describe(span trace.Span, tag string, complete bool) {
 	if !span.IsRecording() {
 		return
 	}
-	span.SetAttributes(attribute.String("weir.digest", t.digest.String()), attribute.String("weir.tag", t.tag), attribute.Int64("weir.bytes", a.bytes.Load()))
-	from := a.from.Load()
-	if from == nil {
+	span.SetAttributes(attribute.String("weir.digest", a.digest.String()), attribute.String("weir.tag", tag), attribute.Int64("weir.bytes", a.bytes.Load()))
+	if !a.gives.Load() {
 		span.SetStatus(codes.Error, "refused, or not modified")
 		return
 	}
-	span.SetAttributes(attribute.String("weir.source", sourceOf(*from)))
+	span.SetAttributes(attribute.String("weir.source", a.source.String()))
 	if !complete || a.bytes.Load() < a.size.Load() && !a.head {
 		span.SetStatus(codes.Error, "it broke off")
 	}
-}
-
-// sourceOf says where an answer came from, by its Cache-Status.
-func sourceOf(status string) string {
-	switch {
-	case strings.Contains(status, "detail=peer"):
-		return "peer"
-	case strings.Contains(status, "; hit"):
-		return "store"
-	}
-	return "upstream"
 }
 
 // drop forgets the oldest of the ended pulls above the bound.
@@ -228,14 +228,10 @@ func (ps *pulls) list() (all []Pull) {
 	return all
 }
 
-// add takes in an answer as far as it was given.
+// add adds an answer as far as it was given.
 func (p *Pull) add(a *delivery, failed bool) {
-	from := a.from.Load()
-	if from == nil {
-		return // refused, or not modified, or not begun
-	}
 	switch {
-	case a.head:
+	case a.head || !a.gives.Load(): // it was refused, or not modified, or has not begun
 		return
 	case a.manifest:
 		p.Manifests++
@@ -248,13 +244,13 @@ func (p *Pull) add(a *delivery, failed bool) {
 	if failed && (a.size.Load() == 0 || n < a.size.Load()) {
 		p.Failed++
 	}
-	switch sourceOf(*from) {
-	case "peer":
-		p.BytesFromPeers += n
-	case "store":
-		p.BytesFromStore += n
-	default:
+	switch a.source {
+	case SourceUpstream:
 		p.BytesFromUpstream += n
+	case SourcePeer:
+		p.BytesFromPeers += n
+	default:
+		p.BytesFromStore += n
 	}
 }
 
@@ -272,12 +268,14 @@ func (a *delivery) begins(code int) {
 		return
 	}
 	a.headed = true
+	h := a.Header()
+	if a.marked {
+		h.Add("Cache-Status", provenance{}.cacheStatus())
+	}
 	if code != http.StatusOK && code != http.StatusPartialContent {
 		return
 	}
-	h := a.Header()
-	status := h.Get("Cache-Status")
-	a.from.Store(&status)
+	a.gives.Store(true)
 	if size, err := strconv.ParseInt(h.Get("Content-Length"), 10, 64); err == nil {
 		a.size.Store(size)
 	}

@@ -104,15 +104,14 @@ func (s *side) eventually(so func([]Pull) bool) {
 // end takes no more memory.
 func TestPullsAreBounded(t *testing.T) {
 	ps := pulls{tracer: noop.Tracer{}}
-	x := &exchange{stats: new(counters), target: target{kind: blob}, r: &http.Request{Method: http.MethodGet}}
+	x := &exchange{stats: new(counters)}
 	for i := range 3 * maxPulls {
 		x.target = target{kind: manifest, tag: "a"}
 		x.who.Name = strings.Repeat("a", i+1)
 		for range 10 {
-			a, end := ps.begin(x)
-			a.head = true
-			a.from.Store(new(string))
-			end(true)
+			x.w = &delivery{manifest: true, head: true}
+			x.w.gives.Store(true)
+			ps.begin(x)(true)
 		}
 	}
 	if n := len(ps.list()); n != maxPulls {

@@ -185,7 +185,7 @@ func (s *side) restart() {
 	}
 	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file, Peers: s.peers,
 		now: func() time.Time { return time.Now().Add(time.Duration(s.later.Load())) }})
-	s.h.outages.whole, s.h.outages.rest = 200*time.Millisecond, 10*time.Millisecond
+	s.h.outages.first, s.h.outages.again = 200*time.Millisecond, 10*time.Millisecond
 }
 
 func newSide(t *testing.T, u *scripted, o store.Options) *side {
