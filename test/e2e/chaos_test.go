@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -41,9 +42,17 @@ type chaos struct {
 	box      *lab.Node
 	runtimes []*puller
 	images   atomic.Int64
+	kept     map[string]lab.Pushed
 
 	pulls atomic.Int64
 	rows  strings.Builder
+
+	mu sync.Mutex
+	// usual is how long pulls take of what is kept, or comes from a peer, while
+	// nothing is broken, by the runtime and the image, which is empty for those from
+	// a peer. added is how much longer they took since the last row.
+	usual map[[2]string][]time.Duration
+	added []time.Duration
 }
 
 // breakage is something that can break.
@@ -60,6 +69,8 @@ type breakage struct {
 	// offline says that the registries don't answer meanwhile: only what is kept
 	// can be pulled.
 	offline bool
+	// kept is the image that is pulled of what is kept; empty means flyway's.
+	kept string
 	// elsewhere says that other tests break it too.
 	elsewhere bool
 }
@@ -69,8 +80,10 @@ type breakage struct {
 // table.
 func TestChaos(t *testing.T) {
 	t.Parallel()
-	c := &chaos{t: t, world: newWorld(t)}
-	nodes, agents := cluster(t, c.world, 2)
+	c := &chaos{t: t, world: newWorld(t), usual: make(map[[2]string][]time.Duration)}
+	k8s := c.KubernetesRegistry()
+	c.kept = map[string]lab.Pushed{flyway: c.flyway, pause: k8s.Push("pause:3.10", lab.Image{Layers: []int{300_000}, Seed: 3, Index: true})}
+	nodes, agents := cluster(t, c.world, 3)
 	c.node, c.agent = nodes[0], agents[0]
 	peer, peerAgent := nodes[1], agents[1]
 	c.box = c.node.Box() // it must not have the disk among its mounts, or it can't be taken off
@@ -84,9 +97,22 @@ func TestChaos(t *testing.T) {
 		containerdPuller("containerd 2", 0, c.box.NewestContainerd())}
 	c.node.Shape(100)
 	for _, p := range c.runtimes {
-		c.pull(p, flyway, c.flyway)
+		for ref, im := range c.kept {
+			c.pull(p, ref, im)
+		}
 	}
 	everybodys(t, c.hub, "flyway/flyway")
+	everybodys(t, k8s, "pause")
+	for ref, im := range c.kept {
+		for range 5 { // all at once, as later
+			var wg sync.WaitGroup
+			for _, p := range c.runtimes {
+				wg.Go(func() { c.measure(p, ref, c.pull(p, ref, im)) })
+			}
+			wg.Wait()
+		}
+	}
+	c.added = nil
 
 	restart := func() { c.agent.Kill(); c.agent.Start() }
 	network := func(how func(net.Conn)) func() {
@@ -98,7 +124,12 @@ func TestChaos(t *testing.T) {
 		set(how)
 		return func() { set(nil) }
 	}
+	host := func(how func(net.Conn), name string) func() {
+		c.Break(name, how)
+		return func() { c.Break(name, nil) }
+	}
 	for _, b := range []breakage{
+		{name: "nothing", set: func() func() { return nil }},
 		{name: "the agent is killed", running: true, cut: true, set: func() func() { c.agent.Kill(); return restart }},
 		{name: "the agent is stopped, for a while", running: true, set: func() func() {
 			c.agent.Signal(syscall.SIGSTOP)
@@ -199,23 +230,27 @@ func TestChaos(t *testing.T) {
 				c.agent.Start()
 			}
 		}},
-		{name: "names can't be resolved", offline: true, set: func() func() {
-			// Those that a runtime resolves have to be, or it couldn't pull at all.
-			hosts, err := c.node.File("/etc/hosts")
-			if err != nil {
-				t.Fatal(err)
-			}
-			var left []string
-			for line := range strings.Lines(string(hosts)) {
-				if !strings.Contains(line, "production.cloudflare") {
-					left = append(left, line)
-				}
-			}
-			c.node.WriteFile("/etc/hosts", strings.Join(left, ""))
-			return func() { c.node.WriteFile("/etc/hosts", string(hosts)) }
+		{name: "names can't be resolved", offline: true, set: c.namesGone},
+		{name: "names can't be resolved, and the name server is silent", offline: true, elsewhere: true, set: func() func() {
+			mend, answers := c.namesGone(), c.node.Drop(netip.MustParsePrefix("203.0.113.1/32"))
+			return func() { answers(); mend() }
 		}},
+		{name: "the token server is down", offline: true, elsewhere: true, set: func() func() { return host(lab.Down, "auth.docker.io") }},
+		{name: "the token server is half-open", offline: true, elsewhere: true, set: func() func() { return host(lab.Silent, "auth.docker.io") }},
+		{name: "the token server answers 429", offline: true, elsewhere: true, set: func() func() { c.hub.FaultTokens(answer(429)); return func() { c.hub.FaultTokens(nil) } }},
+		{name: "the token server answers 503", offline: true, elsewhere: true, set: func() func() { c.hub.FaultTokens(answer(503)); return func() { c.hub.FaultTokens(nil) } }},
+		{name: "a challenge page is in the registries' stead", offline: true, elsewhere: true, set: func() func() { c.hub.Fault(pageOf(403)); return func() { c.hub.Fault(nil) } }},
+		{name: "a captive portal is in the registries' stead", offline: true, elsewhere: true, set: func() func() { c.hub.Fault(pageOf(200)); return func() { c.hub.Fault(nil) } }},
+		{name: "registry.k8s.io is down", offline: true, elsewhere: true, kept: pause, set: func() func() { return host(lab.Down, "registry.k8s.io") }},
+		{name: "registry.k8s.io's back end is down", offline: true, elsewhere: true, kept: pause, set: func() func() { return host(lab.Down, lab.KubernetesBackend) }},
+		{name: "registry.k8s.io's back end is half-open", offline: true, elsewhere: true, kept: pause, set: func() func() { return host(lab.Silent, lab.KubernetesBackend) }},
 		{name: "the registries are down", offline: true, elsewhere: true, set: func() func() { return network(lab.Down) }},
 		{name: "the registries are half-open: they take connections and say nothing", offline: true, elsewhere: true, set: func() func() { return network(lab.Silent) }},
+		{name: "the registries are half-open, and so is one of two peers", offline: true, elsewhere: true, set: func() func() {
+			agents[2].Signal(syscall.SIGSTOP)
+			mend := network(lab.Silent)
+			return func() { mend(); agents[2].Signal(syscall.SIGCONT) }
+		}},
 		{name: "the registries answer 503", offline: true, elsewhere: true, set: func() func() { c.hub.Fault(answer(503)); return func() { c.hub.Fault(nil) } }},
 		{name: "the registries are slow: a second for each answer", elsewhere: true, set: func() func() {
 			c.hub.Fault(func(http.ResponseWriter, *http.Request) bool { time.Sleep(time.Second); return false })
@@ -231,6 +266,7 @@ func TestChaos(t *testing.T) {
 	if *chaosAll {
 		feed := peer.Containerd()
 		for _, b := range []breakage{
+			{name: "nothing, and the peer has what is wanted", set: func() func() { return func() {} }},
 			{name: "the peer's agent is killed", set: func() func() { peerAgent.Kill(); return peerAgent.Start }},
 			{name: "the peer is half-open: its agent is stopped", set: func() func() {
 				peerAgent.Signal(syscall.SIGSTOP)
@@ -245,6 +281,23 @@ func TestChaos(t *testing.T) {
 	}
 	c.attachedRemoved()
 	c.report()
+}
+
+// namesGone has names of the registries that only weir resolves be unknown. Those
+// that a runtime resolves have to be known, or it couldn't pull at all.
+func (c *chaos) namesGone() (mend func()) {
+	hosts, err := c.node.File("/etc/hosts")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var left []string
+	for line := range strings.Lines(string(hosts)) {
+		if !strings.Contains(line, "production.cloudflare") {
+			left = append(left, line)
+		}
+	}
+	c.node.WriteFile("/etc/hosts", strings.Join(left, ""))
+	return func() { c.node.WriteFile("/etc/hosts", string(hosts)) }
 }
 
 // mountDisk gives the agent a file system of its own.
@@ -263,7 +316,7 @@ func (c *chaos) later(mend func()) (wait func()) {
 // setClock sets the clock of all that runs on the node.
 func (c *chaos) setClock(ahead time.Duration) func() {
 	c.node.SetClock(ahead)
-	c.all(false) // with something to log
+	c.all(flyway, false) // with something to log
 	var at time.Time
 	for line := range strings.Lines(c.agent.Log(1 << 12)) {
 		if _, rest, ok := strings.Cut(line, "time="); ok {
@@ -331,15 +384,32 @@ func (c *chaos) image(size int) (string, lab.Pushed) {
 	return ref, c.hub.Push(ref, lab.Image{Layers: []int{size, 1000}, Seed: uint64(9000 + n)})
 }
 
-// pull pulls an image, which must succeed, and removes it.
-func (c *chaos) pull(p *puller, ref string, im lab.Pushed) {
+// pull pulls an image, which must succeed, and removes it. It returns how long the
+// pull took.
+func (c *chaos) pull(p *puller, ref string, im lab.Pushed) time.Duration {
 	c.t.Helper()
 	c.pulls.Add(1)
+	start := time.Now()
 	if err := p.pull(ref); err != nil {
 		c.t.Errorf("%s: the pull of %s failed: %v", p.name, ref, err)
+		return time.Since(start)
+	}
+	took := time.Since(start)
+	p.check(ref, im)
+	return took
+}
+
+// measure records how long a pull took.
+func (c *chaos) measure(p *puller, ref string, took time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	key := [2]string{p.name, ref}
+	if usual := c.usual[key]; len(usual) < 5 {
+		c.usual[key] = append(usual, took)
 		return
 	}
-	p.check(ref, im)
+	usual := slices.Sorted(slices.Values(c.usual[key]))
+	c.added = append(c.added, took-usual[len(usual)/2])
 }
 
 // fresh pulls a new image.
@@ -349,8 +419,8 @@ func (c *chaos) fresh(p *puller) {
 	c.pull(p, ref, im)
 }
 
-// all has each runtime pull what is kept and, if it can be had, what is new.
-func (c *chaos) all(offline bool) {
+// all has each runtime pull an image that is kept and, if it can be had, what is new.
+func (c *chaos) all(kept string, offline bool) {
 	var wg sync.WaitGroup
 	for _, p := range c.runtimes {
 		wg.Go(func() {
@@ -358,7 +428,7 @@ func (c *chaos) all(offline bool) {
 				c.fresh(p)
 			}
 			for range *chaosPulls {
-				c.pull(p, flyway, c.flyway)
+				c.measure(p, kept, c.pull(p, kept, c.kept[kept]))
 			}
 		})
 	}
@@ -413,7 +483,13 @@ func (c *chaos) run(b breakage) {
 			someTime()
 		}
 		mend := b.set()
-		c.all(b.offline)
+		c.added = nil
+		kept := flyway
+		if b.kept != "" {
+			kept = b.kept
+		}
+		c.all(kept, b.offline)
+		added := c.added
 		if mend != nil {
 			mend()
 		}
@@ -433,8 +509,8 @@ func (c *chaos) run(b breakage) {
 			}
 			running = fmt.Sprintf("%d of %d", failed, len(finish))
 		}
-		c.all(false)
-		c.row(b.name, running, before, back)
+		c.all(flyway, false)
+		c.row(b.name, running, before, back, added)
 	})
 }
 
@@ -460,15 +536,17 @@ func (c *chaos) runPeer(b breakage, peer *lab.Agent, feed *lab.Containerd) {
 			images = append(images, give(3<<20))
 		}
 		mend := b.set()
+		c.added = nil
 		var wg sync.WaitGroup
 		for i, p := range c.runtimes {
 			wg.Go(func() {
 				for k := i; k < len(images); k += len(c.runtimes) {
-					c.pull(p, images[k].ref, images[k].Pushed)
+					c.measure(p, "", c.pull(p, images[k].ref, images[k].Pushed))
 				}
 			})
 		}
 		wg.Wait()
+		added := c.added
 		mend()
 		start := time.Now()
 		if err := lab.Eventually(nil, func(context.Context) error {
@@ -483,8 +561,8 @@ func (c *chaos) runPeer(b breakage, peer *lab.Agent, feed *lab.Containerd) {
 			t.Error(err)
 		}
 		back := time.Since(start)
-		c.all(false)
-		c.row(b.name, "–", before, back)
+		c.all(flyway, false)
+		c.row(b.name, "–", before, back, added)
 	})
 }
 
@@ -502,24 +580,33 @@ func (c *chaos) attachedRemoved() {
 		if err := os.Remove(empty); err != nil {
 			t.Error(err)
 		}
-		c.all(false)
+		c.added = nil
+		c.all(flyway, false)
+		added := c.added
 		attached.Stop()
 		c.agent.Start()
 		start := time.Now()
 		if err := c.inUse(); err != nil {
 			t.Error(err)
 		}
-		c.row(name, "–", before, time.Since(start))
+		c.row(name, "–", before, time.Since(start), added)
 	})
 }
 
-func (c *chaos) row(name, running string, before int64, back time.Duration) {
+func (c *chaos) row(name, running string, before int64, back time.Duration, added []time.Duration) {
 	c.t.Helper()
 	failed := "none"
 	if c.t.Failed() {
 		failed = "**some**"
 	}
-	row := fmt.Sprintf("| %s | %s | %d | %s | %.1f s |\n", name, running, c.pulls.Load()-before, failed, back.Seconds())
+	slices.Sort(added)
+	at := func(percent int) string {
+		if len(added) == 0 {
+			return "–"
+		}
+		return fmt.Sprintf("%.1f s", max(0, added[(len(added)-1)*percent/100]).Seconds())
+	}
+	row := fmt.Sprintf("| %s | %s | %d | %.1f s | %s | %s | %s |\n", name, running, c.pulls.Load()-before, back.Seconds(), at(50), at(99), failed)
 	c.t.Log(row)
 	c.rows.WriteString(row)
 }
@@ -539,8 +626,11 @@ doesn't ask again for one whose answer had not. "Back in use" is the time from w
 is mended until each runtime has pulled without a byte of a blob from a registry, one
 after another, which takes a second by itself; for peers, until a blob came from one.
 
-| what breaks | running pulls that failed | other pulls | of which failed | back in use after |
-|---|--:|--:|--:|--:|
+"Added" is how much longer pulls took than the median of the same runtime's while nothing is broken:
+of what is kept, while it is broken, and in the rows of the peer of what only the peer has.
+
+| what breaks | running pulls that failed | other pulls | back in use after | added, p50 | added, p99 | other pulls that failed |
+|---|--:|--:|--:|--:|--:|--:|
 %s`, c.pulls.Load(), c.rows.String())
 	if *chaosOut == "" {
 		c.t.Log(table)
