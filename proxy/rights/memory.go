@@ -193,7 +193,15 @@ func (r *Rights) Load(file string) error {
 	if err != nil {
 		return err
 	}
+	// What it is of first: the rest may be of another form.
 	var m Memory
+	var form struct{ Version int }
+	if err := json.Unmarshal(b, &form); err != nil {
+		return err
+	}
+	if form.Version > memoryVersion {
+		return fmt.Errorf("a later version of weir has written it: its format is %d, and this one reads up to %d", form.Version, memoryVersion)
+	}
 	if err := json.Unmarshal(b, &m); err != nil {
 		return err
 	}
