@@ -26,6 +26,8 @@ type client struct {
 	forget func(p *play)
 	// restart starts a daemon anew; nil for what is a new process each time.
 	restart func()
+	// pushesApart says that a new process pushes, though a daemon pulls.
+	pushesApart bool
 	// node is where it runs: the node, or a box on it.
 	node *lab.Node
 	box  bool
@@ -267,7 +269,8 @@ func (s *side) docker(name string, node *lab.Node, d *lab.Docker) {
 }
 
 func (s *side) containerd(name string, node *lab.Node, c *lab.Containerd, ctr string) {
-	s.clients[name] = &client{node: node, restart: func() { c.Stop(); c.Start() },
+	// ctr 2 has the daemon push.
+	s.clients[name] = &client{node: node, restart: func() { c.Stop(); c.Start() }, pushesApart: !strings.HasPrefix(name, "containerd 2"),
 		pull: func(p *play) error {
 			err := c.TryPull(p.ref(), p.login()...)
 			if err == nil && p.op != "moved tag" {

@@ -142,8 +142,8 @@ type moment struct {
 	during func(p *play) // once a blob has been asked for
 	after  func(p *play)
 	both   bool
-	// fits says for which clients it is one; nil means all.
-	fits func(c *client) bool
+	// fits says for which stories it is one; nil means all.
+	fits func(c *client, st story) bool
 	// cuts says that connections are lost, and that the client has to ask again:
 	// at both nodes, if it fails.
 	cuts bool
@@ -212,7 +212,7 @@ var moments = []moment{
 			}
 		}
 	}},
-	{name: "the client starts while the agent is upgraded", both: true, fits: func(c *client) bool { return c.restart != nil }, before: func(p *play) func() {
+	{name: "the client starts while the agent is upgraded", both: true, fits: func(c *client, _ story) bool { return c.restart != nil }, before: func(p *play) func() {
 		var upgraded sync.WaitGroup
 		if p.agent != nil {
 			upgraded.Go(func() { p.agent.Stop(); p.agent.Start() })
@@ -253,7 +253,9 @@ var moments = []moment{
 		return func() {}
 	}},
 	// What starts later sees the machine's clock.
-	{name: "clocks are 20 hours ahead", both: true, fits: func(c *client) bool { return c.restart != nil }, before: func(p *play) func() {
+	{name: "clocks are 20 hours ahead", both: true, fits: func(c *client, st story) bool {
+		return c.restart != nil && !(c.pushesApart && strings.Contains(st.op, "push"))
+	}, before: func(p *play) func() {
 		p.SetClock(20 * time.Hour)
 		return func() { p.SetClock(0) }
 	}},
@@ -326,7 +328,7 @@ func (w *world) fits(st story) bool {
 	f := find(faults, st.fault, func(f fault) string { return f.name })
 	m := find(moments, st.moment, func(m moment) string { return m.name })
 	y := find(ways, st.way, func(w way) string { return w.name })
-	return o.fits(c) && (f.fits == nil || f.fits(c, st)) && (m.fits == nil || m.fits(c)) && (y.fits == nil || y.fits(st.client))
+	return o.fits(c) && (f.fits == nil || f.fits(c, st)) && (m.fits == nil || m.fits(c, st)) && (y.fits == nil || y.fits(st.client))
 }
 
 // random composes a story.
