@@ -119,7 +119,7 @@ chaos: ## break whatever can break while runtimes pull, a thousand times, and wr
 	@$(call need,$(TEST_PACKAGES))
 	$(AS_ROOT) $(GO) test -count=1 -v -timeout 60m -run '^TestChaos$$' ./test/e2e -chaos.all -chaos.pulls 5 -chaos.stop 30s -chaos.out ../CHAOS.md
 
-twins: ## play the same stories on a node with weir and on one without, random ones too, and write test/TWINS.md (35 minutes, or TWINS_FOR; alone on the machine)
+twins: ## play the same stories on a node with weir and on one without, all and for TWINS_FOR random ones, and write test/TWINS.md (75 minutes; alone on the machine)
 	@$(call need,$(TEST_PACKAGES))
 	$(AS_ROOT) $(GO) test -count=1 -v -timeout 120m -run '^TestTwins$$' ./test/twins -twins.for $(TWINS_FOR) $(if $(TWINS_SEED),-twins.seed $(TWINS_SEED)) -twins.out ../TWINS.md
 

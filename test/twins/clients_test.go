@@ -26,6 +26,8 @@ type client struct {
 	forget func(p *play)
 	// restart starts a daemon anew; nil for what is a new process each time.
 	restart func()
+	// pushesApart says that a new process pushes, though a daemon pulls.
+	pushesApart bool
 	// node is where it runs: the node, or a box on it.
 	node *lab.Node
 	box  bool
@@ -53,10 +55,11 @@ func (s *side) startClients() {
 	ctr := s.As(lab.Tool(t, "ctr"), "ctr")
 	s.raw = s.As(os.Args[0], "krane")
 	s.Run("sh", "-ec", "cd /var/lib/home; "+crane+" pull ghcr.io/base/base:1 base.tar; "+crane+" pull --format=oci ghcr.io/base/base:1 base; "+
-		helm+" create chart >/dev/null; "+helm+" package chart >/dev/null; for p in podman buildah; do $p --storage-driver=vfs --root=/var/lib/$p --runroot=/run/$p pull -q oci:base >/dev/null; done")
+		cosign+" save --dir=cosigned ghcr.io/base/base:1 >/dev/null; "+helm+" create chart >/dev/null; "+helm+" package chart >/dev/null; for p in podman buildah; do $p --storage-driver=vfs --root=/var/lib/$p --runroot=/run/$p pull -q oci:base >/dev/null; done")
 
 	containerd := s.Containerd()
-	s.containerd("containerd 1.6", s.Node, containerd, "")
+	debianCtr := s.As(lab.Debian(t, "/usr/bin/ctr", "containerd"), "ctr")
+	s.containerd("containerd 1.6", s.Node, containerd, debianCtr)
 	docker := s.Docker()
 	s.docker("dockerd 20.10", s.Node, docker)
 	box := s.Box()
@@ -64,7 +67,7 @@ func (s *side) startClients() {
 	s.containerd("containerd 2.4", box, newest, ctr)
 	s.docker("dockerd 29", box, box.NewestDocker())
 	older := s.Box()
-	s.containerd("containerd 1.7", older, older.OlderContainerd(), "")
+	s.containerd("containerd 1.7", older, older.OlderContainerd(), debianCtr)
 	buildkit := s.BuildKit()
 	build := func(p *play, output string) error {
 		_, err := buildkit.TryBuild("FROM "+p.ref()+"\nENV A=1\n", "--no-cache", output)
@@ -147,10 +150,16 @@ wait $w; r=$?; rm -rf %[4]s-*; exit $r`, crane, p.at("both"), p.ref(), at(p)))
 	}
 	chart("helm")
 	chart("helm --ca-file", "--ca-file=roots.pem")
-	tool("cosign", s.Node, func(p *play) []string { return []string{cosign, "save", "--dir=" + at(p), p.ref()} }, nil)
-	tool("cosign --registry-cacert", s.Node, func(p *play) []string {
-		return []string{cosign, "save", "--registry-cacert=roots.pem", "--dir=" + at(p), p.ref()}
-	}, nil)
+	for name, roots := range map[string][]string{"cosign": nil, "cosign --registry-cacert": {"--registry-cacert=roots.pem"}} {
+		cosigned := func(do, dir, ref string) []string {
+			return slices.Concat([]string{cosign, do, "--dir=" + dir}, roots, []string{ref})
+		}
+		tool(name, s.Node,
+			func(p *play) []string { return cosigned("save", at(p), p.ref()) },
+			func(p *play) []string { return cosigned("load", "cosigned", p.at("pushed")) })
+	}
+	s.nerdctl("nerdctl", box, string(auth))
+	s.kaniko("kaniko", string(auth))
 	// The raw client prints what it was answered.
 	rawOp := func(what string) func(p *play) error {
 		return func(p *play) error {
@@ -164,9 +173,60 @@ wait $w; r=$?; rm -rf %[4]s-*; exit $r`, crane, p.at("both"), p.ref(), at(p)))
 		c.own[what] = rawOp(what)
 	}
 	s.clients["raw"] = c
+	nodes := make(map[*lab.Node]bool)
 	for _, c := range s.clients {
 		c.box = c.node != s.Node
+		if !nodes[c.node] {
+			s.w.caCertificates(c.node)
+		}
+		nodes[c.node] = true
 	}
+}
+
+// nerdctl pulls and pushes by itself, and keeps images in the box's containerd.
+func (s *side) nerdctl(name string, box *lab.Node, auth string) {
+	box.WriteFile("/var/lib/home/.docker/config.json", auth)
+	nerdctl := box.As(lab.Tool(s.w.t, "nerdctl"), "nerdctl")
+	box.Run(nerdctl, "pull", "--quiet", "ghcr.io/base/base:1")
+	s.clients[name] = &client{node: box,
+		pull: func(p *play) error { return p.tool(nerdctl, "pull", "--quiet", p.ref()) },
+		push: func(p *play) error {
+			return errors.Join(p.tool(nerdctl, "tag", "ghcr.io/base/base:1", p.at("pushed")), p.tool(nerdctl, "push", "--quiet", p.at("pushed")))
+		},
+		forget: func(p *play) {
+			for _, tag := range []string{p.tag, "pushed"} {
+				_, _ = box.Output(nerdctl, "rmi", "--force", p.at(tag))
+			}
+		}}
+}
+
+// kaniko's executor builds in the environment of its image: each time over a root
+// file system of its own, with the certificates and names of the box.
+func (s *side) kaniko(name, auth string) {
+	box := s.Box()
+	box.WriteFile("/var/lib/home/.docker/config.json", auth)
+	run := func(p *play, base string, args ...string) error {
+		return p.tool("unshare", "--mount", "--pid", "--fork", "sh", "-ec", fmt.Sprintf(`
+r=/var/lib/home/kaniko
+mkdir -p $r
+mount -t tmpfs tmpfs $r
+cd $r
+mkdir -p kaniko/ssl/certs kaniko/.docker workspace etc/ssl root tmp proc dev sys var
+touch kaniko/executor
+mount --bind %s kaniko/executor
+cp /etc/ssl/certs/ca-certificates.crt kaniko/ssl/certs/
+cp /var/lib/home/.docker/config.json kaniko/.docker/
+cp /etc/hosts /etc/resolv.conf /etc/passwd /etc/group /etc/nsswitch.conf etc/
+mount --rbind /dev dev
+mount --rbind /sys sys
+mount -t proc proc proc
+printf 'FROM %s\nCOPY Dockerfile /a\n' > workspace/Dockerfile
+exec env -i HOME=/root USER=root PATH=/usr/local/bin:/kaniko SSL_CERT_DIR=/kaniko/ssl/certs DOCKER_CONFIG=/kaniko/.docker container=docker \
+	/usr/sbin/chroot $r /kaniko/executor --force --context=dir:///workspace %s`, lab.Tool(s.w.t, "executor"), base, strings.Join(args, " ")))
+	}
+	s.clients[name] = &client{node: box,
+		pull: func(p *play) error { return run(p, p.ref(), "--no-push") },
+		push: func(p *play) error { return run(p, "ghcr.io/base/base:1", "--destination="+p.at("pushed")) }}
 }
 
 func wantErr(err error) error {
@@ -209,7 +269,8 @@ func (s *side) docker(name string, node *lab.Node, d *lab.Docker) {
 }
 
 func (s *side) containerd(name string, node *lab.Node, c *lab.Containerd, ctr string) {
-	s.clients[name] = &client{node: node, restart: func() { c.Stop(); c.Start() },
+	// ctr 2 has the daemon push.
+	s.clients[name] = &client{node: node, restart: func() { c.Stop(); c.Start() }, pushesApart: !strings.HasPrefix(name, "containerd 2"),
 		pull: func(p *play) error {
 			err := c.TryPull(p.ref(), p.login()...)
 			if err == nil && p.op != "moved tag" {
@@ -218,9 +279,6 @@ func (s *side) containerd(name string, node *lab.Node, c *lab.Containerd, ctr st
 			return err
 		},
 		forget: func(p *play) { c.Remove(p.ref(), p.im) }}
-	if ctr == "" {
-		return
-	}
 	c.Pull("ghcr.io/base/base:1")
 	s.clients[name].push = func(p *play) error {
 		args := []string{ctr, "-n", "k8s.io", "images", "push"}

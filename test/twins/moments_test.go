@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -21,6 +22,7 @@ const (
 	proxyHost  = "proxy.corp"
 	newAddress = "new.example"
 	caFile     = "/etc/ssl/certs/weir-ca.pem"
+	postinst   = "/var/lib/home/ca-certificates.postinst"
 )
 
 // fault is one of the network. set makes it, and returns what mends it.
@@ -119,6 +121,19 @@ var faults = []fault{
 	}},
 }
 
+// caCertificates puts the script of the package ca-certificates into a node or box,
+// and the lab's CA to where the package looks for those that were added.
+func (w *world) caCertificates(n *lab.Node) {
+	script, err := os.ReadFile(lab.Debian(w.t, "/var/lib/dpkg/info/ca-certificates.postinst", "ca-certificates"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	roots := w.Roots()
+	n.WriteFile(postinst, string(script))
+	n.WriteFile("/var/lib/home/added/lab.crt", roots[strings.LastIndex(roots, "-----BEGIN"):])
+	n.Run("mount", "--bind", "/var/lib/home/added", "/usr/local/share/ca-certificates")
+}
+
 // moment is one in the agent's life. Nothing of it happens at the node without an
 // agent, unless both is set.
 type moment struct {
@@ -127,8 +142,8 @@ type moment struct {
 	during func(p *play) // once a blob has been asked for
 	after  func(p *play)
 	both   bool
-	// fits says for which clients it is one; nil means all.
-	fits func(c *client) bool
+	// fits says for which stories it is one; nil means all.
+	fits func(c *client, st story) bool
 	// cuts says that connections are lost, and that the client has to ask again:
 	// at both nodes, if it fails.
 	cuts bool
@@ -197,6 +212,27 @@ var moments = []moment{
 			}
 		}
 	}},
+	{name: "the client starts while the agent is upgraded", both: true, fits: func(c *client, _ story) bool { return c.restart != nil }, before: func(p *play) func() {
+		var upgraded sync.WaitGroup
+		if p.agent != nil {
+			upgraded.Go(func() { p.agent.Stop(); p.agent.Start() })
+		}
+		p.c.restart()
+		return func() {
+			upgraded.Wait()
+			if p.agent != nil {
+				settle(p)
+			}
+		}
+	}},
+	// What the package does when it is upgraded, and whoever adds a certificate.
+	{name: "ca-certificates is upgraded in the middle", both: true, during: func(p *play) {
+		for _, trigger := range []string{"update-ca-certificates-fresh", "update-ca-certificates"} {
+			if _, err := p.c.node.Output("sh", postinst, "triggered", trigger); err != nil {
+				p.w.t.Error(err)
+			}
+		}
+	}},
 	{name: "another agent, with another CA, comes", before: func(p *play) func() {
 		p.agent.Stop()
 		p.Run("sh", "-c", "mv /var/lib/weir/ca /var/lib/weir/ca-was; rm -f "+caFile)
@@ -217,7 +253,9 @@ var moments = []moment{
 		return func() {}
 	}},
 	// What starts later sees the machine's clock.
-	{name: "clocks are 20 hours ahead", both: true, fits: func(c *client) bool { return c.restart != nil }, before: func(p *play) func() {
+	{name: "clocks are 20 hours ahead", both: true, fits: func(c *client, st story) bool {
+		return c.restart != nil && !(c.pushesApart && strings.Contains(st.op, "push"))
+	}, before: func(p *play) func() {
 		p.SetClock(20 * time.Hour)
 		return func() { p.SetClock(0) }
 	}},
@@ -262,6 +300,27 @@ func special(names ...string) (all []op) {
 	return all
 }
 
+// parse finds the story of a name.
+func (w *world) parse(name string) (st story, ok bool) {
+	parts := strings.Split(name, " · ")
+	if len(parts) < 2 {
+		return st, false
+	}
+	st.client, st.op = parts[0], parts[1]
+	for _, p := range parts[2:] {
+		switch {
+		case slices.ContainsFunc(ways, func(w way) bool { return w.name == p }):
+			st.way = p
+		case slices.ContainsFunc(faults, func(f fault) bool { return f.name == p }):
+			st.fault = p
+		default:
+			st.moment = p
+		}
+	}
+	return st, w.sides[0].clients[st.client] != nil && slices.ContainsFunc(ops, func(o op) bool { return o.name == st.op }) &&
+		slices.ContainsFunc(moments, func(m moment) bool { return m.name == st.moment })
+}
+
 // fits says whether a story makes sense.
 func (w *world) fits(st story) bool {
 	c := w.sides[0].clients[st.client]
@@ -269,7 +328,7 @@ func (w *world) fits(st story) bool {
 	f := find(faults, st.fault, func(f fault) string { return f.name })
 	m := find(moments, st.moment, func(m moment) string { return m.name })
 	y := find(ways, st.way, func(w way) string { return w.name })
-	return o.fits(c) && (f.fits == nil || f.fits(c, st)) && (m.fits == nil || m.fits(c)) && (y.fits == nil || y.fits(st.client))
+	return o.fits(c) && (f.fits == nil || f.fits(c, st)) && (m.fits == nil || m.fits(c, st)) && (y.fits == nil || y.fits(st.client))
 }
 
 // random composes a story.
@@ -343,6 +402,8 @@ var fixed = []story{
 	{client: "crane", op: "pull twice", way: "Docker Hub: a token server and a CDN of their own", fault: "blobs can be had through the client's proxy alone"},
 	{client: "raw", op: "push", way: "closes each connection after its answer, and doesn't say so"},
 	{client: "crane where lo has no address", op: "pull"},
+	{client: "dockerd 29", op: "pull", way: "announces 1 % more of a blob than there is"},
+	{client: "dockerd 20.10", op: "pull", way: "another file under the digest"},
 	{client: "containerd 1.6", op: "pull twice", moment: "the CA's file is removed"},
 	{client: "crane", op: "pull", moment: "the CA's file is removed"},
 }
@@ -358,7 +419,7 @@ var slow = []story{
 // those and one for each fault and moment.
 func (w *world) fixed() (byWay, others []story) {
 	var all []story
-	cheap := []string{"raw", "crane", "containerd 2.4", "skopeo", "dockerd 20.10", "regctl", "containerd 1.6", "oras", "dockerd 29", "podman", "buildah", "helm", "cosign", "buildkitd", "containerd 1.7"}
+	cheap := []string{"raw", "crane", "containerd 2.4", "skopeo", "dockerd 20.10", "regctl", "containerd 1.6", "oras", "dockerd 29", "podman", "buildah", "helm", "cosign", "buildkitd", "containerd 1.7", "nerdctl", "kaniko"}
 	n := 0
 	add := func(st story, do ...string) {
 		for range cheap {

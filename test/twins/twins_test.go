@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,9 +27,10 @@ import (
 )
 
 var (
-	playFor = flag.Duration("twins.for", 0, "for how long random stories are played, and the time is a matter too")
+	playFor = flag.Duration("twins.for", 0, "for how long random stories are played, after all the others; the time is a matter too")
 	seed    = flag.Uint64("twins.seed", uint64(time.Now().UnixNano()), "of the random stories")
-	only    = flag.String("twins.only", "", "play only the stories with this in their name, as in a failure's message")
+	part    = flag.String("twins.part", "1/1", "which part, and of how many, of the stories of each client with each way, fault and moment is played with -twins.for")
+	only    = flag.String("twins.only", "", "play only the story of this name, as in a failure's message, or those whose names match this regular expression")
 	out     = flag.String("twins.out", "", "file for the table; empty means the test's log")
 )
 
@@ -93,8 +95,10 @@ type play struct {
 	im    lab.Pushed
 	env   []string // of tools
 	begun chan struct{}
+	most  *atomic.Int64 // requests at once, of the play without weir
 
 	mu    sync.Mutex
+	now   int64 // requests that run
 	asked []request
 	count map[string]int // for ways that change
 	slow  string         // the blob that is slow
@@ -190,7 +194,7 @@ var (
 		{regexp.MustCompile(`10\.[0-9]+\.[0-9]+\.[0-9]+:[0-9]+|\[2001:db8:77:[0-9a-f:]+\]:[0-9]+`), "C"},
 		{regexp.MustCompile(`[0-9]{4}[-/][0-9]{2}[-/][0-9]{2}[T ][0-9:.]+Z?`), "T"},
 		{regexp.MustCompile(`boundary=[0-9a-f]+`), "boundary=B"},
-		{regexp.MustCompile(` in node [0-9]+:`), " in the node:"},
+		{regexp.MustCompile(` in (box [0-9]+ on )?node [0-9]+:`), " in the node:"},
 		{regexp.MustCompile(`/tmp/[^ :"]+|/var/tmp/[^ :"]+`), "/tmp/F"},
 		{regexp.MustCompile(`\b[0-9.]+(ms|s|kB|MB|MiB|KiB)\b`), "N$1"},
 	}
@@ -296,6 +300,9 @@ func (w *world) begin(st story, i, number int) *play {
 		p.way.image(&im)
 	}
 	p.im = p.reg.Push(p.repo+":1", im)
+	if p.way.pushed != nil {
+		p.way.pushed(p)
+	}
 	return p
 }
 
@@ -306,17 +313,18 @@ func find[T any](all []T, name string, of func(T) string) T {
 	panic("no " + name)
 }
 
-// play plays a story at both sides, one after the other, and compares. One that
-// isn't alone is played at both sides at once, and beside others.
-func (w *world) play(st story, alone bool) *result {
+// play plays a story at both sides and compares: at once, or in turn. It is alone
+// when no other story is played meanwhile.
+func (w *world) play(st story, alone, inTurn bool) *result {
 	w.mu.Lock()
 	w.stories++
 	number := w.stories
 	w.mu.Unlock()
 	var both [2]*play
-	var beside sync.WaitGroup
+	var most atomic.Int64
 	one := func(i int) {
 		p := w.begin(st, i, number)
+		p.most = &most
 		both[i] = p
 		w.mu.Lock()
 		w.plays[p.repo] = p
@@ -332,14 +340,14 @@ func (w *world) play(st story, alone bool) *result {
 		}
 		w.mu.Unlock()
 	}
+	var sides sync.WaitGroup
 	for i := range both {
-		if alone {
-			one(i)
-		} else {
-			beside.Go(func() { one(i) })
+		sides.Go(func() { one(i) })
+		if inTurn || find(ways, st.way, func(w way) string { return w.name }).inTurn {
+			sides.Wait()
 		}
 	}
-	beside.Wait()
+	sides.Wait()
 	r := compare(both[0], both[1])
 	w.mu.Lock()
 	w.results = append(w.results, r)
@@ -365,7 +373,7 @@ func (p *play) run() {
 	}
 	var during sync.WaitGroup
 	ended := make(chan struct{})
-	if m.during != nil && p.agent != nil {
+	if m.during != nil && (p.agent != nil || m.both) {
 		during.Go(func() {
 			select {
 			case <-p.begun:
@@ -489,10 +497,17 @@ func lastLines(s string) string {
 func TestTwins(t *testing.T) {
 	w := newWorld(t)
 	if *only != "" {
-		for _, st := range append(w.all(), fixed...) {
-			if strings.Contains(st.String(), *only) {
+		sts, match := append(w.all(), fixed...), regexp.MustCompile(*only)
+		if st, ok := w.parse(*only); ok {
+			sts, match = []story{st}, regexp.MustCompile("")
+		}
+		for _, st := range sts {
+			if match.MatchString(st.String()) {
 				w.check(t, st, true)
 			}
+		}
+		if len(w.results) == 0 {
+			t.Errorf("no story has the name %q", *only)
 		}
 		w.report(t)
 		return
@@ -512,29 +527,32 @@ func TestTwins(t *testing.T) {
 	if *playFor > 0 {
 		t.Logf("-twins.seed %d", *seed)
 		rng := rand.New(rand.NewPCG(*seed, 0))
-		all := w.all()
-		rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-		n := 0
-		for end := time.Now().Add(*playFor); time.Now().Before(end); n++ {
-			if n%4 < 3 && n/4*3+n%4 < len(all) {
-				w.check(t, all[n/4*3+n%4], true)
-			} else {
-				w.check(t, w.random(rng), true)
-			}
+		var k, of int
+		if n, err := fmt.Sscanf(*part, "%d/%d", &k, &of); n != 2 || err != nil || k < 1 || k > of {
+			t.Fatalf("-twins.part %s", *part)
 		}
-		w.composed = fmt.Sprintf("Of the %d stories of each client with each way, fault and moment it played %d, and %d random ones.",
-			len(all), min(len(all), n/4*3+min(n%4, 3)), n-min(len(all), n/4*3+min(n%4, 3)))
+		all, n, random := w.all(), 0, 0
+		for i := k - 1; i < len(all); i += of {
+			w.check(t, all[i], true)
+			n++
+		}
+		for end := time.Now().Add(*playFor); time.Now().Before(end); random++ {
+			w.check(t, w.random(rng), true)
+		}
+		w.composed = fmt.Sprintf("Of the %d stories of each client with each way, fault and moment it played %d, and %d random ones in %v.",
+			len(all), n, random, *playFor)
 	}
 	w.report(t)
 }
 
 // check plays a story, whose being worse with weir fails the test.
 func (w *world) check(t *testing.T, st story, alone bool) {
-	r := w.play(st, alone)
+	r := w.play(st, alone, false)
 	cuts := find(moments, st.moment, func(m moment) string { return m.name }).cuts
 	if (*playFor > 0 || *only != "") && !cuts && r.took[1]-r.took[0] > maxAdded {
-		// Once more, as the machine has other things to do too.
-		if again := w.play(st, alone); again.took[1]-again.took[0] > maxAdded {
+		// Once more, as the machine has other things to do too, not least the other
+		// side.
+		if again := w.play(st, alone, true); again.took[1]-again.took[0] > maxAdded {
 			r.faults = append(r.faults, fmt.Sprintf("%v, without weir %v; again: %v, %v", r.took[1], r.took[0], again.took[1], again.took[0]))
 		}
 	}
@@ -553,8 +571,8 @@ func (w *world) report(t *testing.T) {
 		"%s\n"+"A story is a client, what it does, a way of the registry, a fault of the network and a moment in the agent's\nlife; each row sums up all that have it. "+
 		"\"Worse\" are those that failed with weir alone, gave another answer or\nerror, or asked the registry for something else. Added time is with weir less without, of those that succeeded\nat both; negative is faster. Not counted as something else: weir's own HEADs and tokens (User-Agent weir), its\n"+
 		"ranges of less than 1 KiB, a HEAD in place of a GET of a tag, a whole blob in place of a range, and whatever was spared.\n"+
-		"A story that came more than a second later was played again, and counts if it did so both times; not where the agent is\n"+
-		"killed, and clients begin anew.\n",
+		"A story is played at both nodes at once. One that came more than a second later with weir was played again, in turn, and\n"+
+		"counts if it did so both times; not where the agent is killed, and clients begin anew.\n",
 		len(w.results), *seed, w.composed)
 	for _, dim := range []struct {
 		name string

@@ -3,16 +3,19 @@
 package twins
 
 import (
+	"bytes"
 	"compress/gzip"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"path"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"weir/test/lab"
 )
 
@@ -22,7 +25,9 @@ type way struct {
 	registry func(*world) *lab.Registry // nil means ghcr.io
 	serve    func(p *play, w *recorded, r *http.Request, next http.Handler)
 	image    func(*lab.Image)
+	pushed   func(*play)              // the image is there
 	slow     bool                     // it takes minutes
+	inTurn   bool                     // the node with weir comes after the one without
 	fits     func(client string) bool // nil means all
 	// any says that which error a failure gives, and what else is asked, depends on
 	// when the client gives up, or in which order it asks: weir resumes what breaks
@@ -164,6 +169,36 @@ func bearer(size int, more ...string) func(*play, *recorded, *http.Request, http
 			w.Header().Add("Www-Authenticate", fmt.Sprintf(`Bearer realm="https://%s/token",service="twins",scope="repository:%s:pull,push"`, p.reg.Host, p.repo))
 			w.WriteHeader(http.StatusUnauthorized)
 		}
+	}
+}
+
+// padded answers for the image's manifest, which is larger than registries take,
+// by tag and digest: there is white space in it.
+func padded(p *play, w http.ResponseWriter, r *http.Request, next http.Handler) {
+	if !isManifest(r) || r.Method != http.MethodGet && r.Method != http.MethodHead {
+		next.ServeHTTP(w, r)
+		return
+	}
+	ref := path.Base(r.URL.Path)
+	tagged := r.Clone(r.Context())
+	tagged.Method = http.MethodGet
+	if strings.HasPrefix(ref, "sha256:") {
+		tagged.URL.Path = path.Dir(r.URL.Path) + "/" + p.tag
+	}
+	rec := httptest.NewRecorder()
+	next.ServeHTTP(rec, tagged)
+	b := append(bytes.Repeat([]byte(" "), 5<<20), rec.Body.Bytes()...)
+	d := digest.FromBytes(b).String()
+	if rec.Code != http.StatusOK || path.Base(tagged.URL.Path) != p.tag || ref != p.tag && ref != d {
+		next.ServeHTTP(w, r)
+		return
+	}
+	for _, k := range []string{"Docker-Content-Digest", "Etag", "Content-Length"} {
+		rec.Header().Set(k, map[string]string{"Docker-Content-Digest": d, "Etag": `"` + d + `"`, "Content-Length": strconv.Itoa(len(b))}[k])
+	}
+	copyHead(w, rec)
+	if r.Method == http.MethodGet {
+		_, _ = w.Write(b)
 	}
 }
 
@@ -393,6 +428,38 @@ var ways = []way{
 		}
 		_, _ = w.Write(b)
 	}},
+	{name: "manifests of 5 MiB", image: func(im *lab.Image) { im.Index = false },
+		pushed: func(p *play) {
+			rec := httptest.NewRecorder()
+			padded(p, rec, httptest.NewRequest(http.MethodHead, "/v2/"+p.repo+"/manifests/"+p.tag, nil), p.reg.Open())
+			p.im.Manifest = digest.Digest(rec.Header().Get("Docker-Content-Digest"))
+			p.im.Digest = p.im.Manifest
+		},
+		serve: func(p *play, w *recorded, r *http.Request, next http.Handler) { padded(p, w, r, next) }},
+	{name: "429 for some requests more at once than there were without weir", inTurn: true, any: true,
+		image: func(im *lab.Image) { im.Layers = []int{20_000, 20_001, 20_002, 20_003, 20_004, 20_005, 20_006} },
+		serve: func(p *play, w *recorded, r *http.Request, next http.Handler) {
+			p.mu.Lock()
+			p.now++
+			now := p.now
+			p.mu.Unlock()
+			defer func() {
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				p.now--
+			}()
+			if p.agent == nil {
+				p.most.Store(max(p.most.Load(), now))
+			} else if now > p.most.Load()+2 { // one may have been answered, and not have ended here
+				w.Header().Set("Retry-After", "1")
+				w.WriteHeader(http.StatusTooManyRequests)
+				return
+			}
+			if isBlob(r) {
+				wait(r, 200*time.Millisecond)
+			}
+			next.ServeHTTP(w, r)
+		}},
 	{name: "large image configuration", image: func(im *lab.Image) { im.Layers = append(im.Layers, make([]int, 40)...) }},
 }
 
