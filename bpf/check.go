@@ -3,7 +3,6 @@
 package bpf
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,29 +11,23 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
 // CgroupRoot returns where cgroup2 is mounted: the mount of its root, where
 // there is one, since in a container there may also be one of a part.
 func CgroupRoot() (string, error) {
-	f, err := os.Open("/proc/self/mountinfo")
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
 	found := ""
-	for s := bufio.NewScanner(f); s.Scan(); {
-		// proc_pid_mountinfo(5): ID parent dev root mountpoint options... - type source
-		before, after, ok := strings.Cut(s.Text(), " - ")
-		fields := strings.Fields(before)
-		if !ok || !strings.HasPrefix(after, "cgroup2 ") || len(fields) < 5 {
-			continue
+	for _, m := range mounts {
+		if found == "" || m.Root == "/" {
+			found = m.Mountpoint
 		}
-		if found == "" || fields[3] == "/" {
-			found = fields[4]
-		}
-		if fields[3] == "/" {
+		if m.Root == "/" {
 			break
 		}
 	}

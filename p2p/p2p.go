@@ -40,6 +40,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/renameio/v2"
 	leveldb "github.com/ipfs/go-ds-leveldb"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	"github.com/libp2p/go-libp2p-kad-dht/records"
@@ -356,16 +357,7 @@ func identity(file string) (crypto.PrivKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*") // readable by its owner alone
-	if err != nil {
-		return nil, fmt.Errorf("keeping the node's peer identity: %w", err)
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), file)
-	}
-	if err != nil {
-		os.Remove(f.Name())
+	if err := renameio.WriteFile(file, b, 0o600, renameio.WithTempDir(filepath.Dir(file))); err != nil {
 		return nil, fmt.Errorf("keeping the node's peer identity: %w", err)
 	}
 	return key, nil

@@ -7,21 +7,12 @@ import (
 	"net"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"weir/proxy/registry"
 )
 
 // BytesText is a number of bytes for people.
-func BytesText(n int64) string {
-	const units = "KMGTPE"
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	v, i := float64(n)/1024, 0
-	for v >= 1024 && i < len(units)-1 {
-		v, i = v/1024, i+1
-	}
-	return fmt.Sprintf("%.1f %ciB", v, units[i])
-}
+func BytesText(n int64) string { return humanize.IBytesN(uint64(n), 3) }
 
 // PercentText is part of whole in percent, for people: a dash of nothing, and
 // neither 0 nor 100 of what is a little more or less.

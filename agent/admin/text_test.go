@@ -9,7 +9,7 @@ import (
 )
 
 func TestTexts(t *testing.T) {
-	for n, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 5 << 30: "5.0 GiB"} {
+	for n, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1024: "1.00 KiB", 5 << 30: "5.00 GiB", 12345 << 20: "12.1 GiB", 1 << 62: "4.00 EiB"} {
 		if got := BytesText(n); got != want {
 			t.Errorf("%d is %q, want %q", n, got, want)
 		}

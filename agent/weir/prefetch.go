@@ -22,6 +22,7 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
+	oci "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -85,15 +86,9 @@ type prefetcher struct {
 
 // document is a manifest or an index (OCI image spec, Docker's schema 2).
 type document struct {
-	Config    *descriptor
-	Layers    []descriptor
-	Manifests []descriptor
-}
-
-type descriptor struct {
-	Digest   digest.Digest
-	Size     int64
-	Platform struct{ OS, Architecture string }
+	Config    *oci.Descriptor
+	Layers    []oci.Descriptor
+	Manifests []oci.Descriptor
 }
 
 // maxDocument bounds a manifest.
@@ -116,7 +111,7 @@ func (p *prefetcher) image(ctx context.Context, ref reference.Named) error {
 	if err == nil && len(doc.Manifests) > 0 {
 		var of digest.Digest
 		for _, m := range doc.Manifests {
-			if m.Platform.OS+"/"+m.Platform.Architecture == p.platform && of == "" {
+			if m.Platform != nil && m.Platform.OS+"/"+m.Platform.Architecture == p.platform && of == "" {
 				of = m.Digest
 			}
 		}

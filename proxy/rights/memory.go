@@ -12,6 +12,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/google/renameio/v2"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -158,24 +159,14 @@ func (r *Rights) Save(file string) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), file)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
+	return renameio.WriteFile(file, b, 0o600, renameio.WithTempDir(filepath.Dir(file)))
 }
 
 // Load reads what was saved. The error says that it can't be read; what is known
 // stays as it is.
 func (r *Rights) Load(file string) error {
-	left, _ := filepath.Glob(file + ".*") // by a process that was killed
+	dir, name := filepath.Split(file)
+	left, _ := filepath.Glob(dir + "." + name + "*") // by a process that was killed, see renameio
 	for _, name := range left {
 		os.Remove(name)
 	}

@@ -286,7 +286,7 @@ func TestSave(t *testing.T) {
 	if err := r.Save(file); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(file+".left", nil, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+"123"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	again, _ := clocked()
@@ -306,7 +306,7 @@ func TestSave(t *testing.T) {
 	if len(again.Repositories()) != 2 {
 		t.Error(again.Repositories())
 	}
-	if left, _ := filepath.Glob(file + ".*"); len(left) > 0 {
+	if left, _ := os.ReadDir(filepath.Dir(file)); len(left) > 1 {
 		t.Error(left)
 	}
 	// Nothing has changed, and nothing is written.
