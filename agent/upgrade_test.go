@@ -18,6 +18,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 	"weir/agent/service"
 	"weir/agent/trust"
 	"weir/proxy/rights"
@@ -36,7 +37,7 @@ func opened(t *testing.T, dir string, log io.Writer) (a *Agent, end func()) {
 	if err := os.WriteFile(key, []byte("/key/swarm/psk/1.0.0/\n/base16/\n"+strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	a = &Agent{conf: Config{DataDir: dir, SwarmKey: key, PeerListen: "127.0.0.1:0"}, log: slog.New(slog.NewTextHandler(log, nil))}
+	a = &Agent{conf: Config{DataDir: dir, SwarmKey: key, PeerListen: "127.0.0.1:0"}, metrics: prometheus.NewRegistry(), log: slog.New(slog.NewTextHandler(log, nil))}
 	a.ctx, a.cancel = context.WithCancel(t.Context())
 	end = func() {
 		a.cancel()
