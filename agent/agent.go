@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"sync"
@@ -56,6 +57,9 @@ type Config struct {
 	// RegistryFile has more of them, one a line. It is read again when it
 	// changes.
 	RegistryFile string
+	// NoLearn has weir learn no registries, and take no notice of those that it has
+	// learned.
+	NoLearn bool
 	// MirrorListen is where a mirror endpoint listens, and ProxyListen a
 	// forward proxy; empty means nowhere, and no host means on loopback.
 	MirrorListen, ProxyListen string
@@ -120,6 +124,7 @@ type Agent struct {
 	ca        *trust.CA
 	ledger    *trust.Ledger
 	regs      registries.List
+	adopting  sync.Mutex // the CA is made for other names
 	store     *store.Store
 	peers     *peers // nil without a swarm key
 	ups       upstream.Config
@@ -253,17 +258,55 @@ func (a *Agent) serve(l *redirect.Listener, c *net.TCPConn, t redirect.Admission
 		t.Closed()
 		return
 	}
-	f := proxy.Flow{Dst: origin.Dst, Place: l.NetworkID, Egress: l.Egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.Direct, Closed: t.Closed}
-	if rt := a.runtimes.Find(origin.PID); rt != nil {
+	f := a.flow(l, origin.PID, origin.Netns, origin.Dst)
+	f.Direct, f.Closed = t.Direct, t.Closed
+	a.proxy.Serve(a.ctx, c, f)
+}
+
+// flow is what is known of a process's connection.
+func (a *Agent) flow(l *redirect.Listener, pid int, netns uint64, dst netip.AddrPort) proxy.Flow {
+	f := proxy.Flow{Dst: dst, Place: l.NetworkID, Egress: l.Egress, Client: fmt.Sprintf("pid %d", pid)}
+	f.Leave = func(long time.Duration) { a.remark(a.kernel.Leave(netns, dst, long)) }
+	f.Want = func() { a.remark(a.kernel.Want(netns, dst)) }
+	if rt := a.runtimes.Find(pid); rt != nil {
 		f.Client = rt.String()
 		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.Trusts(rt, name) }
 		f.Settings = func(known registry.Known, host string) (upstream.Settings, error) {
 			return a.runtimes.Settings(rt, known, host)
 		}
+		if !a.conf.NoLearn {
+			f.Learn = func(host string, ownRoots bool) error {
+				defer func() { a.remark(a.kernel.Unleave(netns, dst)) }()
+				return a.learn(rt, host, ownRoots)
+			}
+		}
 		f.Accepted = func() { a.runtimes.Accepted(rt) }
 		f.Rejected = func(host string, err error) { a.runtimes.Rejected(rt, host, err) }
 	}
-	a.proxy.Serve(a.ctx, c, f)
+	return f
+}
+
+// remark logs that the kernel side was not told something. It does without.
+func (a *Agent) remark(err error) {
+	if err != nil && a.ctx.Err() == nil {
+		a.log.Warn("the kernel side does not know a destination", "err", err)
+	}
+}
+
+// look handles what the kernel side has seen said to ports that aren't redirected.
+func (a *Agent) look() {
+	for {
+		said, err := a.kernel.NextSaid()
+		if err != nil {
+			if a.ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
+				a.log.Error("it can't be seen any more which ports registries are at; restart the agent", "err", err)
+			}
+			return
+		}
+		if l := a.listeners.Find(said.Netns); l != nil {
+			a.proxy.Look(a.ctx, a.flow(l, said.PID, said.Netns, said.Dst), said.Data)
+		}
+	}
 }
 
 // drain lets what is served end: new connections go direct from its start.

@@ -58,8 +58,9 @@ func (a *Agent) listenExplicit() (stop func(), err error) {
 	return stop, nil
 }
 
-// listenPrefetch opens the socket for `weir prefetch`, as a mirror of all known
-// registries. Without it there is no prefetching, and all else goes on.
+// listenPrefetch opens the socket for `weir prefetch`, as a mirror of all registries
+// that are known by themselves or named, and for `weir registries forget`. Without it
+// there is neither, and all else goes on.
 func (a *Agent) listenPrefetch() {
 	path := filepath.Join(a.conf.RunDir, service.SocketFile)
 	_ = os.Remove(path) // of a process that was killed; the run directory is locked
@@ -70,7 +71,10 @@ func (a *Agent) listenPrefetch() {
 		a.log.Warn("nothing can be prefetched", "err", err)
 		return
 	}
-	a.explicit = append(a.explicit, &listener{l, &http.Server{Handler: a.proxy.Mirror(a.own, DefaultMirror), ReadHeaderTimeout: 30 * time.Second}, nil})
+	mux := http.NewServeMux()
+	mux.HandleFunc("DELETE /registries/{host}", a.forget)
+	mux.Handle("/", a.proxy.Mirror(a.own, DefaultMirror))
+	a.explicit = append(a.explicit, &listener{l, &http.Server{Handler: mux, ReadHeaderTimeout: 30 * time.Second}, nil})
 }
 
 // listen opens a listener, on loopback unless the address says where.

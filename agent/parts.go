@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -46,7 +47,13 @@ func (a *Agent) lockRunDir() (stop func(), err error) {
 }
 
 func (a *Agent) loadRegistries() (stop func(), err error) {
-	return nil, a.regs.Load(a.conf.Registries, a.conf.RegistryFile)
+	if err := a.regs.Load(a.conf.Registries, a.conf.RegistryFile); err != nil || a.conf.NoLearn {
+		return nil, err
+	}
+	if err := a.regs.OpenLearned(filepath.Join(a.conf.DataDir, service.LearnedFile)); err != nil {
+		a.log.Warn("what was learned of registries is lost", "err", err)
+	}
+	return nil, nil
 }
 
 // openTrust opens the CA, and the list of what was installed.
@@ -123,7 +130,7 @@ func (a *Agent) openProxy() (stop func(), err error) {
 func (a *Agent) loadKernel() (stop func(), err error) {
 	a.kernel, err = bpf.Load(bpf.Options{
 		Cgroup: a.conf.Cgroup,
-		Ports:  a.conf.Ports,
+		Ports:  slices.Concat(a.conf.Ports, a.regs.Ports()),
 		Probes: runtimes.Probes,
 		Names:  runtimes.Programs(),
 	})
@@ -146,7 +153,7 @@ func (a *Agent) openListeners() (stop func(), err error) {
 
 func (a *Agent) openRuntimes() (stop func(), err error) {
 	a.runtimes = runtimes.New(a.ctx, runtimes.Options{Kernel: a.kernel, Listeners: a.listeners, Content: a.store, CA: a.ca, Ledger: a.ledger,
-		Lasting: trust.LastingRoots(), Registries: a.regs.Directories, Ports: a.conf.Ports, RunDir: a.conf.RunDir, Log: a.log})
+		Lasting: trust.LastingRoots(), Registries: a.regs.Directories, Recent: a.regs.Recent, Ports: a.conf.Ports, RunDir: a.conf.RunDir, Log: a.log})
 	// What reads a runtime's files waits as long as they do (NFS, FUSE).
 	return func() { a.stuck = !waitFor(cutTime, a.runtimes.Wait) }, nil
 }
@@ -168,8 +175,15 @@ func (a *Agent) watch() (stop func(), err error) {
 		return stop, err
 	}
 	a.wg.Go(a.maintain)
-	a.wg.Go(func() { a.regs.Watch(a.ctx, a.ca.Permits, a.log) })
+	a.wg.Go(func() {
+		a.regs.Watch(a.ctx, func(added ...string) {
+			if err := a.adopt(added...); err != nil {
+				a.log.Error("the CA can't be made for the registries that were added; they are passed through", "err", err)
+			}
+		}, a.log)
+	})
 	a.wg.Go(a.follow)
+	a.wg.Go(a.look)
 	a.wg.Go(func() { a.listeners.Follow(a.ctx) })
 	return stop, nil
 }

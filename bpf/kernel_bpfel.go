@@ -44,6 +44,13 @@ type kernelListener struct {
 	Suspended uint32
 }
 
+type kernelLook struct {
+	_    structs.HostLayout
+	To   kernelEndpoint
+	Tgid uint32
+	Pad  uint32
+}
+
 type kernelOrigin struct {
 	_      structs.HostLayout
 	Ip6    [4]uint32
@@ -54,6 +61,17 @@ type kernelOrigin struct {
 	Pad    uint32
 	Netns  uint64
 	Cgroup uint64
+}
+
+type kernelSaid struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Ip6    [4]uint32
+	Port   uint32
+	Tgid   uint32
+	Length uint32
+	Data   [4096]int8
+	_      [4]byte
 }
 
 // Names of all BPF objects in the ELF.
@@ -68,14 +86,19 @@ const (
 	kernelMapWeirEvents        = "weir_events"
 	kernelMapWeirHandover      = "weir_handover"
 	kernelMapWeirHeartbeat     = "weir_heartbeat"
+	kernelMapWeirLeft          = "weir_left"
 	kernelMapWeirListeners     = "weir_listeners"
+	kernelMapWeirLooked        = "weir_looked"
 	kernelMapWeirMarks         = "weir_marks"
 	kernelMapWeirNames         = "weir_names"
+	kernelMapWeirPorts         = "weir_ports"
+	kernelMapWeirSaid          = "weir_said"
 	kernelMapWeirSubtree       = "weir_subtree"
 	kernelMapWeirTracked       = "weir_tracked"
 	kernelMapWeirWatched       = "weir_watched"
 	kernelProgWeirConnect4     = "weir_connect4"
 	kernelProgWeirConnect6     = "weir_connect6"
+	kernelProgWeirEgress       = "weir_egress"
 	kernelProgWeirExec         = "weir_exec"
 	kernelProgWeirExit         = "weir_exit"
 	kernelProgWeirFork         = "weir_fork"
@@ -84,10 +107,10 @@ const (
 	kernelProgWeirSockops      = "weir_sockops"
 	kernelVarAgentPid          = "agent_pid"
 	kernelVarMaxAge            = "max_age"
-	kernelVarPorts             = "ports"
 	kernelVarProbes            = "probes"
 	kernelVarUnusedArrival     = "unused_arrival"
 	kernelVarUnusedEvent       = "unused_event"
+	kernelVarUnusedSaid        = "unused_said"
 )
 
 // loadKernel returns the embedded CollectionSpec for kernel.
@@ -134,6 +157,7 @@ type kernelSpecs struct {
 type kernelProgramSpecs struct {
 	WeirConnect4     *ebpf.ProgramSpec `ebpf:"weir_connect4"`
 	WeirConnect6     *ebpf.ProgramSpec `ebpf:"weir_connect6"`
+	WeirEgress       *ebpf.ProgramSpec `ebpf:"weir_egress"`
 	WeirExec         *ebpf.ProgramSpec `ebpf:"weir_exec"`
 	WeirExit         *ebpf.ProgramSpec `ebpf:"weir_exit"`
 	WeirFork         *ebpf.ProgramSpec `ebpf:"weir_fork"`
@@ -154,9 +178,13 @@ type kernelMapSpecs struct {
 	WeirEvents    *ebpf.MapSpec `ebpf:"weir_events"`
 	WeirHandover  *ebpf.MapSpec `ebpf:"weir_handover"`
 	WeirHeartbeat *ebpf.MapSpec `ebpf:"weir_heartbeat"`
+	WeirLeft      *ebpf.MapSpec `ebpf:"weir_left"`
 	WeirListeners *ebpf.MapSpec `ebpf:"weir_listeners"`
+	WeirLooked    *ebpf.MapSpec `ebpf:"weir_looked"`
 	WeirMarks     *ebpf.MapSpec `ebpf:"weir_marks"`
 	WeirNames     *ebpf.MapSpec `ebpf:"weir_names"`
+	WeirPorts     *ebpf.MapSpec `ebpf:"weir_ports"`
+	WeirSaid      *ebpf.MapSpec `ebpf:"weir_said"`
 	WeirSubtree   *ebpf.MapSpec `ebpf:"weir_subtree"`
 	WeirTracked   *ebpf.MapSpec `ebpf:"weir_tracked"`
 	WeirWatched   *ebpf.MapSpec `ebpf:"weir_watched"`
@@ -168,10 +196,10 @@ type kernelMapSpecs struct {
 type kernelVariableSpecs struct {
 	AgentPid      *ebpf.VariableSpec `ebpf:"agent_pid"`
 	MaxAge        *ebpf.VariableSpec `ebpf:"max_age"`
-	Ports         *ebpf.VariableSpec `ebpf:"ports"`
 	Probes        *ebpf.VariableSpec `ebpf:"probes"`
 	UnusedArrival *ebpf.VariableSpec `ebpf:"unused_arrival"`
 	UnusedEvent   *ebpf.VariableSpec `ebpf:"unused_event"`
+	UnusedSaid    *ebpf.VariableSpec `ebpf:"unused_said"`
 }
 
 // kernelObjects contains all objects after they have been loaded into the kernel.
@@ -202,9 +230,13 @@ type kernelMaps struct {
 	WeirEvents    *ebpf.Map `ebpf:"weir_events"`
 	WeirHandover  *ebpf.Map `ebpf:"weir_handover"`
 	WeirHeartbeat *ebpf.Map `ebpf:"weir_heartbeat"`
+	WeirLeft      *ebpf.Map `ebpf:"weir_left"`
 	WeirListeners *ebpf.Map `ebpf:"weir_listeners"`
+	WeirLooked    *ebpf.Map `ebpf:"weir_looked"`
 	WeirMarks     *ebpf.Map `ebpf:"weir_marks"`
 	WeirNames     *ebpf.Map `ebpf:"weir_names"`
+	WeirPorts     *ebpf.Map `ebpf:"weir_ports"`
+	WeirSaid      *ebpf.Map `ebpf:"weir_said"`
 	WeirSubtree   *ebpf.Map `ebpf:"weir_subtree"`
 	WeirTracked   *ebpf.Map `ebpf:"weir_tracked"`
 	WeirWatched   *ebpf.Map `ebpf:"weir_watched"`
@@ -220,9 +252,13 @@ func (m *kernelMaps) Close() error {
 		m.WeirEvents,
 		m.WeirHandover,
 		m.WeirHeartbeat,
+		m.WeirLeft,
 		m.WeirListeners,
+		m.WeirLooked,
 		m.WeirMarks,
 		m.WeirNames,
+		m.WeirPorts,
+		m.WeirSaid,
 		m.WeirSubtree,
 		m.WeirTracked,
 		m.WeirWatched,
@@ -235,10 +271,10 @@ func (m *kernelMaps) Close() error {
 type kernelVariables struct {
 	AgentPid      *ebpf.Variable `ebpf:"agent_pid"`
 	MaxAge        *ebpf.Variable `ebpf:"max_age"`
-	Ports         *ebpf.Variable `ebpf:"ports"`
 	Probes        *ebpf.Variable `ebpf:"probes"`
 	UnusedArrival *ebpf.Variable `ebpf:"unused_arrival"`
 	UnusedEvent   *ebpf.Variable `ebpf:"unused_event"`
+	UnusedSaid    *ebpf.Variable `ebpf:"unused_said"`
 }
 
 // kernelPrograms contains all programs after they have been loaded into the kernel.
@@ -247,6 +283,7 @@ type kernelVariables struct {
 type kernelPrograms struct {
 	WeirConnect4     *ebpf.Program `ebpf:"weir_connect4"`
 	WeirConnect6     *ebpf.Program `ebpf:"weir_connect6"`
+	WeirEgress       *ebpf.Program `ebpf:"weir_egress"`
 	WeirExec         *ebpf.Program `ebpf:"weir_exec"`
 	WeirExit         *ebpf.Program `ebpf:"weir_exit"`
 	WeirFork         *ebpf.Program `ebpf:"weir_fork"`
@@ -259,6 +296,7 @@ func (p *kernelPrograms) Close() error {
 	return _KernelClose(
 		p.WeirConnect4,
 		p.WeirConnect6,
+		p.WeirEgress,
 		p.WeirExec,
 		p.WeirExit,
 		p.WeirFork,

@@ -50,7 +50,8 @@ type Options struct {
 	// Cgroup is the cgroup2 directory whose processes, with those of the
 	// cgroups below, are concerned.
 	Cgroup string
-	// Ports are the TCP destination ports that are redirected, at most 16.
+	// Ports are the TCP destination ports that are redirected at first; see
+	// [Kernel.AddPort].
 	Ports []uint16
 	// Probes are IPv4 addresses, at most 4, that every tracked process is
 	// redirected from, at port 443.
@@ -72,6 +73,7 @@ type Kernel struct {
 	startNS  int64        // of the clock of bpf_ktime_get_ns
 	events   *ringbuf.Reader
 	arrivals *ringbuf.Reader
+	said     *ringbuf.Reader
 
 	mu    sync.Mutex
 	links []link.Link
@@ -110,11 +112,6 @@ func load(o Options) (*Kernel, error) {
 	if o.MaxBeatAge == 0 {
 		o.MaxBeatAge = 3 * BeatInterval
 	}
-	var ports [16]uint16
-	if len(o.Ports) > len(ports) {
-		return nil, fmt.Errorf("%d ports to redirect; at most %d can be", len(o.Ports), len(ports))
-	}
-	copy(ports[:], o.Ports)
 	var probes [4][4]byte // in network order
 	if len(o.Probes) > len(probes) {
 		return nil, fmt.Errorf("%d probe addresses; at most %d can be", len(o.Probes), len(probes))
@@ -125,7 +122,7 @@ func load(o Options) (*Kernel, error) {
 		}
 		probes[i] = p.As4()
 	}
-	for name, value := range map[string]any{"agent_pid": uint32(os.Getpid()), "max_age": uint64(o.MaxBeatAge), "ports": ports, "probes": probes} {
+	for name, value := range map[string]any{"agent_pid": uint32(os.Getpid()), "max_age": uint64(o.MaxBeatAge), "probes": probes} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("setting %s of the eBPF programs: %w", name, err)
 		}
@@ -186,6 +183,14 @@ func (k *Kernel) setUp(o Options, cgroup *os.File) error {
 	if k.events, err = ringbuf.NewReader(k.objs.WeirEvents); err != nil {
 		return fmt.Errorf("reading the kernel side's events: %w", err)
 	}
+	for _, p := range o.Ports {
+		if err := k.AddPort(p); err != nil {
+			return err
+		}
+	}
+	if k.said, err = ringbuf.NewReader(k.objs.WeirSaid); err != nil {
+		return fmt.Errorf("reading what the kernel side has looked at: %w", err)
+	}
 	if k.arrivals, err = ringbuf.NewReader(k.objs.WeirArrivals); err != nil {
 		return fmt.Errorf("reading the kernel side's reports of network namespaces: %w", err)
 	}
@@ -208,6 +213,7 @@ func (k *Kernel) attach(cgroup *os.File) error {
 		{ebpf.AttachCGroupSockOps, k.objs.WeirSockops},
 		{ebpf.AttachCgroupInet4GetPeername, k.objs.WeirGetpeername4},
 		{ebpf.AttachCgroupInet6GetPeername, k.objs.WeirGetpeername6},
+		{ebpf.AttachCGroupInetEgress, k.objs.WeirEgress},
 		{ebpf.AttachCGroupInet4Connect, k.objs.WeirConnect4},
 		{ebpf.AttachCGroupInet6Connect, k.objs.WeirConnect6},
 	} {
@@ -247,10 +253,10 @@ func (k *Kernel) Detach() error {
 	return nil
 }
 
-// StopEvents ends [Kernel.Next] and [Kernel.NextArrival].
+// StopEvents ends [Kernel.Next], [Kernel.NextArrival] and [Kernel.NextSaid].
 func (k *Kernel) StopEvents() error {
 	var err error
-	for _, r := range []*ringbuf.Reader{k.events, k.arrivals} {
+	for _, r := range []*ringbuf.Reader{k.events, k.arrivals, k.said} {
 		if r != nil {
 			err = errors.Join(err, r.Close())
 		}

@@ -62,9 +62,7 @@ func (k *Kernel) handedOver(c *net.TCPConn, fd int, o *kernelOrigin) error {
 	if err != nil {
 		return err
 	}
-	remote := c.RemoteAddr().(*net.TCPAddr).AddrPort()
-	addr := remote.Addr().As16()
-	key := kernelEndpoint{Netns: cookie, Ip6: *(*[4]uint32)(unsafe.Pointer(&addr)), Port: uint32(remote.Port())}
+	key := endpoint(cookie, c.RemoteAddr().(*net.TCPAddr).AddrPort())
 	return k.objs.WeirHandover.LookupAndDelete(&key, o)
 }
 

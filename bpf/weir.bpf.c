@@ -5,8 +5,9 @@
 // exec), so that the agent listens there before a runtime starts; tracks
 // container runtimes (exec, exit), redirects their connections to registries to
 // the agent's listener in their own network namespace (connect4/6), and hands the
-// original destination to the accepted socket (sockops). Whatever goes wrong, the
-// connection is left as it is.
+// original destination to the accepted socket (sockops). Of what connects to other
+// ports, it reports what the client says first (egress), without touching it.
+// Whatever goes wrong, the connection is left as it is.
 
 #include <linux/bpf.h>
 #include <linux/in.h>
@@ -23,7 +24,10 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define DNS 53
 #define HTTPS 443
 #define NAME_LEN 16 // TASK_COMM_LEN
-#define MAX_PORTS 16
+#define MAX_SAID 4096 // of what a client says first
+#define LOOK_AGAIN (3600ULL * 1000000000) // ns, after which a destination is looked at again
+#define ETH_P_IP bpf_htons(0x0800)
+#define ETH_P_IPV6 bpf_htons(0x86dd)
 #define MAX_PROBES 4
 #define MAX_LOOPBACK 8 // addresses of lo, of each family, that are looked at
 #define IFF_UP 1
@@ -34,13 +38,12 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 enum mode {
 	MODE_PROBE = 1, // only those to probe addresses are redirected
 	MODE_NEW,	// as MODE_REDIRECT, and what goes direct is noted in weir_early
-	MODE_REDIRECT,	// those to the given ports are redirected
+	MODE_REDIRECT,	// those to weir_ports are redirected, but for those to weir_left
 };
 
 // What the loader sets.
 const volatile __u32 agent_pid;		   // thread-group id, in the first pid namespace
 const volatile __u64 max_age;		   // of the heartbeat, ns
-const volatile __u16 ports[MAX_PORTS];	   // redirected ones, host order; 0 ends the list
 const volatile __u32 probes[MAX_PROBES];   // IPv4, network order; 0 ends the list
 
 // The original destination of a redirected connection, and who made it.
@@ -55,7 +58,7 @@ struct origin {
 	__u64 cgroup; // id
 };
 
-// A client's end of a connection.
+// An end of a connection.
 struct endpoint {
 	__u64 netns; // cookie
 	__u32 ip6[4];
@@ -78,6 +81,17 @@ struct arrival {
 	__u32 parent; // another one in it; 0 for none
 };
 const struct arrival *unused_arrival __attribute__((unused)); // has bpf2go make the type
+
+// Reports what a client has said first to a destination that is not redirected.
+struct said {
+	__u64 netns; // cookie
+	__u32 ip6[4];
+	__u32 port; // host order
+	__u32 tgid;
+	__u32 length; // of data
+	char data[MAX_SAID];
+};
+const struct said *unused_said __attribute__((unused)); // has bpf2go make the type
 
 enum event_kind { EVENT_EXEC = 1, EVENT_EXIT, EVENT_GONE };
 
@@ -107,6 +121,41 @@ struct {
 	__type(key, __u32); // tgid
 	__type(value, __u32);
 } weir_tracked SEC(".maps");
+
+// Ports that are redirected, host order.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u16);
+	__type(value, __u8);
+} weir_ports SEC(".maps");
+
+// Destinations that are left alone, until when (ns): not redirected if it is at one
+// of weir_ports, not looked at elsewhere. 0 has it redirected, whatever its port.
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct endpoint);
+	__type(value, __u64);
+} weir_left SEC(".maps");
+
+// On a client's socket whose first words are to be reported.
+struct look {
+	struct endpoint to;
+	__u32 tgid;
+	__u32 pad;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct look);
+} weir_looked SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 18);
+} weir_said SEC(".maps");
 
 // Processes that connected directly while they were new: they may have read
 // their root certificates before weir's was there.
@@ -281,16 +330,47 @@ struct task_struct {
 
 // ---- connections ----
 
+static __always_inline int is_alive(void)
+{
+	__u32 zero = 0;
+	__u64 *beat = bpf_map_lookup_elem(&weir_heartbeat, &zero);
+
+	return beat && bpf_ktime_get_ns() - *beat <= max_age;
+}
+
 static __always_inline int is_wanted_port(__u16 port)
 {
-#pragma unroll
-	for (int i = 0; i < MAX_PORTS; i++) {
-		if (!ports[i])
-			return 0;
-		if (ports[i] == port)
-			return 1;
-	}
-	return 0;
+	return bpf_map_lookup_elem(&weir_ports, &port) != 0;
+}
+
+static __always_inline int is_left(struct endpoint *to)
+{
+	__u64 *until = bpf_map_lookup_elem(&weir_left, to);
+
+	return until && *until > bpf_ktime_get_ns();
+}
+
+static __always_inline int is_wanted(struct endpoint *to)
+{
+	__u64 *until = bpf_map_lookup_elem(&weir_left, to);
+
+	return until && !*until;
+}
+
+// look has what a client says first to a destination reported, if that isn't known
+// already.
+static __always_inline void look(struct bpf_sock *sk, struct endpoint *to, __u32 tgid)
+{
+	struct listener *l = bpf_map_lookup_elem(&weir_listeners, &to->netns);
+	struct look *on;
+
+	if (!l || !(l->port4 || l->port6) || !is_alive() || is_left(to))
+		return;
+	on = bpf_sk_storage_get(&weir_looked, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!on)
+		return;
+	on->to = *to;
+	on->tgid = tgid;
 }
 
 static __always_inline int is_probe(__u32 ip4)
@@ -303,14 +383,6 @@ static __always_inline int is_probe(__u32 ip4)
 			return 1;
 	}
 	return 0;
-}
-
-static __always_inline int is_alive(void)
-{
-	__u32 zero = 0;
-	__u64 *beat = bpf_map_lookup_elem(&weir_heartbeat, &zero);
-
-	return beat && bpf_ktime_get_ns() - *beat <= max_age;
 }
 
 // loopback_up says whether 127.0.0.1 or ::1 is there in a socket's network
@@ -400,16 +472,36 @@ static __always_inline int is_open(struct bpf_sock_addr *ctx, int v6, __u16 port
 static __always_inline __u16 redirect(struct bpf_sock_addr *ctx, __u32 tgid, __u32 mode, int v6, __u32 a, __u32 b, __u32 c, __u32 d)
 {
 	__u16 dport = bpf_ntohs((__u16)ctx->user_port), port;
+	struct endpoint to = {};
 	struct bpf_sock *sk = ctx->sk;
 	struct origin *o;
 	struct listener *l;
 	__u64 netns;
 
 	// A socket may be used again after a failed connect() or AF_UNSPEC.
-	if (sk)
+	if (sk) {
 		bpf_sk_storage_delete(&weir_dialled, sk);
-	if (!(dport == HTTPS && !v6 && is_probe(d)) && (mode == MODE_PROBE || !is_wanted_port(dport)))
-		return 0;
+		bpf_sk_storage_delete(&weir_looked, sk);
+	}
+	netns = bpf_get_netns_cookie(ctx);
+	if (!(dport == HTTPS && !v6 && is_probe(d))) {
+		if (mode == MODE_PROBE)
+			return 0;
+		to.netns = netns;
+		to.ip6[0] = a;
+		to.ip6[1] = b;
+		to.ip6[2] = c;
+		to.ip6[3] = d;
+		to.port = dport;
+		if (!is_wanted_port(dport) && !is_wanted(&to)) {
+			if (sk && ctx->protocol == IPPROTO_TCP && dport != DNS)
+				look(sk, &to, tgid);
+			return 0;
+		}
+		// What is new is not to connect anywhere before it is known how to treat it.
+		if (mode == MODE_REDIRECT && is_left(&to))
+			return 0;
+	}
 	if (!sk || ctx->protocol != IPPROTO_TCP || sk->bound_dev_if) { // loopback is another device
 		count(UNFIT);
 		return 0;
@@ -418,7 +510,6 @@ static __always_inline __u16 redirect(struct bpf_sock_addr *ctx, __u32 tgid, __u
 		count(STALE_BEAT);
 		return 0;
 	}
-	netns = bpf_get_netns_cookie(ctx);
 	l = bpf_map_lookup_elem(&weir_listeners, &netns);
 	if (!l) {
 		count(NO_LISTENER);
@@ -622,6 +713,70 @@ int weir_sockops(struct bpf_sock_ops *s)
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB: // the listener is not woken yet
 		return on_passive(s);
 	}
+	return 1;
+}
+
+// The packet leaves as it is, whatever happens here.
+SEC("cgroup_skb/egress")
+int weir_egress(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	__u32 at, length;
+	__u64 until;
+	struct look *on;
+	struct said *s;
+	__u8 b;
+
+	if (!sk)
+		return 1;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return 1;
+	on = bpf_sk_storage_get(&weir_looked, sk, 0, 0);
+	if (!on)
+		return 1;
+	if (skb->protocol == ETH_P_IP) {
+		if (bpf_skb_load_bytes(skb, 0, &b, 1))
+			return 1;
+		at = (b & 15) * 4;
+	} else if (skb->protocol == ETH_P_IPV6) {
+		at = 40;
+	} else {
+		return 1;
+	}
+	if (bpf_skb_load_bytes(skb, at + 12, &b, 1)) // the TCP header's length
+		return 1;
+	at += (b >> 4) * 4;
+	length = skb->len;
+	if (length <= at)
+		return 1; // it opens or acknowledges
+	length -= at;
+	s = bpf_ringbuf_reserve(&weir_said, sizeof(*s), 0);
+	if (!s)
+		goto done;
+	if (length > MAX_SAID)
+		length = MAX_SAID;
+	// The verifier is to see that it is neither 0 nor more.
+	length--;
+	asm volatile("" : "+r"(length));
+	length = (length & (MAX_SAID - 1)) + 1;
+	s->netns = on->to.netns;
+	s->ip6[0] = on->to.ip6[0];
+	s->ip6[1] = on->to.ip6[1];
+	s->ip6[2] = on->to.ip6[2];
+	s->ip6[3] = on->to.ip6[3];
+	s->port = on->to.port;
+	s->tgid = on->tgid;
+	s->length = length;
+	if (bpf_skb_load_bytes(skb, at, s->data, length)) {
+		bpf_ringbuf_discard(s, 0);
+		goto done;
+	}
+	bpf_ringbuf_submit(s, 0);
+	until = bpf_ktime_get_ns() + LOOK_AGAIN;
+	bpf_map_update_elem(&weir_left, &on->to, &until, BPF_ANY);
+done:
+	bpf_sk_storage_delete(&weir_looked, sk);
 	return 1;
 }
 

@@ -49,7 +49,7 @@ func (p *Proxy) Forward(ctx context.Context, e *upstream.Egress) http.Handler {
 		host := registry.Canonical(authority)
 		client, _, _ := net.SplitHostPort(c.Req.RemoteAddr)
 		key := client + " " + host
-		if _, known := p.opts.Hosts.Find(host); err != nil || !known || !p.opts.Leaves.Permits(name) || distrusts.Contains(key) {
+		if k, known := p.opts.Hosts.Find(host); err != nil || !known || k.Learned || !p.opts.Leaves.Permits(name) || distrusts.Contains(key) {
 			return tunnel, authority
 		}
 		target := upstream.Target{Host: upstream.ParseHost(host)}

@@ -28,7 +28,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2/expirable"
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/hashicorp/golang-lru/v2/expirable"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )
@@ -57,6 +58,15 @@ type Flow struct {
 	// shows to it, beside the usual. The error says why that can't be had.
 	// Nil means nothing.
 	Settings func(host registry.Known, name string) (upstream.Settings, error)
+	// Learn is told of a host that the client has connected to, and that is a
+	// registry, though not a known one. ownRoots says that only the client's runtime
+	// verifies it so. The error says why it isn't learned. Nil means that none is.
+	Learn func(host string, ownRoots bool) error
+	// Leave has further connections to Dst from the client's network not come here for
+	// that long: no registry is there. Want has them come, whatever its port: one is
+	// there, without TLS. They may be nil.
+	Leave func(long time.Duration)
+	Want  func()
 	// Accepted is told when the client has trusted weir's certificate. It may be
 	// nil.
 	Accepted func()
@@ -101,7 +111,8 @@ type Proxy struct {
 	changed sync.Cond     // when there are fewer
 	unknown unknowns
 	// unverifiable are registries of which the log has it.
-	unverifiable *lru.LRU[string, struct{}]
+	unverifiable *expirable.LRU[string, struct{}]
+	serving      *lru.Cache[place, struct{}] // where registries were seen
 	active       sync.WaitGroup
 }
 
@@ -112,6 +123,26 @@ type Stats struct {
 	Failed        int64 `json:"failed"`         // connections whose destination could not be reached
 	// Unverified are those of PassedThrough whose registry could not be verified.
 	Unverified int64 `json:"unverified"`
+}
+
+// place is an address in a network.
+type place struct {
+	network string
+	addr    netip.AddrPort
+}
+
+// maxServing bounds the addresses of registries that are remembered.
+const maxServing = 4096
+
+// leaveTime is how long an address is left alone where there was no registry: another
+// host may have the same one.
+const leaveTime = 10 * time.Minute
+
+// leave has connections to a destination not come here, unless there is a registry too.
+func (p *Proxy) leave(f Flow) {
+	if f.Leave != nil && !p.serving.Contains(place{f.Place, f.Dst}) {
+		f.Leave(leaveTime)
+	}
 }
 
 const (
@@ -141,8 +172,9 @@ const (
 
 // New returns a proxy. Close it.
 func New(o Options) *Proxy {
-	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), idle: idleTime, unknown: newUnknowns(), unverifiable: lru.NewLRU[string, struct{}](maxUnknown, nil, askAgain)}
+	p := &Proxy{opts: o, log: o.Log, splices: make(map[*splice]struct{}), idle: idleTime, unknown: newUnknowns(), unverifiable: expirable.NewLRU[string, struct{}](maxUnknown, nil, askAgain)}
 	p.changed.L = &p.mu
+	p.serving, _ = lru.New[place, struct{}](maxServing)
 	if p.log == nil {
 		p.log = slog.Default()
 	}
@@ -246,6 +278,7 @@ func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bo
 		return false
 	}
 	if len(o.greeting) > 0 {
+		p.leave(f)
 		p.pass(ctx, conn, f, o)
 		return false
 	}
@@ -253,6 +286,7 @@ func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bo
 		return p.interceptPlain(ctx, conn, f, o)
 	}
 	if o.protocol != tlsHello {
+		p.leave(f)
 		p.pass(ctx, conn, f, o)
 		return false
 	}
@@ -377,7 +411,13 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	if h.spelled != strings.ToLower(h.spelled) {
 		spelled = net.JoinHostPort(h.spelled, portOf(f.Dst))
 	}
+	if ok {
+		p.serving.Add(place{f.Place, f.Dst}, struct{}{})
+	}
 	switch {
+	case !ok && !h.http1:
+		p.leave(f)
+		return up, t, "not a known registry, and the client doesn't speak HTTP/1.1"
 	case !ok:
 		p.see(ctx, host, f)
 		return up, t, "not a known registry"
@@ -386,6 +426,9 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	case !p.opts.Leaves.Permits(name):
 		return up, t, "the CA may not speak for this host, or not at this time"
 	case f.Trusts == nil || !f.Trusts(known, spelled):
+		if host != known.Host { // by its domain alone
+			p.see(ctx, host, f)
+		}
 		return up, t, "the runtime isn't known to trust the CA"
 	}
 	var s upstream.Settings
@@ -454,6 +497,7 @@ func portOf(a netip.AddrPort) string {
 // client trusts anybody there. It has to be there, though. It returns false when
 // it isn't, and the connection is closed.
 func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) bool {
+	p.serving.Add(place{f.Place, f.Dst}, struct{}{})
 	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.Place, Client: f.Client}
 	if o.server != nil {
 		f.Egress.Keep(f.Dst, o.server)

@@ -3,10 +3,12 @@
 package proxy
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
+	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )
 
@@ -37,6 +40,8 @@ const (
 	askAgain = time.Hour
 	// askTimeout bounds that.
 	askTimeout = 15 * time.Second
+	// maxAsked bounds the networks that it is remembered for when a host was asked.
+	maxAsked = 64
 )
 
 type unknowns struct {
@@ -46,8 +51,17 @@ type unknowns struct {
 
 type unknownHost struct {
 	Unknown
-	asked time.Time
+	asked map[string]asked // by the client's network
 }
+
+// asked is when a host was asked, and whether it is no registry.
+type asked struct {
+	at   time.Time
+	none bool
+}
+
+// errSilent says that a host has not answered.
+var errSilent = errors.New("it gives no answer")
 
 func newUnknowns() unknowns { return unknowns{all: make(map[string]*unknownHost)} }
 
@@ -80,55 +94,101 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 		if len(p.unknown.all) >= maxUnknown {
 			return
 		}
-		u = &unknownHost{Unknown: Unknown{Host: host}}
+		u = &unknownHost{Unknown: Unknown{Host: host}, asked: make(map[string]asked)}
 		p.unknown.all[host] = u
 	}
 	u.Connections++
 	u.LastSeen = time.Now()
-	if time.Since(u.asked) < askAgain {
+	if last, ok := u.asked[f.Place]; ok && time.Since(last.at) < askAgain {
+		if last.none {
+			p.leave(f)
+		}
 		return
 	}
-	u.asked = u.LastSeen
+	if len(u.asked) >= maxAsked {
+		clear(u.asked)
+	}
+	u.asked[f.Place] = asked{at: u.LastSeen}
 	go func() {
-		is, err := speaksDistribution(ctx, host, f)
+		is, ownRoots, err := speaksDistribution(ctx, host, f)
+		none := !is && !errors.Is(err, errSilent)
+		if is {
+			p.serving.Add(place{f.Place, f.Dst}, struct{}{})
+			if f.Learn != nil {
+				err = f.Learn(host, ownRoots)
+			}
+		}
+		if none {
+			p.leave(f)
+		}
 		p.unknown.mu.Lock()
 		defer p.unknown.mu.Unlock()
 		was := u.Registry
+		u.asked[f.Place] = asked{u.LastSeen, none}
 		u.Registry, u.Problem = is, ""
 		if err != nil {
 			u.Problem = err.Error()
 		}
-		if is && !was {
-			p.log.Info("a registry that weir doesn't know is passed through; add it with --registry to have it cached", "registry", host)
+		if is && !was && (err != nil || f.Learn == nil) {
+			p.log.Info("a registry that weir doesn't know is passed through; add it with --registry to have it cached", "registry", host, "why", err)
 		}
 	}()
 }
 
+// Look takes what a client has said first to a destination that it is connected to
+// without weir, as much as is known of it, and finds out whether a registry is there.
+func (p *Proxy) Look(ctx context.Context, f Flow, said []byte) {
+	h := peek(bytes.NewReader(said))
+	switch {
+	case h.registry != "":
+		if f.Want != nil {
+			f.Want()
+		}
+	case h.protocol == tlsHello && h.http1:
+		name := h.host
+		if name == "" {
+			name = f.Dst.Addr().String()
+		}
+		host := upstream.ParseHost(net.JoinHostPort(name, portOf(f.Dst))).String()
+		if _, ok := p.opts.Hosts.Find(host); !ok {
+			p.see(ctx, host, f)
+		}
+	}
+}
+
 // speaksDistribution asks a host, the way that a client has just taken, whether
-// it is a registry: OCI distribution specification, "Determining support".
-func speaksDistribution(ctx context.Context, host string, f Flow) (bool, error) {
+// it is a registry: OCI distribution specification, "Determining support". ownRoots
+// says that the node can't verify it, and the client's runtime can.
+func speaksDistribution(ctx context.Context, host string, f Flow) (is, ownRoots bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	target := upstream.Target{Host: upstream.ParseHost(host), Addr: f.Dst}
-	if err := f.Egress.Verify(ctx, target); err != nil {
-		if upstream.Refused(err) {
-			return false, fmt.Errorf("its certificate can't be verified; if it is a registry, name its CA too: %w", err)
+	var s upstream.Settings
+	if f.Settings != nil {
+		if s, err = f.Settings(registry.Known{Host: host}, host); err != nil {
+			return false, false, fmt.Errorf("the runtime's settings for it can't be used: %w", err)
 		}
-		return false, errors.New("no connection")
+	}
+	target := upstream.Target{Host: upstream.ParseHost(host), Addr: f.Dst, Settings: s.WithoutRoots()}
+	err = f.Egress.Verify(ctx, target)
+	if err != nil && s.Roots != nil && upstream.Refused(err) {
+		ownRoots, target.Settings = true, s
+		err = f.Egress.Verify(ctx, target)
+	}
+	if err != nil {
+		if upstream.Refused(err) {
+			return false, false, fmt.Errorf("its certificate can't be verified; if it is a registry, name its CA too: %w", err)
+		}
+		return false, false, fmt.Errorf("no connection: %w", errSilent)
 	}
 	status, header, err := f.Egress.Base(ctx, target)
 	if err != nil {
-		return false, errors.New("no answer")
+		return false, false, errSilent
 	}
-	if strings.HasPrefix(header.Get("Docker-Distribution-Api-Version"), "registry/2.") {
-		return true, nil
-	}
+	is = strings.HasPrefix(header.Get("Docker-Distribution-Api-Version"), "registry/2.")
 	if status == http.StatusUnauthorized {
 		for _, c := range auth.ParseAuthHeader(header) {
-			if c.Scheme == auth.BearerAuth && c.Parameters["service"] != "" {
-				return true, nil
-			}
+			is = is || c.Scheme == auth.BearerAuth && c.Parameters["service"] != ""
 		}
 	}
-	return false, nil
+	return is, ownRoots, nil
 }

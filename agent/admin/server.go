@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"weir/agent/redirect"
+	"weir/agent/registries"
 	"weir/agent/runtimes"
 	"weir/bpf"
 	"weir/p2p"
@@ -44,7 +45,7 @@ type Options struct {
 		Pulls() []registry.Pull
 	}
 	Registries interface {
-		Waiting() []string
+		All() []registries.Registry
 	}
 	Proxy interface {
 		Stats() proxy.Stats
@@ -95,9 +96,10 @@ func (s *Server) Handler() http.Handler {
 	// It listens once it serves, and stops serving when it stops listening.
 	mux.HandleFunc("GET /readyz", ok)
 	for path, get := range map[string]func() any{
-		"status":  func() any { return s.Status() },
-		"pulls":   func() any { return append([]registry.Pull{}, s.o.Registry.Pulls()...) },
-		"cluster": func() any { return s.Cluster() },
+		"status":     func() any { return s.Status() },
+		"pulls":      func() any { return append([]registry.Pull{}, s.o.Registry.Pulls()...) },
+		"cluster":    func() any { return s.Cluster() },
+		"registries": func() any { return s.Registries() },
 	} {
 		mux.HandleFunc("GET /api/"+path, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", "application/json")

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"weir/agent/redirect"
+	"weir/agent/registries"
 	"weir/agent/runtimes"
 	"weir/bpf"
 	"weir/p2p"
@@ -25,9 +26,6 @@ type Status struct {
 	Runtimes   []runtimes.Status `json:"runtimes"`
 	Listeners  []redirect.Status `json:"listeners"`
 	Registries []registry.Stats  `json:"registries"`
-	// Waiting are registries that are passed through until the agent is
-	// restarted.
-	Waiting []string `json:"waiting,omitempty"`
 	// UnknownHosts were passed through because they aren't known to be
 	// registries; --registry makes one known.
 	UnknownHosts []proxy.Unknown `json:"unknown_hosts"`
@@ -47,7 +45,7 @@ func (s *Server) Status() Status {
 	st := Status{
 		Version: s.o.Version, PID: os.Getpid(), Started: s.started, Cgroup: s.o.Cgroup, DataDir: s.o.DataDir,
 		Runtimes: s.o.Runtimes.Status(), Listeners: s.o.Listeners.Status(),
-		Registries: s.o.Registry.Stats(), Waiting: s.o.Registries.Waiting(), UnknownHosts: s.o.Proxy.Unknowns(), Connections: s.o.Proxy.Stats(),
+		Registries: s.o.Registry.Stats(), UnknownHosts: s.o.Proxy.Unknowns(), Connections: s.o.Proxy.Stats(),
 		Store: s.o.Store.Stats(), Kernel: kernel,
 	}
 	if s.o.Peers != nil {
@@ -55,4 +53,28 @@ func (s *Server) Status() Status {
 		st.Peers = &p
 	}
 	return st
+}
+
+// Registry is what /api/registries shows of one.
+type Registry struct {
+	registries.Registry
+	// Runtimes are those that are intercepted for it, Of how many that run.
+	Runtimes int `json:"runtimes"`
+	Of       int `json:"of"`
+}
+
+// Registries returns the registries of the node.
+func (s *Server) Registries() []Registry {
+	rts := s.o.Runtimes.Status()
+	found := []Registry{}
+	for _, r := range s.o.Registries.All() {
+		n := 0
+		for _, rt := range rts {
+			if r.State != registries.StateForgotten && rt.Intercepts(r.Host) {
+				n++
+			}
+		}
+		found = append(found, Registry{r, n, len(rts)})
+	}
+	return found
 }

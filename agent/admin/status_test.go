@@ -50,7 +50,7 @@ func TestAPIDocument(t *testing.T) {
 	_, doc, _ := strings.Cut(string(b), "\n## ")
 	for section := range strings.SplitSeq(doc, "\n## ") {
 		path, text, _ := strings.Cut(section, "\n")
-		typ := map[string]reflect.Type{"/api/status": reflect.TypeFor[Status](), "/api/pulls": reflect.TypeFor[[]registry.Pull](), "/api/cluster": reflect.TypeFor[Cluster]()}[path]
+		typ := map[string]reflect.Type{"/api/status": reflect.TypeFor[Status](), "/api/pulls": reflect.TypeFor[[]registry.Pull](), "/api/cluster": reflect.TypeFor[Cluster](), "/api/registries": reflect.TypeFor[[]Registry]()}[path]
 		if typ == nil {
 			t.Errorf("%q is nothing that the agent answers", path)
 			continue

@@ -165,6 +165,18 @@ func (ls *Listeners) Arrived(n bpf.Arrival) {
 	}
 }
 
+// Find returns the listener of a network namespace by its cookie, nil if there is none.
+func (ls *Listeners) Find(cookie uint64) *Listener {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	for _, rl := range ls.open {
+		if rl.cookie == cookie {
+			return rl
+		}
+	}
+	return nil
+}
+
 // Enter opens the listener of the namespace that a process is in, if it isn't open,
 // and keeps it open until the process ends. The error is fs.ErrNotExist if it
 // has.

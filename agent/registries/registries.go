@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package registries has the registries that an operator has named beside the
-// well-known ones, by flags and by a file that is read again when it changes.
+// Package registries has the registries of a node beside the well-known ones: those
+// that an operator has named, by flags and by a file that is read again when it
+// changes, and those that were learned.
 package registries
 
 import (
@@ -11,9 +12,11 @@ import (
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -25,17 +28,19 @@ import (
 // changed.
 const fileInterval = 2 * time.Second
 
-// List are the registries that an operator has named, and what they are
-// verified with.
+// List are the registries of a node. [List.Load] and [List.OpenLearned] fill it.
 type List struct {
 	Hosts registry.Hosts
 	flags []string
 	file  string
 
+	content []byte // of the file, when it was last looked at
+
 	mu      sync.Mutex
 	pools   map[string]*x509.CertPool
-	content []byte   // of the file, when it was last looked at
-	missing []string // the CA may not speak for them
+	named   []string
+	added   map[string]time.Time // while the agent runs, and when
+	learned learned
 }
 
 // Load reads the flags and the file.
@@ -84,11 +89,14 @@ func (rs *List) set(content []byte) error {
 		return fmt.Errorf("%s: %w", rs.file, err)
 	}
 	rs.mu.Lock()
-	rs.pools = pools
-	rs.mu.Unlock()
-	rs.Hosts.Set(hosts...)
+	defer rs.mu.Unlock()
+	rs.pools, rs.named = pools, hosts
+	rs.update()
 	return nil
 }
+
+// update makes known what is in the lists. The caller holds rs.mu.
+func (rs *List) update() { rs.Hosts.Set(rs.named, rs.learned.hosts(StateLearned)) }
 
 // parseRegistry reads HOST[:PORT][=FILE.pem].
 func parseRegistry(where, spec string) (host string, pool *x509.CertPool, err error) {
@@ -120,9 +128,14 @@ func (rs *List) Roots(host string) *x509.CertPool {
 	return rs.pools[host]
 }
 
-// Names are the names of all registries that are known.
+// Names are the names that the CA has to speak for: of all registries that are known.
 func (rs *List) Names() (names []string) {
 	for _, k := range rs.Hosts.All() {
+		if k.Learned {
+			if by, _ := rs.Hosts.Find(k.Host); !by.Learned {
+				continue // it is one already by its domain
+			}
+		}
 		names = append(names, k.Host)
 	}
 	return names
@@ -140,9 +153,42 @@ func (rs *List) Directories() (names []string) {
 	return names
 }
 
-// Watch reads the file again whenever it has changed, until ctx is done. permits
-// is as in reload.
-func (rs *List) Watch(ctx context.Context, permits func(host string) bool, log *slog.Logger) {
+// Ports are those that registries are at.
+func (rs *List) Ports() (ports []uint16) {
+	for _, k := range rs.Hosts.All() {
+		if _, port, err := net.SplitHostPort(k.Host); err == nil {
+			if n, err := strconv.ParseUint(port, 10, 16); err == nil && n > 0 && !slices.Contains(ports, uint16(n)) {
+				ports = append(ports, uint16(n))
+			}
+		}
+	}
+	return ports
+}
+
+// recently is for how long a registry has been added just now: longer than most
+// pulls take.
+const recently = 10 * time.Minute
+
+// Recent are the registries that were added just now.
+func (rs *List) Recent() (hosts []string) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	for host, at := range rs.added {
+		if time.Since(at) < recently {
+			hosts = append(hosts, host)
+		}
+	}
+	for _, r := range rs.learned.all {
+		if since := time.Since(r.At); r.State == StateLearned && since >= 0 && since < recently {
+			hosts = append(hosts, r.Host)
+		}
+	}
+	return hosts
+}
+
+// Watch reads the file again whenever it has changed, until ctx is done. changed is
+// told then, and of the registries that were added.
+func (rs *List) Watch(ctx context.Context, changed func(added ...string), log *slog.Logger) {
 	if rs.file == "" {
 		return
 	}
@@ -151,48 +197,40 @@ func (rs *List) Watch(ctx context.Context, permits func(host string) bool, log *
 	for {
 		select {
 		case <-t.C:
-			rs.reload(permits, log)
+			rs.reload(changed, log)
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// reload reads the file again if it has changed. permits says for which hosts
-// the CA may speak: others have to wait until the agent starts anew, when the
-// CA's certificate is made anew.
-func (rs *List) reload(permits func(host string) bool, log *slog.Logger) {
+// reload reads the file again if it has changed.
+func (rs *List) reload(changed func(added ...string), log *slog.Logger) {
 	content, err := os.ReadFile(rs.file)
 	if err != nil || bytes.Equal(content, rs.content) {
 		return // between two versions of it, maybe
 	}
 	rs.content = content
+	before := rs.Hosts.All()
 	if err := rs.set(content); err != nil {
 		log.Error("--registry-file has an error; the registries stay as they were", "err", err)
 		return
 	}
-	var missing []string
+	var added []string
 	for _, k := range rs.Hosts.All() {
-		name := k.Host
-		if h, _, err := net.SplitHostPort(name); err == nil {
-			name = h
-		}
-		if !permits(name) {
-			missing = append(missing, k.Host)
+		if !slices.Contains(before, k) {
+			added = append(added, k.Host)
 		}
 	}
 	rs.mu.Lock()
-	rs.missing = missing
+	if rs.added == nil {
+		rs.added = make(map[string]time.Time)
+	}
+	maps.DeleteFunc(rs.added, func(_ string, at time.Time) bool { return time.Since(at) > recently })
+	for _, host := range added {
+		rs.added[host] = time.Now()
+	}
 	rs.mu.Unlock()
-	log.Info("read --registry-file again", "file", rs.file)
-	if len(missing) > 0 {
-		log.Warn("registries are passed through until the agent is restarted: its CA was made without them", "registries", missing)
-	}
-}
-
-// Waiting are the registries that need a restart of the agent.
-func (rs *List) Waiting() []string {
-	rs.mu.Lock()
-	defer rs.mu.Unlock()
-	return slices.Clone(rs.missing)
+	log.Info("read --registry-file again", "file", rs.file, "added", added)
+	changed(added...)
 }

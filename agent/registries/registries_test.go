@@ -51,21 +51,27 @@ func TestRegistries(t *testing.T) {
 		}
 	}
 	known("plain.test own.test:5000 listed.a.test")
-	// A changed file counts at once, as far as the CA may speak.
+	// A changed file counts at once.
+	var told []string
+	changed := func(added ...string) { told = added }
 	write("new.a.test\nelse.test\n")
-	rs.reload(func(host string) bool {
-		return ca.Permits(host) || host == "plain.test" || host == "own.test" || slices.ContainsFunc(registry.WellKnown, func(k registry.Known) bool { return k.Host == host })
-	}, slog.Default())
+	rs.reload(changed, slog.New(slog.DiscardHandler))
 	known("plain.test own.test:5000 new.a.test else.test")
-	if got := rs.Waiting(); len(got) != 1 || got[0] != "else.test" {
-		t.Errorf("%q wait for a restart", got)
+	recent := rs.Recent()
+	slices.Sort(recent)
+	if !slices.Equal(told, []string{"new.a.test", "else.test"}) || !slices.Equal(recent, []string{"else.test", "new.a.test"}) {
+		t.Errorf("%q were told, %q are recent", told, recent)
 	}
 	// One that makes no sense doesn't.
+	told = nil
 	write("a/b\n")
-	rs.reload(ca.Permits, slog.Default())
+	rs.reload(changed, slog.New(slog.DiscardHandler))
 	os.Remove(file)
-	rs.reload(ca.Permits, slog.Default())
+	rs.reload(changed, slog.New(slog.DiscardHandler))
 	known("plain.test own.test:5000 new.a.test else.test")
+	if told != nil {
+		t.Errorf("%q were told", told)
+	}
 
 	empty := filepath.Join(dir, "empty.pem")
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {

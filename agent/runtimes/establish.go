@@ -37,8 +37,10 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 	defer root.Close()
 
 	host := rs.o.Lasting[root.ID()]
+	uid, uerr := procfs.User(rt.PID)
 	rt.mu.Lock()
 	rt.program = programOf(rt.PID, host)
+	rt.onNode = host != "" && uerr == nil && uid == 0
 	rt.mu.Unlock()
 	if flag := ownRoots(rt.kind, procfs.Strings(rt.PID, "cmdline")); flag != "" {
 		rs.passThrough(rt, flag+" on its command line names all the roots that it trusts", "nothing to do: without "+flag+" it is intercepted")
@@ -48,20 +50,24 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 		rs.passThrough(rt, "its root file system is an image's that is being made: the CA would come to be in that", "nothing to do")
 		return
 	}
+	generation := rs.o.CA.Generation() // or a later one
 	res := rs.install(rt, root)
 	rs.record(host, res)
 	system, finds := res.System, basis{file: res.File}
 	if system == nil {
 		finds.id, system = rs.o.CA.Holds(root, res.File)
 	}
+	rt.mu.Lock()
+	rt.installed = system == nil
+	rt.mu.Unlock()
 	if system == nil && host != "" {
-		rs.state.installed(host, len(res.Files) > 0)
+		rs.state.installed(host, res, generation)
 	}
 
 	why := "it was running before the CA was installed, and has read its roots"
 	if system == nil {
 		switch {
-		case seeded && rs.state.remembers(rt) == rememberedRefusal:
+		case seeded && rs.state.refusedBefore(rt):
 			rs.passThrough(rt, "it refused weir's certificate before the agent's own restart", rt.restartStep())
 			return
 		case !seeded && rs.o.Kernel.Early(rt.PID):
@@ -71,17 +77,20 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 		case !seeded:
 			// No connection of its has left unseen, so it can't have
 			// verified anything yet, and will find the CA when it does.
-			rs.intercept(rt, trustByStart, finds)
+			rs.intercept(rt, trustByStart, finds, generation)
 			if !rs.o.Kernel.Early(rt.PID) { // between the question and the answer
 				return
 			}
 			why = "it connected somewhere before the CA was installed"
-		case seeded && host != "" && rs.state.installedBefore(host, rt.Start):
-			rs.intercept(rt, trustByStart, finds)
-			return
-		case seeded && rs.state.remembers(rt) == rememberedSystem:
-			rs.intercept(rt, trustRemembered, basis{})
-			return
+		case seeded:
+			if before := rs.state.installedBefore(host, rt.Start); before > 0 {
+				rs.intercept(rt, trustByStart, finds, before)
+				return
+			}
+			if known := rs.state.remembers(rt); known > 0 {
+				rs.intercept(rt, trustRemembered, basis{}, known)
+				return
+			}
 		}
 	}
 	rs.prove(rt, root, host, system, why)
@@ -120,6 +129,7 @@ func (rs *Runtimes) install(rt *Runtime, root *trust.Root) trust.Result {
 	// Maybe it is the node's own directory, as an ordinary user sees it: that
 	// one gets the CA, though not on this user's account.
 	usual, _ := trust.SystemPlaces(nil)
+	generation := rs.o.CA.Generation()
 	for _, name := range rs.o.Lasting {
 		r, err := trust.OpenRootDir(name)
 		if err != nil {
@@ -129,7 +139,7 @@ func (rs *Runtimes) install(rt *Runtime, root *trust.Root) trust.Result {
 			node := rs.o.CA.Install(r, usual, nil)
 			rs.record(name, node)
 			if node.System == nil {
-				rs.state.installed(name, len(node.Files) > 0)
+				rs.state.installed(name, node, generation)
 			}
 		}
 		r.Close()
@@ -163,15 +173,27 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 	rs.passThrough(rt, "it is being asked whether it trusts the CA", "wait a moment")
 	var perr error
 	if system == nil {
-		if perr = rs.probe(rt, probeSystem); perr == nil {
-			rs.intercept(rt, trustBySystem, basis{})
-			return
+		present, oldest := rs.o.CA.Generation(), rs.o.CA.Oldest()
+		for _, generation := range slices.Compact([]uint64{present, oldest}) {
+			if perr = rs.probe(rt, probeSystem, 0, generation); perr == nil {
+				rs.intercept(rt, trustBySystem, basis{}, generation)
+				return
+			}
+			if !errors.Is(perr, errDistrusts) {
+				break
+			}
 		}
 	}
 	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
-		if certsD, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
-			if !fresh || rs.quiet(rt) {
-				rs.intercept(rt, trustByCertsD, basis{certsD: certsD})
+		if certsD, dir, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
+			if fresh {
+				rs.passThrough(rt, "it trusts the CA in the pulls that begin now; the others are waited for", "wait until it has no connection to a registry for a moment, or "+rt.restartStep())
+			}
+			for _, host := range rs.o.Recent() {
+				rs.freshen(rt, host)
+			}
+			if !fresh || rs.quiet(rt, rs.o.Ports) {
+				rs.intercept(rt, trustByCertsD, basis{certsD: certsD, dir: dir}, 0)
 			}
 			return
 		} else if perr == nil || !errors.Is(err, errDistrusts) {
@@ -191,10 +213,10 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 // proveCertsD tries the directories that the runtime reads at each pull, one
 // after the other, and leaves the CA only in the one that it does read. fresh
 // says that it wasn't there before.
-func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (certsD *trust.CertsD, fresh bool, err error) {
+func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (certsD *trust.CertsD, read string, fresh bool, err error) {
 	// Its configuration says where: only root's may say where root writes.
 	if uid, err := procfs.User(rt.PID); err != nil || uid != 0 {
-		return nil, false, errors.Join(errors.New("its certs.d is not root's"), err)
+		return nil, "", false, errors.Join(errors.New("its certs.d is not root's"), err)
 	}
 	var last error
 	dirs := certsDOf(rt, root)
@@ -207,9 +229,9 @@ func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (cer
 			last = fmt.Errorf("%s: %w", dir, coverage[probeCertsD.String()])
 			continue
 		}
-		err := rs.probe(rt, probeCertsD)
+		err := rs.probe(rt, probeCertsD, 0, 0)
 		if err == nil {
-			return rt.lookup(root, dir, dirs), len(res.Files) > 0, nil
+			return rt.lookup(root, dir, dirs), dir, len(res.Files) > 0, nil
 		}
 		last = err
 		made := slices.DeleteFunc(rs.o.Ledger.Made(host), func(m trust.Made) bool { return m.Path != dir && !strings.HasPrefix(m.Path, dir+"/") })
@@ -217,7 +239,7 @@ func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (cer
 			rs.o.Log.Warn("taking the CA out again", "dir", dir, "err", err)
 		}
 	}
-	return nil, false, last
+	return nil, "", false, last
 }
 
 // quietTime is how long a runtime has to have no connection to a registry before
@@ -228,8 +250,7 @@ const quietTime = 5 * time.Second
 // quiet waits until no pull runs that began before the CA was there for it: a
 // pull reads certs.d when it begins, and makes connections until it ends. It
 // returns false when the runtime has ended.
-func (rs *Runtimes) quiet(rt *Runtime) bool {
-	rs.passThrough(rt, "it trusts the CA in the pulls that begin now; the others are waited for", "wait until it has no connection to a registry for a moment, or "+rt.restartStep())
+func (rs *Runtimes) quiet(rt *Runtime, ports []uint16) bool {
 	t := time.NewTicker(quietTime / 10)
 	defer t.Stop()
 	for since := time.Now(); time.Since(since) < quietTime; {
@@ -238,7 +259,7 @@ func (rs *Runtimes) quiet(rt *Runtime) bool {
 			return false
 		case <-t.C:
 		}
-		if n, err := procfs.Connections(rt.PID, rs.o.Ports); n > 0 || err != nil {
+		if n, err := procfs.Connections(rt.PID, ports); n > 0 || err != nil {
 			since = time.Now()
 		}
 	}

@@ -19,7 +19,7 @@ import (
 // certificate, and learns from its reaction whether it trusts the CA.
 func (rs *Runtimes) AnswerProbe(conn *net.TCPConn, pid int, addr netip.Addr) {
 	defer conn.Close()
-	leaf, err := rs.o.CA.Leaf(addr.String())
+	leaf, err := rs.probeLeaf(pid, addr)
 	if err != nil {
 		rs.o.Log.Error("no certificate for a probe address", "addr", addr, "err", err)
 		return
@@ -108,17 +108,40 @@ var (
 	errNoProbe   = errors.New("it did not come to the probe address")
 )
 
+// probe is a pull from a probe address that a runtime was asked for.
+type probe struct {
+	leaf    *tls.Certificate
+	verdict chan error
+}
+
+// probeLeaf returns what is shown to a process at a probe address.
+func (rs *Runtimes) probeLeaf(pid int, addr netip.Addr) (*tls.Certificate, error) {
+	if rt := rs.Find(pid); rt != nil {
+		rt.mu.Lock()
+		defer rt.mu.Unlock()
+		if p, ok := rt.probes[addr]; ok {
+			return p.leaf, nil
+		}
+	}
+	return rs.o.CA.Leaf(addr.String())
+}
+
 // probe makes a runtime pull from a probe address. It returns nil when the
-// runtime trusted the certificate that it was shown there, [errDistrusts] when
+// runtime trusted the certificate that it was shown there, which is for the names
+// that the CA has from after to upTo, see [trust.CA.ProbeLeaf]; [errDistrusts] when
 // it did not, and another error when it could not be found out.
-func (rs *Runtimes) probe(rt *Runtime, addr netip.Addr) error {
+func (rs *Runtimes) probe(rt *Runtime, addr netip.Addr, after, upTo uint64) error {
+	leaf, err := rs.o.CA.ProbeLeaf(addr, after, upTo)
+	if err != nil {
+		return err
+	}
 	verdict := make(chan error, 1)
 	rt.mu.Lock()
-	rt.verdicts[addr] = verdict
+	rt.probes[addr] = &probe{leaf, verdict}
 	rt.mu.Unlock()
 	defer func() {
 		rt.mu.Lock()
-		delete(rt.verdicts, addr)
+		delete(rt.probes, addr)
 		rt.mu.Unlock()
 	}()
 	image := addr.String() + "/weir/probe:" + strings.ToLower(rand.Text()[:12])
@@ -161,9 +184,9 @@ func (rs *Runtimes) probed(pid int, addr netip.Addr, err error) {
 	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	if ch, ok := rt.verdicts[addr]; ok {
+	if p, ok := rt.probes[addr]; ok {
 		select {
-		case ch <- err:
+		case p.verdict <- err:
 		default:
 		}
 	}

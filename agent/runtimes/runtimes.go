@@ -41,21 +41,30 @@ type Runtime struct {
 	// files bounds what looks at its files.
 	files fileAccess
 
-	mu       sync.Mutex
-	reach    string
-	how      string
-	basis    basis
-	program  program // when it is settled
-	reason   string
-	step     string
-	verdicts map[netip.Addr]chan error // of the probes under way
-	misled   map[string]time.Time      // when a pull of it was last seen to be led to a host without the CA
+	mu     sync.Mutex
+	onNode bool // it is root's, in a root file system of the node
+	// installed says that the CA is where it reads the system's roots.
+	installed bool
+	reach     string
+	how       string
+	basis     basis
+	// generation is that of the CA's certificate which it has read among its roots, or
+	// will read, or an earlier one; 0 if it trusts the CA by a certs.d.
+	generation uint64
+	asked      uint64  // the last generation that it was asked to prove it trusts
+	program    program // when it is settled
+	reason     string
+	step       string
+	probes     map[netip.Addr]*probe // under way
+	misled     map[string]time.Time  // when a pull of it was last seen to be led to a host without the CA
+	fresh      map[string]bool       // a pull may be running that began before the host's directory in the certs.d was made
 }
 
 // basis is what a runtime's trust in the CA rests on. The zero value is its
 // memory.
 type basis struct {
 	certsD *trust.CertsD // that alone
+	dir    string        // where the CA was put for that
 	// file is among the roots that it reads when it first verifies a
 	// certificate, which may not have been yet.
 	file string
@@ -71,8 +80,9 @@ type Options struct {
 	Ledger    *trust.Ledger
 	// Lasting are the root file systems that outlive their runtimes.
 	Lasting map[trust.RootID]string
-	// Registries are the hosts that get a directory in a certs.d.
-	Registries func() []string
+	// Registries are the hosts that get a directory in a certs.d, and Recent those
+	// that were learned just now: pulls may be running that began before.
+	Registries, Recent func() []string
 	// Ports are those that registries listen on.
 	Ports []uint16
 	// RunDir keeps what is known of runtimes until the next boot.
@@ -128,7 +138,7 @@ type Runtimes struct {
 // New makes a set without a runtime. What it starts in the background
 // ends with ctx.
 func New(ctx context.Context, o Options) *Runtimes {
-	return &Runtimes{o: o, ctx: ctx, state: openState(o.RunDir, o.CA.Fingerprint(), o.Log),
+	return &Runtimes{o: o, ctx: ctx, state: openState(o.RunDir, o.CA.ID(), o.Log),
 		all: make(map[int]*Runtime), suspended: make(map[string]map[int]struct{}),
 		establishing: semaphore.NewWeighted(maxEstablishing), reading: semaphore.NewWeighted(maxEstablishing),
 		logged: lru.NewLRU[[2]string, struct{}](256, nil, time.Hour)}
@@ -201,7 +211,7 @@ func (rs *Runtimes) Started(ev bpf.Event) {
 // add adds a process. The caller holds rs.mu.
 func (rs *Runtimes) add(p procfs.Process, k *kind, execed time.Duration, seeded bool) *Runtime {
 	rt := &Runtime{Process: p, kind: k, execed: execed, reach: ReachStarting,
-		settled: make(chan struct{}), verdicts: make(map[netip.Addr]chan error)}
+		settled: make(chan struct{}), probes: make(map[netip.Addr]*probe), fresh: make(map[string]bool)}
 	rt.netns, _ = procfs.Netns(p.PID)
 	rt.ctx, rt.cancel = context.WithCancel(rs.ctx)
 	if old, ok := rs.all[p.PID]; ok {
@@ -218,7 +228,11 @@ func (rs *Runtimes) add(p procfs.Process, k *kind, execed time.Duration, seeded 
 			return
 		}
 		defer rs.establishing.Release(1)
+		began := rs.o.CA.Generation()
 		rs.establish(rt, seeded)
+		if rs.o.CA.Generation() != began {
+			rs.refresh(rt)
+		}
 	})
 	if k.contentStore {
 		rs.wg.Go(func() { rs.shareContent(rt) })
@@ -329,11 +343,20 @@ func (rt *Runtime) String() string { return fmt.Sprintf("%s (pid %d)", rt.kind.n
 
 func (rt *Runtime) settle() { rt.once.Do(func() { close(rt.settled) }) }
 
-// intercept makes a runtime one whose connections are intercepted.
-func (rs *Runtimes) intercept(rt *Runtime, how string, rests basis) {
+// OnNode says whether a runtime is root's and has a root file system of the node:
+// what it trusts is what the node's operator trusts.
+func (rt *Runtime) OnNode() bool {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	return rt.onNode
+}
+
+// intercept makes a runtime one whose connections are intercepted. It trusts the CA
+// for the names of a generation, or by a certs.d.
+func (rs *Runtimes) intercept(rt *Runtime, how string, rests basis, generation uint64) {
 	rt.mu.Lock()
 	rt.reach, rt.how, rt.reason, rt.step = ReachIntercepted, how, "", ""
-	rt.basis = rests
+	rt.basis, rt.generation = rests, generation
 	rt.mu.Unlock()
 	rs.mu.Lock()
 	rs.setMode(rt)

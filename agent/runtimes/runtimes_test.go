@@ -61,13 +61,13 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 		t.Fatal("the kernel side didn't forget it")
 	}
 	// Before the event of its end is read, and after.
-	rs.intercept(rt, trustByStart, basis{})
+	rs.intercept(rt, trustByStart, basis{}, 1)
 	if m, ok := k.Mode(pid); ok {
 		t.Errorf("it is still tracked, as %d", m)
 	}
 	rs.Ended(pid)
-	rs.intercept(rt, trustByStart, basis{})
-	if rs.state.remembers(rt) != rememberedNothing {
+	rs.intercept(rt, trustByStart, basis{}, 1)
+	if rs.state.remembers(rt) != 0 {
 		t.Error("it is remembered")
 	}
 }

@@ -14,7 +14,17 @@ import (
 	"time"
 
 	"weir/agent/procfs"
+	"weir/agent/trust"
 )
+
+// maxInstalled bounds what is remembered of a root file system.
+const maxInstalled = 1000
+
+// installation is when a generation of the CA's certificate was put somewhere.
+type installation struct {
+	Generation uint64        `json:"generation"`
+	At         time.Duration `json:"at"` // after boot
+}
 
 // stateFile remembers over a restart of the agent what is true for this boot of
 // the machine: since when the CA is installed on the host, and which runtimes
@@ -29,12 +39,12 @@ type stateFile struct {
 }
 
 type state struct {
-	Boot        string `json:"boot"`        // the boot that the rest is about
-	Certificate string `json:"certificate"` // fingerprint of the CA's
-	// Installed is when, after boot, the CA was last put into a lasting root
-	// file system.
-	Installed map[string]time.Duration `json:"installed"`
-	Runtimes  []rememberedTrust        `json:"runtimes"`
+	Boot string `json:"boot"` // the boot that the rest is about
+	CA   string `json:"ca"`   // which CA it is about
+	// Installed is when the CA was put into a lasting root file system where it was
+	// not, and then its next generations in the place of the one before.
+	Installed map[string][]installation `json:"installations"`
+	Runtimes  []rememberedTrust         `json:"trust"`
 	// Refusals are the last maxRefusals, the oldest first.
 	Refusals []refusal `json:"refusals,omitempty"`
 }
@@ -51,73 +61,73 @@ type refusal struct {
 type rememberedTrust struct {
 	PID   int           `json:"pid"`
 	Start time.Duration `json:"start"`
-	// Refused says that it did not trust the CA although it should have.
-	Refused bool `json:"refused,omitempty"`
+	// Generation is what it was seen to trust. 0 says that it did not trust the
+	// CA although it should have.
+	Generation uint64 `json:"generation"`
 }
 
-type remembered int
-
-const (
-	rememberedNothing remembered = iota
-	rememberedSystem
-	rememberedRefusal
-)
-
-// openState reads the file; what is of another boot or certificate is void.
-func openState(dir, certificate string, log *slog.Logger) *stateFile {
+// openState reads the file; what is of another boot or CA is void.
+func openState(dir, ca string, log *slog.Logger) *stateFile {
 	f := &stateFile{path: filepath.Join(dir, "state.json"), log: log}
-	want := state{Boot: procfs.BootID(), Certificate: certificate}
+	want := state{Boot: procfs.BootID(), CA: ca}
 	b, err := os.ReadFile(f.path)
-	if err != nil || json.Unmarshal(b, &f.s) != nil || f.s.Boot != want.Boot || f.s.Certificate != want.Certificate {
+	if err != nil || json.Unmarshal(b, &f.s) != nil || f.s.Boot != want.Boot || f.s.CA != want.CA {
 		f.s = want
 	}
 	return f
 }
 
-// installed notes that the CA is in a root file system, and whether it was put
-// there just now.
-func (f *stateFile) installed(root string, now bool) {
+// installed notes that the CA is in a root file system, where a generation of its
+// certificate, or a later one, was to be put.
+func (f *stateFile) installed(root string, res trust.Result, generation uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if _, known := f.s.Installed[root]; known && !now {
+	all := f.s.Installed[root]
+	switch {
+	case len(res.Files) == 0 && len(all) > 0 && all[len(all)-1].Generation >= generation:
 		return
+	case len(res.Files) > 0 && !res.Superseded:
+		all = nil // it had been removed
 	}
 	if f.s.Installed == nil {
-		f.s.Installed = make(map[string]time.Duration)
+		f.s.Installed = make(map[string][]installation)
 	}
-	f.s.Installed[root] = procfs.SinceBoot()
+	all = append(all, installation{generation, procfs.SinceBoot()})
+	f.s.Installed[root] = all[max(0, len(all)-maxInstalled):]
 	f.save()
 }
 
-// installedBefore says whether the CA was in a root file system before a
-// process started.
-func (f *stateFile) installedBefore(root string, start time.Duration) bool {
+// installedBefore returns the generation that was in a root file system before a
+// process started, 0 if none was.
+func (f *stateFile) installedBefore(root string, start time.Duration) (generation uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	at, known := f.s.Installed[root]
-	return known && at < start
+	for _, i := range f.s.Installed[root] {
+		if i.At < start {
+			generation = i.Generation
+		}
+	}
+	return generation
 }
 
-// remember notes that a runtime trusts the CA through its roots, which it keeps
-// for life.
+// remember notes what a runtime trusts through its roots, which it keeps for life.
 func (f *stateFile) remember(rt *Runtime) {
 	rt.mu.Lock()
-	certsD := rt.basis.certsD != nil
+	generation := rt.generation
 	rt.mu.Unlock()
-	if certsD {
-		return // proven again, at no cost
+	if generation > 0 { // else it is proven again, at no cost
+		f.note(rt, generation)
 	}
-	f.note(rt, false)
 }
 
 // refused notes that a runtime must not be tried again.
-func (f *stateFile) refused(rt *Runtime) { f.note(rt, true) }
+func (f *stateFile) refused(rt *Runtime) { f.note(rt, 0) }
 
-func (f *stateFile) note(rt *Runtime, refused bool) {
+func (f *stateFile) note(rt *Runtime, generation uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.drop(rt.PID)
-	f.s.Runtimes = append(f.s.Runtimes, rememberedTrust{rt.PID, rt.Start, refused})
+	f.s.Runtimes = append(f.s.Runtimes, rememberedTrust{rt.PID, rt.Start, generation})
 	f.save()
 }
 
@@ -139,18 +149,27 @@ func (f *stateFile) drop(pid int) bool {
 	return false
 }
 
-func (f *stateFile) remembers(rt *Runtime) remembered {
+// remembers returns the generation that a runtime was seen to trust, 0 for none.
+func (f *stateFile) remembers(rt *Runtime) uint64 {
+	r, _ := f.remembered(rt)
+	return r.Generation
+}
+
+// refusedBefore says whether a runtime must not be tried again.
+func (f *stateFile) refusedBefore(rt *Runtime) bool {
+	r, ok := f.remembered(rt)
+	return ok && r.Generation == 0
+}
+
+func (f *stateFile) remembered(rt *Runtime) (rememberedTrust, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, r := range f.s.Runtimes {
 		if r.PID == rt.PID && r.Start == rt.Start {
-			if r.Refused {
-				return rememberedRefusal
-			}
-			return rememberedSystem
+			return r, true
 		}
 	}
-	return rememberedNothing
+	return rememberedTrust{}, false
 }
 
 // save writes the file. The caller holds f.mu.

@@ -11,46 +11,59 @@ import (
 	"time"
 
 	"weir/agent/procfs"
+	"weir/agent/trust"
 )
 
 func TestState(t *testing.T) {
 	dir := t.TempDir()
 	log := slog.New(slog.DiscardHandler)
 	s := openState(dir, "cert1", log)
-	rt := &Runtime{Process: procfs.Process{PID: 7, Start: 5 * time.Second}}
-	if s.installedBefore("/", time.Hour) || s.remembers(rt) != rememberedNothing {
+	rt := &Runtime{Process: procfs.Process{PID: 7, Start: 5 * time.Second}, generation: 3}
+	if s.installedBefore("/", time.Hour) != 0 || s.remembers(rt) != 0 || s.refusedBefore(rt) {
 		t.Error("something out of nothing")
 	}
-	s.installed("/", false)
+	s.installed("/", trust.Result{}, 2)
 	s.remember(rt)
 
 	s = openState(dir, "cert1", log)
-	if !s.installedBefore("/", procfs.SinceBoot()+time.Second) || s.installedBefore("/", 0) || s.installedBefore("/other", time.Hour*1e6) {
+	if s.installedBefore("/", procfs.SinceBoot()+time.Second) != 2 || s.installedBefore("/", 0) != 0 || s.installedBefore("/other", time.Hour*1e6) != 0 {
 		t.Error("when it was installed is lost")
 	}
-	if s.remembers(rt) != rememberedSystem {
+	// The next generation in its place: who started between the two has the first.
+	between := procfs.SinceBoot()
+	s.installed("/", trust.Result{}, 2)
+	s.installed("/", trust.Result{Files: []string{"x"}, Superseded: true}, 3)
+	if s.installedBefore("/", between) != 2 || s.installedBefore("/", time.Hour*1e6) != 3 {
+		t.Errorf("%+v", s.s.Installed)
+	}
+	// It was gone, and made anew.
+	s.installed("/", trust.Result{Files: []string{"x"}}, 3)
+	if s.installedBefore("/", between) != 0 || s.installedBefore("/", time.Hour*1e6) != 3 {
+		t.Errorf("%+v", s.s.Installed)
+	}
+	if s.remembers(rt) != 3 || s.refusedBefore(rt) {
 		t.Error("a runtime is forgotten")
 	}
-	if s.remembers(&Runtime{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != rememberedNothing {
+	if s.remembers(&Runtime{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != 0 {
 		t.Error("a later process with the same pid is taken for the earlier one")
 	}
 	s.refused(rt)
 	s = openState(dir, "cert1", log)
-	if s.remembers(rt) != rememberedRefusal {
+	if s.remembers(rt) != 0 || !s.refusedBefore(rt) {
 		t.Error("a refusal is forgotten")
 	}
 	s.forget(7)
-	if openState(dir, "cert1", log).remembers(rt) != rememberedNothing {
+	if openState(dir, "cert1", log).remembers(rt) != 0 {
 		t.Error("a process that has ended is remembered")
 	}
 	s.remember(rt)
-	if openState(dir, "cert2", log).remembers(rt) != rememberedNothing {
+	if openState(dir, "cert2", log).remembers(rt) != 0 {
 		t.Error("trust in another certificate counts")
 	}
 	if err := os.WriteFile(filepath.Join(dir, "state.json"), []byte("{half"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if openState(dir, "cert1", log).installedBefore("/", time.Hour*1e6) {
+	if openState(dir, "cert1", log).installedBefore("/", time.Hour*1e6) != 0 {
 		t.Error("a damaged file counts")
 	}
 }
@@ -92,23 +105,23 @@ func TestProgramRefusals(t *testing.T) {
 func FuzzState(f *testing.F) {
 	dir := f.TempDir()
 	fresh := openState(dir, "certificate", slog.New(slog.DiscardHandler))
-	fresh.installed("/", true)
+	fresh.installed("/", trust.Result{Files: []string{"x"}}, 1)
 	whole, err := os.ReadFile(filepath.Join(dir, "state.json"))
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(whole)
 	f.Add(whole[:len(whole)/2])
-	f.Add([]byte(`{"boot":"another","certificate":"certificate","installed":{"/":1}}`))
+	f.Add([]byte(`{"boot":"another","ca":"certificate","installations":{"/":[{"generation":1,"at":1}]}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if err := os.WriteFile(filepath.Join(dir, "state.json"), b, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		s := openState(dir, "certificate", slog.New(slog.DiscardHandler))
-		if s.s.Boot != procfs.BootID() || s.s.Certificate != "certificate" {
+		if s.s.Boot != procfs.BootID() || s.s.CA != "certificate" {
 			t.Errorf("taken for this boot's: %q", b)
 		}
-		s.installed("/new", true)
+		s.installed("/new", trust.Result{Files: []string{"x"}}, 1)
 		s.forget(1)
 	})
 }

@@ -38,6 +38,14 @@ type Status struct {
 	Step   string `json:"step,omitempty"`
 }
 
+// Intercepts says whether the runtime is intercepted for a registry.
+func (s Status) Intercepts(host string) bool {
+	return s.Reach == ReachIntercepted && s.Except[host] == "" && s.Except[anyRegistry] == ""
+}
+
+// anyRegistry stands for all hosts in Status.Except.
+const anyRegistry = "any registry"
+
 func (rs *Runtimes) Status() []Status {
 	rs.mu.Lock()
 	all := slices.Collect(maps.Values(rs.all))
@@ -77,7 +85,7 @@ func exceptions(all map[string]error) (said map[string]string) {
 		texts[err.Error()] = true
 	}
 	if len(all) > 1 && len(texts) == 1 && !texts[""] {
-		return map[string]string{"any registry": slices.Collect(maps.Keys(texts))[0]}
+		return map[string]string{anyRegistry: slices.Collect(maps.Keys(texts))[0]}
 	}
 	return said
 }

@@ -28,6 +28,9 @@ func (rs *Runtimes) Trusts(rt *Runtime, name string) bool {
 		rt.misleads(host)
 	}
 	if err := rs.except(rt, host)[host]; err != nil {
+		if errors.Is(err, errLater) {
+			rs.proveLater(rt)
+		}
 		rs.o.Log.Debug("a runtime doesn't trust the CA for a registry; passed through", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
 		return false
 	}
@@ -40,7 +43,7 @@ func (rs *Runtimes) Trusts(rt *Runtime, name string) bool {
 // passed through, and why. It looks at the files that the runtime reads.
 func (rs *Runtimes) except(rt *Runtime, hosts ...string) map[string]error {
 	rt.mu.Lock()
-	reach, rests, program := rt.reach, rt.basis, rt.program
+	reach, rests, generation, program := rt.reach, rt.basis, rt.generation, rt.program
 	rt.mu.Unlock()
 	found := make(map[string]error, len(hosts))
 	if reach != ReachIntercepted {
@@ -58,12 +61,21 @@ func (rs *Runtimes) except(rt *Runtime, hosts ...string) map[string]error {
 		}
 	}
 	for _, host := range hosts {
-		if found[host] == nil && rs.state.programRefused(program, host) {
+		since, ok := rs.o.CA.Since(host)
+		switch {
+		case found[host] != nil:
+		case rests.certsD == nil && ok && since > generation:
+			found[host] = fmt.Errorf("%w: %s", errLater, rt.restartStep())
+		case rs.state.programRefused(program, host):
 			found[host] = errProgramRefused
 		}
 	}
 	return found
 }
+
+// errLater says that a runtime may have read the CA's certificate before it was made
+// for a host too.
+var errLater = errors.New("it may have read its roots before weir knew this registry")
 
 // errGone says that a runtime may have read its roots without the CA.
 var errGone = errors.New("it may have read its roots while that was so")
@@ -79,7 +91,7 @@ func (rs *Runtimes) holds(rt *Runtime, rests basis, hosts []string) (trust.Cover
 		return rs.o.CA.Coverage(root, *rests.certsD, hosts), nil
 	}
 	id, err := rs.o.CA.Holds(root, rests.file)
-	if err == nil && id != rests.id {
+	if err == nil && !rs.o.CA.Follows(id, rests.id) {
 		err = fmt.Errorf("weir's CA was removed and made anew: %s", rests.file)
 	}
 	if err != nil {
@@ -112,6 +124,9 @@ func (rt *Runtime) lingers(host string, err error) error {
 	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
+	if rt.fresh[host] && err == nil && rt.basis.certsD != nil {
+		return errors.New("weir has just learned it, and a pull may be running that began before: it is intercepted once it has no connection to a registry for a moment")
+	}
 	if since, ok := rt.misled[host]; ok && err == nil && rt.basis.certsD != nil && time.Since(since) < lingerTime {
 		return fmt.Errorf("%w, or did until just now, without weir's CA; a pull may be running: it is intercepted %s after that", trust.ErrLeads, lingerTime)
 	}

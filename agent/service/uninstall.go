@@ -117,7 +117,7 @@ func openLedgerIfAny(path string) (*trust.Ledger, error) {
 
 // ownEntries are what weir makes in its directories. Any other file
 // there stays.
-var ownEntries = []string{"ca", "store", TagsFile, IdentityFile, LedgerFile, pidFile, SocketFile, "state.json", "state.json.new"}
+var ownEntries = []string{"ca", "store", TagsFile, IdentityFile, LearnedFile, LearnedFile + ".new", LedgerFile, pidFile, SocketFile, "state.json", "state.json.new"}
 
 func removeOwn(dir string) (removed []string, err error) {
 	paths := make([]string, 0, len(ownEntries))
@@ -184,7 +184,7 @@ func stopAgent(ctx context.Context, runDir string) error {
 }
 
 // SocketFile is the name, in the run directory, of the Unix socket at which the
-// agent answers `weir prefetch`, which is none of the programs whose connections are
+// agent answers `weir prefetch` and `weir registries forget`, which is none of the programs whose connections are
 // redirected. Only root may connect.
 const SocketFile = "prefetch.sock"
 
@@ -193,4 +193,5 @@ const (
 	LedgerFile   = "installed.jsonl" // what was installed in root file systems
 	TagsFile     = "tags.json"       // what is known of registries
 	IdentityFile = "peer.key"        // this node's identity among peers
+	LearnedFile  = "learned.json"    // which registries were learned
 )

@@ -13,11 +13,13 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/big"
 	"net"
 	"net/netip"
@@ -25,6 +27,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -53,10 +57,13 @@ const (
 
 // CA is a node's certificate authority. Its methods may be called concurrently.
 type CA struct {
-	cert   *x509.Certificate
-	pem    []byte
-	key    crypto.Signer
-	probes []netip.Addr
+	dir     string
+	key     crypto.Signer
+	probes  []netip.Addr
+	current atomic.Pointer[generation]
+
+	mu         sync.Mutex
+	superseded map[FileID]FileID // by which file of a later generation
 
 	// All leaves share one key, which lives as long as the process. Whoever
 	// can read one key from this process's memory can read them all, and that
@@ -66,14 +73,27 @@ type CA struct {
 	signing singleflight.Group
 }
 
+// generation is a certificate of a CA. All have the same subject and key, and
+// differ in the names that the CA may speak for: who has read one trusts the CA for
+// the names of that one.
+type generation struct {
+	number uint64
+	cert   *x509.Certificate
+	pem    []byte
+	// since has, for each name, the first of the generations up to this one that
+	// all have it.
+	since map[string]uint64
+}
+
 // OpenCA loads the CA of the node from dir/ca.key and dir/ca.crt, or makes it.
 //
 // Its certificate is name-constrained (RFC 5280, section 4.2.1.10) to hosts and
 // probes. A host is a registry as image references spell it; a DNS name covers
 // the names below it, a port is left out, and an address covers itself alone.
 // When the certificate on disk was made for other names, or is within 90 days
-// of its end, it is replaced by one with the same subject and key, so that a
-// runtime that trusts the old one goes on trusting leaves for the old names.
+// of its end, it is replaced by one with the same subject and key, the next
+// generation, so that a runtime that trusts the old one goes on trusting leaves for
+// the old names.
 //
 // The key is never replaced. OpenCA fails, without having changed anything,
 // when the files don't belong together, can't be parsed, or are open to other
@@ -86,19 +106,11 @@ func OpenCA(dir string, hosts []string, probes []netip.Addr) (*CA, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make directory of the CA: %w", err)
 	}
-	d, err := os.Open(dir)
+	d, err := lockDir(dir)
 	if err != nil {
-		return nil, fmt.Errorf("open directory of the CA: %w", err)
-	}
-	defer d.Close()
-	if err := checkOwner(d, 0o022); err != nil {
 		return nil, err
 	}
-	// Two processes that start at once must not make two CAs. The lock goes
-	// with the descriptor.
-	if err := retryEINTR(func() error { return unix.Flock(int(d.Fd()), unix.LOCK_EX) }); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", dir, err)
-	}
+	defer d.Close()
 
 	keyPath, certPath := filepath.Join(dir, "ca.key"), filepath.Join(dir, "ca.crt")
 	key, err := loadKey(keyPath)
@@ -125,71 +137,259 @@ func OpenCA(dir string, hosts []string, probes []netip.Addr) (*CA, error) {
 			return nil, err
 		}
 	case cert != nil:
-		if err := checkPair(cert, key); err != nil {
+		if err := checkPair(cert, key.Public()); err != nil {
 			return nil, fmt.Errorf("%s and %s: %w: restore the right one, or remove both to have a new CA made", certPath, keyPath, err)
 		}
 	}
 
+	ca := &CA{dir: dir, key: key, probes: slices.Clone(probes), superseded: make(map[FileID]FileID)}
+	g := loadGeneration(filepath.Join(dir, generationFile), cert)
 	now := time.Now()
-	if cert == nil || !names.equal(cert) || now.Before(cert.NotBefore) || now.Add(caRenew).After(cert.NotAfter) {
-		if cert, err = issueRoot(key, names, now); err != nil {
-			return nil, err
-		}
-		if err := writeDurably(d, "ca.crt", encodeCert(cert), 0o644); err != nil {
+	expires := cert != nil && (now.Before(cert.NotBefore) || now.Add(caRenew).After(cert.NotAfter))
+	if expires {
+		g.since = nil
+	}
+	if cert == nil || !names.equal(cert) || expires {
+		if g, err = ca.issue(d, g, names, now); err != nil {
 			return nil, err
 		}
 	}
-
-	leafKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
+	ca.current.Store(g)
+	if ca.leafKey, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return nil, fmt.Errorf("make the key of the leaves: %w", err)
 	}
-	leaves, err := lru.New[string, *tls.Certificate](leafCache)
-	if err != nil {
+	if ca.leaves, err = lru.New[string, *tls.Certificate](leafCache); err != nil {
 		return nil, fmt.Errorf("make the cache of leaves: %w", err)
 	}
-	return &CA{
-		cert:    cert,
-		pem:     encodeCert(cert),
-		key:     key,
-		probes:  slices.Clone(probes),
-		leafKey: leafKey,
-		leaves:  leaves,
-	}, nil
+	return ca, nil
+}
+
+// lockDir opens the CA's directory. Two processes that start at once must not make
+// two CAs: the lock goes with the descriptor.
+func lockDir(dir string) (*os.File, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open directory of the CA: %w", err)
+	}
+	if err = checkOwner(d, 0o022); err == nil {
+		if err = retryEINTR(func() error { return unix.Flock(int(d.Fd()), unix.LOCK_EX) }); err != nil {
+			err = fmt.Errorf("lock %s: %w", dir, err)
+		}
+	}
+	if err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// SetHosts makes the next generation of the certificate, for hosts as [OpenCA] takes
+// them, if the present one is for others. On an error nothing has changed.
+func (ca *CA) SetHosts(hosts []string) error {
+	names, err := constraintsFor(hosts, ca.probes)
+	if err != nil {
+		return err
+	}
+	d, err := lockDir(ca.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	g := ca.current.Load()
+	if names.equal(g.cert) {
+		return nil
+	}
+	if g, err = ca.issue(d, g, names, time.Now()); err == nil {
+		ca.current.Store(g)
+	}
+	return err
+}
+
+// generationFile has what the certificate doesn't say of its generation.
+const generationFile = "generation.json"
+
+type generationState struct {
+	Number      uint64            `json:"generation"`
+	Certificate string            `json:"certificate"` // SHA-256
+	Since       map[string]uint64 `json:"since"`
+}
+
+// loadGeneration returns the generation of a certificate, and one that is older
+// than any for nil. What was written for another certificate says no more than that
+// there was one.
+func loadGeneration(file string, cert *x509.Certificate) *generation {
+	var s generationState
+	b, err := readOwn(file, 0o022)
+	if err != nil || json.Unmarshal(b, &s) != nil {
+		s = generationState{}
+	}
+	g := &generation{number: s.Number, cert: cert}
+	if cert == nil {
+		return g
+	}
+	g.pem, g.since = encodeCert(cert), s.Since
+	if s.Certificate != fingerprint(cert) || s.Since == nil {
+		g.number++
+		g.since = make(map[string]uint64)
+		for _, name := range namesIn(cert) {
+			g.since[name] = g.number
+		}
+	}
+	return g
+}
+
+// issue makes the generation after g. The caller has locked the directory d.
+func (ca *CA) issue(d *os.File, g *generation, names constraints, now time.Time) (*generation, error) {
+	cert, err := issueRoot(ca.key, names, now)
+	if err != nil {
+		return nil, err
+	}
+	next := &generation{number: g.number + 1, cert: cert, pem: encodeCert(cert), since: make(map[string]uint64)}
+	for _, name := range namesIn(cert) {
+		if next.since[name] = g.since[name]; next.since[name] == 0 {
+			next.since[name] = next.number
+		}
+	}
+	b, err := json.Marshal(generationState{next.number, fingerprint(cert), next.since})
+	if err == nil {
+		err = writeDurably(d, generationFile, b, 0o644)
+	}
+	if err == nil {
+		err = writeDurably(d, "ca.crt", next.pem, 0o644)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return next, nil
+}
+
+// namesIn are the names that a certificate of a CA is for.
+func namesIn(cert *x509.Certificate) []string {
+	names := slices.Clone(cert.PermittedDNSDomains)
+	for _, n := range cert.PermittedIPRanges {
+		names = append(names, n.IP.String())
+	}
+	return names
+}
+
+func fingerprint(cert *x509.Certificate) string {
+	sum := sha256.Sum256(cert.Raw)
+	return hex.EncodeToString(sum[:])
 }
 
 // PEM returns the CA's certificate as it is installed. The caller owns it.
-func (ca *CA) PEM() []byte { return bytes.Clone(ca.pem) }
+func (ca *CA) PEM() []byte { return bytes.Clone(ca.current.Load().pem) }
 
-// Fingerprint returns the SHA-256 of the certificate in hexadecimal. It tells
-// one generation of the certificate from the next, which [CA.Leaf]'s
-// certificates don't: generations share subject and key.
-func (ca *CA) Fingerprint() string {
-	sum := sha256.Sum256(ca.cert.Raw)
-	return hex.EncodeToString(sum[:])
+// ID identifies the CA over all generations of its certificate.
+func (ca *CA) ID() string { return hex.EncodeToString(ca.current.Load().cert.SubjectKeyId) }
+
+// Generation is the number of the certificate's present generation, from 1.
+func (ca *CA) Generation() uint64 { return ca.current.Load().number }
+
+// Since returns the generation such that whoever has read it, or any later one up to
+// the present, trusts the CA for host, which may have a port. It is false for a host
+// that the CA may not vouch for.
+func (ca *CA) Since(host string) (number uint64, ok bool) {
+	e, err := parseEndpoint(host)
+	if err != nil {
+		return 0, false
+	}
+	for name, since := range ca.current.Load().since {
+		if covers(name, e) && (!ok || since < number) {
+			number, ok = since, true
+		}
+	}
+	return number, ok
+}
+
+// covers reports whether a name of a CA's certificate stands for an endpoint.
+func covers(name string, e endpoint) bool {
+	if e.addr.IsValid() {
+		return name == e.addr.String()
+	}
+	return e.name == name || strings.HasSuffix(e.name, "."+name)
 }
 
 // Permits reports whether the CA may vouch for host, which may have a port, and
 // is valid by the clock, which may have been set since it was made.
 func (ca *CA) Permits(host string) bool {
 	e, err := parseEndpoint(host)
-	return err == nil && ca.permits(e) && ca.valid()
+	g := ca.current.Load()
+	return err == nil && permits(g.cert, e) && valid(g.cert)
 }
 
-func (ca *CA) valid() bool {
+func valid(cert *x509.Certificate) bool {
 	now := time.Now()
-	return !now.Before(ca.cert.NotBefore) && !now.After(ca.cert.NotAfter)
+	return !now.Before(cert.NotBefore) && !now.After(cert.NotAfter)
 }
 
-func (ca *CA) permits(e endpoint) bool {
+func permits(cert *x509.Certificate, e endpoint) bool {
 	if e.addr.IsValid() {
-		return slices.ContainsFunc(ca.cert.PermittedIPRanges, func(n *net.IPNet) bool {
+		return slices.ContainsFunc(cert.PermittedIPRanges, func(n *net.IPNet) bool {
 			return n.Contains(e.addr.AsSlice())
 		})
 	}
-	return slices.ContainsFunc(ca.cert.PermittedDNSDomains, func(d string) bool {
-		return e.name == d || strings.HasSuffix(e.name, "."+d)
-	})
+	return slices.ContainsFunc(cert.PermittedDNSDomains, func(d string) bool { return covers(d, e) })
+}
+
+// own returns the certificate in b if it is one of this CA's, of any generation.
+func (ca *CA) own(der []byte) (*x509.Certificate, bool) {
+	g := ca.current.Load()
+	if bytes.Equal(der, g.cert.Raw) {
+		return g.cert, true
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil || checkPair(cert, ca.key.Public()) != nil {
+		return nil, false
+	}
+	return cert, true
+}
+
+// ownPEM is own for a file that holds one certificate and nothing else.
+func (ca *CA) ownPEM(b []byte) (*x509.Certificate, bool) {
+	if g := ca.current.Load(); bytes.Equal(b, g.pem) {
+		return g.cert, true
+	}
+	block, err := onlyBlock(b)
+	if err != nil {
+		return nil, false
+	}
+	return ca.own(block.Bytes)
+}
+
+// maxProbed bounds the names in a certificate for a probe. crypto/x509 gives up when
+// their number by that of the CA's is too large.
+const maxProbed = 300
+
+// ProbeLeaf returns a certificate for addr. Who accepts it trusts the CA for all
+// names of the present generation that [CA.Since] has from after to upTo. It fails
+// when these are too many.
+func (ca *CA) ProbeLeaf(addr netip.Addr, after, upTo uint64) (*tls.Certificate, error) {
+	g := ca.current.Load()
+	names := []endpoint{{addr: addr.Unmap()}}
+	for name, since := range g.since {
+		if since > after && since <= upTo {
+			e, err := parseEndpoint(name)
+			if err != nil {
+				return nil, err
+			}
+			names = append(names, e)
+		}
+	}
+	if len(names) > maxProbed {
+		return nil, fmt.Errorf("%d names are too many to prove at once", len(names))
+	}
+	return ca.sign(g, names...)
+}
+
+// Oldest is the generation since which the CA may vouch for the first of its names.
+func (ca *CA) Oldest() uint64 {
+	g := ca.current.Load()
+	oldest := g.number
+	for since := range maps.Values(g.since) {
+		oldest = min(oldest, since)
+	}
+	return oldest
 }
 
 // Leaf returns a certificate for host, which may have a port, signed by the CA
@@ -201,12 +401,13 @@ func (ca *CA) Leaf(host string) (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !ca.permits(e) {
+	g := ca.current.Load()
+	if !permits(g.cert, e) {
 		return nil, fmt.Errorf("leaf for %s: the CA is not made for this host", e.subject())
 	}
-	if !ca.valid() {
+	if !valid(g.cert) {
 		return nil, fmt.Errorf("leaf for %s: the CA is valid from %s to %s, and the clock isn't between them", e.subject(),
-			ca.cert.NotBefore.Format(time.RFC3339), ca.cert.NotAfter.Format(time.RFC3339))
+			g.cert.NotBefore.Format(time.RFC3339), g.cert.NotAfter.Format(time.RFC3339))
 	}
 	name := e.subject()
 	if leaf := ca.cached(name); leaf != nil {
@@ -216,7 +417,7 @@ func (ca *CA) Leaf(host string) (*tls.Certificate, error) {
 		if leaf := ca.cached(name); leaf != nil {
 			return leaf, nil
 		}
-		leaf, err := ca.sign(e)
+		leaf, err := ca.sign(g, e)
 		if err != nil {
 			return nil, fmt.Errorf("sign leaf for %s: %w", name, err)
 		}
@@ -238,7 +439,7 @@ func (ca *CA) cached(name string) *tls.Certificate {
 	return leaf
 }
 
-func (ca *CA) sign(e endpoint) (*tls.Certificate, error) {
+func (ca *CA) sign(g *generation, names ...endpoint) (*tls.Certificate, error) {
 	serial, err := newSerial()
 	if err != nil {
 		return nil, err
@@ -256,12 +457,14 @@ func (ca *CA) sign(e endpoint) (*tls.Certificate, error) {
 
 		BasicConstraintsValid: true,
 	}
-	if e.addr.IsValid() {
-		template.IPAddresses = []net.IP{e.addr.AsSlice()}
-	} else {
-		template.DNSNames = []string{e.name}
+	for _, e := range names {
+		if e.addr.IsValid() {
+			template.IPAddresses = append(template.IPAddresses, e.addr.AsSlice())
+		} else {
+			template.DNSNames = append(template.DNSNames, e.name)
+		}
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, &ca.leafKey.PublicKey, ca.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, g.cert, &ca.leafKey.PublicKey, ca.key)
 	if err != nil {
 		return nil, err
 	}
@@ -342,12 +545,16 @@ func (c constraints) equal(cert *x509.Certificate) bool {
 		slices.Equal(c.permitOther, cert.PermittedURIDomains)
 }
 
-func issueRoot(key *ecdsa.PrivateKey, names constraints, now time.Time) (*x509.Certificate, error) {
+func issueRoot(key crypto.Signer, names constraints, now time.Time) (*x509.Certificate, error) {
 	serial, err := newSerial()
 	if err != nil {
 		return nil, err
 	}
-	id, err := keyID(&key.PublicKey)
+	pub, ok := key.Public().(*ecdsa.PublicKey)
+	if !ok {
+		return nil, errors.New("the CA's key is not an ECDSA key")
+	}
+	id, err := keyID(pub)
 	if err != nil {
 		return nil, err
 	}
@@ -374,7 +581,7 @@ func issueRoot(key *ecdsa.PrivateKey, names constraints, now time.Time) (*x509.C
 		PermittedEmailAddresses:     names.permitOther,
 		PermittedURIDomains:         names.permitOther,
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	der, err := x509.CreateCertificate(rand.Reader, template, template, pub, key)
 	if err != nil {
 		return nil, fmt.Errorf("sign the CA's certificate: %w", err)
 	}
@@ -420,11 +627,19 @@ func encodeCert(cert *x509.Certificate) []byte {
 
 // parseCert reads a file that holds one certificate and nothing else.
 func parseCert(b []byte) (*x509.Certificate, error) {
+	block, err := onlyBlock(b)
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseCertificate(block.Bytes)
+}
+
+func onlyBlock(b []byte) (*pem.Block, error) {
 	block, rest := pem.Decode(b)
 	if block == nil || block.Type != "CERTIFICATE" || len(bytes.TrimSpace(rest)) > 0 {
 		return nil, errors.New("not one PEM certificate")
 	}
-	return x509.ParseCertificate(block.Bytes)
+	return block, nil
 }
 
 // IsNodeCA reports whether b is the certificate of a weir node, this or another.
@@ -434,9 +649,9 @@ func IsNodeCA(b []byte) bool {
 }
 
 // checkPair reports why cert is not the certificate that weir made for key.
-func checkPair(cert *x509.Certificate, key *ecdsa.PrivateKey) error {
+func checkPair(cert *x509.Certificate, key crypto.PublicKey) error {
 	pub, ok := cert.PublicKey.(*ecdsa.PublicKey)
-	if !ok || !pub.Equal(&key.PublicKey) {
+	if !ok || !pub.Equal(key) {
 		return errors.New("the certificate is for another key")
 	}
 	id, err := keyID(pub)

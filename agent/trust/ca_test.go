@@ -62,7 +62,7 @@ func signAny(t *testing.T, ca *CA, host string) *x509.Certificate {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := ca.sign(e)
+	c, err := ca.sign(ca.current.Load(), e)
 	if err != nil {
 		t.Fatalf("sign %s: %v", host, err)
 	}
@@ -215,26 +215,26 @@ func TestRootVouchesForServersOnly(t *testing.T) {
 		return err
 	}
 
-	if err := verify(create(base(), ca.cert, ca.key), x509.VerifyOptions{}); err != nil {
+	if err := verify(create(base(), ca.current.Load().cert, ca.key), x509.VerifyOptions{}); err != nil {
 		t.Fatalf("plain server certificate: %v", err)
 	}
-	if verify(create(base(), ca.cert, ca.key), x509.VerifyOptions{KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}) == nil {
+	if verify(create(base(), ca.current.Load().cert, ca.key), x509.VerifyOptions{KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}) == nil {
 		t.Error("a client certificate verifies")
 	}
 	mail := base()
 	mail.EmailAddresses = []string{"root@ghcr.io"}
-	if verify(create(mail, ca.cert, ca.key), x509.VerifyOptions{}) == nil {
+	if verify(create(mail, ca.current.Load().cert, ca.key), x509.VerifyOptions{}) == nil {
 		t.Error("a certificate with a mail address verifies")
 	}
 	uri := base()
 	uri.URIs = []*url.URL{{Scheme: "spiffe", Host: "ghcr.io", Path: "/x"}}
-	if verify(create(uri, ca.cert, ca.key), x509.VerifyOptions{}) == nil {
+	if verify(create(uri, ca.current.Load().cert, ca.key), x509.VerifyOptions{}) == nil {
 		t.Error("a certificate with a URI verifies")
 	}
 	sub := base()
 	sub.DNSNames, sub.Subject = nil, pkix.Name{CommonName: "sub"}
 	sub.IsCA, sub.BasicConstraintsValid, sub.KeyUsage = true, true, x509.KeyUsageCertSign
-	inter := create(sub, ca.cert, ca.key)
+	inter := create(sub, ca.current.Load().cert, ca.key)
 	pool := x509.NewCertPool()
 	pool.AddCert(inter)
 	if verify(create(base(), inter, key), x509.VerifyOptions{Intermediates: pool}) == nil {
@@ -243,7 +243,7 @@ func TestRootVouchesForServersOnly(t *testing.T) {
 }
 
 func TestRootProfile(t *testing.T) {
-	c := newCA(t).cert
+	c := newCA(t).current.Load().cert
 	if !strings.HasPrefix(c.Subject.CommonName, "weir node CA ") || len(c.Subject.CommonName) != len("weir node CA ")+8 {
 		t.Errorf("subject %q", c.Subject)
 	}
@@ -282,8 +282,8 @@ func TestLeafServesTLS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if string(leaf.Leaf.AuthorityKeyId) != string(ca.cert.SubjectKeyId) {
-		t.Errorf("authority key id %x, want %x", leaf.Leaf.AuthorityKeyId, ca.cert.SubjectKeyId)
+	if string(leaf.Leaf.AuthorityKeyId) != string(ca.current.Load().cert.SubjectKeyId) {
+		t.Errorf("authority key id %x, want %x", leaf.Leaf.AuthorityKeyId, ca.current.Load().cert.SubjectKeyId)
 	}
 	a, b := net.Pipe()
 	defer a.Close()
@@ -317,7 +317,7 @@ func TestLeafSignedOnce(t *testing.T) {
 		s := &countingSigner{Signer: ca.key, gate: make(chan struct{})}
 		ca.key = s
 		// The bubble's clock is decades before the CA's.
-		time.Sleep(time.Until(ca.cert.NotBefore) + caSkew)
+		time.Sleep(time.Until(ca.current.Load().cert.NotBefore) + caSkew)
 		var got [64]*tls.Certificate
 		var wg sync.WaitGroup
 		for i := range got {
@@ -401,16 +401,16 @@ func TestReopen(t *testing.T) {
 		}
 	}
 	shuffled := append([]string{"GHCR.io", "ghcr.io:443"}, testHosts...)
-	if again := openCA(t, dir, shuffled, testProbes); again.Fingerprint() != first.Fingerprint() {
+	if again := openCA(t, dir, shuffled, testProbes); again.Generation() != first.Generation() {
 		t.Error("the same names in another order made a new certificate")
 	}
 
 	more := openCA(t, dir, append([]string{"quay.io"}, testHosts...), testProbes)
-	if more.Fingerprint() == first.Fingerprint() {
+	if more.Generation() == first.Generation() {
 		t.Fatal("a new host didn't make a new certificate")
 	}
-	if more.cert.Subject.String() != first.cert.Subject.String() || more.cert.SerialNumber.Cmp(first.cert.SerialNumber) == 0 {
-		t.Errorf("subject %v after %v, serial number %v after %v", more.cert.Subject, first.cert.Subject, more.cert.SerialNumber, first.cert.SerialNumber)
+	if more.current.Load().cert.Subject.String() != first.current.Load().cert.Subject.String() || more.current.Load().cert.SerialNumber.Cmp(first.current.Load().cert.SerialNumber) == 0 {
+		t.Errorf("subject %v after %v, serial number %v after %v", more.current.Load().cert.Subject, first.current.Load().cert.Subject, more.current.Load().cert.SerialNumber, first.current.Load().cert.SerialNumber)
 	}
 	old := signAny(t, more, "ghcr.io")
 	if _, err := old.Verify(x509.VerifyOptions{Roots: pool(first), DNSName: "ghcr.io"}); err != nil {
@@ -440,8 +440,8 @@ func TestReopen(t *testing.T) {
 		t.Errorf("after the certificate was lost: %v", err)
 	}
 	left, err := os.ReadDir(dir)
-	if err != nil || len(left) != 2 {
-		t.Errorf("the directory holds %v (%v), want key and certificate", left, err)
+	if err != nil || len(left) != 3 {
+		t.Errorf("the directory holds %v (%v), want key, certificate, and its generation", left, err)
 	}
 }
 
@@ -456,10 +456,10 @@ func TestClockIsSet(t *testing.T) {
 			ok    bool
 		}{
 			{time.Now(), false},
-			{ca.cert.NotBefore.Add(-time.Second), false},
-			{ca.cert.NotBefore, true},
-			{ca.cert.NotAfter, true},
-			{ca.cert.NotAfter.Add(time.Second), false},
+			{ca.current.Load().cert.NotBefore.Add(-time.Second), false},
+			{ca.current.Load().cert.NotBefore, true},
+			{ca.current.Load().cert.NotAfter, true},
+			{ca.current.Load().cert.NotAfter.Add(time.Second), false},
 		} {
 			time.Sleep(time.Until(step.until))
 			if ca.Permits("ghcr.io") != step.ok {
@@ -477,16 +477,16 @@ func TestReissuedBeforeItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first := openCA(t, dir, testHosts, testProbes)
 		time.Sleep(caLife - 91*24*time.Hour)
-		if openCA(t, dir, testHosts, testProbes).Fingerprint() != first.Fingerprint() {
+		if openCA(t, dir, testHosts, testProbes).Generation() != first.Generation() {
 			t.Error("reissued 91 days before its end")
 		}
 		time.Sleep(2 * 24 * time.Hour)
 		second := openCA(t, dir, testHosts, testProbes)
-		if second.Fingerprint() == first.Fingerprint() {
+		if second.Generation() == first.Generation() {
 			t.Error("not reissued 89 days before its end")
 		}
-		if time.Until(second.cert.NotAfter) != caLife {
-			t.Errorf("the new one ends %v", second.cert.NotAfter)
+		if time.Until(second.current.Load().cert.NotAfter) != caLife {
+			t.Errorf("the new one ends %v", second.current.Load().cert.NotAfter)
 		}
 	})
 }
@@ -502,7 +502,7 @@ func TestOpenCAConcurrently(t *testing.T) {
 				t.Errorf("OpenCA: %v", err)
 				return
 			}
-			prints[i] = ca.Fingerprint()
+			prints[i] = fingerprint(ca.current.Load().cert)
 		})
 	}
 	wg.Wait()

@@ -3,7 +3,7 @@
 package trust
 
 import (
-	"bytes"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -69,7 +70,7 @@ const (
 // not.
 func (ca *CA) Coverage(r *Root, c CertsD, hosts []string) Coverage {
 	cov := make(Coverage, len(hosts))
-	l := looker{ca: ca, root: r, certsD: c, away: make(map[string]string), own: make(map[string]bool)}
+	l := looker{ca: ca, root: r, certsD: c, away: make(map[string]string), own: make(map[string][]server)}
 	err := l.readLeads()
 	for _, host := range hosts {
 		if cov[host] = err; err == nil {
@@ -85,9 +86,9 @@ type looker struct {
 	root   *Root
 	certsD CertsD
 	away   map[string]string // hosts that are reached without the CA → the file that leads there
-	// own has the directories with a hosts.toml, and whether the registry that
-	// an image is of, when that is asked itself, is asked with the CA.
-	own map[string]bool
+	// own has, for the directories with a hosts.toml, how the registry that an image
+	// is of is asked, when that is asked itself.
+	own map[string][]server
 }
 
 // readLeads reads every hosts.toml.
@@ -142,52 +143,56 @@ func (l *looker) readHosts(dir, name string) error {
 	if err != nil {
 		return err
 	}
-	l.own[dir] = !newer
+	l.own[dir] = []server{}
 	if newer {
+		l.own[dir] = []server{{}} // without the CA
 		l.away[registryOf(name)] = path.Join(dir, hostsFile)
 	}
 	for _, s := range servers {
-		trusts := s.skipVerify
 		for _, file := range s.ca {
 			if !path.IsAbs(file) {
 				file = path.Join(dir, file)
 			}
-			has, err := l.hasCA(file)
-			if err != nil {
+			if err := l.readCAs(&s, file); err != nil {
 				return err
 			}
-			trusts = trusts || has
 		}
 		if s.host == "" {
 			s.host = registryOf(name)
-			l.own[dir] = l.own[dir] && trusts
+			l.own[dir] = append(l.own[dir], s)
 		}
-		if !trusts {
+		if !s.trusts(s.host) {
 			l.away[s.host] = path.Join(dir, hostsFile)
 		}
 	}
 	return nil
 }
 
-// hasCA reports whether a file of certificates has the CA's. One that isn't
-// there hasn't; the runtime's pull fails then, whatever weir does.
-func (l *looker) hasCA(file string) (bool, error) {
+// readCAs finds the CA's certificates in a file of certificates. One that isn't
+// there has none; the runtime's pull fails then, whatever weir does.
+func (l *looker) readCAs(s *server, file string) error {
 	b, err := l.root.ReadFile(file, maxBundle)
 	if absent(err) {
-		return false, nil
+		return nil
 	}
 	if err != nil {
-		return false, err
+		return err
 	}
 	for {
 		var block *pem.Block
 		if block, b = pem.Decode(b); block == nil {
-			return false, nil
+			return nil
 		}
-		if bytes.Equal(block.Bytes, l.ca.cert.Raw) {
-			return true, nil
+		if cert, ok := l.ca.own(block.Bytes); ok {
+			s.weir = append(s.weir, cert)
 		}
 	}
+}
+
+// trusts reports whether a server is asked with the CA where it is host.
+func (s server) trusts(host string) bool {
+	e, err := parseEndpoint(host)
+	return s.skipVerify || err == nil && slices.ContainsFunc(s.weir, func(c *x509.Certificate) bool { return permits(c, e) })
 }
 
 // covers says whether all ways to host have the CA.
@@ -202,7 +207,7 @@ func (l *looker) covers(host string) error {
 	for _, name := range namesOf(host) {
 		e, err := parseEndpoint(name)
 		if err == nil {
-			err = l.coversName(e)
+			err = l.coversName(e, host)
 		}
 		if err != nil {
 			return err
@@ -225,8 +230,9 @@ func namesOf(host string) []string {
 	return names
 }
 
-// coversName says whether the settings for images of a registry have the CA.
-func (l *looker) coversName(e endpoint) error {
+// coversName says whether the settings for images of a registry, which is at host,
+// have the CA.
+func (l *looker) coversName(e endpoint, host string) error {
 	entries := []string{e.dir()}
 	if l.certsD.HostsFiles {
 		entries = []string{e.containerdDir(), e.dir(), defaultDir}
@@ -245,15 +251,19 @@ func (l *looker) coversName(e endpoint) error {
 				continue
 			}
 			if l.certsD.HostsFiles {
-				if trusts, ok := l.own[dir]; ok && trusts {
+				if servers, ok := l.own[dir]; ok {
+					if slices.ContainsFunc(servers, func(s server) bool { return !s.trusts(host) }) {
+						return fmt.Errorf(`%s: %w: add it to the "ca" there`, path.Join(dir, hostsFile), ErrNoCA)
+					}
 					return nil
-				} else if ok {
-					return fmt.Errorf(`%s: %w: add it to the "ca" there`, path.Join(dir, hostsFile), ErrNoCA)
 				}
 			}
 			b, err := l.root.ReadFile(path.Join(dir, certsDFile), maxPEM)
-			if err == nil && bytes.Equal(b, l.ca.pem) {
-				return nil
+			if err == nil {
+				at, herr := parseEndpoint(host)
+				if cert, ok := l.ca.ownPEM(b); ok && herr == nil && permits(cert, at) {
+					return nil
+				}
 			}
 			if absent(err) || err == nil {
 				err = ErrNoCA
@@ -269,6 +279,7 @@ type server struct {
 	host       string // in the form of [hostOf]; empty for the directory's registry
 	ca         []string
 	skipVerify bool
+	weir       []*x509.Certificate // the CA's, in ca
 }
 
 // hostsToml is what containerd reads of a hosts.toml. What decides nothing here

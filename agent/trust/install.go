@@ -83,8 +83,10 @@ type Result struct {
 	System error
 
 	// File is the CA's in that place, and Since when it was there at the latest.
-	File  string
-	Since time.Time
+	// Superseded says that it was put in the place of an earlier generation.
+	File       string
+	Since      time.Time
+	Superseded bool
 
 	// CertsD has an entry for each of Places.CertsD.
 	CertsD map[string]Coverage
@@ -107,7 +109,7 @@ type Result struct {
 //
 // An older certificate of weir is replaced; no other file is.
 func (ca *CA) Install(r *Root, p Places, hosts []string) Result {
-	in := installer{ca: ca, root: r, current: make(map[inode]bool), users: make(map[string]bool)}
+	in := installer{ca: ca, gen: ca.current.Load(), root: r, current: make(map[inode]bool), users: make(map[string]bool)}
 	in.res.System = in.system(p)
 
 	var wanted []string
@@ -134,6 +136,7 @@ type inode struct{ dev, ino uint64 }
 // installer is one call of Install.
 type installer struct {
 	ca   *CA
+	gen  *generation
 	root *Root
 	res  Result
 
@@ -194,15 +197,18 @@ type FileID struct {
 	born     unix.StatxTimestamp
 }
 
-// Holds fails unless a file that [CA.Install] named has the CA's certificate.
+// Holds fails unless a file that [CA.Install] named has a certificate of the CA's, of
+// whichever generation.
 func (ca *CA) Holds(r *Root, file string) (FileID, error) {
 	id, err := r.fileID(file)
 	var b []byte
 	if err == nil {
 		b, err = r.ReadFile(file, maxPEM)
 	}
-	if err == nil && !bytes.Equal(b, ca.pem) {
-		err = fmt.Errorf("%s has another content", file)
+	if err == nil {
+		if _, ok := ca.ownPEM(b); !ok {
+			err = fmt.Errorf("%s has another content", file)
+		}
 	}
 	if err != nil {
 		return FileID{}, fmt.Errorf("weir's CA was installed and is gone: %w", err)
@@ -258,7 +264,7 @@ func (in *installer) systemDir(d *dir, owners func(uint32) bool) error {
 		}
 		// Not synced, for a runtime doesn't wait: if the power fails now
 		// there may be an empty file, which does no harm here.
-		s, err := in.root.stage(d, parent, in.ca.pem, 0o644, false)
+		s, err := in.root.stage(d, parent, in.gen.pem, 0o644, false)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -318,7 +324,7 @@ func (c *certsD) close() {
 // make pulls fail.
 func (c *certsD) file() (*staged, func(), error) {
 	if c.staged == nil {
-		s, err := c.root.stage(c.dir, nil, c.ca.pem, 0o644, true)
+		s, err := c.root.stage(c.dir, nil, c.gen.pem, 0o644, true)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -333,7 +339,7 @@ func (c *certsD) cover(host string) error {
 		return err
 	}
 	// Docker Hub's directory has a name that no server of its has.
-	if host != hubName && !c.ca.permits(e) {
+	if host != hubName && !permits(c.gen.cert, e) {
 		return fmt.Errorf("%s: the CA is not made for this host", host)
 	}
 	// Where there is no HOST_PORT_ containerd takes HOST:PORT, so it is never
@@ -470,9 +476,12 @@ func (in *installer) put(d *dir, name string, file func() (*staged, func(), erro
 		if err != nil {
 			return err
 		}
+		was := in.superseded(d, name)
 		err = s.place(d, name, there)
 		done()
 		if err == nil {
+			in.ca.supersede(was, in.superseded(d, name))
+			in.res.Superseded = in.res.Superseded || was != (FileID{})
 			in.res.Since = time.Now()
 			in.res.Files = append(in.res.Files, path.Join(d.path, name))
 			return nil
@@ -480,6 +489,53 @@ func (in *installer) put(d *dir, name string, file func() (*staged, func(), erro
 		if !errors.Is(err, unix.EEXIST) || try == 2 {
 			return err
 		}
+	}
+}
+
+// superseded identifies name in d if it is one of the CA's certificates. The zero
+// value is none.
+func (in *installer) superseded(d *dir, name string) FileID {
+	if name != systemFile {
+		return FileID{}
+	}
+	id, _ := in.ca.Holds(in.root, path.Join(d.path, name))
+	return id
+}
+
+// supersede records that the CA's own file was replaced by its next generation.
+func (ca *CA) supersede(was, by FileID) {
+	if was == (FileID{}) || by == (FileID{}) {
+		return
+	}
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	if len(ca.superseded) >= maxSuperseded {
+		clear(ca.superseded)
+	}
+	ca.superseded[was] = by
+}
+
+// maxSuperseded bounds the files that are remembered. What is forgotten counts as
+// removed.
+const maxSuperseded = 1 << 14
+
+// Follows says whether one file that [CA.Holds] has identified is the other, or has
+// replaced it as the next generation of the certificate: that of the CA has been there
+// all the time.
+func (ca *CA) Follows(now, was FileID) bool {
+	// The file is there a moment before that is recorded.
+	for try := 0; ; try++ {
+		ca.mu.Lock()
+		id, ok := was, true
+		for n := 0; id != now && ok; n++ {
+			id, ok = ca.superseded[id]
+			ok = ok && n < maxSuperseded
+		}
+		ca.mu.Unlock()
+		if ok || try == 20 {
+			return ok
+		}
+		time.Sleep(5 * time.Millisecond)
 	}
 }
 
@@ -513,7 +569,7 @@ func (in *installer) look(d *dir, name string) (there bool, since time.Time, err
 	if err != nil {
 		return true, since, err
 	}
-	if bytes.Equal(b, in.ca.pem) {
+	if bytes.Equal(b, in.gen.pem) {
 		in.current[id] = true
 		return true, changed, nil
 	}
@@ -612,6 +668,24 @@ func uninstall(r *Root, p Places, made []Made, ours func([]byte) bool) (removed 
 		u.did(d, ok, err)
 	}
 	return u.removed, errors.Join(u.errs...)
+}
+
+// Withdraw removes from a certs.d what [CA.Install] has put there for one registry.
+// made is as for [Uninstall].
+func Withdraw(r *Root, certsD, host string, made []Made) error {
+	u := uninstaller{root: r, ours: isOurs}
+	for _, name := range namesOf(host) {
+		e, err := parseEndpoint(name)
+		if err != nil {
+			return err
+		}
+		dir := path.Join(certsD, e.dir())
+		if u.file(path.Join(dir, certsDFile)) && (len(made) == 0 || slices.ContainsFunc(made, func(m Made) bool { return m.Dir && m.Path == dir })) {
+			ok, err := r.RemoveDirIfEmpty(dir)
+			u.did(dir, ok, err)
+		}
+	}
+	return errors.Join(u.errs...)
 }
 
 type uninstaller struct {

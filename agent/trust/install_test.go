@@ -634,7 +634,7 @@ func TestInstallConcurrently(t *testing.T) {
 								continue // renamed since
 							}
 							seen++
-							if !bytes.Equal(b, cas[0].pem) && !bytes.Equal(b, cas[1].pem) {
+							if !bytes.Equal(b, cas[0].PEM()) && !bytes.Equal(b, cas[1].PEM()) {
 								t.Errorf("%s/%s: saw %q", d, n.Name(), b)
 								return
 							}

@@ -88,7 +88,7 @@ func newCommand() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(agentCommand(), statusCommand(), pullsCommand(), prefetchCommand(), doctorCommand(), installCommand(), uninstallCommand())
+	root.AddCommand(agentCommand(), statusCommand(), pullsCommand(), prefetchCommand(), registriesCommand(), doctorCommand(), installCommand(), uninstallCommand())
 	for _, c := range root.Commands() {
 		if c.Args == nil {
 			c.Args = func(_ *cobra.Command, args []string) error {
@@ -152,6 +152,7 @@ func agentCommand() *cobra.Command {
 	var conf agent.Config
 	var ports []uint
 	var size, upload, level, format string
+	var learn bool
 	c := &cobra.Command{
 		Use:   "agent",
 		Short: "Run the node agent",
@@ -166,6 +167,7 @@ func agentCommand() *cobra.Command {
 	}
 	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
 	registryFlags(f, &conf)
+	f.BoolVar(&learn, "learn", true, "learn which other hosts are registries, from the runtimes that use them")
 	f.StringVar(&conf.MirrorListen, "mirror-listen", "", "`address` of a mirror endpoint for dockerd's registry-mirrors or containerd's hosts.toml (default: none; without a host: loopback)")
 	f.StringVar(&conf.MirrorDefault, "mirror-default", agent.DefaultMirror, "the `registry` of requests to the mirror that name none")
 	f.StringVar(&conf.ProxyListen, "proxy-listen", "", "`address` of a forward proxy for HTTPS_PROXY, for clients that trust weir's CA (default: none; without a host: loopback)")
@@ -205,6 +207,7 @@ func agentCommand() *cobra.Command {
 			}
 			conf.Ports = append(conf.Ports, uint16(p))
 		}
+		conf.NoLearn = !learn
 		conf.Version, conf.Log, conf.LogLevel = buildVersion(), log, logLevel
 		return agent.Run(cmd.Context(), conf, func(a *agent.Agent) {
 			announce(log, a.Status())
@@ -411,9 +414,6 @@ func printStatus(w io.Writer, s admin.Status) error {
 	if len(s.Registries) == 0 {
 		fmt.Fprintln(t, "none was asked for anything yet")
 	}
-	for _, host := range s.Waiting {
-		fmt.Fprintf(t, "%s\tpassed through until the agent is restarted: its CA was made without it\n", host)
-	}
 	if len(s.UnknownHosts) > 0 {
 		fmt.Fprintln(t, "\nPASSED THROUGH\tCONNECTIONS\tWHAT IT IS")
 		for _, u := range s.UnknownHosts {
@@ -421,6 +421,9 @@ func printStatus(w io.Writer, s admin.Status) error {
 			switch {
 			case u.Registry:
 				what = "a registry: `weir agent --registry " + u.Host + "` has it cached"
+				if u.Problem != "" {
+					what = "a registry that is not learned: " + u.Problem
+				}
 			case u.Problem != "":
 				what = u.Problem
 			}

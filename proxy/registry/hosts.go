@@ -23,6 +23,9 @@ type Known struct {
 	// AnyNetwork says that it answers a request alike from wherever it comes:
 	// it is one service for the whole internet, and no tenant's.
 	AnyNetwork bool
+	// Learned says that a client of this node has used it: that it is a registry is
+	// its own word.
+	Learned bool
 }
 
 // DockerHub is the host that Docker Hub's images are pulled from.
@@ -42,15 +45,19 @@ type Hosts struct {
 // HOST:PORT.
 func NewHosts(more ...string) *Hosts {
 	h := &Hosts{}
-	h.Set(more...)
+	h.Set(more, nil)
 	return h
 }
 
-// Set makes the given registries the ones that are known beside the well-known.
-func (h *Hosts) Set(more ...string) {
+// Set makes the given registries the ones that are known beside the well-known, and
+// that were learned.
+func (h *Hosts) Set(more, learned []string) {
 	known := slices.Clone(WellKnown)
 	for _, m := range more {
 		known = append(known, Known{Host: Canonical(m)})
+	}
+	for _, l := range learned {
+		known = append(known, Known{Host: Canonical(l), Learned: true})
 	}
 	h.known.Store(&known)
 }
@@ -58,7 +65,8 @@ func (h *Hosts) Set(more ...string) {
 // All returns every known registry.
 func (h *Hosts) All() []Known { return *h.known.Load() }
 
-// Named returns the host of the registry that image references call name.
+// Named returns the host of the registry that image references call name. Who names
+// one to weir has to have it from elsewhere than what was learned.
 func (h *Hosts) Named(name string) (host string, ok bool) {
 	for _, k := range h.All() {
 		if k.Name == name {
@@ -66,8 +74,8 @@ func (h *Hosts) Named(name string) (host string, ok bool) {
 		}
 	}
 	host = Canonical(name)
-	_, ok = h.Find(host)
-	return host, ok
+	k, ok := h.Find(host)
+	return host, ok && !k.Learned
 }
 
 // Find returns the known registry that a host (in its canonical form) is or

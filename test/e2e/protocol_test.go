@@ -482,7 +482,7 @@ func TestUnknownRegistry(t *testing.T) {
 	im := r.Push("team/app:1", lab.Image{Layers: []int{100_000}, Seed: 9})
 	node := w.Node()
 	node.WriteFile("/etc/weir-registries", "corp.example # and those below, if need be\n")
-	agent := node.Agent("--registry-file", "/etc/weir-registries")
+	agent := node.Agent("--learn=false", "--registry-file", "/etc/weir-registries")
 	docker := node.Docker()
 	const ref = "registry.corp.example/team/app:1"
 	docker.Pull(ref)

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtimes
+
+import (
+	"errors"
+	"io/fs"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+
+	"weir/agent/trust"
+)
+
+// Refresh puts the present generation of the CA's certificate wherever the CA is,
+// and makes the directories of added registries for the runtimes that trust it by
+// a certs.d. It returns when that is done, but for where files can't be read.
+func (rs *Runtimes) Refresh(added ...string) {
+	for _, name := range rs.o.Lasting {
+		if len(rs.o.Ledger.Made(name)) == 0 {
+			continue
+		}
+		if r, err := trust.OpenRootDir(name); err == nil {
+			usual, _ := trust.SystemPlaces(nil)
+			generation := rs.o.CA.Generation()
+			res := rs.o.CA.Install(r, usual, nil)
+			r.Close()
+			rs.record(name, res)
+			if res.System == nil {
+				rs.state.installed(name, res, generation)
+			}
+		}
+	}
+	all := rs.running()
+	for _, rt := range all { // before there is a directory, which several may read
+		for _, host := range added {
+			rs.freshen(rt, host)
+		}
+	}
+	for _, rt := range all {
+		rs.refresh(rt)
+	}
+}
+
+// running are the runtimes of which it is known how they are treated. The others
+// are refreshed when it is.
+func (rs *Runtimes) running() (all []*Runtime) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	for rt := range maps.Values(rs.all) {
+		select {
+		case <-rt.settled:
+			all = append(all, rt)
+		default:
+		}
+	}
+	return all
+}
+
+// refresh is Refresh for one runtime.
+func (rs *Runtimes) refresh(rt *Runtime) {
+	rt.mu.Lock()
+	rests, installed := rt.basis, rt.installed
+	rt.mu.Unlock()
+	if !installed && rests.certsD == nil {
+		return
+	}
+	_, err := bounded(rs, rt, func() (struct{}, error) {
+		root, err := trust.OpenRoot(rt.PID)
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer root.Close()
+		host := rs.o.Lasting[root.ID()]
+		generation := rs.o.CA.Generation()
+		if installed {
+			res := rs.install(rt, root)
+			rs.record(host, res)
+			if res.System == nil && host != "" {
+				rs.state.installed(host, res, generation)
+			}
+		}
+		if rests.certsD != nil {
+			rs.record(host, rs.o.CA.Install(root, trust.Places{CertsD: []string{rests.dir}}, rs.o.Registries()))
+		}
+		return struct{}{}, nil
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		rs.o.Log.Warn("a runtime does not get the CA's new certificate", "runtime", rt.kind.name, "pid", rt.PID, "err", err)
+	}
+}
+
+// freshen has a registry passed through, for a runtime that trusts the CA by a
+// certs.d, until no pull can be running that began before it had a directory there.
+func (rs *Runtimes) freshen(rt *Runtime, host string) {
+	rt.mu.Lock()
+	was := rt.fresh[host]
+	if len(rt.kind.certsD) > 0 {
+		rt.fresh[host] = true
+	}
+	is := rt.fresh[host]
+	rt.mu.Unlock()
+	if was || !is {
+		return
+	}
+	ports := slices.Clone(rs.o.Ports)
+	if _, port, err := net.SplitHostPort(host); err == nil {
+		if n, err := strconv.ParseUint(port, 10, 16); err == nil && !slices.Contains(ports, uint16(n)) {
+			ports = append(ports, uint16(n))
+		}
+	}
+	rs.wg.Go(func() {
+		if rs.quiet(rt, ports) {
+			rt.mu.Lock()
+			delete(rt.fresh, host)
+			rt.mu.Unlock()
+		}
+	})
+}
+
+// Withdraw removes the directories of a registry from the certs.d of runtimes.
+func (rs *Runtimes) Withdraw(host string) {
+	for _, rt := range rs.running() {
+		rt.mu.Lock()
+		dir := rt.basis.dir
+		rt.mu.Unlock()
+		if dir == "" {
+			continue
+		}
+		_, err := bounded(rs, rt, func() (struct{}, error) {
+			root, err := trust.OpenRoot(rt.PID)
+			if err != nil {
+				return struct{}{}, err
+			}
+			defer root.Close()
+			var made []trust.Made
+			if lasting := rs.o.Lasting[root.ID()]; lasting != "" {
+				made = rs.o.Ledger.Made(lasting)
+			}
+			return struct{}{}, trust.Withdraw(root, dir, host, made)
+		})
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			rs.o.Log.Warn("a registry's directory can't be removed", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
+		}
+	}
+}
+
+// proveLater finds out whether a runtime that has connected to a registry which
+// became one of the CA's names later has read its roots since.
+func (rs *Runtimes) proveLater(rt *Runtime) {
+	present := rs.o.CA.Generation()
+	rt.mu.Lock()
+	known := rt.generation
+	due := rt.kind.ask != nil && rt.asked < present && rt.reach == ReachIntercepted
+	if due {
+		rt.asked = present
+	}
+	rt.mu.Unlock()
+	if !due {
+		return
+	}
+	rs.wg.Go(func() {
+		err := rs.probe(rt, probeSystem, known, present)
+		if err != nil {
+			rs.o.Log.Debug("a runtime doesn't trust the CA's new certificate", "runtime", rt.kind.name, "pid", rt.PID, "err", err)
+			return
+		}
+		rt.mu.Lock()
+		rt.generation = max(rt.generation, present)
+		rt.mu.Unlock()
+		rs.mu.Lock()
+		if rt.ctx.Err() == nil && !rt.kind.oneShot {
+			rs.state.remember(rt)
+		}
+		rs.mu.Unlock()
+	})
+}
