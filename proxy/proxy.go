@@ -36,9 +36,9 @@ import (
 type Flow struct {
 	// Dst is where the client wanted to go.
 	Dst netip.AddrPort
-	// Place tells the network that Dst is an address in from all others that
+	// NetworkID tells the network that Dst is an address in from all others that
 	// there ever were. Empty means the node's.
-	Place string
+	NetworkID string
 	// Egress is the way out of the client's network namespace.
 	Egress *upstream.Egress
 	// Client names the client in logs.
@@ -118,7 +118,7 @@ const (
 	// silence is how long a client may say nothing before the destination is
 	// dialled, for protocols in which the server speaks first.
 	silence = 100 * time.Millisecond
-	// helloTime is how much longer it is listened to when nobody is there.
+	// helloTime is how much longer it is listened to when the destination isn't there.
 	helloTime = 2 * time.Second
 	// maxRequestHead bounds a request's head, which is held for as long as the
 	// answer takes. A token has some 20 KB, and large registries take no more than
@@ -268,7 +268,7 @@ type opening struct {
 
 // listen hears who speaks first and what the client says. The destination is
 // dialled only when the client says nothing for a moment: in most protocols it
-// has the first word. The error says that there is nobody to carry bytes for.
+// has the first word. The error says that one of the two has left.
 func (p *Proxy) listen(ctx context.Context, conn *net.TCPConn, f Flow) (o opening, err error) {
 	first := make([]byte, 1)
 	_ = conn.SetReadDeadline(time.Now().Add(silence))
@@ -386,11 +386,11 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 			return up, t, "the runtime's settings for the registry can't be used"
 		}
 	}
-	up = registry.Upstream{Host: host, NetworkID: f.Place, AnyNetwork: known.AnyNetwork, Client: f.Client}
+	up = registry.Upstream{Host: host, NetworkID: f.NetworkID, AnyNetwork: known.AnyNetwork, Client: f.Client}
 	if len(s.Certificates) > 0 {
 		up.ClientIdentity = s.Key
 	}
-	// Who is trusted by this node is the registry of that name for everybody;
+	// Who is trusted by this node is the registry of that name for all clients;
 	// who is trusted by the runtime alone, only for those with the same settings.
 	t.Settings = s.WithoutRoots()
 	err := p.verify(ctx, f, t)
@@ -417,7 +417,7 @@ func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
 	if err == nil || upstream.Refused(err) || ctx.Err() != nil {
 		return err
 	}
-	if f.Place != "" && p.opts.Node != nil && p.opts.Node.Reaches(ctx, t.Host) {
+	if f.NetworkID != "" && p.opts.Node != nil && p.opts.Node.Reaches(ctx, t.Host) {
 		// A network policy, say. What others were given by it is not for this
 		// client, who could not have asked.
 		return err
@@ -431,10 +431,10 @@ func portOf(a netip.AddrPort) string {
 }
 
 // interceptPlain answers requests to a registry without TLS, whoever it is: the
-// client trusts anybody there. It has to be there, though. It returns false when
+// client trusts whatever is there. It has to be there, though. It returns false when
 // it isn't, and the connection is closed.
 func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) bool {
-	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.Place, Client: f.Client}
+	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.NetworkID, Client: f.Client}
 	if o.server != nil {
 		f.Egress.Keep(f.Dst, o.server)
 	} else if err := f.Egress.Connect(ctx, f.Dst); err != nil && !p.opts.Registry.HasStale(up) {

@@ -4,8 +4,8 @@
 // out a wrong byte.
 //
 // A blob comes in through a [Transfer]: one writer takes it from a source and
-// hashes it, and everybody who wants it reads from the same file while it
-// grows. The last byte is visible only once the digest is verified, so nobody
+// hashes it, and all clients that want it read from the same file while it
+// grows. The last byte is visible only once the digest is verified, so no client
 // can take a forged blob for a whole one.
 //
 // A blob that is kept has a file of checksums beside it, one CRC-32C for each
