@@ -265,7 +265,7 @@ func (a *Agent) serve(l *redirect.Listener, c *net.TCPConn, t redirect.Admission
 
 // flow is what is known of a process's connection.
 func (a *Agent) flow(l *redirect.Listener, pid int, netns uint64, dst netip.AddrPort) proxy.Flow {
-	f := proxy.Flow{Dst: dst, Place: l.NetworkID, Egress: l.Egress, Client: fmt.Sprintf("pid %d", pid)}
+	f := proxy.Flow{Dst: dst, NetworkID: l.NetworkID, Egress: l.Egress, Client: fmt.Sprintf("pid %d", pid)}
 	f.Leave = func(long time.Duration) { a.remark(a.kernel.Leave(netns, dst, long)) }
 	f.Want = func() { a.remark(a.kernel.Want(netns, dst)) }
 	if rt := a.runtimes.Find(pid); rt != nil {

@@ -99,7 +99,7 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	}
 	u.Connections++
 	u.LastSeen = time.Now()
-	if last, ok := u.asked[f.Place]; ok && time.Since(last.at) < askAgain {
+	if last, ok := u.asked[f.NetworkID]; ok && time.Since(last.at) < askAgain {
 		if last.none {
 			p.leave(f)
 		}
@@ -108,12 +108,12 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	if len(u.asked) >= maxAsked {
 		clear(u.asked)
 	}
-	u.asked[f.Place] = asked{at: u.LastSeen}
+	u.asked[f.NetworkID] = asked{at: u.LastSeen}
 	go func() {
 		is, ownRoots, err := speaksDistribution(ctx, host, f)
 		none := !is && !errors.Is(err, errSilent)
 		if is {
-			p.serving.Add(place{f.Place, f.Dst}, struct{}{})
+			p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})
 			if f.Learn != nil {
 				err = f.Learn(host, ownRoots)
 			}
@@ -124,7 +124,7 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 		p.unknown.mu.Lock()
 		defer p.unknown.mu.Unlock()
 		was := u.Registry
-		u.asked[f.Place] = asked{u.LastSeen, none}
+		u.asked[f.NetworkID] = asked{u.LastSeen, none}
 		u.Registry, u.Problem = is, ""
 		if err != nil {
 			u.Problem = err.Error()

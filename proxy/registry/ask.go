@@ -103,7 +103,7 @@ func (x *exchange) send(req *http.Request, follow bool) (*reply, error) {
 		req = req.WithContext(upstream.WithDialBudget(req.Context(), redirectTime))
 		do = x.up.follow(rt).Do
 	}
-	resp, err := do(req)
+	resp, err := do(req) //nolint:bodyclose // the caller closes the reply's
 	if err != nil {
 		return nil, err
 	}

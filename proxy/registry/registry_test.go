@@ -619,7 +619,7 @@ func (u *scripted) holdsBack(auth string, blob []byte) (begun <-chan struct{}, r
 	return there, onward
 }
 
-// While a blob arrives for somebody, whoever may not read it gets the upstream's
+// While a blob arrives for one client, another that may not read it gets the upstream's
 // refusal, and at once.
 func TestArrivingForAnother(t *testing.T) {
 	u := newUpstream(t)

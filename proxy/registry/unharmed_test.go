@@ -151,7 +151,7 @@ func TestSchema1(t *testing.T) {
 }
 
 // The head of an answer comes when the registry's has come, and not with the
-// first byte: clients have less patience for the one than for the other.
+// first byte: clients wait less for the one than for the other.
 func TestHeadFirst(t *testing.T) {
 	u := newUpstream(t)
 	u.allow("a", "")
