@@ -169,9 +169,9 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
 		}
 	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable && resp.Header.Get("Content-Range") == fmt.Sprintf("bytes */%d", offset):
-		// It is shorter than was announced: RFC 9110, 15.5.17.
+		// RFC 9110, 15.5.17. A client that knows the size takes it.
 		resp.Body.Close()
-		return nil, fmt.Errorf("%s has no more than %d bytes of %s: %w", x.up.Host, offset, x.target.digest, store.ErrCorrupt)
+		return nil, fmt.Errorf("%s has no more than %d bytes: %w", x.up.Host, offset, store.ErrShort)
 	default:
 		resp.Body.Close()
 		return nil, fmt.Errorf("%s answers a request for a blob with %s", x.up.Host, resp.Status)

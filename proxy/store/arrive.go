@@ -162,7 +162,7 @@ func (t *Transfer) fill(body io.ReadCloser) error {
 		if cause := context.Cause(t.ctx); cause != nil {
 			return cause
 		}
-		if errors.As(err, &werr) || errors.Is(err, ErrCorrupt) {
+		if errors.As(err, &werr) || errors.Is(err, ErrCorrupt) || errors.Is(err, ErrShort) {
 			return err
 		}
 		if n > 0 {

@@ -56,6 +56,9 @@ var (
 	// ErrCorrupt says that a blob's bytes are not those of its digest. The
 	// store has dropped the blob when a caller sees this error.
 	ErrCorrupt = errors.New("blob is damaged")
+	// ErrShort says that a [Source] has no more of a blob, though there was to be:
+	// it isn't asked again.
+	ErrShort = errors.New("blob is shorter than was announced")
 	// ErrNoSpace says that a blob can't be kept: it is larger than the store,
 	// or the disk has no room. It can still be streamed, see [NewStream].
 	ErrNoSpace = errors.New("no room to keep the blob")
