@@ -371,7 +371,7 @@ func TestShutdownWhileIdle(t *testing.T) {
 	go func() { _ = srv.Serve(l) }()
 	t.Cleanup(func() { srv.Close() })
 	ask := func(path string) (net.Conn, *bufio.Reader) {
-		c, err := net.Dial("tcp", s.door.Addr().String())
+		c, err := net.Dial("tcp", s.listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}
