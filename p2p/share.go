@@ -20,23 +20,23 @@ import (
 const (
 	// watchTime is how often a transfer from a peer is looked at.
 	watchTime = time.Second
-	// silent is how often in a row a peer may send nothing, and be without
+	// maxIdleTicks is how often in a row a peer may send nothing, and be without
 	// more than it has sent, before it is left: it waits for the upstream, as
 	// this node would.
-	silent = 20
-	// stalled is how often in a row a peer may send nothing though it has more,
-	// stalledAtFirst that before the first byte, when both sides may have much to
+	maxIdleTicks = 20
+	// maxStalledTicks is how often in a row a peer may send nothing though it has more,
+	// maxStalledTicksAtFirst that before the first byte, when both sides may have much to
 	// begin at the same time.
-	stalled, stalledAtFirst = 2, 3
+	maxStalledTicks, maxStalledTicksAtFirst = 2, 3
 	// slack is how far a peer may be ahead of what it has sent: what is in the
 	// buffers between.
 	slack = 4 << 20
 	// openTime is how long others are tried after a source that gave nothing. The
 	// first may take its own time, because it may wait for the upstream itself.
 	openTime = 3 * time.Second
-	// dripping is how many looks in a row may show a source to give much less than
+	// maxLowTicks is how many looks in a row may show a source to give much less than
 	// the upstream, when it has not much more.
-	dripping = 10
+	maxLowTicks = 10
 	// minPace is the rate below which a peer that has more is left when it
 	// isn't known what the upstream gives, in bytes per second.
 	minPace = 256 << 10
@@ -277,7 +277,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 	t := time.NewTicker(watchTime)
 	defer t.Stop()
 	start := b.at.Load()
-	last, idle, slow, mute, stall, drip := start, 0, 0, 0, 0, 0
+	last, idle, slow, mute, stall, low := start, 0, 0, 0, 0, 0
 	for {
 		select {
 		case <-stop:
@@ -292,7 +292,7 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 		floor := max(b.s.pace/2, minPace)
 		if got >= floor || got > 0 && b.s.n.intake.get() >= float64(floor) {
 			// The node gets what it can take; what it takes is shared.
-			idle, slow, mute, stall, drip = 0, 0, 0, 0, 0
+			idle, slow, mute, stall, low = 0, 0, 0, 0, 0
 			continue
 		}
 		st, err := b.ask(ctx)
@@ -311,12 +311,12 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 			b.leave("it doesn't have it any more", err)
 			return
 		case got == 0 && st.Arrived-now <= 1: // the last byte waits for the digest
-			if idle++; idle >= silent {
+			if idle++; idle >= maxIdleTicks {
 				b.leave("it waits itself", nil)
 				return
 			}
 		case got == 0 && b.at.Load() == now:
-			if stall++; stall >= stalledAtFirst || now > start && stall >= stalled {
+			if stall++; stall >= maxStalledTicksAtFirst || now > start && stall >= maxStalledTicks {
 				b.leave("it has more, and sends nothing", nil)
 				return
 			}
@@ -327,12 +327,12 @@ func (b *body) watch(ctx context.Context, stop <-chan struct{}) {
 			}
 		case got < floor/4:
 			// It has little more itself, and gets it by drips.
-			if drip++; drip >= dripping {
+			if low++; low >= maxLowTicks {
 				b.leave("it gives much less than the upstream", nil)
 				return
 			}
 		default:
-			idle, slow, stall, drip = 0, 0, 0, 0
+			idle, slow, stall, low = 0, 0, 0, 0
 		}
 	}
 }

@@ -53,7 +53,7 @@ type breakage struct {
 	set func() (mend func())
 	// running has the runtimes be in the middle of a pull when it breaks. Those
 	// pulls may fail only of the runtimes that are lost with it, and where cut says
-	// that connections are lost that nobody can save.
+	// that connections are lost whatever weir does.
 	running bool
 	lost    []string
 	cut     bool
@@ -86,7 +86,7 @@ func TestChaos(t *testing.T) {
 	for _, p := range c.runtimes {
 		c.pull(p, flyway, c.flyway)
 	}
-	everybodys(t, c.hub, "flyway/flyway")
+	public(t, c.hub, "flyway/flyway")
 
 	restart := func() { c.agent.Kill(); c.agent.Start() }
 	network := func(how func(net.Conn)) func() {
