@@ -7,7 +7,7 @@ GO ?= go
 export GOTOOLCHAIN := go1.27.3
 # All is compiled in one way, so that vet, the tests, weir and the tools that the
 # tests build have one cache.
-export GOFLAGS := $(filter-out -trimpath,$(GOFLAGS)) -trimpath
+export GOFLAGS := $(strip $(filter-out -trimpath,$(GOFLAGS)) -trimpath)
 export CGO_ENABLED := 0
 BENCH ?= .
 ORACLE_SEED ?= 1

@@ -26,7 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const patience = 20 * time.Second
+const waitTime = 20 * time.Second
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
@@ -107,7 +107,7 @@ func many(net3 string) error {
 	for i := range 500 {
 		wg.Go(func() {
 			dst := fmt.Sprintf("%s.%d.%d:443", net3, i/250+1, i%250+1)
-			c, err := net.DialTimeout("tcp4", dst, patience)
+			c, err := net.DialTimeout("tcp4", dst, waitTime)
 			if err != nil {
 				errs <- err
 				return
@@ -225,7 +225,7 @@ func newStage(t testing.TB) *stage {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		for deadline := time.Now().Add(waitTime); ; time.Sleep(5 * time.Millisecond) {
 			if err := os.Remove(s.cgroup); err == nil {
 				return
 			} else if time.Now().After(deadline) {
@@ -424,7 +424,7 @@ func (p *proc) end() {
 func (p *proc) do(args ...string) string {
 	p.s.t.Helper()
 	fmt.Fprintln(p.in, strings.Join(args, " "))
-	stuck := time.AfterFunc(patience, func() { _ = p.cmd.Process.Kill() })
+	stuck := time.AfterFunc(waitTime, func() { _ = p.cmd.Process.Kill() })
 	defer stuck.Stop()
 	line, err := p.out.ReadString('\n')
 	if err != nil {
@@ -449,7 +449,7 @@ func (p *proc) redirected(network, addr string) Origin {
 		return o
 	case d := <-p.s.direct:
 		p.s.t.Errorf("dialled %s, and it went to %s", addr, d)
-	case <-time.After(patience):
+	case <-time.After(waitTime):
 		p.s.t.Errorf("dialled %s, and nothing came", addr)
 	}
 	return Origin{}
@@ -462,7 +462,7 @@ func (p *proc) direct(network, addr string) {
 	connected := !strings.HasPrefix(peer, "error: ")
 	wait := 200 * time.Millisecond // nothing listens there
 	if connected {
-		wait = patience // for the word of who does
+		wait = waitTime // for the word of who does
 	}
 	select {
 	case o := <-p.s.origins:
@@ -497,7 +497,7 @@ func (s *stage) event(pid int, kind EventKind) Event {
 	select {
 	case ev := <-found:
 		return ev
-	case <-time.After(patience):
+	case <-time.After(waitTime):
 		s.t.Fatalf("no event %d of process %d", kind, pid)
 		return Event{}
 	}
@@ -701,7 +701,7 @@ func TestNoListener(t *testing.T) {
 	s.listener[0].Close()
 	p.direct("tcp4", "203.0.113.9:443")
 	p.redirected("tcp6", "[2001:db8::9]:443")
-	// Somebody else takes its port.
+	// Another program takes its port.
 	s.serve("tcp4", s.listener[0].Addr().String())
 	p.direct("tcp4", "203.0.113.9:443")
 	// A listener that was closed properly.
@@ -777,7 +777,7 @@ func TestSquatter(t *testing.T) {
 		}
 	case o := <-s.origins:
 		t.Errorf("%+v", o)
-	case <-time.After(patience):
+	case <-time.After(waitTime):
 		t.Error("nothing came")
 	}
 }
@@ -876,7 +876,7 @@ func TestFullListener(t *testing.T) {
 // arrival waits until a network namespace is reported.
 func (s *stage) arrival() Arrival {
 	s.t.Helper()
-	stuck := time.AfterFunc(patience, func() { s.k.Close() })
+	stuck := time.AfterFunc(waitTime, func() { s.k.Close() })
 	defer stuck.Stop()
 	a, err := s.k.NextArrival()
 	if err != nil {
@@ -936,7 +936,7 @@ func TestWatch(t *testing.T) {
 	fmt.Fprintln(q.in, "exec")
 	p.end()
 	q.end()
-	stuck := time.AfterFunc(patience, func() { s.k.Close() })
+	stuck := time.AfterFunc(waitTime, func() { s.k.Close() })
 	defer stuck.Stop()
 	for {
 		ev, err := s.k.Next()
@@ -1010,7 +1010,7 @@ func TestEvents(t *testing.T) {
 	for range 30 {
 		s.start("dockerd", true).end()
 	}
-	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
+	for deadline := time.Now().Add(waitTime); ; runtime.Gosched() {
 		n := 0
 		var pid, mode uint32
 		for it := s.k.objs.WeirTracked.Iterate(); it.Next(&pid, &mode); {
@@ -1143,7 +1143,7 @@ func TestKilled(t *testing.T) {
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
-	for deadline := time.Now().Add(patience); linksOf(t, s.cgroup) != 0; runtime.Gosched() {
+	for deadline := time.Now().Add(waitTime); linksOf(t, s.cgroup) != 0; runtime.Gosched() {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d programs are left", linksOf(t, s.cgroup))
 		}

@@ -303,7 +303,7 @@ func (l *ledger) update(q question, who peer.ID) {
 	}
 }
 
-// lost forgets what somebody was getting: it has gone.
+// lost forgets what a peer was getting: it has gone.
 func (l *ledger) lost(who peer.ID) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -16,7 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// The readers of a blob form a chain, nobody reads from one who came later, and
+// The readers of a blob form a chain, none reads from one that came later, and
 // a reader whose source died goes on where others are.
 func TestLedger(t *testing.T) {
 	l := newLedger()
@@ -43,7 +43,7 @@ func TestLedger(t *testing.T) {
 	if a.Fetch || slices.ContainsFunc(a.Sources, func(s source) bool { return s.ID > who(6) }) {
 		t.Errorf("the sixth: %+v", a)
 	}
-	// One that has it all serves everybody, those who are provided too.
+	// One that has it all serves all, those that provide it too.
 	l.update(question{Op: opHave, Key: k}, who(9))
 	if a := l.find(k, who(20), nil, []peer.ID{who(30)}); len(a.Sources) == 0 || !a.Sources[0].Kept || a.Fetch {
 		t.Errorf("found: %+v", a)

@@ -417,7 +417,7 @@ type Peer struct {
 
 // Status returns the node's present state.
 func (n *Node) Status() Status {
-	s := Status{ID: n.ID(), Peers: []Peer{}, Known: n.dht.RoutingTable().Size(), Sent: n.serving.sent.Load(), Sending: n.serving.running(), Refused: n.serving.refused.Load(), Unauthenticated: n.serving.strangers.Load()}
+	s := Status{ID: n.ID(), Peers: []Peer{}, Known: n.dht.RoutingTable().Size(), Sent: n.serving.sent.Load(), Sending: n.serving.running(), Refused: n.serving.refused.Load(), Unauthenticated: n.serving.unauthenticated.Load()}
 	for _, a := range n.host.Network().ListenAddresses() {
 		s.Listen = append(s.Listen, a.String())
 	}

@@ -22,9 +22,9 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// patience is how long a test waits for what should happen within seconds, or when
+// waitTime is how long a test waits for what should happen within seconds, or when
 // peers are looked for again.
-const patience = 2 * lookAgain
+const waitTime = 2 * lookAgain
 
 // shelf is a Content in memory.
 type shelf struct {
@@ -101,7 +101,7 @@ func testLog(t testing.TB) *slog.Logger {
 func newMember(t testing.TB, change func(*Options), peers ...string) *member {
 	t.Helper()
 	if len(peers) == 0 {
-		peers = []string{"127.0.0.1:1"} // nobody; not mDNS
+		peers = []string{"127.0.0.1:1"} // none; not mDNS
 	}
 	s := &shelf{blobs: make(map[digest.Digest][]byte), names: make(map[string][]byte)}
 	o := Options{Listen: "127.0.0.1:0", Peers: peers, SwarmKey: testKey, Content: s, Log: testLog(t)}
@@ -138,7 +138,7 @@ func swarm(t testing.TB, count int, change ...func(*Options)) []*member {
 
 func until(t testing.TB, what string, f func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !f(); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(waitTime); !f(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("never: ", what)
 		}
@@ -162,7 +162,7 @@ func readAll(t testing.TB, r io.ReadCloser) []byte {
 }
 
 func TestOneFetches(t *testing.T) {
-	all := swarm(t, 6, func(o *Options) { o.next = patience }) // however busy the machine is
+	all := swarm(t, 6, func(o *Options) { o.next = waitTime }) // however busy the machine is
 	d := digest.FromString("wanted by all")
 	var mu sync.Mutex
 	var fetchers int
@@ -172,7 +172,7 @@ func TestOneFetches(t *testing.T) {
 		wg.Go(func() {
 			s := m.Want(t.Context(), d, 0)
 			if s == nil {
-				t.Error("nobody to ask")
+				t.Error("no peer to ask")
 				return
 			}
 			shares[i] = s
@@ -232,7 +232,7 @@ func TestReadFromPeer(t *testing.T) {
 	}
 }
 
-// Records that lead nowhere cost a question, and then the asker fetches.
+// Records that lead nowhere cost a question, and then the node fetches.
 func TestEvicted(t *testing.T) {
 	all := swarm(t, 3)
 	d := all[0].put(random(1000))
@@ -337,7 +337,7 @@ func TestStall(t *testing.T) {
 	}
 }
 
-// A stranger is anybody without the swarm's key.
+// A stranger is any node without the swarm's key.
 func TestStranger(t *testing.T) {
 	all := swarm(t, 2)
 	d := all[0].put(random(1000))
@@ -383,10 +383,10 @@ func TestStranger(t *testing.T) {
 }
 
 // Who has the port that peers look for one at, and not the key, isn't taken for
-// one, whatever he answers to a peer's proof.
+// one, whatever it answers to a peer's proof.
 func TestStrangerListens(t *testing.T) {
 	all := swarm(t, 2)
-	// He speaks libp2p's TLS, for which anybody has an identity.
+	// It speaks libp2p's TLS, for which any node has an identity.
 	stranger := newMember(t, func(o *Options) { o.SwarmKey = bytes.Repeat([]byte{8}, 32) })
 	secure := func(c net.Conn, side func(net.Conn, *tls.Config) *tls.Conn) *tls.Conn {
 		conf, _ := stranger.identity.ConfigForPeer("")
@@ -484,7 +484,7 @@ func TestNames(t *testing.T) {
 }
 
 // Figures are asked of each peer that is connected. One that says nothing, or too
-// much, keeps nobody from the others'.
+// much, keeps none from the others'.
 func TestFigures(t *testing.T) {
 	all := swarm(t, 4)
 	size := MaxFigures
@@ -502,7 +502,7 @@ func TestFigures(t *testing.T) {
 	defer close(forever)
 	all[3].says = func() []byte { <-forever; return nil }
 	start := time.Now()
-	if got := all[0].Node.Figures(t.Context()); len(got) != 1 || time.Since(start) > figuresTime+patience/2 {
+	if got := all[0].Node.Figures(t.Context()); len(got) != 1 || time.Since(start) > figuresTime+waitTime/2 {
 		t.Errorf("after %v, %d say something", time.Since(start), len(got))
 	}
 }
@@ -530,7 +530,7 @@ func TestPeerLeaves(t *testing.T) {
 	for _, m := range all[1:] {
 		until(t, "the one that left is forgotten", func() bool { return len(m.Status().Peers) == 3 })
 	}
-	until(t, "somebody else is to fetch it", func() bool { s := all[1].Want(t.Context(), d, 0); return s != nil && s.fetch })
+	until(t, "another node is to fetch it", func() bool { s := all[1].Want(t.Context(), d, 0); return s != nil && s.fetch })
 	// It comes back, with its identity.
 	again := newMember(t, nil, all[1].addr())
 	until(t, "it is known again", func() bool { return len(again.Status().Peers) >= 4 })

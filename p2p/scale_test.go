@@ -52,7 +52,7 @@ const linkLatency = 500 * time.Microsecond
 // fewConns and manyConns: those of a thousand nodes have to fit into one memory.
 const fewSimulated, manySimulated = 250, 300
 
-// idleSimulated is how long a stream is kept that nobody asks anything over,
+// idleSimulated is how long a stream is kept that is not used,
 // instead of the DHT's minute, for the same reason.
 const idleSimulated = 300 * time.Millisecond
 
@@ -262,7 +262,7 @@ func scale(t *testing.T, count, digests, lookups int) row {
 	sent.delayed.Store(true)
 	for range lookups {
 		holder := mrand.IntN(count)
-		asker := all[(holder+1+mrand.IntN(count-1))%count]
+		from := all[(holder+1+mrand.IntN(count-1))%count]
 		k := must(keyOf(scaleDigest(holder, mrand.IntN(digests))))
 		ctx, cancel := context.WithCancel(t.Context())
 		ctx, ch := routing.RegisterForQueryEvents(ctx)
@@ -275,13 +275,13 @@ func scale(t *testing.T, count, digests, lookups int) row {
 			}
 		}()
 		began := time.Now()
-		a, _ := asker.consult(ctx, question{Op: opFind, Key: k})
+		a, _ := from.consult(ctx, question{Op: opFind, Key: k})
 		times = append(times, time.Since(began))
-		steward := asker.closest(t.Context(), k, 1)[0]
+		steward := from.closest(t.Context(), k, 1)[0]
 		cancel()
 		<-done
 		way := 1
-		if asker.dht.RoutingTable().Find(steward) == "" {
+		if from.dht.RoutingTable().Find(steward) == "" {
 			way = hops(events, steward)
 		}
 		ways = append(ways, way)
@@ -308,11 +308,11 @@ Made by `+"`make scale`"+`: the real DHT, provider and leases of each node, in o
 process, over a network in memory with %s from node to node. Each node
 provides %d digests. %d lookups, one after another, of random digests at random
 nodes: from the question to the answer that names a holder. "Hops" are the
-steps from the asker to the first steward that is asked, "messages" of a lookup
-all that anybody sends until it is done. Providing
+steps from the asking node to the first steward that is asked, "messages" of a lookup
+all that is sent until it is done. Providing
 is what it costs to put all records, as happens once an hour, and refreshing
 what the routing table costs, which is looked after each 10 minutes. Memory is
-the Go heap and stacks. A node has at most %d connections here, and %d else; streams that nobody uses are closed
+the Go heap and stacks. A node has at most %d connections here, and %d else; streams that are not used are closed
 after %s, and a minute else. All nodes share this machine's %d processors: from some hundreds
 on, times and messages are also those of a simulation that is short of them.
 

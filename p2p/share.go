@@ -27,16 +27,16 @@ const (
 	openTime = time.Second
 	// The following are counts of looks in a row.
 	//
-	// waiting is how many may show a source that answers to send nothing, and to be
+	// maxIdleTicks is how many may show a source that answers to send nothing, and to be
 	// without more than it has sent: it waits for the upstream, as this node would.
-	waiting = 10
-	// stalled is how many may show that it sends nothing though it has more,
-	// stalledAtFirst the same before the first byte, when both sides may have much
+	maxIdleTicks = 10
+	// maxStalledTicks is how many may show that it sends nothing though it has more,
+	// maxStalledTicksAtFirst the same before the first byte, when both sides may have much
 	// to begin at the same time.
-	stalled, stalledAtFirst = 2, 4
-	// lagging is how many may show it to be slower than the upstream though it has
-	// more, and dripping that it gives much less, when it has not much more.
-	lagging, dripping = 5, 20
+	maxStalledTicks, maxStalledTicksAtFirst = 2, 4
+	// maxSlowTicks is how many may show it to be slower than the upstream though it has
+	// more, and maxLowTicks that it gives much less, when it has not much more.
+	maxSlowTicks, maxLowTicks = 5, 20
 	// slack is how far a peer may be ahead of what it has sent: what is in the
 	// buffers between.
 	slack = 4 << 20
@@ -335,7 +335,7 @@ func (b *body) watch(ctx context.Context, quiet func(bool)) {
 	defer timer.Stop()
 	start := b.at.Load()
 	pace := max(b.s.pace/2, minPace) // per second
-	last, idle, slow, mute, stall, drip := start, 0, 0, 0, 0, 0
+	last, idle, slow, mute, stall, low := start, 0, 0, 0, 0, 0
 	for ; ; timer.Reset(interval) {
 		select {
 		case <-b.stop:
@@ -354,7 +354,7 @@ func (b *body) watch(ctx context.Context, quiet func(bool)) {
 		floor := int64(float64(pace) * interval.Seconds())
 		if begun == nil && (got >= floor || got > 0 && b.s.n.intake.get() >= float64(pace)) {
 			// The node gets what it can take; what it takes is shared.
-			idle, slow, mute, stall, drip = 0, 0, 0, 0, 0
+			idle, slow, mute, stall, low = 0, 0, 0, 0, 0
 			continue
 		}
 		st, err := b.ask(ctx, interval)
@@ -377,28 +377,28 @@ func (b *body) watch(ctx context.Context, quiet func(bool)) {
 			b.leave("it doesn't have it any more", err)
 			return
 		case got == 0 && st.Arrived-now <= 1: // the last byte waits for the digest
-			if idle++; idle >= waiting {
+			if idle++; idle >= maxIdleTicks {
 				b.leave("it waits itself", nil)
 				return
 			}
 		case got == 0 && b.at.Load() == now:
-			if stall++; stall >= stalledAtFirst || now > start && stall >= stalled {
+			if stall++; stall >= maxStalledTicksAtFirst || now > start && stall >= maxStalledTicks {
 				b.leave("it has more, and sends nothing", nil)
 				return
 			}
 		case st.Arrived-now > slack || st.Kept:
-			if slow++; slow >= lagging {
+			if slow++; slow >= maxSlowTicks {
 				b.leave("it is slower than the upstream", nil)
 				return
 			}
 		case got < floor/4:
 			// It has little more itself, and gets it by drips.
-			if drip++; drip >= dripping {
+			if low++; low >= maxLowTicks {
 				b.leave("it gives much less than the upstream", nil)
 				return
 			}
 		default:
-			idle, slow, stall, drip = 0, 0, 0, 0
+			idle, slow, stall, low = 0, 0, 0, 0
 		}
 		mute = 0
 	}

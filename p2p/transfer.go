@@ -69,10 +69,10 @@ const (
 
 // serving counts what is sent to peers.
 type serving struct {
-	mu                       sync.Mutex
-	each                     map[string]int // by peer
-	all                      int
-	sent, refused, strangers atomic.Int64
+	mu                             sync.Mutex
+	each                           map[string]int // by peer
+	all                            int
+	sent, refused, unauthenticated atomic.Int64
 }
 
 func newServing() *serving { return &serving{each: make(map[string]int)} }

@@ -132,7 +132,7 @@ func (s *splitter) sort(c net.Conn) {
 	}
 	tc, _, err := s.node.secure(s.libp2p.ctx, pc, "", true)
 	if err != nil {
-		s.node.serving.strangers.Add(1)
+		s.node.serving.unauthenticated.Add(1)
 		s.node.log.Debug("a connection to the peers' port without the swarm key", "addr", c.RemoteAddr(), "err", err)
 		c.Close()
 		return

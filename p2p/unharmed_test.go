@@ -108,7 +108,7 @@ func TestDrip(t *testing.T) {
 		if err == nil {
 			t.Error("it came to an end")
 		}
-	case <-time.After(3 * dripping * watchTime):
+	case <-time.After(3 * maxLowTicks * watchTime):
 		t.Error("it isn't left")
 	}
 }

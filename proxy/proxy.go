@@ -382,10 +382,12 @@ func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
 // has once in a while.
 func (p *Proxy) cantVerify(host string, err error) {
 	p.unverified.Add(1)
+	level := slog.LevelDebug
 	if !p.unverifiable.Contains(host) {
 		p.unverifiable.Add(host, struct{}{})
-		p.log.Info("a registry can't be verified: connections to it are passed through, and counted", "registry", host, "err", err)
+		level = slog.LevelInfo
 	}
+	p.log.Log(context.Background(), level, "a registry can't be verified: connections to it are passed through, and counted", "registry", host, "err", err)
 }
 
 func portOf(a netip.AddrPort) string {

@@ -380,12 +380,14 @@ func (rs *Runtimes) passThrough(rt *Runtime, reason, step string) {
 	rs.setMode(rt)
 	rs.mu.Unlock()
 	rs.state.forget(rt.PID)
-	why := [2]string{rt.kind.name, reason}
-	if rt.ctx.Err() == nil && !rs.logged.Contains(why) {
-		if rt.kind.oneShot {
+	if rt.ctx.Err() == nil {
+		level, why := slog.LevelInfo, [2]string{rt.kind.name, reason}
+		if rs.logged.Contains(why) {
+			level = slog.LevelDebug
+		} else if rt.kind.oneShot {
 			rs.logged.Add(why, struct{}{})
 		}
-		rs.o.Log.Info("a runtime is passed through", "runtime", rt.kind.name, "pid", rt.PID, "because", reason, "step", step)
+		rs.o.Log.Log(rt.ctx, level, "a runtime is passed through", "runtime", rt.kind.name, "pid", rt.PID, "because", reason, "step", step)
 	}
 	rt.settle()
 }

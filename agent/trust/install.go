@@ -784,7 +784,7 @@ func (u *uninstaller) certsD(dir string) {
 		}
 	}
 	if dir == ContainerdPairCertsD && !u.ledger {
-		// Nobody but weir makes a directory of that name.
+		// Only weir makes a directory of that name.
 		for d := dir; d != path.Dir(ContainerdCertsD); d = path.Dir(d) {
 			u.dirs[d] = true
 		}

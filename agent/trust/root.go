@@ -218,7 +218,7 @@ func (r *Root) MkdirAll(name string) (made []string, err error) {
 }
 
 // WriteFile makes the file name hold b, replacing what has that name. It
-// follows symbolic links to the directory but not the file's own. Nobody ever
+// follows symbolic links to the directory but not the file's own. No reader
 // sees the file with only a part of b.
 func (r *Root) WriteFile(name string, b []byte, perm fs.FileMode) error {
 	parent, base, err := r.openParent(name)

@@ -129,7 +129,7 @@ func peerClient(args []string) (r fetched, err error) {
 		open = func() (io.ReadCloser, error) {
 			share := n.Want(ctx, digest.Digest(args[3]), 0)
 			if share == nil {
-				return nil, errors.New("there is nobody to ask")
+				return nil, errors.New("there is no peer to ask")
 			}
 			if share.Mine() {
 				share.Close(false)

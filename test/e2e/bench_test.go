@@ -19,7 +19,7 @@ import (
 	"weir/test/lab"
 )
 
-// anonymousToken returns the Authorization of everybody.
+// anonymousToken returns the Authorization of an anonymous client.
 func anonymousToken(host, repo string) (string, error) {
 	resp, err := http.Get("https://" + host + "/token?scope=repository:" + repo + ":pull,push")
 	if err != nil {

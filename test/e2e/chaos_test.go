@@ -62,7 +62,7 @@ type breakage struct {
 	set func() (mend func())
 	// running has the runtimes be in the middle of a pull when it breaks. Those
 	// pulls may fail only of the runtimes that are lost with it, and where cut says
-	// that connections are lost that nobody can save.
+	// that connections are lost whatever weir does.
 	running bool
 	lost    []string
 	cut     bool
@@ -101,8 +101,8 @@ func TestChaos(t *testing.T) {
 			c.pull(p, ref, im)
 		}
 	}
-	everybodys(t, c.hub, "flyway/flyway")
-	everybodys(t, k8s, "pause")
+	public(t, c.hub, "flyway/flyway")
+	public(t, k8s, "pause")
 	for ref, im := range c.kept {
 		for range 5 { // all at once, as later
 			var wg sync.WaitGroup

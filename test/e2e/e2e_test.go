@@ -327,7 +327,7 @@ func TestDockerInBoxInBox(t *testing.T) {
 	}
 }
 
-// A private repository is kept for those who may read it, and for nobody else.
+// A private repository is kept for those who may read it, and for no other client.
 func TestPrivate(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -348,10 +348,10 @@ func TestPrivate(t *testing.T) {
 	docker.Remove("acme/secret:1")
 
 	for who, pull := range map[string]func() error{
-		"docker as nobody":           func() error { return docker.TryPull("acme/secret:1") },
+		"docker, anonymous":          func() error { return docker.TryPull("acme/secret:1") },
 		"docker as another":          func() error { return docker.TryPull("acme/secret:1", "mallory", "guess") },
 		"docker by digest":           func() error { return docker.TryPull("acme/secret@" + secret.Digest.String()) },
-		"containerd as nobody":       func() error { return containerd.TryPull("acme/secret:1") },
+		"containerd, anonymous":      func() error { return containerd.TryPull("acme/secret:1") },
 		"containerd as another":      func() error { return containerd.TryPull("acme/secret:1", "mallory", "guess") },
 		"containerd by digest":       func() error { return containerd.TryPull("acme/secret@" + secret.Digest.String()) },
 		"docker with wrong password": func() error { return docker.TryPull("acme/secret:1", "alice", "rabbit") },
@@ -418,7 +418,7 @@ func TestKill(t *testing.T) {
 		go func() { <-half; agent.Kill(); close(killed) }()
 		pull(ref, big)
 		w.hub.Fault(nil)
-		for range 5 { // nobody is there
+		for range 5 { // there is no agent
 			pull(flyway, w.flyway)
 		}
 		agent.Start()

@@ -287,7 +287,7 @@ func TestFaultWrongBytes(t *testing.T) {
 		p.Says("told")
 		s.start(ref, im, all(5))()
 		if log := p.Log(1 << 20); !strings.Contains(log, "lied") {
-			t.Errorf("nobody read from the liar: %s", log)
+			t.Errorf("no node read from the liar: %s", log)
 		}
 		p.Kill()
 		s.known(len(s.nodes) - 1)

@@ -103,9 +103,9 @@ func newOutages(t *testing.T) *outages {
 	o.clients = append(o.clients, o.tool("skopeo", tools), o.tool("podman", tools), o.tool("crane", tools))
 	o.crane, o.direct = o.clients[len(o.clients)-1], o.tool("crane", o.Node())
 	o.pull(t, flyway, renovate, pause, private)
-	everybodys(t, o.hub, "flyway/flyway")
-	everybodys(t, o.ghcr, "renovatebot/renovate")
-	everybodys(t, o.k8s, "pause")
+	public(t, o.hub, "flyway/flyway")
+	public(t, o.ghcr, "renovatebot/renovate")
+	public(t, o.k8s, "pause")
 	return o
 }
 

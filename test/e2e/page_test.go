@@ -95,12 +95,12 @@ func TestPage(t *testing.T) {
 		}
 	}
 	if b, err := a.Get(context.Background(), "/../ca/ca.key"); err == nil {
-		t.Errorf("%d bytes of a file that is nobody's business", len(b))
+		t.Errorf("%d bytes of a file that is not to be served", len(b))
 	}
 }
 
 // The whole cluster on one node's page, and as JSON: what each node says of
-// itself, added up, and nobody's images. On a phone nothing is wider than the
+// itself, added up, and no image's name. On a phone nothing is wider than the
 // screen. WEIR_SCREENSHOTS names a directory that pictures go to.
 func TestPageOfCluster(t *testing.T) {
 	t.Parallel()
@@ -155,7 +155,7 @@ func TestPageOfCluster(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 
-	// A pull that runs while somebody looks.
+	// A pull that runs while the page is open.
 	b := nodes[0].Browser()
 	nodes[0].Shape(4)
 	running := make(chan error, 1)
@@ -200,7 +200,7 @@ func TestPageOfCluster(t *testing.T) {
 	}
 	dockers[0].Same("acme/large:1", large)
 
-	// A node that is gone is in the sums no longer; one that hangs keeps nobody
+	// A node that is gone is in the sums no longer; one that hangs keeps none
 	// from looking.
 	agents[1].Kill()
 	agents[2].Signal(syscall.SIGSTOP)
@@ -247,7 +247,7 @@ func TestPrefetch(t *testing.T) {
 		}
 	}
 	// With the user's login a private image too, by what is in the file itself
-	// or by a helper. It is served to nobody else for that.
+	// or by a helper. It is served to no other client for that.
 	w.hub.Push("acme/secret:2", lab.Image{Layers: []int{600_000}, Seed: 4})
 	login := func(password string) string {
 		return `{"auths":{"https://index.docker.io/v1/":{"auth":"` + base64.StdEncoding.EncodeToString([]byte("alice:"+password)) + `"}}}`
@@ -260,7 +260,7 @@ func TestPrefetch(t *testing.T) {
 	node.Run("env", "PATH=/var/lib/home/bin:/usr/bin:/bin", lab.Weir(t), "prefetch", "acme/secret:2")
 	w.forget()
 	for _, ref := range []string{"acme/secret:1", "acme/secret:2"} {
-		for who, login := range map[string][]string{"nobody": nil, "another": {"mallory", "guess"}} {
+		for who, login := range map[string][]string{"anonymous": nil, "another": {"mallory", "guess"}} {
 			if docker.TryPull(ref, login...) == nil {
 				t.Errorf("%s got %s, which was prefetched for alice", who, ref)
 			}

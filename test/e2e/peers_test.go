@@ -112,7 +112,7 @@ func TestPeer(t *testing.T) {
 	}
 	// A node asks for its own client's right.
 	was := bytesFromPeers(agents[1])
-	for who, login := range map[string][]string{"nobody": nil, "another": {"mallory", "guess"}} {
+	for who, login := range map[string][]string{"anonymous": nil, "another": {"mallory", "guess"}} {
 		if err := b.TryPull("acme/secret:1", login...); err == nil {
 			t.Errorf("%s got the private image", who)
 		}
@@ -128,7 +128,7 @@ func TestPeer(t *testing.T) {
 		}
 	}
 	if now := bytesFromPeers(agents[1]); now > was+1<<16 {
-		t.Errorf("%d bytes came from the peer for somebody without the right", now-was)
+		t.Errorf("%d bytes came from the peer for a client without the right", now-was)
 	}
 	w.forget()
 	b.Pull("acme/secret:1", "alice", "wonderland")
@@ -251,7 +251,7 @@ func TestPeersOutage(t *testing.T) {
 	two := w.hub.Push("flyway/flyway:two", lab.Image{Layers: []int{400_000}, Seed: 21})
 	other := w.hub.Push("acme/other:1", lab.Image{Layers: []int{400_000}, Seed: 22})
 	b.Pull(flyway)
-	everybodys(t, w.hub, "flyway/flyway")
+	public(t, w.hub, "flyway/flyway")
 	a.Pull("flyway/flyway:two")
 	a.Pull("acme/other:1")
 	w.hub.Fault(answer(503))
@@ -262,7 +262,7 @@ func TestPeersOutage(t *testing.T) {
 	}
 }
 
-// Whoever has no key, or another one, is nobody.
+// A node that has no key, or another one, is no peer.
 func TestPeerStranger(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -293,7 +293,7 @@ func TestPeerStranger(t *testing.T) {
 	}
 	if c, err := alone.Dial(t.Context(), "tcp", netip.AddrPortFrom(alone.Addr(), 5053).String()); err == nil {
 		c.Close()
-		t.Error("somebody listens on the peers' port")
+		t.Error("something listens on the peers' port")
 	}
 }
 

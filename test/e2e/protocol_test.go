@@ -17,9 +17,9 @@ import (
 	"weir/test/lab"
 )
 
-// everybodys waits until weir has found out that a registry gives its images to
-// everybody, which it asks in the background.
-func everybodys(t *testing.T, r *lab.Registry, repo string) {
+// public waits until weir has found out that a repository is public, which it
+// asks in the background.
+func public(t *testing.T, r *lab.Registry, repo string) {
 	t.Helper()
 	r.Log.WaitFor(t, func(q lab.Request) bool {
 		return q.UserAgent == "weir" && q.Method == "HEAD" && q.Status == 200 && strings.Contains(q.Path, "/"+repo+"/manifests/")
@@ -48,7 +48,7 @@ func TestRegistryFails(t *testing.T) {
 	docker, containerd := node.Docker(), node.Containerd()
 	docker.Pull(flyway)
 	docker.Remove(flyway)
-	everybodys(t, w.hub, "flyway/flyway")
+	public(t, w.hub, "flyway/flyway")
 	requests := func(f func(http.ResponseWriter, *http.Request) bool) func(bool) {
 		return func(broken bool) {
 			if !broken {
@@ -91,7 +91,7 @@ func TestRegistryFails(t *testing.T) {
 			containerd.Remove(flyway, w.flyway)
 			if tt.name != "no answer" && tt.name != "silent" { // they would wait for long, as without weir
 				if err := docker.TryPull(ref); err == nil {
-					t.Error("an image was pulled that nobody gave")
+					t.Error("an image was pulled that neither the registry nor the store gave")
 				} else {
 					t.Log(err)
 				}
@@ -107,7 +107,7 @@ func TestRegistryFails(t *testing.T) {
 	docker.Pull(flyway)
 	docker.Same(flyway, w.flyway)
 	docker.Remove(flyway)
-	// It has just been down, and is slow now. Nobody has pulled what is wanted, so
+	// It has just been down, and is slow now. No client has pulled what is wanted, so
 	// that dockerd has to hear that it must log in.
 	w.hub.Fault(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
 	docker.Pull(flyway)
@@ -141,7 +141,7 @@ func TestRegistryFails(t *testing.T) {
 }
 
 // Blobs that come wrong: cut off, they are resumed; with other bytes or of
-// another length, they never get to anybody as a whole, and aren't kept.
+// another length, no client gets them as a whole, and aren't kept.
 func TestBlobsComeWrong(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -257,7 +257,7 @@ func TestWarmPullCosts(t *testing.T) {
 	docker, containerd := node.Docker(), node.Containerd()
 	docker.Pull(flyway)
 	docker.Remove(flyway)
-	everybodys(t, w.hub, "flyway/flyway")
+	public(t, w.hub, "flyway/flyway")
 	cost := func() (requests []string) {
 		// Whether an unknown host is a registry weir asks once, in the background.
 		for _, r := range w.hub.Log.All(func(r lab.Request) bool { return r.Path != "/v2/" || r.UserAgent != "weir" }) {

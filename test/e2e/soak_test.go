@@ -275,7 +275,7 @@ func (s *soak) breakThings() {
 		s.hub.Fault(f)
 		s.ghcr.Fault(f)
 	}
-	// agent breaks a node's agent, which nobody else looks at meanwhile.
+	// agent breaks a node's agent, which no other fault looks at meanwhile.
 	agent := func(kind string, node int, excuses bool, f func(a *lab.Agent, over func())) {
 		n := s.nodes[node]
 		n.mu.Lock()

@@ -105,7 +105,7 @@ func (b *Browser) call(method string, params, result any) {
 	if err == nil {
 		_, err = b.in.Write(append(raw, 0))
 	}
-	late := time.After(patience)
+	late := time.After(waitTime)
 	for err == nil {
 		select {
 		case m, ok := <-b.answers:

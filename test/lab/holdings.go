@@ -85,7 +85,7 @@ func (h Holdings) noMoreThan(ready Holdings) error {
 	for _, x := range []struct {
 		what      string
 		n, before int
-		each      int // of a runtime or a door
+		each      int // of a runtime or a listener
 		peer      int
 		spare     int
 	}{

@@ -545,7 +545,7 @@ func (l *Log) String() string {
 // WaitFor waits until a request matches.
 func (l *Log) WaitFor(t testing.TB, match func(Request) bool) Request {
 	t.Helper()
-	timeout := time.After(patience)
+	timeout := time.After(waitTime)
 	for {
 		l.mu.Lock()
 		for _, r := range l.requests {

@@ -41,9 +41,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience is how long the lab waits for something that should happen within
+// waitTime is how long the lab waits for something that should happen within
 // seconds, on a machine that is busy.
-const patience = time.Minute
+const waitTime = time.Minute
 
 // spawner starts processes that are killed when this process ends: that is
 // bound to the thread that starts them, so it is always the same one.
@@ -144,7 +144,7 @@ func (s *space) command(ctx context.Context, env []string, args ...string) *exec
 
 // Output runs a program inside to its end and returns what it prints.
 func (s *space) Output(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*waitTime)
 	defer cancel()
 	cmd := s.command(ctx, nil, args...)
 	var out bytes.Buffer
@@ -281,14 +281,14 @@ func (p *Process) Stop() {
 	p.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
-	case <-time.After(patience):
+	case <-time.After(waitTime):
 		p.t.Errorf("%s doesn't end on SIGTERM", p.name)
 		p.Kill()
 	}
 }
 
 // until waits until f succeeds, and fails the test when the program ends or
-// patience does.
+// waitTime does.
 func (p *Process) until(what string, f func(context.Context) error) {
 	p.t.Helper()
 	if err := Eventually(p.done, f); err != nil {
@@ -297,9 +297,9 @@ func (p *Process) until(what string, f func(context.Context) error) {
 }
 
 // Eventually calls f until it succeeds. It gives up, with f's last error, when
-// patience ends or gone is closed, which may be nil.
+// waitTime ends or gone is closed, which may be nil.
 func Eventually(gone <-chan struct{}, f func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), waitTime)
 	defer cancel()
 	for {
 		err := f(ctx)

@@ -239,7 +239,7 @@ func (n *Node) Bridge() string {
 	n.t.Helper()
 	net := fmt.Sprintf("10.%d.", 200+n.number)
 	// Without an address of its own it would take that of a port, which comes and
-	// goes, and be somebody else to those that know it.
+	// goes, and be another one to those that know it.
 	n.Run("sh", "-ec", "ip link add br0 address 02:00:00:00:00:01 type bridge; ip addr add "+net+"0.1/16 dev br0; ip link set br0 up")
 	n.in.router.Run("ip", "route", "add", net+"0.0/16", "via", fmt.Sprintf("10.77.%d.2", n.number))
 	return net
@@ -621,7 +621,7 @@ func (d *Docker) Start() {
 
 // TryPull pulls an image, with a user's name and password if given.
 func (d *Docker) TryPull(ref string, login ...string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*waitTime)
 	defer cancel()
 	var o client.ImagePullOptions
 	if len(login) == 2 {
@@ -649,7 +649,7 @@ func (d *Docker) Pull(ref string, login ...string) {
 // Remove removes an image.
 func (d *Docker) Remove(ref string) {
 	d.node.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), waitTime)
 	defer cancel()
 	if _, err := d.API.ImageRemove(ctx, ref, client.ImageRemoveOptions{Force: true, PruneChildren: true}); err != nil {
 		d.node.t.Fatalf("docker rmi %s: %v", ref, err)
@@ -660,7 +660,7 @@ func (d *Docker) Remove(ref string) {
 // pushes it to that name's registry, with a user's name and password if given.
 func (d *Docker) TryPush(from, ref string, login ...string) error {
 	d.node.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*waitTime)
 	defer cancel()
 	if _, err := d.API.ImageTag(ctx, client.ImageTagOptions{Source: from, Target: ref}); err != nil {
 		d.node.t.Fatalf("docker tag %s %s: %v", from, ref, err)
@@ -701,7 +701,7 @@ func (d *Docker) Build(dockerfile string, flags ...string) string {
 // the digest of the configuration, which has those of the layers' contents.
 func (d *Docker) Same(ref string, p Pushed) {
 	d.node.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), waitTime)
 	defer cancel()
 	img, err := d.API.ImageInspect(ctx, ref)
 	if err != nil {
@@ -818,7 +818,7 @@ func (c *Containerd) Start() {
 // TryPull pulls an image as the kubelet does, with a user's name and password
 // if given.
 func (c *Containerd) TryPull(ref string, login ...string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*waitTime)
 	defer cancel()
 	req := &cri.PullImageRequest{Image: &cri.ImageSpec{Image: familiar(ref)}}
 	if len(login) == 2 {
@@ -839,7 +839,7 @@ func (c *Containerd) Pull(ref string, login ...string) {
 // Remove removes an image, and waits until its layers are gone.
 func (c *Containerd) Remove(ref string, p Pushed) {
 	c.node.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), waitTime)
 	defer cancel()
 	if _, err := c.images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: familiar(ref)}}); err != nil && !errdefs.IsNotFound(err) {
 		c.node.t.Fatalf("removing %s through CRI: %v", ref, err)
@@ -857,7 +857,7 @@ func (c *Containerd) Remove(ref string, p Pushed) {
 // Same fails the test unless containerd has the image as it was pushed.
 func (c *Containerd) Same(ref string, p Pushed) {
 	c.node.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), waitTime)
 	defer cancel()
 	st, err := c.images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: familiar(ref)}})
 	if err != nil || st.Image == nil {

@@ -192,7 +192,7 @@ func (in *Internet) PlainRegistry(host string, port int) *Registry {
 	return r
 }
 
-// OwnCA makes a registry whose certificate is of a CA that nobody knows, and
+// OwnCA makes a registry whose certificate is of a CA that no node trusts, and
 // that wants to see a certificate of the same CA. It returns that CA, and such
 // a certificate with its key, as PEM.
 func (in *Internet) OwnCA(host string) (r *Registry, ca, cert, key []byte) {
@@ -315,8 +315,8 @@ func (r *Registry) failing(w http.ResponseWriter, req *http.Request, fault *func
 	return f != nil && f(w, req)
 }
 
-// Secrets are the users' passwords and the tokens that were given out: nobody
-// should write them down.
+// Secrets are the users' passwords and the tokens that were given out: they
+// must not be written down.
 func (r *Registry) Secrets() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -634,7 +634,7 @@ func packFiles(t testing.TB, im Image) (layer []byte, diffID digest.Digest) {
 func (r *Registry) upload(repo string, d digest.Digest, b []byte) {
 	t := r.in.t
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*waitTime)
 	defer cancel()
 	resp, err := r.do(ctx, "POST", "/v2/"+repo+"/blobs/uploads/", "", nil)
 	if err != nil {
@@ -660,7 +660,7 @@ func (r *Registry) upload(repo string, d digest.Digest, b []byte) {
 func (r *Registry) putManifest(repo, ref, mediaType string, b []byte) {
 	t := r.in.t
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), waitTime)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, "PUT", r.backend.JoinPath("/v2/", repo, "manifests", ref).String(), bytes.NewReader(b))
 	if err != nil {
