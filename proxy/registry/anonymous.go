@@ -95,7 +95,7 @@ func anonymousToken(ctx context.Context, refusal *http.Response, rt http.RoundTr
 		}
 		ctx, cancel := context.WithTimeout(ctx, tokenTimeout)
 		defer cancel()
-		got, err := auth.FetchToken(ctx, &http.Client{Transport: bounded{rt}}, http.Header{"User-Agent": {"weir"}}, o)
+		got, err := auth.FetchToken(ctx, &http.Client{Transport: bounded{rt}, CheckRedirect: onlyHTTPS}, http.Header{"User-Agent": {"weir"}}, o)
 		if err != nil {
 			return token{}, fmt.Errorf("asking for a token: %w", scrub(err))
 		}
@@ -113,6 +113,15 @@ func anonymousToken(ctx context.Context, refusal *http.Response, rt http.RoundTr
 		return t, nil
 	}
 	return token{}, errors.New("it asks for no token")
+}
+
+// onlyHTTPS keeps a token server from having weir ask without TLS: in a network
+// something may be at any address.
+func onlyHTTPS(req *http.Request, via []*http.Request) error {
+	if req.URL.Scheme != "https" || len(via) >= 5 {
+		return errors.New("a redirect that is not followed")
+	}
+	return nil
 }
 
 // bounded bounds the bodies that are read whole.

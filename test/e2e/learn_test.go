@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 
 	"weir/agent/admin"
@@ -119,5 +120,111 @@ func TestRegistryIsLearned(t *testing.T) {
 	}
 	if got := learned(t, agent, r.Host); got.State != registries.StateForgotten || got.Runtimes != 0 {
 		t.Errorf("%+v", got)
+	}
+}
+
+// Registries at a port of their own: with a public CA, and with one that only the
+// node's runtimes have in their certs.d. No flag says where. Each runtime gets what
+// another has pulled, once it trusts the CA for it.
+func TestPortIsLearned(t *testing.T) {
+	const publicRef, ownRef = "registry.corp.example:8443/team/app:1", "harbor.corp.example:9443/team/app:2"
+	w := newWorld(t)
+	public, _ := w.RegistryAt("registry.corp.example", 8443, false)
+	own, ca := w.RegistryAt("harbor.corp.example", 9443, true)
+	im := public.Push("team/app:1", lab.Image{Layers: []int{2 << 20, 100_000}, Seed: 92})
+	im2 := own.Push("team/app:2", lab.Image{Layers: []int{1 << 20}, Seed: 93})
+	node := w.Node()
+	node.WriteFile("/etc/containerd/config.toml", `version = 2
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
+`)
+	for _, dir := range []string{"/etc/docker/certs.d", "/etc/containerd/certs.d"} {
+		node.WriteFile(dir+"/harbor.corp.example:9443/ca.crt", string(ca))
+	}
+	containerd := node.Containerd()
+	containerd.Pull(renovate) // its roots are read
+	agent := node.Agent()
+	if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
+		t.Fatalf("%+v", rt)
+	}
+	// It reads its certs.d at each pull, and is intercepted without a restart as soon
+	// as no pull runs that began before.
+	for ref, im := range map[string]lab.Pushed{publicRef: im, ownRef: im2} {
+		containerd.Pull(ref)
+		containerd.Same(ref, im)
+		host, _, _ := strings.Cut(ref, "/")
+		learned(t, agent, host)
+		if err := lab.Eventually(agent.Ended(), func(ctx context.Context) error {
+			if rt := agent.Runtime(containerd.PID()); len(rt.Except) > 0 {
+				return fmt.Errorf("%+v", rt)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+		containerd.Remove(ref, im)
+		containerd.Pull(ref)
+		containerd.Remove(ref, im)
+	}
+	nothing := func(what string) {
+		t.Helper()
+		for _, r := range []*lab.Registry{public, own} {
+			if n := r.Log.BlobGETs(); n > 0 {
+				t.Errorf("%s: %d blobs were fetched:\n%s", what, n, r.Log)
+			}
+			r.Log.Reset()
+		}
+	}
+	public.Log.Reset()
+	own.Log.Reset()
+	containerd.Pull(publicRef)
+	containerd.Pull(ownRef)
+	nothing("containerd")
+	docker := node.Box().Docker() // it has the node's certs.d
+	docker.Pull(publicRef)
+	docker.Same(publicRef, im)
+	nothing("dockerd in a box")
+	buildkit := node.Box().BuildKit()
+	buildkit.Build("FROM " + publicRef + "\nCOPY Dockerfile /d\n")
+	nothing("buildkitd")
+	if s := agent.Status(); len(s.UnknownHosts) > 0 {
+		t.Errorf("%+v", s.UnknownHosts)
+	}
+}
+
+// A pod has a registry of the same name with a CA of its own, and one that only it
+// knows: neither is learned, and nothing of either is given to others. What anybody
+// could verify is learned from a pod, too.
+func TestPodsOwnRegistryIsNotLearned(t *testing.T) {
+	w := newWorld(t)
+	own, ca := w.RegistryAt("private.corp.example", 443, true)
+	im := own.Push("team/app:1", lab.Image{Layers: []int{1 << 20}, Seed: 94})
+	theirs := w.Registry("attacker.example.net")
+	theirs.Push("team/app:1", lab.Image{Layers: []int{1 << 20}, Seed: 95})
+	node := w.Node()
+	agent := node.Agent()
+	box := node.Box()
+	box.Run("mkdir", "-p", "/etc/docker")
+	box.Run("mount", "-t", "tmpfs", "tmpfs", "/etc/docker")
+	box.WriteFile("/etc/docker/certs.d/private.corp.example/ca.crt", string(ca))
+	docker := box.Docker()
+	docker.Pull("private.corp.example/team/app:1")
+	docker.Same("private.corp.example/team/app:1", im)
+	docker.Pull("attacker.example.net/team/app:1")
+	learned(t, agent, "attacker.example.net")
+	if err := lab.Eventually(agent.Ended(), func(ctx context.Context) error {
+		for _, u := range agent.Status().UnknownHosts {
+			if u.Host == "private.corp.example" && u.Registry && strings.Contains(u.Problem, "only a pod's own CA verifies it") {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", agent.Status().UnknownHosts)
+	}); err != nil {
+		t.Error(err)
+	}
+	for _, r := range knownTo(t.Context(), t, agent) {
+		if r.Host != "attacker.example.net" {
+			t.Errorf("%+v", r)
+		}
 	}
 }

@@ -409,7 +409,11 @@ func (in *Internet) HTTPS(name string, h2 bool, h http.Handler) {
 // HTTPSAs serves a handler at a host's port with the certificate of another name.
 func (in *Internet) HTTPSAs(host, name string, port int, h2 bool, h http.Handler) {
 	in.t.Helper()
-	cert := in.certificate(name)
+	in.https(host, port, in.certificate(name), h2, h)
+}
+
+func (in *Internet) https(host string, port int, cert tls.Certificate, h2 bool, h http.Handler) {
+	in.t.Helper()
 	for _, l := range in.listen(host, port) {
 		srv := &http.Server{Handler: h, TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}}, ErrorLog: log.New(io.Discard, "", 0)}
 		if !h2 {

@@ -19,12 +19,14 @@ import (
 	"log"
 	"maps"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -34,7 +36,8 @@ import (
 
 // Registry is a real registry, behind TLS and a token server.
 type Registry struct {
-	in      *Internet
+	in, ca  *Internet // the second signs its certificate
+	port    int
 	Host    string
 	Log     *Log
 	backend *url.URL // the registry itself, on the internet's loopback
@@ -109,6 +112,22 @@ func (in *Internet) KubernetesRegistry() *Registry {
 	return r
 }
 
+// RegistryAt makes a registry at a port, with its token server there too. With ownCA
+// its certificate is of a CA that nobody knows, which is returned as PEM.
+func (in *Internet) RegistryAt(host string, port int, ownCA bool) (r *Registry, ca []byte) {
+	in.t.Helper()
+	r = in.newRegistry(host)
+	r.port = port
+	if ownCA {
+		r.ca = &Internet{t: in.t}
+		r.ca.makeCA("a company's CA")
+		ca = r.ca.caPEM()
+	}
+	at := net.JoinHostPort(host, strconv.Itoa(port))
+	r.serve("https://"+at+"/token", host)
+	return r, ca
+}
+
 // CraneRegistry makes a registry of another implementation: crane's, which
 // keeps everything in memory.
 func (in *Internet) CraneRegistry(host string) *Registry {
@@ -144,7 +163,7 @@ http: {addr: %q, secret: lab}
 // newBackend starts a registry whose command listens at an address.
 func (in *Internet) newBackend(host string, command func(addr string) []string) *Registry {
 	in.t.Helper()
-	r := &Registry{in: in, Host: host, Log: &Log{}, client: in.client(), secret: []byte(host + "'s secret"), users: map[string]string{}, readers: map[string]map[string]bool{}}
+	r := &Registry{in: in, ca: in, port: 443, Host: host, Log: &Log{}, client: in.client(), secret: []byte(host + "'s secret"), users: map[string]string{}, readers: map[string]map[string]bool{}}
 	l, err := in.space.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		in.t.Fatal(err)
@@ -268,7 +287,7 @@ func (r *Registry) serve(realm, service string, also ...string) {
 		r.open.ServeHTTP(w, req)
 	})
 	for _, host := range append([]string{r.Host}, also...) {
-		r.in.HTTPS(host, false, r.Log.logging(host, r.fronted(h)))
+		r.in.https(host, r.port, r.ca.certificate(host), false, r.Log.logging(host, r.fronted(h)))
 	}
 }
 
