@@ -228,7 +228,8 @@ func TestClientLeavesWhatIsNotKept(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer resp.Body.Close()
-			if _, err := io.ReadFull(resp.Body, make([]byte, 10_000)); err != nil {
+			// So much that what comes next is waited for.
+			if _, err := io.ReadFull(resp.Body, make([]byte, 45_000)); err != nil {
 				t.Fatal(err)
 			}
 			leave()
