@@ -362,7 +362,9 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	within := func(t time.Time, age time.Duration) bool { return !t.IsZero() && x.when.Sub(t) < age }
 	// Other requests of the same moment may have changed what is known.
 	for _, l := range []modelLedger{x.before, w.ledger} {
-		right := within(l.right[key], ttl) && !l.denied[key+" "+content.name]
+		// What the HEAD of a tag gave to this request, another one may have taken again.
+		asked := target == nil && x.byHead.says && modelByDigest[x.byHead.header.Get("Docker-Content-Digest")] == content
+		right := within(l.right[key], ttl) && !l.denied[key+" "+content.name] || asked
 		has := l.has[hasKey(x.g, m[1], x.q.net, content)]
 		public := within(l.public[publicKey(x.g, m[1], x.q.net)], stale)
 		switch {
