@@ -27,7 +27,7 @@ import (
 func (s *stage) client() *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.weir.pool}, DisableKeepAlives: true,
 		DialContext: func(context.Context, string, string) (net.Conn, error) {
-			return net.Dial("tcp", s.door.Addr().String())
+			return net.Dial("tcp", s.listener.Addr().String())
 		}}}
 }
 
@@ -95,7 +95,7 @@ func TestDropped(t *testing.T) {
 			}))
 			tr := docker.DefaultHTTPTransport(&tls.Config{RootCAs: s.weir.pool})
 			tr.DialContext = func(context.Context, string, string) (net.Conn, error) {
-				return net.Dial("tcp", s.door.Addr().String())
+				return net.Dial("tcp", s.listener.Addr().String())
 			}
 			r := docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithClient(&http.Client{Transport: tr}))})
 			if _, _, err := r.Resolve(t.Context(), fmt.Sprintf("registry.test:%d/a/b:v1", s.dst.Port())); err != nil {
@@ -139,7 +139,7 @@ func TestMoved(t *testing.T) {
 			if got := get(); got != "200 OK right" {
 				t.Fatal(got)
 			}
-			// Somebody else is at the old address.
+			// Another server is at the old address.
 			old.Close()
 			s.egress.Close()
 			again, err := net.Listen("tcp", s.dst.String())
@@ -210,8 +210,8 @@ func (l *recorded) Accept() (net.Conn, error) {
 	return c, err
 }
 
-// drop has the connections that there are receive nothing any more, which nobody is
-// told of.
+// drop has the connections that there are receive nothing any more, without their
+// being closed.
 func (l *recorded) drop(t *testing.T) {
 	t.Helper()
 	l.mu.Lock()
@@ -308,7 +308,7 @@ func TestLateHello(t *testing.T) {
 	}
 }
 
-// A client that says nothing has its connection broken off when nobody is there.
+// A client that says nothing has its connection broken off when the destination isn't there.
 func TestSilentToNobody(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)

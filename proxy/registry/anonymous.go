@@ -19,7 +19,7 @@ import (
 	"weir/proxy/rights"
 )
 
-// tokens are what registries give to those without a name.
+// tokens are the anonymous tokens of registries.
 type tokens struct {
 	lru *lru.Cache[rights.Vantage, token]
 }
@@ -163,13 +163,13 @@ func (a *asking) end(registry string) {
 }
 
 // checkPublic finds out, after the upstream has given a manifest to a client,
-// whether its repository is public. Nobody waits for that. It is what lets public
+// whether its repository is public. No client waits for that. It is what lets public
 // images be pulled while the registry is down: clients come with a new token each
 // time, so that their own grant can't be known.
-func (x *exchange) checkPublic(resp *http.Response) {
+func (x *exchange) checkPublic(resp *reply) {
 	if resp.StatusCode == http.StatusOK {
 		x.askAnonymously(func() string {
-			if !x.h.rights.NeedsCheck(x.vantage(), false) {
+			if !x.h.rights.NeedsCheck(x.vantage, false) {
 				return ""
 			}
 			return cmp.Or(x.target.tag, x.target.digest.String())
@@ -183,8 +183,8 @@ func (x *exchange) checkPublic(resp *http.Response) {
 func (x *exchange) recheck(status int) {
 	due := false
 	x.askAnonymously(func() string {
-		if due = x.h.rights.NeedsCheck(x.vantage(), true); due {
-			return x.h.rights.Reference(x.vantage())
+		if due = x.h.rights.NeedsCheck(x.vantage, true); due {
+			return x.h.rights.Reference(x.vantage)
 		}
 		return ""
 	})
@@ -205,7 +205,7 @@ func (x *exchange) askAnonymously(what func() string) {
 		x.h.asking.end(x.up.ID())
 		return
 	}
-	v := x.vantage()
+	v := x.vantage
 	ctx, cancel := context.WithTimeout(x.h.ctx, time.Minute)
 	u := x.up.base()
 	u.Path = "/v2/" + v.Name + "/manifests/" + reference
@@ -225,7 +225,7 @@ func (x *exchange) askAnonymously(what func() string) {
 		resp.Body.Close()
 		switch resp.StatusCode {
 		case http.StatusOK:
-			x.h.rights.SetPublic(v, describesManifest(resp, ""), reference)
+			x.h.rights.SetPublic(v, describesManifest(&reply{Response: resp}, ""), reference)
 		case http.StatusNotFound:
 			x.h.rights.ForgetTag(v.Repository, reference)
 			if reference != x.h.rights.Reference(v) {

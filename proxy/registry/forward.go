@@ -3,29 +3,25 @@
 package registry
 
 import (
-	"bytes"
-	"cmp"
-	"compress/gzip"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
-	"strconv"
-	"strings"
 	"sync"
-	"time"
 
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
 
 // forward sends the client's request to the upstream and its answer back,
 // unchanged, and learns from it.
-func (x *exchange) forward() {
+func (x *exchange) forward() { x.pass(x.r, x.passed) }
+
+// pass sends a request of the client's to the upstream and its answer back. learn
+// sees the answer before; its error is answered instead.
+func (x *exchange) pass(r *http.Request, learn func(*reply) error) {
 	p := httputil.ReverseProxy{
 		Transport:     x.up.Transport,
 		FlushInterval: -1,
@@ -46,11 +42,31 @@ func (x *exchange) forward() {
 				pr.Out.Header.Del("Accept-Encoding")
 			}
 		},
-		ModifyResponse: x.passing,
-		ErrorHandler:   x.unreachable,
-		ErrorLog:       slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
+		ModifyResponse: func(resp *http.Response) error {
+			x.h.outages.note(x.up.ID(), false)
+			if resp.StatusCode == http.StatusSwitchingProtocols {
+				if x.r.Header.Get("Upgrade") == "" {
+					return errUpgrade
+				}
+				return nil // its body is the connection
+			}
+			a := &reply{resp, x.h.rights.Now()}
+			if err := learn(a); err != nil {
+				return err
+			}
+			if a.Response != resp {
+				*resp = *a.Response
+			}
+			if _, ok := resp.Header["Content-Type"]; !ok {
+				x.w.Header()["Content-Type"] = nil // or net/http would guess one
+			}
+			resp.Body = x.counted(resp.Body)
+			return nil
+		},
+		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) { x.unreachable(err) },
+		ErrorLog:     slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug),
 	}
-	p.ServeHTTP(x.w, x.r)
+	p.ServeHTTP(x.w, r)
 }
 
 // absolute is what follows the scheme in a request target in absolute form (RFC
@@ -63,56 +79,35 @@ func absolute(u *url.URL) string {
 	return "//" + user + u.Host + u.EscapedPath()
 }
 
-// passing sees each forwarded answer.
-func (x *exchange) passing(resp *http.Response) error {
-	x.h.outages.note(x.up.ID(), false)
-	x.answered = x.h.rights.Now()
-	if resp.StatusCode == http.StatusSwitchingProtocols {
-		if x.r.Header.Get("Upgrade") == "" {
-			return errUpgrade
-		}
-		return nil // its body is the connection
-	}
-	switch {
-	case x.push != nil:
-		x.push.answered(x, resp)
-	case x.r.Method == http.MethodDelete && resp.StatusCode/100 == 2 && x.target.repo != "":
-		if x.target.digest != "" {
-			x.h.rights.Remove(x.who.Repository, x.target.digest)
-		}
-		x.h.rights.ForgetTag(x.who.Repository, cmp.Or(x.target.tag, x.target.digest.String()))
-	case x.target.kind == blob && x.reading():
+// passed sees the answer to a request to read that passes through.
+func (x *exchange) passed(resp *reply) error {
+	switch x.target.kind {
+	case blob:
 		x.learn(resp)
-	case x.target.kind == manifest && x.reading():
-		x.followed(resp)
+	case manifest:
+		x.followRedirect(resp)
 		x.learn(resp)
 		x.checkPublic(resp)
 		if x.target.tag != "" {
 			x.learnTag(resp)
 		}
 		if x.r.Method == http.MethodGet && resp.StatusCode == http.StatusOK {
-			if err := x.keepManifest(resp); err != nil {
-				return err
-			}
+			return x.keepManifest(resp)
 		}
 	}
-	if _, ok := resp.Header["Content-Type"]; !ok {
-		x.w.Header()["Content-Type"] = nil // or net/http would guess one
-	}
-	resp.Body = x.counted(resp.Body)
 	return nil
 }
 
-// followed makes an answer that redirects to a manifest what is there, if that can
-// be had: what a registry that redirects its manifests (registry.k8s.io) has, and
+// followRedirect makes an answer that redirects to a manifest what is there, if that
+// can be had: what a registry that redirects its manifests (registry.k8s.io) has, and
 // what its tags are, would never be known otherwise. Where it can't, the client is
 // left to find out why.
-func (x *exchange) followed(resp *http.Response) {
+func (x *exchange) followRedirect(resp *reply) {
 	location, err := resp.Location()
 	if err != nil || !redirects(resp.StatusCode) || !x.up.authenticated() || location.Scheme != "https" {
 		return
 	}
-	req := x.request(x.r.Context(), x.r.Method, nil)
+	req := x.outgoing(x.r.Context(), x.r.Method, nil)
 	if req.URL.Host != location.Host {
 		for _, field := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
 			req.Header.Del(field) // as clients do (net/http); all else is the client's still
@@ -126,12 +121,12 @@ func (x *exchange) followed(resp *http.Response) {
 	if err != nil {
 		return
 	}
-	if there.StatusCode != http.StatusOK || foreign(there) {
+	if there.StatusCode != http.StatusOK || foreign(there.Response) {
 		there.Body.Close()
 		return
 	}
 	resp.Body.Close()
-	*resp = *there
+	resp.Response = there.Response
 }
 
 func redirects(status int) bool {
@@ -139,124 +134,28 @@ func redirects(status int) bool {
 		status == http.StatusTemporaryRedirect || status == http.StatusPermanentRedirect
 }
 
-func (x *exchange) reading() bool {
-	return x.r.Method == http.MethodGet || x.r.Method == http.MethodHead
-}
-
-// keepManifest keeps a manifest that passes by. The error is for one that
-// isn't what was asked for, or what the upstream says that it is.
-func (x *exchange) keepManifest(resp *http.Response) error {
-	raw, plain := x.buffer(), x.buffer()
-	defer plain.release()
-	err := raw.fill(resp.Body)
-	resp.Body = &replayed{buffer: raw, ReadCloser: resp.Body}
-	if err != nil || raw.over {
-		return nil // the client will see the same
-	}
-	body, ok := decoded(resp.Header.Get("Content-Encoding"), raw.bytes, plain)
-	if !ok {
-		return nil
-	}
-	d := x.target.digest
-	if d == "" {
-		if d, err = digest.Parse(resp.Header.Get("Docker-Content-Digest")); err != nil {
-			d = digest.FromBytes(body)
-		}
-	}
-	if strings.HasPrefix(resp.Header.Get("Content-Type"), signedSchema1) {
-		return nil
-	}
-	if d.Algorithm().FromBytes(body) != d {
-		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
-	}
-	if err := x.h.store.Put(d, body, x.origin()); err != nil {
-		x.h.log.Info("a manifest is not kept", "registry", x.up.ID(), "repository", x.target.repo, "digest", d, "err", err)
-	}
-	x.prove(x.provenBy(resp), d)
-	if mediaTypeOf(body) == "" {
-		return nil
-	}
-	x.grant()
-	if x.target.tag != "" {
-		x.setTag(d)
-	}
-	return nil
-}
-
-// signedSchema1 is a media type of manifests whose digest is not that of their
-// bytes, but of what is signed in them (distribution, "Image Manifest Version 2,
-// Schema 1").
-const signedSchema1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
-
-// decoded undoes a content encoding that is known, into a buffer.
-func decoded(encoding string, raw []byte, to *buffer) ([]byte, bool) {
-	switch encoding {
-	case "":
-		return raw, true
-	case "gzip":
-		zr, err := gzip.NewReader(bytes.NewReader(raw))
-		if err != nil {
-			return nil, false
-		}
-		err = to.fill(zr)
-		return to.bytes, err == nil && !to.over
-	}
-	return nil, false
-}
-
 type readCloser struct {
 	io.Reader
 	io.Closer
 }
 
-// base answers GET and HEAD of /v2/. Clients ask there whether they must log in,
-// and give up when nobody answers; what everybody was given can then still be
-// had without. That isn't said before the whole of patience is over: a client
-// that believes it has no way to what is only its own, were the upstream just
-// slow. (dockerd waits 15 s for this answer.)
-func (x *exchange) base() {
-	if !x.h.HasStale(x.up) {
-		x.forward()
-		return
-	}
-	client := excused{x.up.ID(), x.up.Client}
-	resp, err := x.ask(question{method: x.r.Method, patience: x.h.outages.whole, instead: func() bool { return true }})
-	if !x.failed(resp, err) {
-		x.h.outages.excused.Remove(client)
-		x.relay(resp)
-		return
-	}
-	if err == nil {
-		resp.Body.Close()
-	}
-	x.h.log.Warn("the upstream gives no answer; clients get what everybody was given before", "registry", x.up.ID(), "err", because(resp, err))
-	x.stats.stale.Add(1)
-	x.h.outages.excused.Add(client, time.Now())
-	h := x.w.Header()
-	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", "2")
-	h.Set("Docker-Distribution-Api-Version", "registry/2.0")
-	x.w.from(provenance{source: SourceStore, stale: true})
-	_, _ = io.WriteString(x.w, "{}")
-}
-
 // unreachable answers for an upstream that gave no answer, in the form of the
 // distribution specification's errors.
-func (x *exchange) unreachable(w http.ResponseWriter, r *http.Request, err error) {
-	if r.Context().Err() != nil {
+func (x *exchange) unreachable(err error) {
+	if x.r.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the client has gone
 	}
 	err = scrub(err)
 	x.stats.errors.Add(1)
-	x.h.log.Warn("no answer from the upstream", "registry", x.up.ID(), "method", r.Method, "path", r.URL.Path, "err", err)
+	x.h.log.Warn("no answer from the upstream", "registry", x.up.ID(), "method", x.r.Method, "path", x.r.URL.Path, "err", err)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) {
 		// The client sees the same, and tries again; a 502 it would take for the
 		// answer (containerd).
 		panic(http.ErrAbortHandler)
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(http.StatusBadGateway)
-	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []map[string]string{{
+	x.w.Header().Set("Content-Type", "application/json")
+	x.w.WriteHeader(http.StatusBadGateway)
+	_ = json.NewEncoder(x.w).Encode(map[string]any{"errors": []map[string]string{{
 		"code": "UNAVAILABLE", "message": "no answer from " + x.up.Host + ": " + err.Error(),
 	}}})
 }
@@ -268,27 +167,6 @@ func copyHeader(dst, src http.Header) {
 	for _, h := range []string{"Connection", "Keep-Alive", "Content-Length", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		dst.Del(h)
 	}
-}
-
-// rangeStart is where a Range header's only range begins.
-func rangeStart(header string) (int64, bool) {
-	spec, ok := strings.CutPrefix(header, "bytes=")
-	if !ok {
-		return 0, header != ""
-	}
-	from, _, ok := strings.Cut(spec, "-")
-	n, err := strconv.ParseInt(from, 10, 64)
-	if !ok || err != nil || n < 0 {
-		return 1 << 62, true // a suffix, or something else that needs the whole
-	}
-	return n, true
-}
-
-func stripPort(host string) string {
-	if i := strings.LastIndexByte(host, ':'); i > 0 && !strings.HasSuffix(host, "]") {
-		return host[:i]
-	}
-	return host
 }
 
 // bufferPool lends the buffers for forwarding. One is held while a body is waited

@@ -3,10 +3,13 @@
 package registry
 
 import (
+	"bytes"
+	"compress/gzip"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"net/http"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,22 +26,23 @@ const maxManifest = 4 << 20
 // sent it in this repository before.
 func (x *exchange) manifest() {
 	d := x.target.digest
-	contained, stale := x.h.rights.Contains(x.vantage(), d), x.allowsStale(d)
+	contained, may := x.contains(d), x.allowsStale(d)
 	m := x.keptManifest(d)
-	if m == nil && stale && x.r.Method == http.MethodGet && x.manifestFromPeer(d) {
+	if m == nil && may && x.r.Method == http.MethodGet && x.manifestFromPeer(d) {
 		m = x.keptManifest(d)
 	}
 	defer func() { m.close() }()
-	if m == nil || !contained && !stale {
+	if m == nil || !contained && !may {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
 	}
+	stale := false
 	if !x.allows(d) {
-		resp, err := x.ask(x.head(true, func() bool { return stale }))
+		resp, err := x.ask(x.head(true, x.stale(d)))
 		switch {
-		case x.failed(resp, err) && stale:
-			x.stale = true
+		case errors.Is(err, errOutage):
+			stale = true
 		case x.r.Method == http.MethodHead && err == nil && x.answers(resp):
 			x.relay(resp)
 			return
@@ -47,22 +51,22 @@ func (x *exchange) manifest() {
 			x.forward()
 			return
 		default:
-			x.grant()
+			x.grant(resp.at)
 		}
 	}
-	x.serveManifest(m, x.keptIn(m.Blob))
+	x.serveManifest(m, x.keptIn(m.Blob, d, stale))
 }
 
 // answers says whether an answer to a question that followed redirects is the one
 // to the client's own HEAD: where the registry redirects to may refuse what it
 // doesn't refuse the client.
-func (x *exchange) answers(resp *http.Response) bool {
-	return x.own(resp) || resp.StatusCode == http.StatusOK
+func (x *exchange) answers(resp *reply) bool {
+	return x.own(resp.Response) || resp.StatusCode == http.StatusOK
 }
 
 // describesManifest says whether an answer of 200 is a manifest's, and of this
 // digest if it isn't empty: it may be a login page, or a captive portal's.
-func describesManifest(resp *http.Response, d digest.Digest) bool {
+func describesManifest(resp *reply, d digest.Digest) bool {
 	if header := resp.Header.Get("Docker-Content-Digest"); header != "" {
 		is, err := digest.Parse(header)
 		return err == nil && (d == "" || is == d)
@@ -74,10 +78,7 @@ func describesManifest(resp *http.Response, d digest.Digest) bool {
 func (x *exchange) serveManifest(m *keptManifest, from provenance) {
 	x.stats.hits.Add(1)
 	x.w.Header().Set("Content-Type", m.mediaType)
-	x.headers(from)
-	if x.r.Method == http.MethodGet {
-		x.stats.fromStore.Add(m.Size())
-	}
+	x.headers(m.digest, from)
 	http.ServeContent(x.w, x.r, "", time.Time{}, m.Reader())
 }
 
@@ -85,7 +86,7 @@ func (x *exchange) serveManifest(m *keptManifest, from provenance) {
 // upstream's to say each time. When the answer will probably be kept, a HEAD
 // asks for that: registries don't count it as a pull.
 func (x *exchange) tag() {
-	was, m := x.knownTag(false)
+	known, m := x.knownTag(false)
 	defer func() { m.close() }()
 	if m == nil && !x.entitled() || conditional(x.r) {
 		if x.r.Method == http.MethodGet {
@@ -94,60 +95,60 @@ func (x *exchange) tag() {
 		x.forward()
 		return
 	}
-	asked := false
-	instead := func() bool {
-		if !asked {
-			asked = true
-			x.recallFromPeers()
+	looked := false
+	resp, err := x.ask(x.head(true, func() bool {
+		if !looked {
+			looked = true
+			x.mergeFromPeers()
 			m.close()
-			was, m = x.knownTag(true)
+			known, m = x.knownTag(true)
 		}
-		return m != nil && x.h.rights.Fresh(was.When) && x.allowsStale(was.Digest)
-	}
-	resp, err := x.ask(x.head(true, instead))
+		return m != nil && x.h.rights.Fresh(known.When) && x.allowsStale(known.Digest)
+	}))
 	switch {
-	case x.failed(resp, err) && instead():
-		x.h.log.Warn("the upstream doesn't say what a tag is; taken for what it was", "registry", x.up.ID(), "repository", x.target.repo, "tag", x.target.tag, "digest", was.Digest, "since", was.When, "err", because(resp, err))
+	case errors.Is(err, errOutage):
+		x.logger(known.Digest).Warn("the upstream doesn't say what a tag is; taken for what it was", "tag", x.target.tag, "since", known.When, "err", err)
 		x.stats.stale.Add(1)
-		x.target.digest = was.Digest
-		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(was.When).Seconds()), 10))
+		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(known.When).Seconds()), 10))
 		x.serveManifest(m, provenance{source: sourceOf(m.Blob), stale: true})
-		return
 	case err != nil && x.r.Method == http.MethodGet && x.r.Context().Err() == nil:
 		x.forward() // the HEAD was ours
-		return
 	case err != nil:
-		x.unreachable(x.w, x.r, err)
-		return
+		x.unreachable(err)
 	case x.r.Method == http.MethodHead && !x.answers(resp):
 		x.forward() // where it redirects to has refused
-		return
 	case x.r.Method == http.MethodHead:
 		x.learnTag(resp)
 		x.checkPublic(resp)
 		x.relay(resp)
-		return
+	default:
+		x.resolved(resp)
 	}
+}
+
+// resolved answers GET of a manifest by tag, of which the upstream has said what it
+// is.
+func (x *exchange) resolved(resp *reply) {
 	d, ok := x.learnTag(resp)
+	var m *keptManifest
 	if ok {
-		x.grant()
+		x.grant(resp.at)
 		x.checkPublic(resp)
-		m.close()
 		m = x.keptManifest(d)
 	}
-	if !ok || m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.h.rights.Contains(x.vantage(), d) {
+	defer m.close()
+	if m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.contains(d) {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
 	}
-	x.target.digest = d
 	copyHeader(x.w.Header(), resp.Header)
 	x.w.Header().Del("Content-Encoding") // of what it would have sent
 	x.serveManifest(m, provenance{source: sourceOf(m.Blob), resolved: true})
 }
 
 // learnTag records what an upstream says that a tag is.
-func (x *exchange) learnTag(resp *http.Response) (digest.Digest, bool) {
+func (x *exchange) learnTag(resp *reply) (digest.Digest, bool) {
 	d, err := digest.Parse(resp.Header.Get("Docker-Content-Digest"))
 	if err != nil || resp.StatusCode != http.StatusOK {
 		return "", false
@@ -166,6 +167,7 @@ func (x *exchange) setTag(d digest.Digest) {
 // for a blob.
 type keptManifest struct {
 	*store.Blob
+	digest    digest.Digest
 	mediaType string
 }
 
@@ -183,8 +185,8 @@ func (x *exchange) keptManifest(d digest.Digest) *keptManifest {
 	if err != nil {
 		return nil
 	}
-	m := &keptManifest{Blob: b}
-	if b.Size() <= maxManifest && x.read(m, d) && m.mediaType != "" && accepts(x.r, m.mediaType) {
+	m := &keptManifest{Blob: b, digest: d}
+	if b.Size() <= maxManifest && x.read(m) && m.mediaType != "" && accepts(x.r, m.mediaType) {
 		return m
 	}
 	m.close()
@@ -192,9 +194,9 @@ func (x *exchange) keptManifest(d digest.Digest) *keptManifest {
 }
 
 // read reads a manifest once, to see that it is whole and what its media type is.
-func (x *exchange) read(m *keptManifest, d digest.Digest) bool {
+func (x *exchange) read(m *keptManifest) bool {
 	var known bool
-	if m.mediaType, known = x.h.types.Get(d); known {
+	if m.mediaType, known = x.h.types.Get(m.digest); known {
 		_, err := io.Copy(io.Discard, m.Reader())
 		return err == nil
 	}
@@ -204,8 +206,69 @@ func (x *exchange) read(m *keptManifest, d digest.Digest) bool {
 		return false
 	}
 	m.mediaType = mediaTypeOf(buf.bytes)
-	x.h.types.Add(d, m.mediaType)
+	x.h.types.Add(m.digest, m.mediaType)
 	return true
+}
+
+// keepManifest keeps a manifest that passes by. The error is for one that
+// isn't what was asked for, or what the upstream says that it is.
+func (x *exchange) keepManifest(resp *reply) error {
+	raw, plain := x.buffer(), x.buffer()
+	defer plain.release()
+	err := raw.fill(resp.Body)
+	resp.Body = &replayed{buffer: raw, ReadCloser: resp.Body}
+	if err != nil || raw.over {
+		return nil // the client will see the same
+	}
+	body, ok := decoded(resp.Header.Get("Content-Encoding"), raw.bytes, plain)
+	if !ok {
+		return nil
+	}
+	d := x.target.digest
+	if d == "" {
+		if d, err = digest.Parse(resp.Header.Get("Docker-Content-Digest")); err != nil {
+			d = digest.FromBytes(body)
+		}
+	}
+	if strings.HasPrefix(resp.Header.Get("Content-Type"), signedSchema1) {
+		return nil
+	}
+	if d.Algorithm().FromBytes(body) != d {
+		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
+	}
+	if err := x.h.store.Put(d, body, x.origin()); err != nil {
+		x.logger(d).Info("a manifest is not kept", "err", err)
+	}
+	x.prove(x.provenBy(resp), d, resp.at)
+	if mediaTypeOf(body) == "" {
+		return nil
+	}
+	x.grant(resp.at)
+	if x.target.tag != "" {
+		x.setTag(d)
+	}
+	return nil
+}
+
+// signedSchema1 is a media type of manifests whose digest is not that of their
+// bytes, but of what is signed in them (distribution, "Image Manifest Version 2,
+// Schema 1").
+const signedSchema1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+
+// decoded undoes a content encoding that is known, into a buffer.
+func decoded(encoding string, raw []byte, to *buffer) ([]byte, bool) {
+	switch encoding {
+	case "":
+		return raw, true
+	case "gzip":
+		zr, err := gzip.NewReader(bytes.NewReader(raw))
+		if err != nil {
+			return nil, false
+		}
+		err = to.fill(zr)
+		return to.bytes, err == nil && !to.over
+	}
+	return nil, false
 }
 
 // mediaTypeOf tells a manifest's media type from its content, empty when it
@@ -233,26 +296,4 @@ func mediaTypeOf(b []byte) string {
 		return "application/vnd.oci.image.manifest.v1+json"
 	}
 	return ""
-}
-
-func accepts(r *http.Request, mediaType string) bool {
-	values := r.Header.Values("Accept")
-	if len(values) == 0 {
-		return true
-	}
-	for _, v := range values {
-		for part := range strings.SplitSeq(v, ",") {
-			mt, _, _ := strings.Cut(part, ";")
-			switch mt = strings.TrimSpace(mt); {
-			case mt == "*/*", strings.EqualFold(mt, mediaType), mt == "application/*" && strings.HasPrefix(mediaType, "application/"):
-				return true
-			}
-		}
-	}
-	return false
-}
-
-func conditional(r *http.Request) bool {
-	return slices.ContainsFunc([]string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range"},
-		func(h string) bool { return r.Header.Get(h) != "" })
 }

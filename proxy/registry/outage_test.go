@@ -92,7 +92,7 @@ func TestRightsTable(t *testing.T) {
 		slices.Reverse(all)
 	}
 	check("withdrawn")
-	// And at once where somebody has heard of it.
+	// And at once where it is known already.
 	u.allow("bob/b")
 	s.do("HEAD", "/v2/bob/b/manifests/none", "Bearer bob")
 	check("heard")
@@ -159,7 +159,7 @@ var faults = map[string]func(http.ResponseWriter, *http.Request) bool{
 }
 
 // While the upstream is silent, a right to one repository, or that it is
-// everybody's, is still none to what is only in another.
+// public, is still none to what is only in another.
 func TestStaleIsOfTheRepository(t *testing.T) {
 	u := newUpstream(t)
 	u.allow("library/p", "", "Bearer mallory")
@@ -240,7 +240,7 @@ func TestStaleIfError(t *testing.T) {
 				}
 			}
 			s.settle()
-			// Somebody begins without a token, just before.
+			// A client begins without a token, just before.
 			if a := s.do("GET", "/v2/library/p/blobs/"+images["library/p"].layer.String(), ""); a.StatusCode != 401 {
 				t.Fatal(a.Status)
 			}
@@ -311,10 +311,10 @@ func TestStaleIfError(t *testing.T) {
 }
 
 // A client that was told in an outage that it need not log in gets what is
-// everybody's when the upstream is back and wants to see a token: it would not
+// public when the upstream is back and wants to see a token: it would not
 // come with one any more. It gets nothing else, and only until it has had the
 // upstream's own answer.
-func TestBackAfterExcuse(t *testing.T) {
+func TestBackAfterOutage(t *testing.T) {
 	u := newUpstream(t)
 	s := newSide(t, u, store.Options{})
 	var ways []ask
@@ -329,14 +329,14 @@ func TestBackAfterExcuse(t *testing.T) {
 	s.do("GET", "/v2/library/p/manifests/1", "Bearer 1")
 	s.do("GET", "/v2/team/private/manifests/1", "Bearer 1")
 	s.settle()
-	pull := func(phase string, excused bool) {
+	pull := func(phase string, anonymous bool) {
 		t.Helper()
 		for _, w := range ways {
 			a := s.do(w.method, w.path, "", "Range", w.rng)
 			if a.err != nil {
 				t.Fatal(a.err)
 			}
-			may := excused && strings.HasPrefix(w.path, "/v2/library/p/")
+			may := anonymous && strings.HasPrefix(w.path, "/v2/library/p/")
 			if got := a.StatusCode/100 == 2; got != may || !may && a.StatusCode != 401 {
 				t.Errorf("%s: %s %s: %s", phase, w.method, w.path, a.Status)
 			}
@@ -370,7 +370,7 @@ func TestSlowAfterOutage(t *testing.T) {
 	u.putManifest("library/p", "1", docker2)
 	s := newSide(t, u, store.Options{})
 	s.do("GET", "/v2/library/p/manifests/1", "")
-	s.h.outages.whole, s.h.outages.rest = time.Minute, time.Nanosecond
+	s.h.outages.first, s.h.outages.again = time.Minute, time.Nanosecond
 	s.h.outages.note(Upstream{Host: strings.TrimPrefix(u.srv.URL, "https://")}.ID(), true)
 	if a := s.do("GET", "/v2/", ""); a.StatusCode != 202 {
 		t.Errorf("%s %q", a.Status, a.body)
@@ -378,7 +378,7 @@ func TestSlowAfterOutage(t *testing.T) {
 }
 
 // A registry without TLS: whoever answers at an address gets to say what is in
-// his repositories, but not to have what he only names.
+// its repositories, but not to have what it only names.
 func TestPlain(t *testing.T) {
 	content := bytesOf(1, 50_000)
 	u := newUpstream(t)
@@ -461,8 +461,8 @@ func TestPlain(t *testing.T) {
 	}
 }
 
-// Whoever makes a network of his own can be at the address of a registry without
-// TLS that others use, and grant himself what he likes: he learns nothing of
+// Whoever makes a network of its own can be at the address of a registry without
+// TLS that others use, and grant itself what it likes: it learns nothing of
 // what the others' registry has, neither its blobs nor what its tags are.
 func TestPlainElsewhere(t *testing.T) {
 	const auth = "Basic bWFsbG9yeTp4"
@@ -474,12 +474,12 @@ func TestPlainElsewhere(t *testing.T) {
 	lan := httptest.NewServer(u)
 	defer lan.Close()
 	addr := strings.TrimPrefix(lan.URL, "http://")
-	ask := func(place string, rt http.RoundTripper, auth, path string) *httptest.ResponseRecorder {
+	ask := func(network string, rt http.RoundTripper, auth, path string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest("GET", path, nil)
 		r.Host = "registry.lan:5000"
 		r.Header.Set("Authorization", auth)
-		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: place, Transport: rt})
+		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: network, Transport: rt})
 		return w
 	}
 	paths := []string{"/v2/a/manifests/1", "/v2/a/manifests/" + m.String(), "/v2/a/blobs/" + layer.String()}
@@ -488,7 +488,7 @@ func TestPlainElsewhere(t *testing.T) {
 			t.Fatalf("%s: %d", path, w.Code)
 		}
 	}
-	// He grants a manifest of his own, and is silent otherwise.
+	// It grants a manifest of its own, and is silent otherwise.
 	own := []byte(`{"schemaVersion":2,"mediaType":"` + docker2 + `","layers":[]}`)
 	mine := "/v2/a/manifests/" + digest.FromBytes(own).String()
 	forged := transportFunc(func(r *http.Request) (*http.Response, error) {
@@ -603,7 +603,7 @@ func TestRefusalIsOfOneClient(t *testing.T) {
 	if !served() {
 		t.Error("it isn't public although it is")
 	}
-	// A tag that is gone for everybody is forgotten, and the rest is not.
+	// A tag that is gone for all clients is forgotten, and the rest is not.
 	_, _ = u.putManifest("library/p", "2", docker2)
 	s.do("GET", "/v2/library/p/manifests/2", "Bearer 1")
 	u.mu.Lock()

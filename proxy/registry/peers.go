@@ -27,12 +27,12 @@ type Peers interface {
 	Ready() bool
 	// Want says that this node wants a blob that it will be given at pace
 	// bytes per second by the upstream, 0 if that isn't known. It returns nil
-	// when there is nobody to ask.
+	// when there is no peer to ask.
 	Want(ctx context.Context, d digest.Digest, pace int64) Share
 	// Get returns a small blob, verified, of at most limit bytes.
 	Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, error)
-	// ProvideName says that this node knows something under a name, and Recall
-	// returns what others do. To others a name is the hexadecimal SHA-256 of it.
+	// ProvideName says that this node knows something of a name, and Recall
+	// returns what other nodes do. To others a name is the hexadecimal SHA-256 of it.
 	ProvideName(name string)
 	Recall(ctx context.Context, name string) [][]byte
 }
@@ -74,33 +74,33 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	if share.Mine() {
 		return false
 	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(x.r.Context()))
-	stop := context.AfterFunc(x.r.Context(), cancel)
+	ctx, detach, cancel := x.detachable()
 	body, size, err := share.Open(ctx, 0, -1)
-	if err != nil || !stop() {
+	if err != nil || !detach() {
 		cancel()
 		if err == nil {
 			body.Close()
 		}
 		return false
 	}
+	var shown *proof
 	if !x.allows(x.target.digest) {
-		shown, resp, err := x.askRange(size)
-		if err == nil && shown == nil && !x.stale {
-			resp.Body.Close()
-		}
-		if x.shown = shown; shown == nil && !x.stale {
+		var resp *reply
+		shown, resp, err = x.requestProof(size)
+		if shown == nil && !errors.Is(err, errOutage) {
+			if err == nil {
+				resp.Body.Close()
+			}
 			body.Close()
 			cancel()
 			return false
 		}
 	}
-	upstream := x.source()
 	more := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
 		if body, _, err := share.Open(ctx, offset, size); err == nil {
 			return x.countedPeer(body), nil
 		}
-		return upstream(ctx, offset)
+		return x.source(ctx, offset)
 	}
 	asked := false
 	again := func(ctx context.Context) (io.ReadCloser, int64, error) {
@@ -126,7 +126,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	r, err := t.BeginUnverified(size, cb, more, again)
 	if err == nil {
 		defer r.Close()
-		x.fromTransfer(r, provenance{source: SourcePeer})
+		x.serveTransfer(r, shown, provenance{source: SourcePeer})
 		return true
 	}
 	// It can't be kept, and what isn't kept can't be verified before a client
@@ -184,10 +184,10 @@ func (h *Handler) knows(repo rights.Repository) {
 	}
 }
 
-// Recall returns what this node knows of the repository with a hash, for a
+// Export returns what this node knows of the repository with a hash, for a
 // peer, or nil. It is what the upstream said its tags are, and which digests
 // are in it, and nothing of who may read it.
-func (h *Handler) Recall(hash string) []byte {
+func (h *Handler) Export(hash string) []byte {
 	repo, ok := h.names.lru.Get(hash)
 	if !ok {
 		return nil
@@ -199,9 +199,9 @@ func (h *Handler) Recall(hash string) []byte {
 	return b
 }
 
-// recallFromPeers records what peers know of the client's repository. Whoever has
+// mergeFromPeers records what peers know of the client's repository. Whoever has
 // the right to read it is for this node's own upstream to say.
-func (x *exchange) recallFromPeers() {
+func (x *exchange) mergeFromPeers() {
 	if x.h.peers == nil || !x.h.peers.Ready() || x.who.Network != "" {
 		return
 	}
@@ -233,5 +233,5 @@ func (x *exchange) knownTag(peers bool) (rights.Tagged, *keptManifest) {
 // entitled says whether the client could be given something of the repository if
 // the upstream were silent.
 func (x *exchange) entitled() bool {
-	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.Granted(x.who) || x.h.rights.Public(x.vantage()))
+	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.Granted(x.who) || x.h.rights.Public(x.vantage))
 }

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/trace"
@@ -79,12 +80,14 @@ type pull struct {
 type delivery struct {
 	http.ResponseWriter
 	manifest bool
-	head     bool // it has no body
-	marked   bool // it says where it comes from, also when that is the registry
+	head     bool          // it has no body
+	digest   digest.Digest // as far as that is known
+	marked   bool          // it says where it comes from, also when that is the registry
 	bytes    atomic.Int64
 	size     atomic.Int64
-	gives    atomic.Bool // content, from source
-	source   Source      // set before gives
+	gives    atomic.Bool   // content, from source
+	source   Source        // set before gives
+	kept     *atomic.Int64 // counts what is given of what is kept, if that is
 	headed   bool
 	first    time.Time // when it had the first byte of content
 }
@@ -100,6 +103,7 @@ func (a *delivery) from(p provenance) {
 // begin records an answer that will be given. end has to be called after it.
 func (ps *pulls) begin(x *exchange) (end func(complete bool)) {
 	a, reference := x.w, ""
+	a.digest = x.target.digest
 	if a.manifest {
 		reference = cmp.Or(x.target.tag, x.target.digest.String())
 	}
@@ -127,7 +131,7 @@ func (ps *pulls) begin(x *exchange) (end func(complete bool)) {
 		ps.mu.Lock()
 		defer ps.mu.Unlock()
 		defer span.End()
-		a.describe(span, x.target, complete)
+		a.describe(span, x.target.tag, complete)
 		p.running = slices.DeleteFunc(p.running, func(b *delivery) bool { return b == a })
 		p.add(a, !complete || a.bytes.Load() < a.size.Load())
 		p.Ended = time.Now()
@@ -190,11 +194,11 @@ func spanName(a *delivery) string {
 }
 
 // describe says in a trace what became of an answer.
-func (a *delivery) describe(span trace.Span, t target, complete bool) {
+func (a *delivery) describe(span trace.Span, tag string, complete bool) {
 	if !span.IsRecording() {
 		return
 	}
-	span.SetAttributes(attribute.String("weir.digest", t.digest.String()), attribute.String("weir.tag", t.tag), attribute.Int64("weir.bytes", a.bytes.Load()))
+	span.SetAttributes(attribute.String("weir.digest", a.digest.String()), attribute.String("weir.tag", tag), attribute.Int64("weir.bytes", a.bytes.Load()))
 	if !a.gives.Load() {
 		span.SetStatus(codes.Error, "refused, or not modified")
 		return
@@ -297,6 +301,9 @@ func (a *delivery) Write(b []byte) (int, error) {
 	}
 	n, err := a.ResponseWriter.Write(b)
 	a.bytes.Add(int64(n))
+	if a.kept != nil {
+		a.kept.Add(int64(n))
+	}
 	return n, err
 }
 

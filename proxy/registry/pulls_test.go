@@ -90,7 +90,7 @@ func TestRunningPull(t *testing.T) {
 	})
 }
 
-// eventually waits for the pulls to be so: nobody tells when they are.
+// eventually waits for the pulls to be so: there is no event for it.
 func (s *side) eventually(so func([]Pull) bool) {
 	s.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !so(s.h.Pulls()); time.Sleep(time.Millisecond) {
@@ -104,7 +104,7 @@ func (s *side) eventually(so func([]Pull) bool) {
 // end takes no more memory.
 func TestPullsAreBounded(t *testing.T) {
 	ps := pulls{tracer: noop.Tracer{}, durations: newDurations(nil)}
-	x := &exchange{stats: new(counters), target: target{kind: blob}, r: &http.Request{Method: http.MethodGet}}
+	x := &exchange{stats: new(counters)}
 	for i := range 3 * maxPulls {
 		x.target = target{kind: manifest, tag: "a"}
 		x.who.Name = strings.Repeat("a", i+1)

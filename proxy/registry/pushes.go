@@ -3,6 +3,7 @@
 package registry
 
 import (
+	"cmp"
 	"io"
 	"net/http"
 	"net/url"
@@ -120,54 +121,64 @@ type push struct {
 // write answers requests that aren't for reading.
 func (x *exchange) write() {
 	q := x.r.URL.Query()
+	var p push
+	r := x.r
 	switch {
-	case x.target.kind == manifest && x.r.Method == http.MethodPut:
-		p := &push{manifest: x.buffer()}
+	case x.target.kind == manifest && r.Method == http.MethodPut:
+		p.manifest = x.buffer()
 		defer p.manifest.release()
-		x.push = p
-		x.r.Body = readCloser{io.TeeReader(x.r.Body, p.manifest), x.r.Body}
-	case x.target.kind == uploads && x.r.Method == http.MethodPost:
-		x.push = &push{session: &session{repo: x.target.repo, owner: x.up.owner()}}
+		r = withBody(r, readCloser{io.TeeReader(r.Body, p.manifest), r.Body})
+	case x.target.kind == uploads && r.Method == http.MethodPost:
+		p.session = &session{repo: x.target.repo, owner: x.up.owner()}
 		if d, err := digest.Parse(q.Get("digest")); err == nil { // all in one request
-			x.push.digest = d
-			x.tee()
+			p.digest = d
+			r = x.tee(p.session)
 		}
 	default:
-		s := x.h.sessions.take(x.up.ID() + " " + x.r.URL.EscapedPath())
-		if s == nil {
-			break
-		}
-		x.push = &push{session: s}
-		switch x.r.Method {
-		case http.MethodPut:
-			if d, err := digest.Parse(q.Get("digest")); err == nil {
-				x.push.digest = d
+		p.session = x.h.sessions.take(x.up.ID() + " " + r.URL.EscapedPath())
+		if p.session != nil && (r.Method == http.MethodPut || r.Method == http.MethodPatch) {
+			if d, err := digest.Parse(q.Get("digest")); err == nil && r.Method == http.MethodPut {
+				p.digest = d
 			}
-			x.tee()
-		case http.MethodPatch:
-			x.tee()
+			r = x.tee(p.session)
 		}
 	}
 	defer func() { // it panics to break off
-		if x.push != nil && x.push.session != nil && !x.push.goesOn {
-			x.push.session.drop() // whatever it came to, it is over
+		if p.session != nil && !p.goesOn {
+			p.session.drop() // whatever it came to, it is over
 		}
 	}()
-	x.forward()
+	x.pass(r, func(resp *reply) error {
+		switch {
+		case p.manifest != nil || p.session != nil:
+			p.answered(x, resp)
+		case r.Method == http.MethodDelete && resp.StatusCode/100 == 2 && x.target.repo != "":
+			if x.target.digest != "" {
+				x.h.rights.Remove(x.who.Repository, x.target.digest)
+			}
+			x.h.rights.ForgetTag(x.who.Repository, cmp.Or(x.target.tag, x.target.digest.String()))
+		}
+		return nil
+	})
 }
 
-// tee copies the request's body to the session's upload as it is sent on.
-func (x *exchange) tee() {
-	s := x.push.session
+func withBody(r *http.Request, body io.ReadCloser) *http.Request {
+	r = r.WithContext(r.Context()) // a copy
+	r.Body = body
+	return r
+}
+
+// tee is the request, whose body is copied to the session's upload as it is sent on.
+func (x *exchange) tee(s *session) *http.Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if x.r.Body == nil || x.r.Body == http.NoBody {
-		return
+		return x.r
 	}
 	if s.upload == nil {
 		s.upload = x.h.store.NewUpload(x.origin())
 	}
-	x.r.Body = &teeBody{x.r.Body, s}
+	return withBody(x.r, &teeBody{x.r.Body, s})
 }
 
 type teeBody struct {
@@ -187,15 +198,15 @@ func (b *teeBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// answered takes in what the upstream says to a part of a push.
-func (p *push) answered(x *exchange, resp *http.Response) {
+// answered records what the upstream says to a part of a push.
+func (p *push) answered(x *exchange, resp *reply) {
 	switch code := resp.StatusCode; {
 	case p.manifest != nil:
 		if body, whole := p.manifest.whole(); code == http.StatusCreated && whole {
 			x.pushedManifest(body, resp)
 		}
 	case code == http.StatusCreated && p.digest != "":
-		p.pushedBlob(x)
+		p.pushedBlob(x, resp)
 	case code == http.StatusAccepted && x.r.Method != http.MethodDelete:
 		if p.digest != "" { // it didn't take it all in one request
 			p.session.drop()
@@ -205,7 +216,7 @@ func (p *push) answered(x *exchange, resp *http.Response) {
 }
 
 // next expects the next request where the upstream says.
-func (p *push) next(x *exchange, resp *http.Response) {
+func (p *push) next(x *exchange, resp *reply) {
 	here, err := x.up.base().Parse(x.r.URL.EscapedPath())
 	if err != nil {
 		return
@@ -223,7 +234,7 @@ func sameHost(u *url.URL, up Upstream) bool {
 }
 
 // pushedBlob keeps a blob that the upstream has accepted.
-func (p *push) pushedBlob(x *exchange) {
+func (p *push) pushedBlob(x *exchange, resp *reply) {
 	repo := x.up.repository(p.session.repo)
 	p.session.mu.Lock()
 	defer p.session.mu.Unlock()
@@ -237,11 +248,11 @@ func (p *push) pushedBlob(x *exchange) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.h.rights.Prove(rights.Vantage{Repository: repo}, p.digest, x.answered)
+	x.prove(rights.Vantage{Repository: repo}, p.digest, resp.at)
 }
 
 // pushedManifest keeps a manifest that the upstream has accepted.
-func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
+func (x *exchange) pushedManifest(body []byte, resp *reply) {
 	d := x.target.digest
 	if d == "" {
 		var err error
@@ -258,7 +269,7 @@ func (x *exchange) pushedManifest(body []byte, resp *http.Response) {
 		return
 	}
 	x.stats.pushed.Add(1)
-	x.prove(rights.Vantage{Repository: repo}, d)
+	x.prove(rights.Vantage{Repository: repo}, d, resp.at)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
 		x.setTag(d)
 	}

@@ -188,7 +188,7 @@ func (s *side) restart() {
 	s.metrics = prometheus.NewRegistry()
 	s.h = New(Options{Store: s.store, StaleIfError: time.Hour, File: s.file, Peers: s.peers, Metrics: s.metrics,
 		now: func() time.Time { return time.Now().Add(time.Duration(s.later.Load())) }})
-	s.h.outages.whole, s.h.outages.rest = 200*time.Millisecond, 10*time.Millisecond
+	s.h.outages.first, s.h.outages.again = 200*time.Millisecond, 10*time.Millisecond
 }
 
 func newSide(t *testing.T, u *scripted, o store.Options) *side {
@@ -573,7 +573,7 @@ func (u *scripted) holdsBack(auth string, blob []byte) (begun <-chan struct{}, r
 	return there, onward
 }
 
-// While a blob arrives for somebody, whoever may not read it gets the upstream's
+// While a blob arrives for one client, another that may not read it gets the upstream's
 // refusal, and at once.
 func TestArrivingForAnother(t *testing.T) {
 	u := newUpstream(t)

@@ -5,8 +5,10 @@ package registry
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"strings"
 	"testing"
@@ -149,7 +151,7 @@ func TestSchema1(t *testing.T) {
 }
 
 // The head of an answer comes when the registry's has come, and not with the
-// first byte: clients have less patience for the one than for the other.
+// first byte: clients wait less for the one than for the other.
 func TestHeadFirst(t *testing.T) {
 	u := newUpstream(t)
 	u.allow("a", "")
@@ -191,5 +193,52 @@ func TestNoContentType(t *testing.T) {
 	s := newSide(t, u, store.Options{})
 	if ct, ok := s.do("GET", "/v2/a/manifests/v1", "").Header["Content-Type"]; ok {
 		t.Errorf("%q was added", ct)
+	}
+}
+
+// What isn't kept is asked for as long as its client is there: when that has left,
+// the registry is not waited for.
+func TestClientLeavesWhatIsNotKept(t *testing.T) {
+	for name, header := range map[string]http.Header{
+		"no room": {},
+		"a page":  {"Content-Type": {"text/html"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			u := newUpstream(t)
+			u.allow("a", "")
+			d := u.put("a", bytesOf(1, 100_000))
+			gone := make(chan struct{})
+			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+				if r.Method != http.MethodGet {
+					return false
+				}
+				maps.Copy(w.Header(), header)
+				w.Header().Set("Content-Length", "100000")
+				_, _ = w.Write(bytesOf(1, 100_000)[:50_000])
+				_ = http.NewResponseController(w).Flush()
+				<-r.Context().Done()
+				close(gone)
+				panic(http.ErrAbortHandler)
+			}
+			s := newSide(t, u, store.Options{MaxBytes: 50_000})
+			ctx, leave := context.WithCancel(t.Context())
+			req, _ := http.NewRequestWithContext(ctx, http.MethodGet, s.srv.URL+"/v2/a/blobs/"+d.String(), nil)
+			resp, err := http.DefaultTransport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			if _, err := io.ReadFull(resp.Body, make([]byte, 10_000)); err != nil {
+				t.Fatal(err)
+			}
+			leave()
+			select {
+			case <-gone:
+			case <-time.After(10 * time.Second):
+				t.Error("the registry is still waited for")
+				u.srv.Listener.Close() // or it would be asked again
+				u.srv.CloseClientConnections()
+			}
+		})
 	}
 }

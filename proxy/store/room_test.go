@@ -85,11 +85,7 @@ func TestNoLengthIsBounded(t *testing.T) {
 		if used := s.Stats().Bytes; used > size || most > size/provisionalShare {
 			t.Errorf("%d bytes counted, %d on the disk", used, most)
 		}
-		rest, err := r.Rest(t.Context(), src)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tail, err := io.ReadAll(rest)
+		tail, err := io.ReadAll(r.With(t.Context(), Failover{Own: src}))
 		if err != nil || !bytes.Equal(append(got, tail...), want) {
 			t.Errorf("%d and %d bytes, %v", len(got), len(tail), err)
 		}
@@ -118,7 +114,7 @@ func TestNoLength(t *testing.T) {
 	}
 }
 
-// A push that nobody accepted takes nothing from what is kept, and nothing that
+// A push that wasn't accepted takes nothing from what is kept, and nothing that
 // is verified waits for it.
 func TestUploadTakesWhatIsFree(t *testing.T) {
 	const size = 16 << 20
@@ -243,7 +239,7 @@ func TestOwners(t *testing.T) {
 	if b := random(41, size/ownerShare+1); !errors.Is(s.Put(digest.FromBytes(b), b, Origin{Owner: "a"}), ErrNoSpace) {
 		t.Error("more than an owner's part was kept")
 	}
-	// What an authenticated registry brings too is nobody's.
+	// What an authenticated registry brings too counts for no owner.
 	again := random(31, 200_000)
 	if err := s.Put(ds[0], again, Origin{}); err != nil || s.owners["a"].bytes != 800_000 {
 		t.Error(err, s.owners["a"].bytes)
@@ -273,7 +269,7 @@ func TestTransfersOfTwo(t *testing.T) {
 	d := digest.FromBytes(want)
 	type way struct {
 		w *io.PipeWriter
-		r *TransferReader
+		r *Reader
 	}
 	claim := func(from Origin) way {
 		tr, leader := s.Claim(d, from)
@@ -336,7 +332,7 @@ func TestTransfersOfTwo(t *testing.T) {
 
 // A peer's announcement evicts nothing; its bytes do, when there is no room for
 // them otherwise.
-func TestUnprovenRoom(t *testing.T) {
+func TestUnverifiedRoom(t *testing.T) {
 	const size = 8 << 20
 	s, ds := filled(t, size, 8, true)
 	want := random(80, 4<<20)
@@ -352,7 +348,7 @@ func TestUnprovenRoom(t *testing.T) {
 		t.Errorf("%d of %d blobs are left", n, len(ds))
 	}
 	go func() { _, _ = pw.Write(want) }()
-	if err := r.Settle(t.Context()); err != nil {
+	if err := r.WaitReadable(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want) || !s.Has(d) || s.Stats().Bytes > size {

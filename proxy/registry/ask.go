@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"weir/proxy/upstream"
+)
+
+// reply is an upstream's answer, and when it was given.
+type reply struct {
+	*http.Response
+	at time.Time
+}
+
+// question is a request that weir makes to find out what the client may have: the
+// client's own request, without its body.
+type question struct {
+	method string
+	extra  http.Header // over the client's
+	// follow says that redirects are followed, as the client would.
+	follow bool
+	// timeout is how long the upstream has, once stale says that there is another
+	// answer: what it said before. Without one it has as long as the client gives it.
+	timeout time.Duration
+	stale   func() bool
+}
+
+// head is the question for what the client asked for, without its content.
+func (x *exchange) head(follow bool, stale func() bool) question {
+	return question{method: http.MethodHead, follow: follow, timeout: x.h.outages.timeout(x.up.ID()), stale: stale}
+}
+
+// errOutage says that the upstream gives no answer, and that there is another.
+var errOutage = errors.New("the upstream gives no answer")
+
+// ask asks the upstream. The error is [errOutage] when it has failed, and what it
+// said before may be taken instead. The answer to a HEAD has no body.
+func (x *exchange) ask(q question) (*reply, error) {
+	ctx, cancel := context.WithCancel(x.r.Context())
+	looked := make(chan struct{})
+	timer := time.AfterFunc(q.timeout, func() {
+		defer close(looked)
+		if q.stale() {
+			cancel()
+		}
+	})
+	resp, err := x.send(x.outgoing(ctx, q.method, q.extra), q.follow)
+	if !timer.Stop() {
+		<-looked
+		if err == nil && ctx.Err() != nil && q.method != http.MethodHead {
+			resp.Body.Close() // it came as it was given up, and would end in the middle
+			err = ctx.Err()
+		}
+	}
+	if x.r.Context().Err() == nil {
+		x.h.outages.note(x.up.ID(), err != nil)
+	}
+	if err != nil {
+		cancel()
+		if q.stale() {
+			err = fmt.Errorf("%w: %w", errOutage, scrub(err))
+		}
+		return nil, err
+	}
+	resp.Body = &cancelBody{resp.Body, cancel}
+	outage := x.failed(resp.Response) && q.stale()
+	if q.method == http.MethodHead || outage {
+		resp.Body.Close()
+	}
+	if outage {
+		return nil, fmt.Errorf("%w: it answers with %s", errOutage, resp.Status)
+	}
+	return resp, nil
+}
+
+// send sends a request to the upstream. What follows redirects goes on to https
+// only, or stays at a registry without TLS.
+func (x *exchange) send(req *http.Request, follow bool) (*reply, error) {
+	rt := transport(func(req *http.Request) (*http.Response, error) {
+		resp, err := x.up.Transport.RoundTrip(req)
+		if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+			resp.Body.Close()
+			return nil, errUpgrade
+		}
+		return resp, err
+	})
+	do := rt.RoundTrip
+	if follow {
+		// Where a redirect leads may be out of weir's reach, and not of the client's,
+		// which may go there by a proxy: it is left to the client then.
+		req = req.WithContext(upstream.WithDialBudget(req.Context(), redirectTime))
+		do = x.up.follow(rt).Do
+	}
+	resp, err := do(req) //nolint:bodyclose // the caller closes the reply's
+	if err != nil {
+		return nil, err
+	}
+	return &reply{resp, x.h.rights.Now()}, nil
+}
+
+// errUpgrade says that a registry changes the protocol of a connection on its own.
+// What it sends then has no end, and doesn't end with the request.
+var errUpgrade = errors.New("the registry changes the protocol, which it wasn't asked for")
+
+// transport is a function as an http.RoundTripper.
+type transport func(*http.Request) (*http.Response, error)
+
+// RoundTrip implements http.RoundTripper.
+func (t transport) RoundTrip(req *http.Request) (*http.Response, error) { return t(req) }
+
+// redirectTime is how long it may take to connect to where a registry redirects:
+// with what comes after, it is less than a second.
+const redirectTime = 700 * time.Millisecond
+
+// outgoing is the client's request, as it goes to the upstream, with another method
+// and without its body. extra headers go over the client's.
+func (x *exchange) outgoing(ctx context.Context, method string, extra http.Header) *http.Request {
+	req := x.r.Clone(ctx)
+	req.Method = method
+	base := x.up.base()
+	req.URL.Scheme, req.URL.Host = base.Scheme, base.Host
+	req.RequestURI = ""
+	req.Body, req.ContentLength = http.NoBody, 0
+	for _, h := range []string{"Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Range", "If-Range"} {
+		req.Header.Del(h)
+	}
+	if _, ok := req.Header["User-Agent"]; !ok {
+		req.Header["User-Agent"] = nil // not Go's
+	}
+	for k, v := range extra {
+		req.Header[k] = v
+	}
+	return req
+}
+
+// fetch opens the blob at the upstream, from an offset on, following redirects
+// to where the registry keeps its blobs.
+func (x *exchange) fetch(ctx context.Context, offset int64) (*reply, error) {
+	extra := http.Header{"Accept-Encoding": {"identity"}}
+	if offset > 0 {
+		extra.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
+	}
+	return x.send(x.outgoing(ctx, http.MethodGet, extra), true)
+}
+
+// open opens the blob at the upstream for a reader that has what is before offset.
+func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
+	resp, err := x.fetch(ctx, offset)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case resp.StatusCode == http.StatusPartialContent && strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)):
+	case resp.StatusCode == http.StatusOK:
+		if _, err := io.CopyN(io.Discard, resp.Body, offset); err != nil {
+			resp.Body.Close()
+			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
+		}
+	default:
+		resp.Body.Close()
+		return nil, fmt.Errorf("%s answers a request for a blob with %s", x.up.Host, resp.Status)
+	}
+	return resp.Body, nil
+}
+
+// source opens the blob for a transfer that broke off. It outlives the client's
+// request, with the client's credentials.
+func (x *exchange) source(ctx context.Context, offset int64) (io.ReadCloser, error) {
+	body, err := x.open(ctx, offset)
+	if err != nil {
+		return nil, err
+	}
+	return x.arriving(body), nil
+}
+
+// ownSource is source for what only this client reads, at its own pace.
+func (x *exchange) ownSource(ctx context.Context, offset int64) (io.ReadCloser, error) {
+	body, err := x.open(ctx, offset)
+	if err != nil {
+		return nil, err
+	}
+	return x.counted(body), nil
+}
+
+// arriving counts, and measures, what a transfer reads from the upstream.
+func (x *exchange) arriving(body io.ReadCloser) io.ReadCloser {
+	return x.stats.arrivals.measure(body, &x.stats.fromUpstream)
+}
+
+// counted counts what comes from the upstream.
+func (x *exchange) counted(body io.ReadCloser) io.ReadCloser {
+	return &countingBody{ReadCloser: body, count: &x.stats.fromUpstream}
+}
+
+type countingBody struct {
+	io.ReadCloser
+	count *atomic.Int64
+}
+
+func (b *countingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.count.Add(int64(n))
+	return n, err
+}
+
+type cancelBody struct {
+	io.ReadCloser
+	cancel context.CancelFunc
+}
+
+func (b *cancelBody) Close() error {
+	defer b.cancel()
+	return b.ReadCloser.Close()
+}
+
+// own says whether an answer is the registry's own, and not that of where it
+// redirected to.
+func (x *exchange) own(resp *http.Response) bool {
+	return resp.Request == nil || resp.Request.URL.Host == x.up.base().Host
+}
+
+// scrub takes URLs out of an error: those of blobs are signed, so that whoever
+// reads the log could fetch them.
+func scrub(err error) error {
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err
+	}
+	return err
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/rights"
+)
+
+// request is what a client asks of a registry. It is parsed once, and not changed.
+type request struct {
+	r       *http.Request
+	up      Upstream
+	target  target
+	who     rights.Principal
+	vantage rights.Vantage // from where the client asks for its repository
+}
+
+// parse understands a client's request. What is not the plain form of the
+// distribution API is the upstream's business: another host than the connection's, a
+// request target with a scheme (and maybe with a user and a password), and what a
+// query or a body may ask for, or prove.
+func (h *Handler) parse(r *http.Request, up Upstream) request {
+	q := request{r: r, up: up, target: parsePath(r.URL.EscapedPath())}
+	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || q.reading() && (r.URL.RawQuery != "" || r.ContentLength != 0) {
+		q.target = target{}
+	}
+	q.who = rights.Principal{Repository: up.repository(q.target.repo), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
+	q.vantage = up.vantage(q.who.Repository)
+	if h.anonymousInOutage(q) {
+		q.up.Transport = &anonymous{h, up}
+	}
+	return q
+}
+
+func (q request) reading() bool {
+	return q.r.Method == http.MethodGet || q.r.Method == http.MethodHead
+}
+
+// kind is what a request's path names.
+type kind int
+
+const (
+	other    kind = iota // nothing that is kept: it is forwarded
+	blob                 // /v2/NAME/blobs/DIGEST
+	manifest             // /v2/NAME/manifests/REFERENCE
+	base                 // /v2/, where clients ask whether they must log in
+	uploads              // /v2/NAME/blobs/uploads/, where pushes of blobs begin
+)
+
+// target is what a path of the distribution API asks for.
+type target struct {
+	kind   kind
+	repo   string
+	digest digest.Digest // empty for a tag
+	tag    string
+}
+
+// The grammar of the OCI distribution specification, "Pulling manifests".
+var (
+	nameRE = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
+	tagRE  = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
+)
+
+// parsePath reads the (escaped) path of a request. Whatever it isn't sure of
+// is other.
+func parsePath(path string) target {
+	rest, ok := strings.CutPrefix(path, "/v2/")
+	if !ok || len(rest) > 1024 {
+		return target{}
+	}
+	if rest == "" {
+		return target{kind: base}
+	}
+	if repo, ok := strings.CutSuffix(strings.TrimSuffix(rest, "/"), "/blobs/uploads"); ok && isName(repo) {
+		return target{kind: uploads, repo: repo}
+	}
+	// A repository's name may itself contain "blobs" or "manifests": the last
+	// one in the path counts.
+	i, k := strings.LastIndex(rest, "/manifests/"), manifest
+	sep := len("/manifests/")
+	if j := strings.LastIndex(rest, "/blobs/"); j > i {
+		i, k, sep = j, blob, len("/blobs/")
+	}
+	if i < 0 {
+		return target{}
+	}
+	t := target{kind: k, repo: rest[:i]}
+	ref := rest[i+sep:]
+	if !isName(t.repo) {
+		return target{}
+	}
+	if d, err := digest.Parse(ref); err == nil {
+		t.digest = d
+		return t
+	}
+	if k == manifest && tagRE.MatchString(ref) {
+		t.tag = ref
+		return t
+	}
+	return target{}
+}
+
+func isName(repo string) bool { return len(repo) <= 255 && nameRE.MatchString(repo) }
+
+func accepts(r *http.Request, mediaType string) bool {
+	values := r.Header.Values("Accept")
+	if len(values) == 0 {
+		return true
+	}
+	for _, v := range values {
+		for part := range strings.SplitSeq(v, ",") {
+			mt, _, _ := strings.Cut(part, ";")
+			switch mt = strings.TrimSpace(mt); {
+			case mt == "*/*", strings.EqualFold(mt, mediaType), mt == "application/*" && strings.HasPrefix(mediaType, "application/"):
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func conditional(r *http.Request) bool {
+	return slices.ContainsFunc([]string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range"},
+		func(h string) bool { return r.Header.Get(h) != "" })
+}
+
+// rangeStart is where a Range header's only range begins.
+func rangeStart(header string) (int64, bool) {
+	spec, ok := strings.CutPrefix(header, "bytes=")
+	if !ok {
+		return 0, header != ""
+	}
+	from, _, ok := strings.Cut(spec, "-")
+	n, err := strconv.ParseInt(from, 10, 64)
+	if !ok || err != nil || n < 0 {
+		return 1 << 62, true // a suffix, or something else that needs the whole
+	}
+	return n, true
+}
+
+func stripPort(host string) string {
+	if i := strings.LastIndexByte(host, ':'); i > 0 && !strings.HasSuffix(host, "]") {
+		return host[:i]
+	}
+	return host
+}
