@@ -15,20 +15,20 @@ import (
 func Example() {
 	cgroup, err := bpf.CgroupRoot()
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	k, err := bpf.Load(bpf.Options{Cgroup: cgroup, Ports: []uint16{443}, Names: []string{"dockerd"}})
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	defer k.Close()
 	l, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	defer l.Close()
 	if _, err := k.OpenListener(l, nil); err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	go func() {
 		for range time.Tick(bpf.BeatInterval) {
@@ -49,7 +49,7 @@ func Example() {
 	for {
 		c, err := l.AcceptTCP()
 		if err != nil {
-			log.Fatal(err)
+			panic(err)
 		}
 		if o, err := k.Origin(c); err == nil {
 			log.Printf("process %d connects to %s", o.PID, o.Dst)

@@ -5,7 +5,6 @@ package trust_test
 import (
 	"crypto/x509"
 	"fmt"
-	"log"
 	"os"
 
 	"weir/agent/trust"
@@ -16,18 +15,18 @@ import (
 func ExampleOpenCA() {
 	dir, err := os.MkdirTemp("", "")
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	defer os.RemoveAll(dir)
 	ca, err := trust.OpenCA(dir, []string{"ghcr.io"}, nil)
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	fmt.Println("ghcr.io:", ca.Permits("ghcr.io"), "bank.example:", ca.Permits("bank.example"))
 
 	leaf, err := ca.Leaf("ghcr.io")
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca.PEM())

@@ -207,7 +207,7 @@ func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 	stats := h.stats.of(up.name())
 	up.Transport = counted{up.Transport, stats}
 	x := &exchange{request: h.parse(r, up), h: h, w: w, stats: stats}
-	x.stats.requests.Add(1)
+	stats.requests.Add(1)
 	w.manifest, w.head = x.target.kind == manifest, r.Method == http.MethodHead
 	complete := false // unless it panics, as handlers do to break off
 	if x.reading() && (w.manifest || x.target.kind == blob && !w.head) {

@@ -5,7 +5,6 @@ package store_test
 import (
 	"fmt"
 	"io"
-	"log"
 	"os"
 	"strings"
 
@@ -17,12 +16,12 @@ import (
 func Example() {
 	dir, err := os.MkdirTemp("", "")
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	defer os.RemoveAll(dir)
 	s, err := store.Open(dir, store.Options{MaxBytes: 1 << 30})
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	defer s.Close()
 
@@ -30,13 +29,13 @@ func Example() {
 	d := digest.FromString(layer)
 	t, leader := s.Claim(d, store.Origin{Name: "docker.io/library/debian"})
 	if !leader {
-		log.Fatal("another client's transfer is running: Wait for it")
+		panic("another client's transfer is running: Wait for it")
 	}
 	ended := make(chan bool, 1)
 	t.OnEnd(func(kept bool) { ended <- kept })
 	r, err := t.Begin(int64(len(layer)), io.NopCloser(strings.NewReader(layer)), nil)
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	defer r.Close()
 	b, err := io.ReadAll(r)
@@ -45,7 +44,7 @@ func Example() {
 
 	blob, err := s.Get(d)
 	if err != nil {
-		log.Fatal(err)
+		panic(err)
 	}
 	b, err = io.ReadAll(blob.Reader())
 	fmt.Printf("%s, %v\n", b, err)
