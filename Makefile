@@ -62,7 +62,7 @@ dist: ## build what a release has: binaries for amd64 and arm64, what they are m
 publish: ## push what dist has made to REGISTRY: the image as weir, the chart as charts/weir (as who is logged in there)
 	@test -n '$(REGISTRY)' || { echo "say where, as it was said to make dist: REGISTRY=registry.example.com"; exit 1; }
 	@$(call need,skopeo)
-	skopeo copy --all --preserve-digests --digestfile $(DIST)/image.digest oci-archive:$(DIST)/weir-image.oci.tar docker://$(REGISTRY)/weir:$(RELEASE)
+	skopeo copy --all --digestfile $(DIST)/image.digest oci-archive:$(DIST)/weir-image.oci.tar docker://$(REGISTRY)/weir:$(RELEASE)
 	set -o pipefail; $(HELM) push $(DIST)/weir-$(RELEASE).tgz oci://$(REGISTRY)/charts 2>&1 | tee $(DIST)/push.log
 	sed -n 's/^Digest: //p' $(DIST)/push.log > $(DIST)/chart.digest && rm $(DIST)/push.log && test -s $(DIST)/chart.digest
 

@@ -16,12 +16,13 @@ import (
 	"weir/test/lab"
 )
 
-// cluster is a real Kubernetes with one node: etcd, the API server, the
-// controllers, the scheduler, containerd and the kubelet, all in one box.
+// cluster is a real Kubernetes: etcd, the API server, the controllers, the
+// scheduler and DNS on its first node, containerd and the kubelet on each.
 type cluster struct {
 	t          testing.TB
-	node       *lab.Node
+	node       *lab.Node // the first one
 	containerd *lab.Containerd
+	nodes      int
 }
 
 const containerdConfig = `version = 3
@@ -35,17 +36,19 @@ const containerdConfig = `version = 3
 
 const cniConfig = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [
   {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
-   "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+   "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.%d.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
   {"type": "portmap", "capabilities": {"portMappings": true}}]}
 `
 
 const kubeconfig = `apiVersion: v1
 kind: Config
-clusters: [{name: box, cluster: {server: "https://127.0.0.1:6443", insecure-skip-tls-verify: true}}]
+clusters: [{name: box, cluster: {server: "https://%s:6443", insecure-skip-tls-verify: true}}]
 users: [{name: admin, user: {token: admin}}]
 contexts: [{name: box, context: {cluster: box, user: admin}}]
 current-context: box
 `
+
+const config = "/var/lib/home/.kube/config"
 
 // kubeletConfig allows for a machine with cgroup v1 beside v2, and for a node
 // whose pods are in a cgroup of the test's.
@@ -54,7 +57,7 @@ kind: KubeletConfiguration
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
 authorization: {mode: AlwaysAllow}
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
-clusterDNS: [10.96.0.10]
+clusterDNS: [%s]
 clusterDomain: cluster.local
 failCgroupV1: false
 failSwapOn: false
@@ -67,48 +70,43 @@ imageGCLowThresholdPercent: 99
 serializeImagePulls: false
 `
 
+// admission has all namespaces but those that are labelled otherwise allow what
+// Pod Security's baseline does.
+const admission = `apiVersion: apiserver.config.k8s.io/v1
+kind: AdmissionConfiguration
+plugins:
+- name: PodSecurity
+  configuration:
+    apiVersion: pod-security.admission.config.k8s.io/v1
+    kind: PodSecurityConfiguration
+    defaults: {enforce: baseline, enforce-version: latest}
+`
+
 // newCluster starts a cluster on a node, and waits until the node is ready.
 func newCluster(t testing.TB, node *lab.Node) *cluster {
 	t.Helper()
 	c := &cluster{t: t, node: node}
-	for path, content := range map[string]string{
-		"/etc/containerd/config.toml":     containerdConfig,
-		"/etc/cni/net.d/10-pods.conflist": cniConfig,
-		"/var/lib/home/.kube/config":      kubeconfig,
-		"/etc/kubernetes/tokens.csv":      "admin,admin,admin,system:masters\n",
-		"/etc/kubernetes/kubelet.yaml":    fmt.Sprintf(kubeletConfig, filepath.Base(node.Cgroup())),
-	} {
-		node.WriteFile(path, content)
-	}
-	node.Run("mkdir", "-p", "/etc/containerd/certs.d")
+	node.WriteFile("/etc/kubernetes/tokens.csv", "admin,admin,admin,system:masters\n")
+	node.WriteFile("/etc/kubernetes/admission.yaml", admission)
+	node.WriteFile(config, fmt.Sprintf(kubeconfig, node.Addr()))
 	node.Run("openssl", "genrsa", "-out", "/etc/kubernetes/sa.key", "2048")
-	node.Cgroups()
-	c.containerd = node.NewestContainerd()
 	node.Spawn("etcd", lab.Debian(t, "/usr/bin/etcd", "etcd-server"), "--data-dir=/var/lib/etcd", "--unsafe-no-fsync")
 	node.Spawn("kube-apiserver", lab.Tool(t, "kube-apiserver"), "--etcd-servers=http://127.0.0.1:2379", "--cert-dir=/run/kubernetes",
 		"--token-auth-file=/etc/kubernetes/tokens.csv", "--service-cluster-ip-range=10.96.0.0/16", "--advertise-address="+node.Addr().String(),
 		"--service-account-issuer=https://box", "--service-account-key-file=/etc/kubernetes/sa.key", "--service-account-signing-key-file=/etc/kubernetes/sa.key",
-		"--disable-admission-plugins=ServiceAccount", "--allow-privileged=true", "--endpoint-reconciler-type=none",
-		"--kubelet-preferred-address-types=InternalIP")
+		"--disable-admission-plugins=ServiceAccount", "--admission-control-config-file=/etc/kubernetes/admission.yaml", "--allow-privileged=true",
+		"--endpoint-reconciler-type=none", "--kubelet-preferred-address-types=InternalIP")
 	c.eventually("the API server", func() error {
 		_, err := c.try("get", "--raw", "/readyz")
 		return err
 	})
-	node.Spawn("kube-controller-manager", lab.Tool(t, "kube-controller-manager"), "--kubeconfig=/var/lib/home/.kube/config", "--leader-elect=false",
+	node.Spawn("kube-controller-manager", lab.Tool(t, "kube-controller-manager"), "--kubeconfig="+config, "--leader-elect=false",
 		"--service-account-private-key-file=/etc/kubernetes/sa.key")
-	node.Spawn("kube-scheduler", lab.Tool(t, "kube-scheduler"), "--kubeconfig=/var/lib/home/.kube/config", "--leader-elect=false")
-	node.Spawn("kubelet", lab.Tool(t, "kubelet"), "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig=/var/lib/home/.kube/config",
-		"--hostname-override=node", "--node-ip="+node.Addr().String())
-	c.eventually("the node", func() error {
-		out, err := c.try("get", "node", "node", "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
-		if err == nil && out != "True" {
-			err = fmt.Errorf("it is not ready: %q", out)
-		}
-		return err
-	})
+	node.Spawn("kube-scheduler", lab.Tool(t, "kube-scheduler"), "--kubeconfig="+config, "--leader-elect=false")
+	c.containerd, _ = c.join(node)
 	t.Cleanup(func() {
 		if t.Failed() {
-			for _, args := range [][]string{{"get", "pods", "-A", "-o", "wide"}, {"get", "events", "-A"}, {"logs", "dind", "--tail=15"}, {"-n", "weir", "logs", "daemonset/weir", "--tail=30"}} {
+			for _, args := range [][]string{{"get", "pods", "-A", "-o", "wide"}, {"get", "events", "-A"}, {"logs", "runner", "--all-containers", "--tail=15"}, {"-n", "weir", "logs", "daemonset/weir", "--tail=30"}} {
 				out, _ := c.try(args...)
 				t.Logf("--- kubectl %v\n%s", args, out)
 			}
@@ -117,6 +115,40 @@ func newCluster(t testing.TB, node *lab.Node) *cluster {
 		_, _ = c.try("delete", "pods,daemonsets", "--all", "-A", "--force", "--grace-period=0", "--wait=false")
 	})
 	return c
+}
+
+// join makes a node one of the cluster's, and waits until it is ready.
+func (c *cluster) join(node *lab.Node) (*lab.Containerd, *lab.Process) {
+	c.t.Helper()
+	c.nodes++
+	name := fmt.Sprintf("node-%d", c.nodes)
+	for path, content := range map[string]string{
+		"/etc/containerd/config.toml":     containerdConfig,
+		"/etc/cni/net.d/10-pods.conflist": fmt.Sprintf(cniConfig, c.nodes),
+		"/etc/kubernetes/kubelet.yaml":    fmt.Sprintf(kubeletConfig, c.node.Addr(), filepath.Base(node.Cgroup())),
+		config:                            fmt.Sprintf(kubeconfig, c.node.Addr()),
+	} {
+		node.WriteFile(path, content)
+	}
+	node.Run("mkdir", "-p", "/etc/containerd/certs.d")
+	node.Cgroups()
+	containerd := node.NewestContainerd()
+	kubelet := node.Spawn("kubelet", lab.Tool(c.t, "kubelet"), "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig="+config,
+		"--hostname-override="+name, "--node-ip="+node.Addr().String())
+	c.ready(name)
+	return containerd, kubelet
+}
+
+// ready waits until a node is ready.
+func (c *cluster) ready(name string) {
+	c.t.Helper()
+	c.eventually("the node "+name, func() error {
+		out, err := c.try("get", "node", name, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
+		if err == nil && out != "True" {
+			err = fmt.Errorf("it is not ready: %q", out)
+		}
+		return err
+	})
 }
 
 func (c *cluster) eventually(what string, f func() error) {

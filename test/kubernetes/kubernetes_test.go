@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -55,11 +56,14 @@ func TestChart(t *testing.T) {
 	node := in.Node()
 	c := newCluster(t, node)
 	etc := strings.Join(node.Listing("/etc"), "\n")
+	c.kubectl("label", "namespace", "default", "pod-security.kubernetes.io/enforce=privileged") // it has a dind
 	c.kubectl("create", "secret", "docker-registry", "login", "--docker-server=registry.example.com", "--docker-username=someone", "--docker-password=secret")
 	sleeping := []string{"sleep", "infinity"}
 
 	// Installing what a release has, which says itself where its image is.
 	c.release("v0.1.0", in.Roots())
+	c.kubectl("create", "namespace", "weir")
+	c.kubectl("label", "namespace", "weir", "pod-security.kubernetes.io/enforce=privileged")
 	values := []string{"--set=registries={registry.example.com}",
 		"--set=env.WEIR_CGROUP=" + node.Cgroup(), "--set=store.size=2GiB"}
 	start := time.Now()
@@ -109,20 +113,23 @@ func TestChart(t *testing.T) {
 	c.kubectl("delete", "pod", "thief", "--wait")
 	c.kubectl("delete", "events", "--all")
 
-	// A dockerd in a pod, twice with an empty disk.
+	// A runner's pod, twice, each with an empty disk.
 	for round := range 2 {
-		c.apply(dind())
-		c.running("dind")
+		c.apply(runner())
+		c.running("runner")
 		hub.Log.Reset()
+		docker := func(args ...string) []string {
+			return append([]string{"exec", "runner", "-c", "runner", "--", "/usr/bin/docker"}, args...)
+		}
 		c.eventually("the dockerd in the pod", func() error {
-			_, err := c.try("exec", "dind", "--", "/usr/bin/docker", "version")
+			_, err := c.try(docker("version")...)
 			return err
 		})
-		c.kubectl("exec", "dind", "--", "/usr/bin/docker", "pull", "-q", "debian:12")
+		c.kubectl(docker("pull", "-q", "debian:12")...)
 		if gets := hub.Log.BlobGETs(); (gets == 0) != (round == 1) {
 			t.Errorf("dind %d: %d blobs were fetched:\n%s", round, gets, hub.Log)
 		}
-		c.kubectl("delete", "pod", "dind", "--wait")
+		c.kubectl("delete", "pod", "runner", "--wait")
 	}
 
 	// A new version, while pods pull.
@@ -216,28 +223,37 @@ func (c *cluster) key() string {
 	return string(b)
 }
 
-// dind is a pod with a dockerd in it, whose programs are this machine's.
-func dind() object {
+// runner is a pod as the Actions Runner Controller makes it: a job's container,
+// and beside it a privileged one with a dockerd, whose socket they share. Their
+// programs are this machine's.
+func runner() object {
 	var volumes, mounts []object
+	mount := func(path string, volume object) {
+		name := fmt.Sprintf("v%d", len(volumes))
+		volume["name"] = name
+		volumes = append(volumes, volume)
+		_, readOnly := volume["hostPath"]
+		mounts = append(mounts, object{"name": name, "mountPath": path, "readOnly": readOnly})
+	}
 	for _, path := range []string{"/usr", "/usr/bin:/bin", "/usr/sbin:/sbin", "/usr/lib:/lib", "/usr/lib64:/lib64", "/etc/alternatives", "/etc/hosts"} {
 		from, to, both := strings.Cut(path, ":")
 		if !both {
 			to = from
 		}
-		name := fmt.Sprintf("v%d", len(volumes))
-		volumes = append(volumes, object{"name": name, "hostPath": object{"path": from}})
-		mounts = append(mounts, object{"name": name, "mountPath": to, "readOnly": true})
+		mount(to, object{"hostPath": object{"path": from}})
 	}
+	mount("/run/docker", object{"emptyDir": object{}})
+	env := []object{{"name": "PATH", "value": "/usr/sbin:/usr/bin"}, {"name": "DOCKER_HOST", "value": "unix:///run/docker/docker.sock"}}
+	p := pod("runner", object{"image": "registry.example.com/dind:1", "volumeMounts": slices.Clone(mounts), "command": []string{"/usr/bin/sleep", "infinity"}, "env": env}, nil)
 	for _, path := range []string{"/var/lib", "/run", "/tmp"} {
-		name := fmt.Sprintf("v%d", len(volumes))
-		volumes = append(volumes, object{"name": name, "emptyDir": object{}})
-		mounts = append(mounts, object{"name": name, "mountPath": path})
+		mount(path, object{"emptyDir": object{}})
 	}
-	return pod("dind", object{"image": "registry.example.com/dind:1", "volumeMounts": mounts,
-		"command":         []string{"/usr/sbin/dockerd", "--storage-driver=vfs"},
-		"env":             []object{{"name": "PATH", "value": "/usr/sbin:/usr/bin"}},
-		"securityContext": object{"privileged": true},
-	}, object{"volumes": volumes})
+	spec := p["spec"].(object)
+	spec["volumes"] = volumes
+	spec["containers"] = append(spec["containers"].([]object), object{"name": "dind", "image": "registry.example.com/dind:1", "volumeMounts": mounts, "env": env,
+		"command":         []string{"/usr/sbin/dockerd", "--storage-driver=vfs", "--host=unix:///run/docker/docker.sock"},
+		"securityContext": object{"privileged": true}})
+	return p
 }
 
 func TestMain(m *testing.M) {
