@@ -210,7 +210,7 @@ func (p *peers) Open(ctx context.Context, d digest.Digest) (*p2p.Blob, error) {
 	case err != nil: // it came to nothing, or is over by now
 		return p.openKept(d)
 	}
-	return &p2p.Blob{ReadSeekCloser: r.WithContext(ctx), Size: r.Size()}, nil
+	return &p2p.Blob{ReadSeekCloser: r.With(ctx, store.Failover{}), Size: r.Size()}, nil
 }
 
 func (p *peers) openKept(d digest.Digest) (*p2p.Blob, error) {

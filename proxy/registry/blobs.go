@@ -167,7 +167,7 @@ func (x *exchange) follow(t *store.Transfer, start int64) bool {
 		}
 	}
 	r.AddSource(x.source)
-	if r.Settle(x.r.Context()) == nil && start > r.Arrived()+farAhead {
+	if r.WaitReadable(x.r.Context()) == nil && start > r.Arrived()+farAhead {
 		x.forward()
 		return true
 	}

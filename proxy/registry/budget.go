@@ -3,11 +3,8 @@
 package registry
 
 import (
-	"errors"
 	"io"
 	"sync"
-
-	"weir/proxy/store"
 )
 
 const (
@@ -188,39 +185,4 @@ func (r *replayed) Read(p []byte) (int, error) {
 func (r *replayed) Close() error {
 	r.buffer.release()
 	return r.ReadCloser.Close()
-}
-
-// onward reads a blob of unknown size while it arrives, and goes on by itself
-// when there is no room to keep it.
-type onward struct {
-	x    *exchange
-	from *store.TransferReader
-	rest io.ReadCloser
-}
-
-// Read implements io.Reader.
-func (o *onward) Read(p []byte) (int, error) {
-	if o.rest != nil {
-		return o.rest.Read(p)
-	}
-	n, err := o.from.Read(p)
-	if n > 0 || err == nil || errors.Is(err, io.EOF) {
-		return n, err
-	}
-	rest, rerr := o.from.Rest(o.x.r.Context(), o.x.ownSource)
-	if rerr != nil {
-		return 0, rerr
-	}
-	o.x.notKept(err)
-	o.rest = rest
-	o.from.Close() // its file takes room
-	return o.rest.Read(p)
-}
-
-// Close implements io.Closer.
-func (o *onward) Close() error {
-	if o.rest == nil {
-		return nil
-	}
-	return o.rest.Close()
 }

@@ -5,7 +5,6 @@ package registry
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"strconv"
@@ -35,6 +34,9 @@ func (x *exchange) headers(d digest.Digest, from provenance) {
 	h.Set("Etag", `"`+d.String()+`"`)
 	x.w.from(from)
 	x.w.digest = d
+	if from.source == SourceStore || from.source == SourceContainerd {
+		x.w.kept = &x.stats.fromStore
+	}
 }
 
 // largeBlob is of how many bytes a blob is that takes a moment to read.
@@ -53,28 +55,47 @@ func (w headFirst) WriteHeader(code int) {
 // ReadFrom implements io.ReaderFrom, by that of the writer behind it.
 func (w headFirst) ReadFrom(r io.Reader) (int64, error) { return io.Copy(w.ResponseWriter, r) }
 
-// serve answers from a blob of known size: whole, ranges, or just the head. slow is
-// whether it may take a while to come.
-func (x *exchange) serve(c *content, from provenance, slow bool) {
+// serve answers with a blob: whole, ranges, or just the head. slow is whether it may
+// take a while to come. When it fails the connection breaks, so that the client can't
+// take what it got for the whole.
+func (x *exchange) serve(r io.ReadSeeker, size int64, from provenance, slow bool) {
 	x.headers(x.target.digest, from)
+	if size < 0 {
+		x.copy(r)
+		return
+	}
 	var w http.ResponseWriter = x.w
 	if slow {
 		w = headFirst{w}
 	}
-	http.ServeContent(w, x.r, "", time.Time{}, c)
-	if c.err != nil && x.r.Context().Err() == nil {
-		x.logger(x.target.digest).Warn("a blob broke off", "at", c.off, "err", scrub(c.err))
+	body := &watched{ReadSeeker: r}
+	http.ServeContent(w, x.r, "", time.Time{}, body)
+	if body.err != nil && x.r.Context().Err() == nil {
+		x.logger(x.target.digest).Warn("a blob broke off", "at", x.w.bytes.Load(), "err", scrub(body.err))
 	}
 }
 
-// stream answers with all that r gives. When it fails the connection breaks,
-// so that the client can't take what it got for the whole.
-func (x *exchange) stream(r io.Reader, from provenance) {
-	x.headers(x.target.digest, from)
+// copy gives all of r.
+func (x *exchange) copy(r io.Reader) {
 	if _, err := io.Copy(x.w, r); err != nil {
-		x.logger(x.target.digest).Warn("a blob broke off", "err", scrub(err))
+		x.logger(x.target.digest).Warn("a blob broke off", "at", x.w.bytes.Load(), "err", scrub(err))
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// watched remembers why reading failed: http.ServeContent doesn't say.
+type watched struct {
+	io.ReadSeeker
+	err error
+}
+
+// Read implements io.Reader.
+func (w *watched) Read(p []byte) (int, error) {
+	n, err := w.ReadSeeker.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		w.err = err
+	}
+	return n, err
 }
 
 // relay sends the client the upstream's answer.
@@ -105,24 +126,30 @@ func (x *exchange) sent(resp *reply) {
 	if resp.ContentLength >= 0 {
 		x.w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
 	}
-	x.stream(s, provenance{})
+	x.headers(x.target.digest, provenance{})
+	x.copy(s)
 	x.grant(resp.at)
 	x.prove(x.provenBy(resp), x.target.digest, resp.at)
+}
+
+// failover is how a blob is read on when where it is read from fails.
+func (x *exchange) failover() store.Failover {
+	return store.Failover{Origin: x.origin(), Fetch: x.source, Own: x.ownSource}
 }
 
 // serveKept serves a blob that is kept.
 func (x *exchange) serveKept(b *store.Blob, stale bool) {
 	x.stats.hits.Add(1)
-	c := &content{x: x, size: b.Size(), from: b.Reader()}
-	defer c.Close()
+	r := b.Reader().With(x.r.Context(), x.failover())
+	defer r.Close()
 	// Of one that was never read all is read before the first byte is given.
-	x.serve(c, x.keptIn(b, x.target.digest, stale), b.Size() >= largeBlob)
+	x.serve(r, b.Size(), x.keptIn(b, x.target.digest, stale), b.Size() >= largeBlob)
 }
 
 // serveTransfer serves a blob from a running transfer. If shown isn't nil, it is
 // compared with what arrives before anything is given.
-func (x *exchange) serveTransfer(r *store.TransferReader, shown *proof, from provenance) {
-	if err := r.Settle(x.r.Context()); err != nil {
+func (x *exchange) serveTransfer(r *store.Reader, shown *proof, from provenance) {
+	if err := r.WaitReadable(x.r.Context()); err != nil {
 		switch {
 		case x.r.Context().Err() != nil:
 		case errors.Is(err, store.ErrCorrupt):
@@ -134,27 +161,46 @@ func (x *exchange) serveTransfer(r *store.TransferReader, shown *proof, from pro
 		}
 		return
 	}
-	if r.Size() < 0 {
-		o := &onward{x: x, from: r.WithContext(x.r.Context())}
-		defer o.Close()
-		x.stream(o, from)
-		return
+	r.With(x.r.Context(), x.failover())
+	if from.source == SourceTransfer && r.Size() >= 0 {
+		defer x.keepUp(r)()
 	}
-	c := &content{x: x, size: r.Size(), shown: shown}
-	defer c.Close()
-	ctx := x.r.Context()
-	if from.source == SourceTransfer {
-		var stop func()
-		ctx, stop = x.keepUp(r)
-		defer stop()
-		c.following = ctx
+	var body io.ReadSeeker = r
+	if shown != nil {
+		body = &compared{Reader: r, x: x, shown: shown}
 	}
-	c.from = r.WithContext(ctx)
-	x.serve(c, from, true)
+	x.serve(body, r.Size(), from, true)
 }
 
-// errLags says that another client's transfer is much slower than the registry.
-var errLags = errors.New("it comes much slower than the registry gives")
+// compared is a reader of a transfer that gives nothing before what the registry has
+// shown was compared with what has arrived.
+type compared struct {
+	*store.Reader
+	x     *exchange
+	shown *proof // nil once it was
+}
+
+// Read implements io.Reader.
+func (c *compared) Read(p []byte) (int, error) {
+	if shown := c.shown; shown != nil {
+		at, err := c.Seek(0, io.SeekCurrent)
+		if err == nil {
+			err = shown.compare(c.Reader)
+		}
+		if err == nil {
+			_, err = c.Seek(at, io.SeekStart)
+		}
+		if err != nil {
+			return 0, err
+		}
+		c.x.grant(shown.at)
+		if c.Verified() {
+			c.x.prove(shown.by, c.x.target.digest, shown.at)
+		}
+		c.shown = nil
+	}
+	return c.Reader.Read(p)
+}
 
 const (
 	// lagTime is how long a transfer may lag before those who follow it leave it.
@@ -164,12 +210,12 @@ const (
 	slowPace = 256 << 10
 )
 
-// keepUp returns a context for reading from another client's transfer, which
-// ends when the transfer lags: it goes the other client's way, which may have a
-// bound, or be held up on purpose. It doesn't lag where the node gets what the
-// registry gives, and shares it among many transfers.
-func (x *exchange) keepUp(r *store.TransferReader) (ctx context.Context, stop func()) {
-	ctx, cancel := context.WithCancelCause(x.r.Context())
+// keepUp has a reader leave another client's transfer when that lags, until stop is
+// called: it goes the other client's way, which may have a bound, or be held up on
+// purpose. It doesn't lag where the node gets what the registry gives, and shares it
+// among many transfers.
+func (x *exchange) keepUp(r *store.Reader) (stop context.CancelFunc) {
+	ctx, stop := context.WithCancel(x.r.Context())
 	start, _ := rangeStart(x.r.Header.Get("Range"))
 	go func() {
 		t := time.NewTicker(x.h.lagTime)
@@ -187,154 +233,11 @@ func (x *exchange) keepUp(r *store.TransferReader) (ctx context.Context, stop fu
 			case here >= r.Size()-1: // it has arrived, or waits for its digest
 				return
 			case here >= start && lags(here-was, progress(before, each), x.stats.arrivals.pace(), x.h.lagTime):
-				cancel(errLags)
+				x.logger(x.target.digest).Info("another client's transfer lags, and is left for the registry", "at", here)
+				r.Detach()
 				return
 			}
 		}
 	}()
-	return ctx, func() { cancel(nil) }
-}
-
-// content reads a blob for an answer, and changes over to another source at
-// the same offset when one fails.
-type content struct {
-	x        *exchange
-	size     int64
-	off      int64
-	from     io.ReadSeeker
-	tail     io.Reader // set when from can't go on; sequential
-	closers  []io.Closer
-	replaced bool
-	err      error
-	shown    *proof // what the registry has shown of the blob, to be compared
-	// following ends when from lags, which is another client's transfer then.
-	following context.Context
-}
-
-func (c *content) Seek(offset int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekCurrent:
-		offset += c.off
-	case io.SeekEnd:
-		offset += c.size
-	}
-	if c.tail != nil && offset != c.off {
-		return 0, errors.New("seek in a blob that is being streamed")
-	}
-	c.off = offset
-	return offset, nil
-}
-
-func (c *content) Read(p []byte) (n int, err error) {
-	for {
-		if c.tail != nil {
-			n, err = c.tail.Read(p)
-		} else if err = c.compare(); err == nil {
-			if _, err = c.from.Seek(c.off, io.SeekStart); err == nil {
-				n, err = c.from.Read(p)
-			}
-		}
-		c.off += int64(n)
-		if n > 0 || err == nil || errors.Is(err, io.EOF) {
-			if _, kept := c.from.(*store.BlobReader); kept {
-				c.x.stats.fromStore.Add(int64(n))
-			}
-			if n > 0 {
-				err = nil
-			}
-			return n, err
-		}
-		if c.replaced || c.x.r.Context().Err() != nil {
-			c.err = err
-			return 0, err
-		}
-		c.replaced = true
-		if rerr := c.replace(err); rerr != nil {
-			c.err = rerr
-			return 0, rerr
-		}
-	}
-}
-
-// compare compares what the registry has shown, if that is to be compared still,
-// with what has arrived: it waits until that has.
-func (c *content) compare() error {
-	if c.shown == nil {
-		return nil
-	}
-	if err := c.shown.compare(c.from); err != nil {
-		return err
-	}
-	c.x.grant(c.shown.at)
-	if r, ok := c.from.(*store.TransferReader); ok && r.Verified() {
-		c.x.prove(c.shown.by, c.x.target.digest, c.shown.at)
-	}
-	c.shown = nil
-	return nil
-}
-
-// replace finds another way to the rest after cause.
-func (c *content) replace(cause error) error {
-	x := c.x
-	if errors.Is(cause, errNotShown) {
-		return cause
-	}
-	if r, ok := c.from.(*store.TransferReader); ok {
-		follow := r.Rest
-		if c.following != nil && errors.Is(context.Cause(c.following), errLags) {
-			x.logger(x.target.digest).Info("another client's transfer lags, and is left for the registry", "at", c.off)
-			follow = r.Leave
-		}
-		rest, err := follow(x.r.Context(), x.ownSource)
-		if err != nil {
-			return err
-		}
-		c.tail, c.closers = rest, append(c.closers, rest)
-		return nil
-	}
-	if !errors.Is(cause, store.ErrCorrupt) && !errors.Is(cause, store.ErrDiskHangs) {
-		return cause
-	}
-	// A damaged file, or a disk that hangs: the blob is fetched again, all of it.
-	t, leader := x.h.store.Claim(x.target.digest, x.origin())
-	var r *store.TransferReader
-	if leader {
-		ctx, detach, cancel := x.detachable()
-		resp, err := x.fetch(ctx, 0)
-		detach()
-		if err == nil && (resp.StatusCode != http.StatusOK || resp.ContentLength != c.size) {
-			resp.Body.Close()
-			err = fmt.Errorf("%s answers with %s and %d bytes", x.up.Host, resp.Status, resp.ContentLength)
-		}
-		if err != nil {
-			cancel()
-			t.Abandon(errNotLed)
-			return errors.Join(cause, err)
-		}
-		body := &cancelBody{x.arriving(resp.Body), cancel}
-		if r, err = t.Begin(c.size, body, x.source); err != nil {
-			// What was given until here is known to be right.
-			rest := store.NewStream(x.r.Context(), x.target.digest, c.size, body, x.ownSource)
-			c.closers = append(c.closers, rest)
-			if _, err := io.CopyN(io.Discard, rest, c.off); err != nil {
-				return errors.Join(cause, err)
-			}
-			c.tail = rest
-			return nil
-		}
-	} else {
-		var err error
-		if r, err = t.Wait(x.r.Context()); err != nil {
-			return errors.Join(cause, err)
-		}
-	}
-	c.from, c.closers = r.WithContext(x.r.Context()), append(c.closers, r)
-	return nil
-}
-
-func (c *content) Close() error {
-	for _, cl := range c.closers {
-		cl.Close()
-	}
-	return nil
+	return stop
 }

@@ -79,9 +79,6 @@ func (x *exchange) serveManifest(m *keptManifest, from provenance) {
 	x.stats.hits.Add(1)
 	x.w.Header().Set("Content-Type", m.mediaType)
 	x.headers(m.digest, from)
-	if x.r.Method == http.MethodGet {
-		x.stats.fromStore.Add(m.Size())
-	}
 	http.ServeContent(x.w, x.r, "", time.Time{}, m.Reader())
 }
 

@@ -83,8 +83,9 @@ type delivery struct {
 	marked   bool          // it says where it comes from, also when that is the registry
 	bytes    atomic.Int64
 	size     atomic.Int64
-	gives    atomic.Bool // content, from source
-	source   Source      // set before gives
+	gives    atomic.Bool   // content, from source
+	source   Source        // set before gives
+	kept     *atomic.Int64 // counts what is given of what is kept, if that is
 	headed   bool
 }
 
@@ -286,6 +287,9 @@ func (a *delivery) Write(b []byte) (int, error) {
 	a.begins(http.StatusOK)
 	n, err := a.ResponseWriter.Write(b)
 	a.bytes.Add(int64(n))
+	if a.kept != nil {
+		a.kept.Add(int64(n))
+	}
 	return n, err
 }
 

@@ -3,7 +3,7 @@
 package store
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"io"
 	"io/fs"
@@ -79,7 +79,9 @@ func (b *Blob) Foreign() bool { return b.foreign }
 func (b *Blob) Close() error { return b.file.Close() }
 
 // Reader returns a reader at the blob's beginning.
-func (b *Blob) Reader() *BlobReader { return &BlobReader{blob: b, chunk: -1} }
+func (b *Blob) Reader() *Reader {
+	return &Reader{store: b.store, digest: b.digest, ctx: context.Background(), from: &filePart{blob: b, chunk: -1}}
+}
 
 // checksums returns what the blob is checked against, and makes it by hashing
 // the whole blob when it isn't there.
@@ -139,87 +141,4 @@ func (b *Blob) corrupt() error {
 		b.store.drop(b.digest, err)
 	}
 	return err
-}
-
-// BlobReader reads a blob; it checks each byte before it gives it away. It is
-// not for concurrent use.
-type BlobReader struct {
-	blob  *Blob
-	off   int64
-	chunk int64 // which one is in buf, or -1
-	buf   []byte
-}
-
-// Read implements io.Reader. The error wraps [ErrCorrupt] at the first byte
-// that isn't known to be right; what was read before it is.
-func (r *BlobReader) Read(p []byte) (int, error) {
-	if r.off >= r.blob.size {
-		return 0, io.EOF
-	}
-	if len(p) == 0 {
-		return 0, nil
-	}
-	i, at := r.off/chunkSize, r.off%chunkSize
-	size := min(chunkSize, r.blob.size-i*chunkSize) // of the chunk
-	if at == 0 && int64(len(p)) >= size {           // it needs no copy
-		if err := r.load(i, p[:size]); err != nil {
-			return 0, err
-		}
-		r.off += size
-		return int(size), nil
-	}
-	if r.chunk != i {
-		if int64(cap(r.buf)) < size {
-			r.buf = make([]byte, size)
-		}
-		r.buf, r.chunk = r.buf[:size], -1
-		if err := r.load(i, r.buf); err != nil {
-			return 0, err
-		}
-		r.chunk = i
-	}
-	n := copy(p, r.buf[at:])
-	r.off += int64(n)
-	return n, nil
-}
-
-// load reads a chunk into b and checks it.
-func (r *BlobReader) load(i int64, b []byte) error {
-	s, err := r.blob.checksums()
-	if err != nil {
-		return err
-	}
-	if _, err := r.blob.disk.readAt(r.blob.file, b, i*chunkSize); err != nil {
-		if errors.Is(err, os.ErrClosed) || errors.Is(err, ErrDiskHangs) {
-			return err
-		}
-		// A file that got shorter, or a disk that can't be read there.
-		return errors.Join(err, r.blob.corrupt())
-	}
-	if !s.ok(i, b) {
-		return r.blob.corrupt()
-	}
-	return nil
-}
-
-// Seek implements io.Seeker.
-func (r *BlobReader) Seek(offset int64, whence int) (int64, error) {
-	off, err := seek(r.off, r.blob.size, offset, whence)
-	if err == nil {
-		r.off = off
-	}
-	return off, err
-}
-
-func seek(at, size, offset int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekCurrent:
-		offset += at
-	case io.SeekEnd:
-		offset += size
-	}
-	if offset < 0 {
-		return at, errors.New("seek before the beginning of a blob")
-	}
-	return offset, nil
 }

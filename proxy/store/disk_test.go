@@ -112,7 +112,7 @@ func TestDiskHangs(t *testing.T) {
 	freeze()
 	var wg sync.WaitGroup
 	wg.Go(func() { _, _ = pw.Write(want[before:]) })
-	for r, from := range map[*TransferReader]int{first: before - 1, second: 0} {
+	for r, from := range map[*Reader]int{first: before - 1, second: 0} {
 		wg.Go(func() {
 			defer r.Close()
 			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want[from:]) {
@@ -126,7 +126,7 @@ func TestDiskHangs(t *testing.T) {
 		}
 	})
 	wg.Go(func() {
-		if err := fromPeer.Settle(t.Context()); !errors.Is(err, ErrDiskHangs) {
+		if err := fromPeer.WaitReadable(t.Context()); !errors.Is(err, ErrDiskHangs) {
 			t.Error("of a peer's bytes, which can't be verified before they are given:", err)
 		}
 	})
@@ -356,7 +356,7 @@ func TestArrivalStories(t *testing.T) {
 			tr, _ := s.Claim(d, Origin{})
 			ended := make(chan bool, 1)
 			tr.OnEnd(func(kept bool) { ended <- kept })
-			var first *TransferReader
+			var first *Reader
 			var err error
 			if r.IntN(3) == 0 && size >= 0 {
 				wrong := bytes.Clone(want)
@@ -369,7 +369,7 @@ func TestArrivalStories(t *testing.T) {
 				t.Fatal(err)
 			}
 			var wg sync.WaitGroup
-			follow := func(tr *TransferReader, seed uint64) {
+			follow := func(tr *Reader, seed uint64) {
 				r := rand.New(rand.NewPCG(seed, 3))
 				off := int64(0)
 				if r.IntN(3) == 0 {

@@ -85,11 +85,7 @@ func TestNoLengthIsBounded(t *testing.T) {
 		if used := s.Stats().Bytes; used > size || most > size/provisionalShare {
 			t.Errorf("%d bytes counted, %d on the disk", used, most)
 		}
-		rest, err := r.Rest(t.Context(), src)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tail, err := io.ReadAll(rest)
+		tail, err := io.ReadAll(r.With(t.Context(), Failover{Own: src}))
 		if err != nil || !bytes.Equal(append(got, tail...), want) {
 			t.Errorf("%d and %d bytes, %v", len(got), len(tail), err)
 		}
@@ -273,7 +269,7 @@ func TestTransfersOfTwo(t *testing.T) {
 	d := digest.FromBytes(want)
 	type way struct {
 		w *io.PipeWriter
-		r *TransferReader
+		r *Reader
 	}
 	claim := func(from Origin) way {
 		tr, leader := s.Claim(d, from)
@@ -352,7 +348,7 @@ func TestUnprovenRoom(t *testing.T) {
 		t.Errorf("%d of %d blobs are left", n, len(ds))
 	}
 	go func() { _, _ = pw.Write(want) }()
-	if err := r.Settle(t.Context()); err != nil {
+	if err := r.WaitReadable(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want) || !s.Has(d) || s.Stats().Bytes > size {

@@ -68,7 +68,7 @@ func read(s *Store, d digest.Digest) ([]byte, error) {
 func body(b []byte) io.ReadCloser { return io.NopCloser(bytes.NewReader(b)) }
 
 // begin claims a blob and starts its transfer.
-func begin(t *testing.T, s *Store, d digest.Digest, size int64, from io.ReadCloser, more Source) *TransferReader {
+func begin(t *testing.T, s *Store, d digest.Digest, size int64, from io.ReadCloser, more Source) *Reader {
 	t.Helper()
 	tr, leader := s.Claim(d, Origin{})
 	if !leader {
@@ -359,7 +359,7 @@ func TestTransferManyReaders(t *testing.T) {
 	first := begin(t, s, d, int64(len(want)), pr, nil)
 
 	var wg sync.WaitGroup
-	follow := func(r *TransferReader) {
+	follow := func(r *Reader) {
 		wg.Go(func() {
 			defer r.Close()
 			got, err := io.ReadAll(r)
@@ -497,7 +497,7 @@ func TestReaderEndsWithContext(t *testing.T) {
 	r := begin(t, s, digest.FromString("x"), 1, pr, nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	go cancel()
-	if _, err := r.WithContext(ctx).Read(make([]byte, 1)); !errors.Is(err, context.Canceled) {
+	if _, err := r.With(ctx, Failover{}).Read(make([]byte, 1)); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 }
@@ -583,11 +583,8 @@ func TestDiskFull(t *testing.T) {
 	if err == nil || len(got) == 0 {
 		t.Fatalf("%d bytes on a disk too small, err %v", len(got), err)
 	}
-	rest, err := r.Rest(t.Context(), func(_ context.Context, off int64) (io.ReadCloser, error) { return body(want[off:]), nil })
-	if err != nil {
-		t.Fatal(err)
-	}
-	tail, err := io.ReadAll(rest)
+	r.With(t.Context(), Failover{Own: func(_ context.Context, off int64) (io.ReadCloser, error) { return body(want[off:]), nil }})
+	tail, err := io.ReadAll(r)
 	if err != nil || !bytes.Equal(append(got, tail...), want) {
 		t.Error("continued, but not the same:", err)
 	}
@@ -641,7 +638,7 @@ func TestStream(t *testing.T) {
 			}
 		})
 	}
-	if err := iotest.TestReader(NewStream(t.Context(), d, -1, body(want), nil), want); err != nil {
+	if err := iotest.TestReader(struct{ io.Reader }{NewStream(t.Context(), d, -1, body(want), nil)}, want); err != nil {
 		t.Error(err)
 	}
 }
@@ -829,8 +826,8 @@ func BenchmarkTransfer(b *testing.B) {
 	}
 }
 
-// again gives blobs one after the other, as a Again.
-func againFrom(blobs ...[]byte) Again {
+// again gives blobs one after the other, as a Refetch.
+func againFrom(blobs ...[]byte) Refetch {
 	return func(context.Context) (io.ReadCloser, int64, error) {
 		if len(blobs) == 0 {
 			return nil, 0, errors.New("no more")
@@ -850,7 +847,7 @@ func TestUnproven(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		first []byte
-		again Again
+		again Refetch
 		fails bool
 	}{
 		{"right", right, againFrom(), false},
@@ -887,19 +884,19 @@ func TestUnproven(t *testing.T) {
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
-			if n, err := r.WithContext(ctx).Read(make([]byte, 10)); n > 0 || err == nil {
+			if n, err := r.With(ctx, Failover{}).Read(make([]byte, 10)); n > 0 || err == nil {
 				t.Errorf("a client got %d bytes of what isn't verified", n)
 			}
 			if arrived, size, err := s.Arriving(d); err != nil || arrived != int64(len(tt.first)-1) || size != int64(len(tt.first)) {
 				t.Errorf("%d of %d, %v", arrived, size, err)
 			}
 			go func() { _, _ = pw.Write(tt.first[len(tt.first)-1:]) }()
-			err = r.Settle(t.Context())
+			err = r.WaitReadable(t.Context())
 			if tt.fails {
 				if !errors.Is(err, ErrCorrupt) {
 					t.Errorf("settled with %v", err)
 				}
-			} else if got, rerr := io.ReadAll(r.WithContext(t.Context())); err != nil || rerr != nil || !bytes.Equal(got, right) || r.Size() != int64(len(right)) {
+			} else if got, rerr := io.ReadAll(r.With(t.Context(), Failover{})); err != nil || rerr != nil || !bytes.Equal(got, right) || r.Size() != int64(len(right)) {
 				t.Errorf("%d bytes of %d, %v, %v", len(got), r.Size(), err, rerr)
 			}
 			if <-ended == tt.fails || s.Has(d) == tt.fails || kept[d] == tt.fails {

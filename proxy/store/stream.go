@@ -12,16 +12,18 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Stream reads a blob that isn't kept: it gives the last byte only when the
-// digest is right, and goes on at another source when one breaks off.
-type Stream struct {
+// stream reads a blob that isn't kept, from its beginning to its end: it gives the
+// last byte only when the digest is right, and goes on at another source when one
+// breaks off.
+type stream struct {
 	digest   digest.Digest
 	hash     hash.Hash
-	size     int64 // -1 if not known
+	length   int64 // -1 if not known
 	ctx      context.Context
 	more     Source
 	body     io.ReadCloser
 	read     int64 // bytes hashed
+	given    int64
 	failures int
 
 	buf   [32 << 10]byte
@@ -31,31 +33,51 @@ type Stream struct {
 	err   error
 }
 
-// NewStream returns a stream of the blob of size bytes (-1 if not known) that
-// body gives. more, which may be nil, opens it again when it breaks off.
-func NewStream(ctx context.Context, d digest.Digest, size int64, body io.ReadCloser, more Source) *Stream {
-	return &Stream{digest: d, hash: d.Algorithm().Hash(), size: size, ctx: ctx, more: more, body: body}
+// NewStream returns a reader of the blob of size bytes (-1 if not known) that body
+// gives, and that isn't kept. more, which may be nil, opens it again when it breaks
+// off.
+func NewStream(ctx context.Context, d digest.Digest, size int64, body io.ReadCloser, more Source) *Reader {
+	return &Reader{digest: d, ctx: ctx, from: newStream(ctx, d, size, body, more)}
 }
 
-// Read implements io.Reader. The error wraps [ErrCorrupt] when the bytes are
-// not the digest's.
-func (s *Stream) Read(p []byte) (int, error) {
-	if len(p) == 0 {
-		return 0, nil
+func newStream(ctx context.Context, d digest.Digest, size int64, body io.ReadCloser, more Source) *stream {
+	return &stream{digest: d, hash: d.Algorithm().Hash(), length: size, ctx: ctx, more: more, body: body}
+}
+
+func (s *stream) size() int64 { return s.length }
+func (s *stream) close()      { s.body.Close() }
+
+// readAt reads what comes next, which off has to be. The error wraps [ErrCorrupt]
+// when the bytes are not the digest's.
+func (s *stream) readAt(_ context.Context, p []byte, off int64) (int, error) {
+	if off != s.given {
+		return 0, errors.New("seek in a blob that is being streamed")
 	}
 	for len(s.ready) == 0 && s.err == nil {
 		s.fill()
 	}
 	n := copy(p, s.ready)
 	s.ready = s.ready[n:]
+	s.given += int64(n)
 	if n == 0 {
 		return 0, s.err
 	}
 	return n, nil
 }
 
+// skip reads up to an offset.
+func (s *stream) skip(off int64) error {
+	buf := make([]byte, 32<<10)
+	for s.given < off {
+		if _, err := s.readAt(s.ctx, buf[:min(int64(len(buf)), off-s.given)], s.given); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // fill reads what comes next. The byte that was held back goes before it.
-func (s *Stream) fill() {
+func (s *stream) fill() {
 	end := 0
 	if s.held {
 		s.buf[0], end = s.last, 1
@@ -65,10 +87,10 @@ func (s *Stream) fill() {
 	s.read += int64(n)
 	end += n
 	switch {
-	case s.size >= 0 && s.read > s.size:
-		s.err = fmt.Errorf("%s: more than the announced %d bytes: %w", s.digest, s.size, ErrCorrupt)
+	case s.length >= 0 && s.read > s.length:
+		s.err = fmt.Errorf("%s: more than the announced %d bytes: %w", s.digest, s.length, ErrCorrupt)
 		return
-	case s.read == s.size, s.size < 0 && err == io.EOF:
+	case s.read == s.length, s.length < 0 && err == io.EOF:
 		if digest.NewDigest(s.digest.Algorithm(), s.hash) != s.digest {
 			s.err = fmt.Errorf("%s: what was sent has another digest: %w", s.digest, ErrCorrupt)
 			return
@@ -83,7 +105,7 @@ func (s *Stream) fill() {
 	}
 }
 
-func (s *Stream) reopen(n int, cause error) {
+func (s *stream) reopen(n int, cause error) {
 	if n > 0 {
 		s.failures = 0
 	}
@@ -102,6 +124,3 @@ func (s *Stream) reopen(n int, cause error) {
 	}
 	s.body = body
 }
-
-// Close closes the source.
-func (s *Stream) Close() error { return s.body.Close() }
