@@ -39,6 +39,8 @@ func (x *exchange) headBlob() {
 	switch {
 	case errors.Is(err, errOutage):
 		x.serveKept(b, true)
+	case err != nil && x.inOwnName():
+		x.forward()
 	case err != nil:
 		x.unreachable(err)
 	default:
@@ -112,9 +114,9 @@ func (x *exchange) notShown(shown *proof, resp *reply, err error) {
 		x.sent(resp)
 	case err != nil:
 		x.forward()
-	case resp.StatusCode == http.StatusOK:
+	case resp.StatusCode == http.StatusOK && !x.toWeir(resp.Response):
 		x.sent(resp)
-	case x.own(resp.Response) && refusesAnyway(resp.StatusCode):
+	case x.own(resp.Response) && !x.toWeir(resp.Response) && refusesAnyway(resp.StatusCode):
 		x.relay(resp)
 	default:
 		resp.Body.Close()

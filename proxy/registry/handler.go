@@ -29,8 +29,10 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
+	"golang.org/x/sync/singleflight"
 	"weir/proxy/rights"
 	"weir/proxy/store"
+	"weir/proxy/upstream"
 )
 
 // Options of a handler. Store is required.
@@ -68,6 +70,8 @@ type Handler struct {
 	memory   *quota // of manifests that pass by
 	outages  outages
 	tokens   *tokens
+	logins   logins
+	asked    singleflight.Group // in weir's own name
 	peers    Peers
 	names    names
 	types    *lru.Cache[digest.Digest, string] // media types of manifests that are kept
@@ -104,7 +108,7 @@ func New(o Options) *Handler {
 	h := &Handler{
 		store: o.Store, peers: o.Peers, file: o.File, log: o.Log, pulls: pulls{tracer: o.Tracer},
 		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
-		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: newOutages(), tokens: newTokens(),
+		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: outages{upstream.NewHealth(), askTimeout, askTimeoutAgain}, tokens: newTokens(), logins: newLogins(),
 		names: newNames(), lagTime: lagTime, asking: newAsking(),
 	}
 	h.types, _ = lru.New[digest.Digest, string](4096)
@@ -209,13 +213,17 @@ func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 		end := h.pulls.begin(x)
 		defer func() { end(complete && r.Context().Err() == nil) }()
 	}
+	realm, tokens := x.tokenPath()
 	switch {
+	case tokens:
+		x.token(realm)
 	case !x.reading():
 		x.write()
 	case x.target.kind == blob && w.head:
 		x.headBlob()
 	case x.target.kind == blob:
 		x.blob(true)
+	case w.manifest && x.loginFirst():
 	case x.target.kind == manifest && x.target.digest != "":
 		x.manifest()
 	case x.target.kind == manifest:

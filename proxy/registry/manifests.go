@@ -111,12 +111,12 @@ func (x *exchange) tag() {
 		x.stats.stale.Add(1)
 		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(known.When).Seconds()), 10))
 		x.serveManifest(m, provenance{source: sourceOf(m.Blob), stale: true})
-	case err != nil && x.r.Method == http.MethodGet && x.r.Context().Err() == nil:
-		x.forward() // the HEAD was ours
+	case err != nil && (x.r.Method == http.MethodGet || x.inOwnName() || errors.Is(err, errElsewhere)) && x.r.Context().Err() == nil:
+		x.forward() // the HEAD was ours, or is the client's to follow
 	case err != nil:
 		x.unreachable(err)
-	case x.r.Method == http.MethodHead && !x.answers(resp):
-		x.forward() // where it redirects to has refused
+	case x.r.Method == http.MethodHead && (!x.answers(resp) || x.toWeir(resp.Response) && !x.isKept(resp)):
+		x.forward() // where it redirects to has refused, or it is a cold pull
 	case x.r.Method == http.MethodHead:
 		x.learnTag(resp)
 		x.checkPublic(resp)
@@ -124,6 +124,12 @@ func (x *exchange) tag() {
 	default:
 		x.resolved(resp)
 	}
+}
+
+// isKept says whether what a tag is now can be served.
+func (x *exchange) isKept(resp *reply) bool {
+	d, err := digest.Parse(resp.Header.Get("Docker-Content-Digest"))
+	return err == nil && x.contains(d) && x.h.store.Has(d)
 }
 
 // resolved answers GET of a manifest by tag, of which the upstream has said what it
