@@ -65,6 +65,9 @@ func (x *exchange) learn(resp *reply) {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound:
 		x.h.rights.Refuse(x.who)
 		x.recheck(resp.StatusCode)
+		if x.target.kind == manifest {
+			_ = x.learnLogin(resp)
+		}
 	}
 }
 

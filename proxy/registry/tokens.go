@@ -58,7 +58,9 @@ func newLogins() logins {
 // weir passes through.
 func (l login) elsewhere(up Upstream) bool { return l.realm != nil && l.realm.Host != up.base().Host }
 
-// learnLogin records a registry's answer, whose body can be read again then.
+// learnLogin records a registry's answer, whose body can be read again then. For
+// those that begin with a manifest, a refusal of that says whether passwords are
+// wanted.
 func (x *exchange) learnLogin(resp *reply) error {
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxLogin+1))
 	resp.Body = readCloser{io.MultiReader(bytes.NewReader(b), resp.Body), resp.Body}
@@ -78,6 +80,9 @@ func (x *exchange) learnLogin(resp *reply) error {
 		if realm, err := url.Parse(c.Parameters["realm"]); c.Scheme == auth.BearerAuth && err == nil && realm.Scheme == "https" && realm.User == nil {
 			l.realm = realm
 		}
+	}
+	if x.target.kind == manifest && (l.status != http.StatusUnauthorized || l.realm != nil) {
+		return nil
 	}
 	x.h.logins.Add(x.up.way(), l)
 	return nil
