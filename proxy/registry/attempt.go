@@ -48,11 +48,11 @@ var errOutage = errors.New("the upstream gives no answer")
 // attempt sends a request to a host, which has as long as the client gives it. Once
 // its timeout is over, and otherwise says that there is another answer, the error is
 // [errOutage], and the request goes on by itself, so that it is known whether the
-// host answers. A host that has failed is tried by one client at a time.
+// host answers. A silent host is tried by one client at a time.
 func (h *Handler) attempt(ctx context.Context, host string, otherwise func() bool, send func(context.Context) (*http.Response, error)) (*http.Response, error) {
 	failing, due := h.outages.Failing(host)
 	if failing && !due && otherwise() {
-		return nil, fmt.Errorf("%w: it has just failed", errOutage)
+		return nil, fmt.Errorf("%w: it is silent", errOutage)
 	}
 	rctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	type result struct {
@@ -97,7 +97,7 @@ func (h *Handler) attempt(ctx context.Context, host string, otherwise func() boo
 				return end(r)
 			default:
 			}
-			h.outages.Failed(host)
+			h.outages.Silent(host)
 			h.wg.Go(func() {
 				defer cancel()
 				timer := time.NewTimer(lateTime)

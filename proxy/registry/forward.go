@@ -150,7 +150,7 @@ func (x *exchange) unreachable(err error) {
 		panic(http.ErrAbortHandler) // the client has gone
 	}
 	var no *noToken
-	if errors.As(err, &no) && no.status != 0 { // its words
+	if errors.As(err, &no) && failedTokens(no.status) { // its words
 		x.w.Header().Set("Content-Type", "application/json")
 		x.w.WriteHeader(no.status)
 		_, _ = x.w.Write(no.body)

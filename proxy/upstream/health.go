@@ -24,7 +24,7 @@ type health struct {
 const (
 	// failingTTL is how long a host that has failed isn't waited for.
 	failingTTL = 30 * time.Second
-	// tryTime is how long others don't try a host that has failed and that is tried.
+	// tryTime is how long others don't try a silent host that is being tried.
 	tryTime = 500 * time.Millisecond
 	// freshTTL is how long a host that has answered is known to answer.
 	freshTTL = time.Second
@@ -55,9 +55,14 @@ func (h *Health) Answered(host string, took time.Duration) {
 	})
 }
 
-// Failed records that a host has failed to answer, or not in time.
+// Failed records that a host has failed to answer.
 func (h *Health) Failed(host string) {
-	h.with(host, func(x *health) { x.failed = time.Now() })
+	h.with(host, func(x *health) { x.failed, x.tried = time.Now(), time.Time{} })
+}
+
+// Silent records that a host has not answered in time, and is still being tried.
+func (h *Health) Silent(host string) {
+	h.with(host, func(x *health) { x.failed, x.tried = time.Now(), time.Now() })
 }
 
 // Fresh says whether a host has answered just now.
@@ -67,7 +72,7 @@ func (h *Health) Fresh(host string) (is bool) {
 }
 
 // Failing says whether a host has failed lately, and not answered since. due is
-// whether the caller is the one to try it again now.
+// whether the caller may try it now: none else does, or for long already.
 func (h *Health) Failing(host string) (is, due bool) {
 	h.with(host, func(x *health) {
 		if is = time.Since(x.failed) < failingTTL; is && time.Since(x.tried) >= tryTime {

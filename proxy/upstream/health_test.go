@@ -21,6 +21,14 @@ func TestHealth(t *testing.T) {
 	if is, due := h.Failing("a"); !is || due {
 		t.Errorf("it is tried twice at once: %v %v", is, due)
 	}
+	h.Failed("a")
+	if is, due := h.Failing("a"); !is || !due {
+		t.Errorf("it isn't tried after that: %v %v", is, due)
+	}
+	h.Silent("a")
+	if is, due := h.Failing("a"); !is || due {
+		t.Errorf("it is tried beside one that waits: %v %v", is, due)
+	}
 	if is, _ := h.Failing("b"); is {
 		t.Error("another has failed")
 	}
