@@ -50,8 +50,8 @@ var errOutage = errors.New("the upstream gives no answer")
 // [errOutage], and the request goes on by itself, so that it is known whether the
 // host answers. A silent host is tried by one client at a time.
 func (h *Handler) attempt(ctx context.Context, host string, otherwise func() bool, send func(context.Context) (*http.Response, error)) (*http.Response, error) {
-	failing, due := h.outages.Failing(host)
-	if failing && !due && otherwise() {
+	failing := h.outages.Failing(host)
+	if failing && !h.outages.Try(host) && otherwise() {
 		return nil, fmt.Errorf("%w: it is silent", errOutage)
 	}
 	rctx, cancel := context.WithCancel(context.WithoutCancel(ctx))

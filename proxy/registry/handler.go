@@ -219,11 +219,11 @@ func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 		x.token(realm)
 	case !x.reading():
 		x.write()
+	case (w.manifest || x.target.kind == blob) && x.loginFirst():
 	case x.target.kind == blob && w.head:
 		x.headBlob()
 	case x.target.kind == blob:
 		x.blob(true)
-	case w.manifest && x.loginFirst():
 	case x.target.kind == manifest && x.target.digest != "":
 		x.manifest()
 	case x.target.kind == manifest:

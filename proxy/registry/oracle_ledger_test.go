@@ -144,12 +144,13 @@ type modelAsk struct {
 	q           *modelRequest // nil when it is none
 	raw         string
 	last, first *modelAnswer
-	bare        *modelAnswer // without the userinfo of the absolute form
-	whole       *modelAnswer // to GET, without ranges and conditions
-	wholeBare   *modelAnswer // the same without userinfo
-	byHead      *modelAnswer // to HEAD
-	without     *modelAnswer // to the request without the placeholder, if it has that
-	anonymous   *modelAnswer // to whole, with an anonymous token
+	bare        *modelAnswer    // without the userinfo of the absolute form
+	whole       *modelAnswer    // to GET, without ranges and conditions
+	wholeBare   *modelAnswer    // the same without userinfo
+	byHead      *modelAnswer    // to HEAD
+	placeholder bool            // it had that, and is taken without
+	withToken   [2]*modelAnswer // then, to the request with an anonymous token: the last and the first
+	anonymous   *modelAnswer    // to whole, with an anonymous token
 	when        time.Time
 	before      modelLedger // what was known when it was sent
 }
@@ -158,6 +159,9 @@ type modelAsk struct {
 func (w *modelWorld) ask(x *modelAsk) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if x.placeholder = x.q.placeholder(); x.placeholder {
+		x.q = x.q.with("")
+	}
 	q := x.q
 	clone := func() *modelRequest {
 		c := *q
@@ -166,14 +170,12 @@ func (w *modelWorld) ask(x *modelAsk) {
 	}
 	x.when, x.before = w.now, w.ledger.clone()
 	x.last, x.first = w.follow(x.g, x.g.url(q.path, q.query), clone())
+	if x.placeholder {
+		x.withToken[0], x.withToken[1] = w.follow(x.g, x.g.url(q.path, q.query), q.with("Bearer anon-9"))
+	}
 	bare := clone()
 	bare.userinfo = ""
 	_, x.bare = w.follow(x.g, x.g.url(q.path, q.query), bare)
-	if q.placeholder() {
-		without := clone()
-		without.header.Del("Authorization")
-		_, x.without = w.follow(x.g, x.g.url(q.path, q.query), without)
-	}
 	if q.method != http.MethodGet && q.method != http.MethodHead {
 		return
 	}
@@ -201,18 +203,12 @@ func (w *modelWorld) ask(x *modelAsk) {
 }
 
 // placeholder says whether a request has the token that weir gives out in a token
-// server's stead, and nameless whether it has no credentials, or only that.
+// server's stead, and nameless whether it has no credentials.
 func (q *modelRequest) placeholder() bool {
 	return slices.Equal(q.header.Values("Authorization"), []string{"Bearer " + placeholder})
 }
 
-func (q *modelRequest) nameless() bool {
-	bare := *q
-	if bare.header = q.header.Clone(); q.placeholder() {
-		bare.header.Del("Authorization")
-	}
-	return bare.identity() == (&modelRequest{net: q.net}).identity()
-}
+func (q *modelRequest) nameless() bool { return q.identity() == (&modelRequest{net: q.net}).identity() }
 
 // with is a request with other credentials, or none.
 func (q *modelRequest) with(auth string) *modelRequest {
@@ -360,8 +356,8 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	if got.equals(x.bare, method) {
 		return "without userinfo", nil
 	}
-	if x.without != nil && (got.equals(x.without, method) || x.anonymous != nil && got.equals(x.anonymous, method)) {
-		return "without the placeholder", nil
+	if x.placeholder && (got.equals(x.withToken[0], method) || got.equals(x.withToken[1], method)) {
+		return "with an anonymous token", nil
 	}
 	if x.q.path == ownRealm && x.g.plain == "" && x.g.roots == "" {
 		return "a token", w.forToken(x, got, stale)
@@ -393,7 +389,7 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 		return "base while the token server fails", nil
 	case broken && x.q.nameless() && w.tokens != "":
 		return "the token server's failure", nil
-	case x.without != nil && w.tokens != "" && (got.status == http.StatusTooManyRequests || got.status == http.StatusServiceUnavailable):
+	case x.placeholder && w.tokens != "" && (got.status == http.StatusTooManyRequests || got.status == http.StatusServiceUnavailable):
 		return "the token server's failure", nil
 	case m != nil && got.status == http.StatusUnauthorized && x.first.silent() && x.q.nameless():
 		return "a login while the registry is silent", nil
@@ -433,8 +429,8 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	defer w.mu.Unlock()
 	keys := []string{modelOrigin{x.g, m[1], x.q}.key()}
 	nameless := x.q.nameless()
-	if nameless { // the same without the placeholder, and weir's own request for it
-		keys = append(keys, modelOrigin{x.g, m[1], x.q.with("")}.key(), modelOrigin{x.g, m[1], x.q.with("Bearer anon-9")}.key())
+	if nameless { // weir asks in its own name
+		keys = append(keys, modelOrigin{x.g, m[1], x.q.with("Bearer anon-9")}.key())
 	}
 	within := func(t time.Time, age time.Duration) bool { return !t.IsZero() && x.when.Sub(t) < age }
 	// Other requests of the same moment may have changed what is known.

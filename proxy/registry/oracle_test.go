@@ -49,9 +49,10 @@ package registry
 //     a request without credentials with the registry's 401.
 //   - "the token server's failure": while it fails, a request without credentials may
 //     be answered with that.
-//   - "without the placeholder": who sends what weir gives out in a token server's
-//     stead is one without credentials, in all of this. It is given out for pulling
-//     from repositories that an anonymous request was given, and nothing else.
+//   - "with an anonymous token": who sends what weir gives out in a token server's
+//     stead is one without credentials, in all of this, and may be answered as if it
+//     had an anonymous token. It is given out ("a token") for pulling from
+//     repositories that an anonymous request was given, and nothing else.
 //
 // A HEAD, a redirect, a manifest that lists a layer, a mount, a page of HTML, a
 // range of other bytes and a digest in a field prove nothing, whoever says so.

@@ -30,7 +30,7 @@ type request struct {
 // request target with a scheme (and maybe with a user and a password), and what a
 // query or a body may ask for, or prove.
 func (h *Handler) parse(r *http.Request, up Upstream) request {
-	if r.Header.Get("Authorization") == "Bearer "+placeholder {
+	if slices.Equal(r.Header["Authorization"], []string{"Bearer " + placeholder}) {
 		r = r.WithContext(r.Context())
 		r.Header = r.Header.Clone()
 		r.Header.Del("Authorization")

@@ -162,6 +162,13 @@ func (x *exchange) loginFirst() bool {
 	if !ok || known.status != http.StatusUnauthorized || known.realm != nil || !rights.Anonymous(x.r.Header) || !x.h.HasStale(x.up) || x.allowsStale(x.target.digest) {
 		return false
 	}
+	if x.target.kind == blob { // it has come after a manifest
+		if x.h.outages.Failing(x.up.way()) {
+			x.answer(known, false)
+			return true
+		}
+		return false
+	}
 	resp, err := x.ask(question{method: x.r.Method, stale: func() bool { return true }})
 	switch {
 	case errors.Is(err, errOutage):

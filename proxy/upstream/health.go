@@ -71,15 +71,21 @@ func (h *Health) Fresh(host string) (is bool) {
 	return is
 }
 
-// Failing says whether a host has failed lately, and not answered since. due is
-// whether the caller may try it now: none else does, or for long already.
-func (h *Health) Failing(host string) (is, due bool) {
+// Failing says whether a host has failed lately, and not answered since.
+func (h *Health) Failing(host string) (is bool) {
+	h.with(host, func(x *health) { is = time.Since(x.failed) < failingTTL })
+	return is
+}
+
+// Try says whether a host that fails may be tried now: no other caller does, or one
+// has for long already.
+func (h *Health) Try(host string) (may bool) {
 	h.with(host, func(x *health) {
-		if is = time.Since(x.failed) < failingTTL; is && time.Since(x.tried) >= tryTime {
-			x.tried, due = time.Now(), true
+		if may = time.Since(x.tried) >= tryTime; may {
+			x.tried = time.Now()
 		}
 	})
-	return is, due
+	return may
 }
 
 // Timeout is how long a host is waited for where there is another answer: at least
