@@ -44,6 +44,9 @@ type Options struct {
 	// StaleIfError is for how long an upstream's answer is good when it gives
 	// no other. Zero means never.
 	StaleIfError time.Duration
+	// TagTTL is for how long a tag is what it was. Nil means that the registry is
+	// asked each time.
+	TagTTL TagTTL
 	// Peers may have what this node has not. Nil means that there are none.
 	Peers Peers
 	// File keeps what is known of tags over restarts. Empty means nowhere.
@@ -71,6 +74,7 @@ type Handler struct {
 	outages  outages
 	tokens   *tokens
 	logins   logins
+	tagTTL   TagTTL
 	asked    singleflight.Group // in weir's own name
 	peers    Peers
 	names    names
@@ -106,7 +110,7 @@ func New(o Options) *Handler {
 		o.Tracer = noop.Tracer{}
 	}
 	h := &Handler{
-		store: o.Store, peers: o.Peers, file: o.File, log: o.Log, pulls: pulls{tracer: o.Tracer},
+		store: o.Store, peers: o.Peers, tagTTL: o.TagTTL, file: o.File, log: o.Log, pulls: pulls{tracer: o.Tracer},
 		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
 		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: outages{upstream.NewHealth(), askTimeout, askTimeoutAgain}, tokens: newTokens(), logins: newLogins(),
 		names: newNames(), lagTime: lagTime, asking: newAsking(),
