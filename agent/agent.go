@@ -253,7 +253,7 @@ func (a *Agent) serve(l *redirect.Listener, c *net.TCPConn, t redirect.Admission
 		t.Closed()
 		return
 	}
-	f := proxy.Flow{Dst: origin.Dst, Place: l.NetworkID, Egress: l.Egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.Direct, Closed: t.Closed}
+	f := proxy.Flow{Dst: origin.Dst, NetworkID: l.NetworkID, Egress: l.Egress, Client: fmt.Sprintf("pid %d", origin.PID), Direct: t.Direct, Closed: t.Closed}
 	if rt := a.runtimes.Find(origin.PID); rt != nil {
 		f.Client = rt.String()
 		f.Trusts = func(_ registry.Known, name string) bool { return a.runtimes.Trusts(rt, name) }

@@ -182,7 +182,7 @@ type content struct{ *peers }
 func (c content) Recall(hash string) []byte {
 	select {
 	case <-c.ready:
-		return c.registry.Recall(hash)
+		return c.registry.Export(hash)
 	default:
 		return nil
 	}

@@ -94,7 +94,7 @@ func TestClosed(t *testing.T) {
 	}
 }
 
-// So it does where nobody answers, and when the client takes no certificate.
+// So it does where nothing answers, and when the client takes no certificate.
 func TestClosedWithoutAnswer(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
@@ -122,7 +122,7 @@ func TestClosedWithoutAnswer(t *testing.T) {
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
 	_, _ = io.ReadAll(c)
 	c.Close()
-	wait("a connection to where nobody is")
+	wait("a connection to where nothing is")
 	if len(closed) > 0 {
 		t.Error("counted as closed twice")
 	}

@@ -72,7 +72,7 @@ func FuzzMirrorURL(f *testing.F) {
 	})
 }
 
-// A mirror gives those without a name what everybody may read, from the
+// A mirror gives those without credentials what is public, from the
 // registry that they mean, once.
 func TestMirror(t *testing.T) {
 	l := listen(t)
@@ -87,8 +87,8 @@ func TestMirror(t *testing.T) {
 		log.Store(&was)
 		switch {
 		case r.URL.Path == "/token":
-			fmt.Fprint(w, `{"token":"everybody"}`)
-		case r.Header.Get("Authorization") != "Bearer everybody":
+			fmt.Fprint(w, `{"token":"anonymous"}`)
+		case r.Header.Get("Authorization") != "Bearer anonymous":
 			w.Header().Set("Www-Authenticate", `Bearer realm="`+base+`/token",service="test",scope="repository:team/app:pull"`)
 			w.WriteHeader(http.StatusUnauthorized)
 		case r.URL.Path == path:
@@ -125,7 +125,7 @@ func TestMirror(t *testing.T) {
 			t.Errorf("%s: %s, %d bytes", p, resp.Status, len(b))
 		}
 	}
-	want := []string{"GET " + path + " ", "GET /token?scope=repository%3Ateam%2Fapp%3Apull&service=test ", "GET " + path + " Bearer everybody"}
+	want := []string{"GET " + path + " ", "GET /token?scope=repository%3Ateam%2Fapp%3Apull&service=test ", "GET " + path + " Bearer anonymous"}
 	if fmt.Sprint(*log.Load()) != fmt.Sprint(want) {
 		t.Errorf("the registry was asked %q", *log.Load())
 	}
@@ -237,7 +237,7 @@ func TestPlainRegistry(t *testing.T) {
 	go func() { _ = srv.Serve(l) }()
 	defer srv.Close()
 	c := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
-		return net.Dial("tcp", s.door.Addr().String())
+		return net.Dial("tcp", s.listener.Addr().String())
 	}}}
 	get := func(url string) string {
 		t.Helper()
@@ -284,9 +284,9 @@ func TestDownButRemembered(t *testing.T) {
 	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(giveManifest))
 	s.remember()
 	// What was found out before isn't known to these.
-	anew := func(place string) {
+	anew := func(network string) {
 		e := s.newEgress(s.world.pool)
-		s.change(func(f *Flow) { f.Egress, f.Place = e, place })
+		s.change(func(f *Flow) { f.Egress, f.NetworkID = e, network })
 	}
 	l.Close()
 	for range 2 {

@@ -21,7 +21,7 @@ import (
 // registry-mirrors are for Docker Hub alone, and don't say so.
 //
 // Only known registries can be meant, and only reading is possible. Clients
-// without credentials get what everybody gets; the mirror fetches the token
+// without credentials get what is public; the mirror fetches the token
 // that a registry may want for that.
 func (p *Proxy) Mirror(e *upstream.Egress, fallback string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -27,7 +27,7 @@ const (
 	plainHTTP                 // a whole HTTP/1 request head
 )
 
-// hello is what a client said before anybody answered it.
+// hello is what a client said before it was answered.
 type hello struct {
 	protocol protocol
 	// host is the TLS server name or the HTTP Host, in canonical form and

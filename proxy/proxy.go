@@ -17,12 +17,10 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,9 +34,9 @@ import (
 type Flow struct {
 	// Dst is where the client wanted to go.
 	Dst netip.AddrPort
-	// Place tells the network that Dst is an address in from all others that
+	// NetworkID tells the network that Dst is an address in from all others that
 	// there ever were. Empty means the node's.
-	Place string
+	NetworkID string
 	// Egress is the way out of the client's network namespace.
 	Egress *upstream.Egress
 	// Client names the client in logs.
@@ -123,7 +121,7 @@ const (
 	// silence is how long a client may say nothing before the destination is
 	// dialled, for protocols in which the server speaks first.
 	silence = 100 * time.Millisecond
-	// helloTime is how much longer it is listened to when nobody is there.
+	// helloTime is how much longer it is listened to when the destination isn't there.
 	helloTime = 2 * time.Second
 	// maxRequestHead bounds a request's head, which is held for as long as the
 	// answer takes. A token has some 20 KB, and large registries take no more than
@@ -263,104 +261,6 @@ func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bo
 	return p.intercept(ctx, conn, f, o, up, target)
 }
 
-// opening is how a connection begins.
-type opening struct {
-	hello
-	// server is the connection to the destination, when there is one already.
-	server *net.TCPConn
-	// greeting is what the destination said before the client did.
-	greeting []byte
-	// opened is called when it is known what becomes of the connection.
-	opened func()
-}
-
-// listen hears who speaks first and what the client says. The destination is
-// dialled only when the client says nothing for a moment: in most protocols it
-// has the first word. The error says that there is nobody to carry bytes for.
-func (p *Proxy) listen(ctx context.Context, conn *net.TCPConn, f Flow) (o opening, err error) {
-	first := make([]byte, 1)
-	_ = conn.SetReadDeadline(time.Now().Add(silence))
-	n, err := conn.Read(first)
-	if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
-		n, o.server, err = p.dialAside(ctx, conn, f, first)
-		if n == 0 && o.server != nil {
-			n, o.greeting, err = whoIsFirst(ctx, conn, o.server, first)
-		}
-	}
-	if n == 0 && len(o.greeting) == 0 {
-		if o.server != nil {
-			o.server.Close()
-		}
-		return o, err
-	}
-	if n > 0 {
-		_ = conn.SetReadDeadline(time.Now().Add(peekTimeout))
-		o.hello = peek(io.MultiReader(bytes.NewReader(first), conn))
-	}
-	_ = conn.SetReadDeadline(time.Time{})
-	return o, nil
-}
-
-// dialAside dials the destination until the client says something, and returns
-// the client's first byte in first, or the connection, or both. The error says
-// that there is neither. A client that spoke is heard, whatever becomes of the
-// dial: there may be another address, or something to serve without.
-func (p *Proxy) dialAside(ctx context.Context, client *net.TCPConn, f Flow, first []byte) (n int, server *net.TCPConn, err error) {
-	dctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	_ = client.SetReadDeadline(time.Time{})
-	var derr error
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		until := time.Unix(1, 0)
-		if server, derr = f.Egress.Dial(dctx, f.Dst, upstream.Host{}); derr != nil && ctx.Err() == nil {
-			until = time.Now().Add(helloTime)
-		}
-		_ = client.SetReadDeadline(until)
-	})
-	n, err = client.Read(first)
-	cancel()
-	wg.Wait()
-	switch {
-	case n > 0:
-		return n, server, nil
-	case errors.Is(err, os.ErrDeadlineExceeded): // the dial has ended
-		if derr != nil {
-			p.failed.Add(1)
-		}
-		return 0, server, derr
-	case server != nil: // the client has left
-		server.Close()
-	}
-	return 0, nil, err
-}
-
-// whoIsFirst waits until the client or the server says something, and returns
-// the client's first byte in first, the server's first bytes, or the error when
-// one of them left without a word.
-func whoIsFirst(ctx context.Context, client, server *net.TCPConn, first []byte) (n int, greeting []byte, err error) {
-	long := time.Unix(1, 0)
-	stop := context.AfterFunc(ctx, func() { _ = client.SetReadDeadline(long); _ = server.SetReadDeadline(long) })
-	defer stop()
-	_ = client.SetReadDeadline(time.Time{})
-	buf := make([]byte, 4096)
-	var k int
-	var serr error
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		k, serr = server.Read(buf)
-		_ = client.SetReadDeadline(long)
-	})
-	n, err = client.Read(first)
-	_ = server.SetReadDeadline(long)
-	wg.Wait()
-	_ = server.SetReadDeadline(time.Time{})
-	if errors.Is(err, os.ErrDeadlineExceeded) && serr != nil {
-		err = serr
-	}
-	return n, buf[:k], err
-}
-
 // decide returns the registry, and where it is, when the connection is to be
 // intercepted, and otherwise why not.
 func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstream, t upstream.Target, why string) {
@@ -394,11 +294,11 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 			return up, t, "the runtime's settings for the registry can't be used"
 		}
 	}
-	up = registry.Upstream{Host: host, NetworkID: f.Place, AnyNetwork: known.AnyNetwork, Client: f.Client}
+	up = registry.Upstream{Host: host, NetworkID: f.NetworkID, AnyNetwork: known.AnyNetwork, Client: f.Client}
 	if len(s.Certificates) > 0 {
 		up.ClientIdentity = s.Key
 	}
-	// Who is trusted by this node is the registry of that name for everybody;
+	// Who is trusted by this node is the registry of that name for all clients;
 	// who is trusted by the runtime alone, only for those with the same settings.
 	t.Settings = s.WithoutRoots()
 	err := p.verify(ctx, f, t)
@@ -423,7 +323,7 @@ func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
 	defer cancel()
 	reaches := make(chan bool, 1)
 	node := sync.OnceFunc(func() { reaches <- p.opts.Node.Reaches(vctx, t.Host) })
-	aside := f.Place != "" && p.opts.Node != nil
+	aside := f.NetworkID != "" && p.opts.Node != nil
 	if aside {
 		defer time.AfterFunc(nodeDialTime, node).Stop()
 	}
@@ -439,7 +339,7 @@ func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
 			return err
 		}
 	}
-	p.opts.Registry.Unreachable(registry.Upstream{Host: t.Host.String(), NetworkID: f.Place})
+	p.opts.Registry.Unreachable(registry.Upstream{Host: t.Host.String(), NetworkID: f.NetworkID})
 	return nil // requests try it again
 }
 
@@ -449,10 +349,10 @@ func portOf(a netip.AddrPort) string {
 }
 
 // interceptPlain answers requests to a registry without TLS, whoever it is: the
-// client trusts anybody there. It has to be there, though. It returns false when
+// client trusts whatever is there. It has to be there, though. It returns false when
 // it isn't, and the connection is closed.
 func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) bool {
-	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.Place, Client: f.Client}
+	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.NetworkID, Client: f.Client}
 	if o.server != nil {
 		f.Egress.Keep(f.Dst, o.server)
 	} else if err := f.Egress.Connect(ctx, f.Dst); err != nil && !p.opts.Registry.HasStale(up) {

@@ -71,17 +71,17 @@ func (a *authority) Leaf(host string) (*tls.Certificate, error) {
 
 // stage is a proxy between clients and one destination on loopback.
 type stage struct {
-	t      testing.TB
-	proxy  *Proxy
-	weir   *authority // what clients may trust
-	world  *authority // what the destination's certificate is of
-	egress *upstream.Egress
-	door   net.Listener
-	dst    netip.AddrPort
-	flow   atomic.Pointer[func(*Flow)]
-	dials  atomic.Int64
-	dialed atomic.Pointer[func(netip.AddrPort) netip.AddrPort] // where an address is
-	node   atomic.Bool                                         // whether the node reaches registries
+	t        testing.TB
+	proxy    *Proxy
+	weir     *authority // what clients may trust
+	world    *authority // what the destination's certificate is of
+	egress   *upstream.Egress
+	listener net.Listener
+	dst      netip.AddrPort
+	flow     atomic.Pointer[func(*Flow)]
+	dials    atomic.Int64
+	dialed   atomic.Pointer[func(netip.AddrPort) netip.AddrPort] // where an address is
+	node     atomic.Bool                                         // whether the node reaches registries
 }
 
 func newStage(t testing.TB, dst net.Listener) *stage {
@@ -97,13 +97,13 @@ func newStage(t testing.TB, dst net.Listener) *stage {
 		Registry: registry.New(registry.Options{Store: st, StaleIfError: registry.DefaultStaleIfError}), Node: s,
 	})
 	s.egress = s.newEgress(s.world.pool)
-	if s.door, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+	if s.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
-			c, err := s.door.Accept()
+			c, err := s.listener.Accept()
 			if err != nil {
 				return
 			}
@@ -115,7 +115,7 @@ func newStage(t testing.TB, dst net.Listener) *stage {
 		}
 	})
 	t.Cleanup(func() {
-		s.door.Close()
+		s.listener.Close()
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		_ = s.proxy.Shutdown(ctx)
@@ -190,7 +190,7 @@ func listen(t testing.TB) net.Listener {
 
 func (s *stage) dial() *net.TCPConn {
 	s.t.Helper()
-	c, err := net.Dial("tcp", s.door.Addr().String())
+	c, err := net.Dial("tcp", s.listener.Addr().String())
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -243,7 +243,7 @@ func TestIntercept(t *testing.T) {
 	}))
 	c := http.Client{Transport: &http.Transport{
 		DialContext: func(context.Context, string, string) (net.Conn, error) {
-			return net.Dial("tcp", s.door.Addr().String())
+			return net.Dial("tcp", s.listener.Addr().String())
 		},
 		TLSClientConfig: &tls.Config{RootCAs: s.weir.pool},
 	}}
@@ -401,7 +401,7 @@ func TestRejected(t *testing.T) {
 			t.Error(host)
 		}
 	case <-time.After(10 * time.Second):
-		t.Fatal("nobody was told")
+		t.Fatal("it wasn't called")
 	}
 	// A client that just goes away is not one that rejects.
 	raw := s.dial()
@@ -432,7 +432,7 @@ func TestAccepted(t *testing.T) {
 	select {
 	case <-accepted:
 	case <-time.After(10 * time.Second):
-		t.Fatal("nobody was told")
+		t.Fatal("it wasn't called")
 	}
 	if name := <-asked; registry.Canonical(name) != name {
 		t.Errorf("asked for %q", name)
@@ -565,7 +565,7 @@ func TestSlowClientIsIntercepted(t *testing.T) {
 	s := newStage(t, l)
 	s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
 	raw := s.dial()
-	for s.dials.Load() == 0 { // the proxy has lost patience and dialled
+	for s.dials.Load() == 0 { // the proxy has dialled by now
 		runtime.Gosched()
 	}
 	var who string
@@ -579,7 +579,7 @@ func TestSlowClientIsIntercepted(t *testing.T) {
 }
 
 // Whoever opens many connections, and says half of what belongs to a beginning,
-// keeps nobody else from being served, and takes little memory for it.
+// keeps no other client from being served, and takes little memory for it.
 func TestHalfHellos(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
@@ -741,10 +741,10 @@ func FuzzPeek(f *testing.F) {
 	})
 }
 
-// A pod has a CA of its own in its runtime's settings, and somebody who answers
-// as a registry that this node knows, with a certificate of that CA. He is
-// another registry: what he says gives nothing of what the real one's clients
-// have got, and is believed of no other client's.
+// A pod has a CA of its own in its runtime's settings, and a server that answers
+// as a registry that this node knows, with a certificate of that CA. It is
+// another registry: what it says gives nothing of what the real one's clients
+// have got, and counts for no other client's.
 func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 	genuine, fake := listen(t), listen(t)
 	s := newStage(t, genuine)
@@ -787,7 +787,7 @@ func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 	if code, body := get("Bearer right"); code != 200 || body != string(secret) {
 		t.Fatalf("%d %q", code, body)
 	}
-	// The port is part of a registry's name, so he has to be at the real one's.
+	// The port is part of a registry's name, so it has to be at the real one's.
 	pod := func(to net.Addr) *upstream.Egress {
 		e := upstream.Config{Roots: func(string) *x509.CertPool { return s.world.pool }}.NewEgress(func(context.Context, netip.AddrPort) (*net.TCPConn, error) {
 			c, err := net.Dial(to.Network(), to.String())
@@ -816,14 +816,14 @@ func TestOwnRootsAreAnotherRegistry(t *testing.T) {
 		}
 	}
 	if lied.Load() == 0 {
-		t.Error("nobody asked mallory")
+		t.Error("mallory was not asked")
 	}
-	// The real one again, for somebody without a right.
+	// The real one again, for a client without a right.
 	s.change(func(*Flow) {})
 	if code, body := get("Bearer none"); code != http.StatusUnauthorized {
 		t.Errorf("%d %q, because of what another registry said", code, body)
 	}
-	// With the same settings, at the real one: it is that one for everybody.
+	// With the same settings, at the real one: it is that one for all.
 	own(pod(genuine.Addr()))
 	asked := s.proxy.opts.Registry.Stats()
 	if code, body := get("Bearer right"); code != 200 || body != string(secret) || len(s.proxy.opts.Registry.Stats()) != len(asked) {

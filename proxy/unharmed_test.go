@@ -28,7 +28,7 @@ import (
 func (s *stage) client() *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.weir.pool}, DisableKeepAlives: true,
 		DialContext: func(context.Context, string, string) (net.Conn, error) {
-			return net.Dial("tcp", s.door.Addr().String())
+			return net.Dial("tcp", s.listener.Addr().String())
 		}}}
 }
 
@@ -96,7 +96,7 @@ func TestDropped(t *testing.T) {
 			}))
 			tr := docker.DefaultHTTPTransport(&tls.Config{RootCAs: s.weir.pool})
 			tr.DialContext = func(context.Context, string, string) (net.Conn, error) {
-				return net.Dial("tcp", s.door.Addr().String())
+				return net.Dial("tcp", s.listener.Addr().String())
 			}
 			r := docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithClient(&http.Client{Transport: tr}))})
 			if _, _, err := r.Resolve(t.Context(), fmt.Sprintf("registry.test:%d/a/b:v1", s.dst.Port())); err != nil {
@@ -140,7 +140,7 @@ func TestMoved(t *testing.T) {
 			if got := get(); got != "200 OK right" {
 				t.Fatal(got)
 			}
-			// Somebody else is at the old address.
+			// Another server is at the old address.
 			old.Close()
 			s.egress.Close()
 			again, err := net.Listen("tcp", s.dst.String())
@@ -211,8 +211,8 @@ func (l *recorded) Accept() (net.Conn, error) {
 	return c, err
 }
 
-// drop has the connections that there are receive nothing any more, which nobody is
-// told of.
+// drop has the connections that there are receive nothing any more, without their
+// being closed.
 func (l *recorded) drop(t *testing.T) {
 	t.Helper()
 	l.mu.Lock()
@@ -309,7 +309,7 @@ func TestLateHello(t *testing.T) {
 	}
 }
 
-// A client that says nothing has its connection broken off when nobody is there.
+// A client that says nothing has its connection broken off when the destination isn't there.
 func TestSilentToNobody(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
@@ -371,7 +371,7 @@ func TestShutdownWhileIdle(t *testing.T) {
 	go func() { _ = srv.Serve(l) }()
 	t.Cleanup(func() { srv.Close() })
 	ask := func(path string) (net.Conn, *bufio.Reader) {
-		c, err := net.Dial("tcp", s.door.Addr().String())
+		c, err := net.Dial("tcp", s.listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}

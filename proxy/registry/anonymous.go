@@ -22,7 +22,7 @@ import (
 	"weir/proxy/rights"
 )
 
-// tokens are what registries give to those without a name.
+// tokens are the anonymous tokens of registries.
 type tokens struct {
 	lru *lru.Cache[rights.Vantage, token]
 }
@@ -224,7 +224,7 @@ func (a *asking) end(registry string) {
 }
 
 // checkPublic finds out, after the upstream has given a manifest to a client,
-// whether its repository is public. Nobody waits for that. It is what lets public
+// whether its repository is public. No client waits for that. It is what lets public
 // images be pulled while the registry is down: clients come with a new token each
 // time, so that their own grant can't be known.
 func (x *exchange) checkPublic(resp *reply) {

@@ -163,7 +163,7 @@ func (x *exchange) send(by http.RoundTripper, req *http.Request, follow bool) (*
 		req = req.WithContext(upstream.WithDialBudget(req.Context(), redirectTime))
 		do = x.up.follow(rt).Do
 	}
-	resp, err := do(req)
+	resp, err := do(req) //nolint:bodyclose // the caller closes the reply's
 	var at *url.Error
 	if errors.As(err, &at) && !strings.HasPrefix(at.URL, x.up.base().String()+"/") {
 		err = fmt.Errorf("%w: %w", errElsewhere, err)
@@ -236,6 +236,18 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 			resp.Body.Close()
 			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
 		}
+	case offset > 0 && (resp.StatusCode == http.StatusRequestedRangeNotSatisfiable || resp.StatusCode == http.StatusBadRequest):
+		// It has no ranges without an end, or none at all where it redirects to.
+		resp.Body.Close()
+		body, err := x.open(ctx, 0)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := io.CopyN(io.Discard, body, offset); err != nil {
+			body.Close()
+			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
+		}
+		return body, nil
 	default:
 		resp.Body.Close()
 		return nil, fmt.Errorf("%s answers a request for a blob with %s", x.up.Host, resp.Status)

@@ -29,9 +29,9 @@ func (s *side) networks(registry http.Handler) (url string) {
 	addr := strings.TrimPrefix(lan.URL, "http://")
 	rt := &http.Transport{DisableCompression: true}
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		place, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+		network, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
 		r.URL.Path, r.Host = "/"+path, "registry.lan:5000"
-		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: place, Transport: rt})
+		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: network, Transport: rt})
 	}))
 	s.t.Cleanup(func() {
 		srv.CloseClientConnections()

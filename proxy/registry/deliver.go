@@ -205,7 +205,7 @@ func (c *compared) Read(p []byte) (int, error) {
 const (
 	// lagTime is how long a transfer may lag before those who follow it leave it.
 	lagTime = 10 * time.Second
-	// slowPace is what a registry gives that nobody has measured, in bytes per
+	// slowPace is what a registry gives that wasn't measured, in bytes per
 	// second.
 	slowPace = 256 << 10
 )

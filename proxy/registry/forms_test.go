@@ -126,7 +126,7 @@ func TestUpgrade(t *testing.T) {
 	}
 }
 
-// A registry that changes the protocol where nobody asked for that holds no request
+// A registry that changes the protocol unasked holds no request
 // of its clients: what it sends would have no end, nor end with its client's leaving.
 func TestUpgradeByItself(t *testing.T) {
 	u := newUpstream(t)

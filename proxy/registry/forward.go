@@ -89,7 +89,7 @@ func (x *exchange) passed(resp *reply) error {
 	case blob:
 		x.learn(resp)
 	case manifest:
-		resp.Response = x.followed(resp.Response)
+		x.followRedirect(resp)
 		x.learn(resp)
 		x.checkPublic(resp)
 		if x.target.tag != "" {
@@ -102,14 +102,14 @@ func (x *exchange) passed(resp *reply) error {
 	return nil
 }
 
-// followed returns what an answer redirects to, if it is a manifest and can be had:
-// what a registry that redirects its manifests (registry.k8s.io) has, and what its
-// tags are, would never be known otherwise. Where it can't, the client is left to
-// find out why.
-func (x *exchange) followed(resp *http.Response) *http.Response {
+// followRedirect makes an answer that redirects to a manifest what is there, if that
+// can be had: what a registry that redirects its manifests (registry.k8s.io) has, and
+// what its tags are, would never be known otherwise. Where it can't, the client is
+// left to find out why.
+func (x *exchange) followRedirect(resp *reply) {
 	location, err := resp.Location()
 	if err != nil || !redirects(resp.StatusCode) || !x.up.authenticated() || location.Scheme != "https" {
-		return resp
+		return
 	}
 	req := x.outgoing(x.r.Context(), x.r.Method, nil)
 	if req.URL.Host != location.Host {
@@ -123,14 +123,14 @@ func (x *exchange) followed(resp *http.Response) *http.Response {
 	req.URL, req.Host = location, ""
 	there, err := x.send(x.up.Transport, req, true)
 	if err != nil {
-		return resp
+		return
 	}
 	if there.StatusCode != http.StatusOK || foreign(there.Response) {
 		there.Body.Close()
-		return resp
+		return
 	}
 	resp.Body.Close()
-	return there.Response
+	resp.Response = there.Response
 }
 
 func redirects(status int) bool {

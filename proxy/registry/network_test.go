@@ -115,7 +115,7 @@ func (l *lure) refused(network string) {
 }
 
 // What one network's clients are given by a host that authorizes by address, through
-// a redirect of somebody's registry, is given to no other network's.
+// a redirect of any registry, is given to no other network's.
 func TestRedirectedByAddress(t *testing.T) {
 	l := newLure(t)
 	for range 3 {

@@ -72,7 +72,7 @@ func (o modelOrigin) plainly() bool {
 	return cleanPath(o.q.path) == o.q.path && (o.q.host == "" || Canonical(o.q.host) == o.g.host || o.q.host == o.g.plain)
 }
 
-// record takes in an answer to weir.
+// record counts an answer to weir.
 func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *modelAnswer, own bool) {
 	l := &w.ledger
 	o := modelOrigin{g, a.repo, q}

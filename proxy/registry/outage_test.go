@@ -97,7 +97,7 @@ func TestRightsTable(t *testing.T) {
 		slices.Reverse(all)
 	}
 	check("withdrawn")
-	// And at once where somebody has heard of it.
+	// And at once where it is known already.
 	u.allow("bob/b")
 	s.do("HEAD", "/v2/bob/b/manifests/none", "Bearer bob")
 	check("heard")
@@ -164,7 +164,7 @@ var faults = map[string]func(http.ResponseWriter, *http.Request) bool{
 }
 
 // While the upstream is silent, a right to one repository, or that it is
-// everybody's, is still none to what is only in another.
+// public, is still none to what is only in another.
 func TestStaleIsOfTheRepository(t *testing.T) {
 	u := newUpstream(t)
 	u.allow("library/p", "", "Bearer mallory")
@@ -391,7 +391,7 @@ func TestSlowAfterOutage(t *testing.T) {
 }
 
 // A registry without TLS: whoever answers at an address gets to say what is in
-// his repositories, but not to have what he only names.
+// its repositories, but not to have what it only names.
 func TestPlain(t *testing.T) {
 	content := bytesOf(1, 50_000)
 	u := newUpstream(t)
@@ -473,8 +473,8 @@ func TestPlain(t *testing.T) {
 	}
 }
 
-// Whoever makes a network of his own can be at the address of a registry without
-// TLS that others use, and grant himself what he likes: he learns nothing of
+// Whoever makes a network of its own can be at the address of a registry without
+// TLS that others use, and grant itself what it likes: it learns nothing of
 // what the others' registry has, neither its blobs nor what its tags are.
 func TestPlainElsewhere(t *testing.T) {
 	const auth = "Basic bWFsbG9yeTp4"
@@ -486,12 +486,12 @@ func TestPlainElsewhere(t *testing.T) {
 	lan := httptest.NewServer(u)
 	defer lan.Close()
 	addr := strings.TrimPrefix(lan.URL, "http://")
-	ask := func(place string, rt http.RoundTripper, auth, path string) *httptest.ResponseRecorder {
+	ask := func(network string, rt http.RoundTripper, auth, path string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest("GET", path, nil)
 		r.Host = "registry.lan:5000"
 		r.Header.Set("Authorization", auth)
-		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: place, Transport: rt})
+		s.h.Serve(w, r, Upstream{Host: "registry.lan:5000", Plain: addr, NetworkID: network, Transport: rt})
 		return w
 	}
 	paths := []string{"/v2/a/manifests/1", "/v2/a/manifests/" + m.String(), "/v2/a/blobs/" + layer.String()}
@@ -500,7 +500,7 @@ func TestPlainElsewhere(t *testing.T) {
 			t.Fatalf("%s: %d", path, w.Code)
 		}
 	}
-	// He grants a manifest of his own, and is silent otherwise.
+	// It grants a manifest of its own, and is silent otherwise.
 	own := []byte(`{"schemaVersion":2,"mediaType":"` + docker2 + `","layers":[]}`)
 	mine := "/v2/a/manifests/" + digest.FromBytes(own).String()
 	forged := transportFunc(func(r *http.Request) (*http.Response, error) {
@@ -616,7 +616,7 @@ func TestRefusalIsOfOneClient(t *testing.T) {
 	if !served() {
 		t.Error("it isn't public although it is")
 	}
-	// A tag that is gone for everybody is forgotten, and the rest is not.
+	// A tag that is gone for all clients is forgotten, and the rest is not.
 	_, _ = u.putManifest("library/p", "2", docker2)
 	s.do("GET", "/v2/library/p/manifests/2", "Bearer 1")
 	u.mu.Lock()

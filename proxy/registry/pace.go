@@ -11,8 +11,8 @@ import (
 )
 
 // arrivals are the transfers that come from one registry, and how fast it was
-// lately. Only what a transfer reads is measured, which nobody but the network
-// and the registry holds up: an answer that passes through comes as fast as its
+// lately. Only what a transfer reads is measured, which only the network and
+// the registry hold up: an answer that passes through comes as fast as its
 // client reads.
 type arrivals struct {
 	mu      sync.Mutex

@@ -27,12 +27,12 @@ type Peers interface {
 	Ready() bool
 	// Want says that this node wants a blob that it will be given at pace
 	// bytes per second by the upstream, 0 if that isn't known. It returns nil
-	// when there is nobody to ask.
+	// when there is no peer to ask.
 	Want(ctx context.Context, d digest.Digest, pace int64) Share
 	// Get returns a small blob, verified, of at most limit bytes.
 	Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, error)
-	// ProvideName says that this node knows something under a name, and Recall
-	// returns what others do. To others a name is the hexadecimal SHA-256 of it.
+	// ProvideName says that this node knows something of a name, and Recall
+	// returns what other nodes do. To others a name is the hexadecimal SHA-256 of it.
 	ProvideName(name string)
 	Recall(ctx context.Context, name string) [][]byte
 }
@@ -184,10 +184,10 @@ func (h *Handler) knows(repo rights.Repository) {
 	}
 }
 
-// Recall returns what this node knows of the repository with a hash, for a
+// Export returns what this node knows of the repository with a hash, for a
 // peer, or nil. It is what the upstream said its tags are, and which digests
 // are in it, and nothing of who may read it.
-func (h *Handler) Recall(hash string) []byte {
+func (h *Handler) Export(hash string) []byte {
 	repo, ok := h.names.lru.Get(hash)
 	if !ok {
 		return nil

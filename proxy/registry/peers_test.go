@@ -44,7 +44,7 @@ func (n *neighbours) Get(_ context.Context, d digest.Digest, limit int64) ([]byt
 	if bs := n.give[d]; len(bs) > 0 && int64(len(bs[0])) <= limit {
 		return bs[0], nil
 	}
-	return nil, errors.New("nobody has it")
+	return nil, errors.New("no peer has it")
 }
 
 func (n *neighbours) ProvideName(name string) {
@@ -76,7 +76,7 @@ func (s *neighboursShare) Open(_ context.Context, offset, _ int64) (io.ReadClose
 	defer s.n.mu.Unlock()
 	bs := s.n.give[s.d]
 	if len(bs) == 0 {
-		return nil, 0, errors.New("nobody has it")
+		return nil, 0, errors.New("no peer has it")
 	}
 	s.n.give[s.d] = bs[1:]
 	rest := bs[0][offset:]
@@ -115,14 +115,14 @@ func TestPeersGiveBlobs(t *testing.T) {
 		shame int
 	}{
 		{"right", [][]byte{right}, false, "Bearer 1", 200, []string{"GET"}, 0},
-		{"nobody", nil, false, "Bearer 1", 200, []string{"GET"}, 0},
+		{"no peer", nil, false, "Bearer 1", 200, []string{"GET"}, 0},
 		{"wrong, then right", [][]byte{wrong, right}, false, "Bearer 1", 200, []string{"GET"}, 1},
 		{"wrong, then the upstream", [][]byte{wrong}, false, "Bearer 1", 200, []string{"GET", "GET"}, 1},
 		{"shorter", [][]byte{wrong[:5000]}, false, "Bearer 1", 200, []string{"GET", "GET"}, 0},
 		{"cut, then the upstream", [][]byte{right}, true, "Bearer 1", 200, []string{"GET", "GET"}, 0},
 		{"cut, and another", [][]byte{right, right}, true, "Bearer 1", 200, []string{"GET", "GET"}, 0},
 		{"no right", [][]byte{right}, false, "Bearer 2", 401, []string{"GET", "GET"}, 0},
-		{"nobody's right", [][]byte{right}, false, "", 401, []string{"GET", "GET"}, 0},
+		{"none is right", [][]byte{right}, false, "", 401, []string{"GET", "GET"}, 0},
 	} {
 		for _, redirect := range []bool{false, true} {
 			t.Run(tt.name, func(t *testing.T) {
@@ -164,7 +164,7 @@ func TestPeersGiveBlobs(t *testing.T) {
 	}
 }
 
-// Everybody is wrong: the client gets an error, and not the upstream's bytes.
+// All peers are wrong: the client gets an error, and not the upstream's bytes.
 func TestAllAreWrong(t *testing.T) {
 	right, wrong := bytesOf(1, 100_000), bytesOf(2, 100_000)
 	u := newUpstream(t)
@@ -222,8 +222,8 @@ func TestPeersKnowTags(t *testing.T) {
 	for _, h := range other.h.names.lru.Keys() {
 		hash = h
 	}
-	known := other.h.Recall(hash)
-	if known == nil || other.h.Recall("00") != nil || bytes.Contains(known, []byte("Bearer")) {
+	known := other.h.Export(hash)
+	if known == nil || other.h.Export("00") != nil || bytes.Contains(known, []byte("Bearer")) {
 		t.Fatalf("they know %s", known)
 	}
 

@@ -90,7 +90,7 @@ func TestRunningPull(t *testing.T) {
 	})
 }
 
-// eventually waits for the pulls to be so: nobody tells when they are.
+// eventually waits for the pulls to be so: there is no event for it.
 func (s *side) eventually(so func([]Pull) bool) {
 	s.t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !so(s.h.Pulls()); time.Sleep(time.Millisecond) {

@@ -151,7 +151,7 @@ func TestSchema1(t *testing.T) {
 }
 
 // The head of an answer comes when the registry's has come, and not with the
-// first byte: clients have less patience for the one than for the other.
+// first byte: clients wait less for the one than for the other.
 func TestHeadFirst(t *testing.T) {
 	u := newUpstream(t)
 	u.allow("a", "")
@@ -228,7 +228,8 @@ func TestClientLeavesWhatIsNotKept(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer resp.Body.Close()
-			if _, err := io.ReadFull(resp.Body, make([]byte, 10_000)); err != nil {
+			// So much that what comes next is waited for.
+			if _, err := io.ReadFull(resp.Body, make([]byte, 45_000)); err != nil {
 				t.Fatal(err)
 			}
 			leave()

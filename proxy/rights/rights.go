@@ -140,9 +140,11 @@ type Rights struct {
 	told   *shares[located, time.Time]
 	public *shares[Vantage, publicity]
 
-	tagMu   sync.Mutex
-	tags    *shares[tag, []Tagged] // most recently said first
-	changed atomic.Bool            // since it was last saved
+	tagMu sync.Mutex
+	tags  *shares[tag, []Tagged] // most recently said first
+	// tagged is when a tag of a registry was last said; its repositories have no name.
+	tagged  *shares[Repository, time.Time]
+	changed atomic.Bool // since it was last saved
 }
 
 type located struct {
@@ -175,6 +177,7 @@ func New(o Options) *Rights {
 		told:    newShares[located, time.Time](maxContent),
 		public:  newShares[Vantage, publicity](maxPublic),
 		tags:    newShares[tag, []Tagged](maxTags),
+		tagged:  newShares[Repository, time.Time](maxTags),
 	}
 	_, _ = rand.Read(r.key[:])
 	return r
@@ -382,6 +385,10 @@ func (r *Rights) SetTag(repo Repository, name string, d digest.Digest, when time
 		}
 	}
 	r.tags.put(repo.share(), tag{repo, name}, all)
+	repo.Name = ""
+	if last, _ := r.tagged.get(repo.share(), repo); when.After(last) {
+		r.tagged.put(repo.share(), repo, when)
+	}
 	r.changed.Store(true)
 }
 
@@ -391,27 +398,30 @@ func (r *Rights) ForgetTag(repo Repository, reference string) {
 	r.tagMu.Lock()
 	defer r.tagMu.Unlock()
 	r.changed.Store(true)
+	var last time.Time
 	for k, all := range r.tags.all(repo.share()) {
-		switch {
-		case k.Repository != repo:
-		case k.tag == reference:
-			r.tags.remove(repo.share(), k)
-		default:
-			left := slices.DeleteFunc(slices.Clone(all), func(v Tagged) bool { return v.Digest.String() == reference })
-			if len(left) < len(all) {
+		if k.Repository == repo {
+			left := slices.DeleteFunc(slices.Clone(all), func(v Tagged) bool { return k.tag == reference || v.Digest.String() == reference })
+			switch {
+			case len(left) == 0:
+				r.tags.remove(repo.share(), k)
+			case len(left) < len(all):
 				r.tags.put(repo.share(), k, left)
 			}
+			all = left
+		}
+		if k.Registry == repo.Registry && len(all) > 0 && all[0].When.After(last) {
+			last = all[0].When
 		}
 	}
+	repo.Name = ""
+	r.tagged.put(repo.share(), repo, last)
 }
 
 // HasStale says whether there may be something to serve of a registry while it
 // gives no answer.
 func (r *Rights) HasStale(repo Repository) bool {
-	for k, all := range r.tags.all(repo.share()) {
-		if k.Registry == repo.Registry && len(all) > 0 && r.Fresh(all[0].When) {
-			return true
-		}
-	}
-	return false
+	repo.Name = ""
+	last, ok := r.tagged.get(repo.share(), repo)
+	return ok && r.Fresh(last)
 }

@@ -14,15 +14,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// run takes the blob in.
+// run has the blob arrive, and keeps it.
 func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	stop := context.AfterFunc(answers, t.unkeep)
 	defer stop()
 	wake := t.wakeWith(t.ctx)
 	defer wake()
-	sum, err := t.takeIn(body)
+	sum, err := t.receive(body)
 	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
-		sum, err = t.takeIn(body)
+		sum, err = t.receive(body)
 	}
 	if cause := context.Cause(t.ctx); err != nil && cause != nil {
 		err = cause
@@ -83,8 +83,8 @@ func (t *Transfer) keep(sum *sums) bool {
 	return err == nil
 }
 
-// takeIn takes the blob in once, and verifies it.
-func (t *Transfer) takeIn(body io.ReadCloser) (*sums, error) {
+// receive has the blob arrive once, and verifies it.
+func (t *Transfer) receive(body io.ReadCloser) (*sums, error) {
 	sum, h := newSums(), t.digest.Algorithm().Hash()
 	t.mu.Lock()
 	t.refs++
@@ -116,8 +116,8 @@ func (t *Transfer) write(p []byte, off int64) error {
 	})
 }
 
-// restart begins again after what was read turned out to be wrong, if nobody
-// was given any of it.
+// restart begins again after what was read turned out to be wrong, if no
+// reader was given any of it.
 func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	t.mu.Lock()
 	refetch := t.refetch
@@ -180,7 +180,7 @@ type writeError struct{ err error }
 func (e *writeError) Error() string { return "keeping a blob: " + e.err.Error() }
 func (e *writeError) Unwrap() error { return e.err }
 
-// copy takes in what body gives, and returns nil when that was the rest.
+// copy reads what body gives, and returns nil when that was the rest.
 func (t *Transfer) copy(body io.ReadCloser) (n int64, err error) {
 	from := newBeside(body, t.arrived, t.source)
 	// Reads can't be ended but by closing what is read.
@@ -349,7 +349,7 @@ func (t *Transfer) allocate(f *os.File, to, size int64) error {
 	return nil
 }
 
-// promise takes in how many bytes the transfer will still need of the disk, and
+// promise records how many bytes the transfer will still need of the disk, and
 // says whether they are there.
 func (t *Transfer) promise(n int64) bool {
 	n = max(n, 0)

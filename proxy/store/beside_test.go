@@ -149,7 +149,7 @@ func TestSourceHangsWhileOpening(t *testing.T) {
 		}
 		if !alone {
 			for range len(calls) {
-				<-ended // nobody waits for it any more
+				<-ended // it isn't waited for any more
 			}
 		}
 		r.Close()

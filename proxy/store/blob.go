@@ -47,7 +47,7 @@ func (s *Store) open(from *disk, d digest.Digest, path string, size int64) (*Blo
 }
 
 func (s *Store) openFile(from *disk, d digest.Digest, path string, size int64) (*Blob, error) {
-	// O_NONBLOCK: in a directory of somebody else's it might be a FIFO.
+	// O_NONBLOCK: in a directory that isn't the store's it might be a FIFO.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err

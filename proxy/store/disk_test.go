@@ -263,7 +263,7 @@ func TestReadingHangs(t *testing.T) {
 	}
 }
 
-// An operation that succeeds when nobody waits for it any more is undone.
+// An operation that succeeds when it isn't waited for any more is undone.
 func TestLateOperation(t *testing.T) {
 	s := open(t, t.TempDir(), Options{})
 	g := new(gate)
@@ -428,7 +428,7 @@ func TestArrivalStories(t *testing.T) {
 			var kept bool
 			select {
 			case kept = <-ended:
-			case <-time.After(2 * time.Second): // nobody reads it any more, and it rests
+			case <-time.After(2 * time.Second): // it has no readers any more, and waits
 				s.cancel()
 				kept = <-ended
 			}

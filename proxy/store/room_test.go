@@ -114,7 +114,7 @@ func TestNoLength(t *testing.T) {
 	}
 }
 
-// A push that nobody accepted takes nothing from what is kept, and nothing that
+// A push that wasn't accepted takes nothing from what is kept, and nothing that
 // is verified waits for it.
 func TestUploadTakesWhatIsFree(t *testing.T) {
 	const size = 16 << 20
@@ -239,7 +239,7 @@ func TestOwners(t *testing.T) {
 	if b := random(41, size/ownerShare+1); !errors.Is(s.Put(digest.FromBytes(b), b, Origin{Owner: "a"}), ErrNoSpace) {
 		t.Error("more than an owner's part was kept")
 	}
-	// What an authenticated registry brings too is nobody's.
+	// What an authenticated registry brings too counts for no owner.
 	again := random(31, 200_000)
 	if err := s.Put(ds[0], again, Origin{}); err != nil || s.owners["a"].bytes != 800_000 {
 		t.Error(err, s.owners["a"].bytes)
@@ -332,7 +332,7 @@ func TestTransfersOfTwo(t *testing.T) {
 
 // A peer's announcement evicts nothing; its bytes do, when there is no room for
 // them otherwise.
-func TestUnprovenRoom(t *testing.T) {
+func TestUnverifiedRoom(t *testing.T) {
 	const size = 8 << 20
 	s, ds := filled(t, size, 8, true)
 	want := random(80, 4<<20)

@@ -72,7 +72,7 @@ func begin(t *testing.T, s *Store, d digest.Digest, size int64, from io.ReadClos
 	t.Helper()
 	tr, leader := s.Claim(d, Origin{})
 	if !leader {
-		t.Fatal("somebody else leads")
+		t.Fatal("another one leads")
 	}
 	r, err := tr.Begin(size, from, more)
 	if err != nil {
@@ -114,7 +114,7 @@ func TestPutGet(t *testing.T) {
 	if err := s.Put(d512, big[1:], Origin{}); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("other bytes for a digest: %v", err)
 	}
-	if _, err := s.Get(digest.FromString("nobody has this")); !errors.Is(err, ErrNotFound) {
+	if _, err := s.Get(digest.FromString("not kept")); !errors.Is(err, ErrNotFound) {
 		t.Errorf("missing blob: %v", err)
 	}
 	for _, bad := range []digest.Digest{"", "sha256:../../etc/passwd", "sha256:ABC", "md5:d41d8cd98f00b204e9800998ecf8427e", "sha256"} {
@@ -137,7 +137,7 @@ func TestPutGet(t *testing.T) {
 	}
 }
 
-// Nobody but the store's own user can read it, whatever the umask.
+// Only the store's own user can read it, whatever the umask.
 func TestPermissions(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
 	dir := filepath.Join(t.TempDir(), "store")
@@ -148,7 +148,7 @@ func TestPermissions(t *testing.T) {
 	defer s.Close()
 	arriving, leader := s.Claim(digest.FromString("arriving"), Origin{})
 	if !leader {
-		t.Fatal("somebody else has it")
+		t.Fatal("it is locked")
 	}
 	in, out := io.Pipe()
 	defer out.Close()
@@ -182,7 +182,7 @@ func TestPermissions(t *testing.T) {
 	}
 }
 
-// What passes by is kept as what it is, whatever anybody calls it.
+// What passes by is kept as what it is, whatever it is called.
 func TestUpload(t *testing.T) {
 	is := []byte("what passes by")
 	for name, c := range map[string]struct {
@@ -714,7 +714,7 @@ func TestKill(t *testing.T) {
 	}
 }
 
-// A transfer that nobody reads goes on for a while, so that who comes back
+// A transfer without readers goes on for a while, so that who comes back
 // finds it.
 func TestReaderGoneTransferGoesOn(t *testing.T) {
 	s := open(t, t.TempDir(), Options{})
@@ -838,9 +838,9 @@ func againFrom(blobs ...[]byte) Refetch {
 	}
 }
 
-// What comes from a peer reaches nobody before it is verified, and when it is
-// wrong it is fetched again without anybody noticing.
-func TestUnproven(t *testing.T) {
+// What comes from a peer reaches no client before it is verified, and when it is
+// wrong it is fetched again without a client noticing.
+func TestUnverified(t *testing.T) {
 	right := bytes.Repeat([]byte("right"), 100_000)
 	d := digest.FromBytes(right)
 	wrong := bytes.Repeat([]byte("wrong"), 100_000)
@@ -863,7 +863,7 @@ func TestUnproven(t *testing.T) {
 			tr, _ := s.Claim(d, Origin{})
 			ended := make(chan bool, 1)
 			tr.OnEnd(func(kept bool) { ended <- kept })
-			// The last byte comes only when somebody follows and waits.
+			// The last byte comes only when a reader waits.
 			pr, pw := io.Pipe()
 			r, err := tr.BeginUnverified(int64(len(tt.first)), pr, nil, tt.again)
 			if err != nil {
@@ -873,7 +873,7 @@ func TestUnproven(t *testing.T) {
 			if _, err := pw.Write(tt.first[:len(tt.first)-1]); err != nil {
 				t.Fatal(err)
 			}
-			// One who verifies for himself gets what is there; a client nothing.
+			// One that verifies the digest itself gets what is there; a client nothing.
 			raw, err := s.Follow(t.Context(), d)
 			if err != nil {
 				t.Fatal(err)

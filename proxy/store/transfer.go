@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	// lingerTime is how long a transfer that nobody reads goes on: runtimes
+	// lingerTime is how long a transfer without readers goes on: runtimes
 	// come back for the rest within seconds after a broken connection.
 	lingerTime = 30 * time.Second
 	// attempts is how many times in a row a source may fail without a byte
@@ -136,10 +136,10 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Reader, 
 	return t.begin(size, t.room.reserve(max(size, 0)), body, more, nil)
 }
 
-// BeginUnverified is Begin for a body of somebody who may send anything, such as
+// BeginUnverified is Begin for a body from a source that may send anything, such as
 // a peer. Its readers get nothing before the digest is verified, or a long time
 // has passed, see [Reader.WaitReadable]. When the digest turns out to be
-// wrong before that, the blob is taken from again, and nobody has noticed.
+// wrong before that, the blob is fetched again by refetch, and no client has noticed.
 //
 // It takes room that is free, too, if there is enough. Otherwise kept blobs make
 // room for those bytes that come, and not for those that are announced.
@@ -199,8 +199,8 @@ func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Sou
 	return r, nil
 }
 
-// Follow returns a reader of a running transfer for somebody who verifies the
-// digest by himself: nothing is held back but the last byte, and a read fails
+// Follow returns a reader of a running transfer for a peer that verifies the
+// digest itself: nothing is held back but the last byte, and a read fails
 // when the transfer begins again. It waits until the transfer has begun. The
 // error is [ErrNotFound] when there is none.
 func (s *Store) Follow(ctx context.Context, d digest.Digest) (*Reader, error) {

@@ -14,7 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Upload takes in a blob whose digest is known only at its end, as that of a
+// Upload receives a blob whose digest is known only at its end, as that of a
 // blob which passes by. It is for one goroutine at a time. As it may come to
 // nothing, it takes only room that is free, whatever its origin.
 //
@@ -72,7 +72,7 @@ func (u *Upload) write(p []byte) error {
 		u.hashed = w.start(u.sums, u.hash.Hash(), u.writeAt, u.left)
 		u.stop = context.AfterFunc(answers, u.unkeep)
 	}
-	defer u.hurry()()
+	defer u.bounded()()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for len(p) > 0 {
@@ -117,9 +117,9 @@ func (u *Upload) writeAt(p []byte, off int64) error {
 	})
 }
 
-// hurry gives up the copy, unless what it returns is called within the disk's
+// bounded gives up the copy, unless what it returns is called within the disk's
 // time: what passes by doesn't wait longer.
-func (u *Upload) hurry() (stop func() bool) {
+func (u *Upload) bounded() (stop func() bool) {
 	return time.AfterFunc(u.store.disk.timeout, u.unkeep).Stop
 }
 
@@ -164,7 +164,7 @@ func (u *Upload) Commit(d digest.Digest) error {
 		return fmt.Errorf("%q: %w", d, err)
 	}
 	if u.hashed != nil {
-		stop := u.hurry()
+		stop := u.bounded()
 		u.window.end(false, u.hashed)
 		stop()
 	}
