@@ -107,7 +107,7 @@ func (x *exchange) toWeir(resp *http.Response) bool {
 	for req.Response != nil && req.Response.Request != nil { // redirects
 		req = req.Response.Request
 	}
-	return x.asker != x.up.Transport && req.Header.Get("Authorization") != ""
+	return x.stead && req.Header.Get("Authorization") != ""
 }
 
 // errNotTheClients says that weir was refused what it asked for in its own name, which

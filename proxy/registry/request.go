@@ -20,9 +20,11 @@ type request struct {
 	target  target
 	who     rights.Principal
 	vantage rights.Vantage // from where the client asks for its repository
-	// asker sends questions to the upstream: as the client, or for one without
-	// credentials, which may have what is public, in weir's own name.
+	// asker sends questions to the upstream: as the client's requests go, or, in its
+	// stead, in weir's own name, for one without credentials that may have what is
+	// public.
 	asker http.RoundTripper
+	stead bool
 }
 
 // parse understands a client's request. What is not the plain form of the
@@ -44,7 +46,7 @@ func (h *Handler) parse(r *http.Request, up Upstream) request {
 	q.vantage = up.vantage(q.who.Repository)
 	if _, is := up.Transport.(*anonymous); !is && q.reading() && q.target.repo != "" && up.authenticated() && up.ClientIdentity == "" &&
 		rights.Anonymous(r.Header) && h.rights.Public(q.vantage) && !h.asking.paused(up.ID()) {
-		q.asker = &anonymous{h, up}
+		q.asker, q.stead = &anonymous{h, up}, true
 	}
 	return q
 }
