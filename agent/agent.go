@@ -73,6 +73,8 @@ type Config struct {
 	// StaleIfError is for how long a registry's last answer is good while it
 	// gives no other; 0 means never.
 	StaleIfError time.Duration
+	// TagTTL is for how long a tag is what it was, without a question to the registry.
+	TagTTL registry.TagTTL
 	// PeerListen is where peers connect to, HOST:PORT, and Peers are where they
 	// are found. Without a SwarmKey, the name of a file, there is no peer
 	// traffic at all.

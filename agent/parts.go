@@ -104,7 +104,7 @@ func (a *Agent) openProxy() (stop func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError,
+	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError, TagTTL: a.conf.TagTTL,
 		File: filepath.Join(a.conf.DataDir, service.TagsFile), Metrics: a.metrics, Log: a.log}
 	if a.peers != nil {
 		options.Peers = a.peers

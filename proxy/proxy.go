@@ -165,7 +165,10 @@ const (
 	maxRequestHead = 128 << 10
 	// staleDialTimeout bounds the look at a registry that there is something to
 	// serve of without it. Clients wait 10 seconds for a TLS handshake.
-	staleDialTimeout = 3 * time.Second
+	staleDialTimeout = time.Second
+	// nodeDialTime is when the node itself looks as well, where the client's
+	// network is silent.
+	nodeDialTime = 300 * time.Millisecond
 )
 
 // New returns a proxy. Close it.
@@ -366,15 +369,25 @@ func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
 	}
 	vctx, cancel := context.WithTimeout(ctx, staleDialTimeout)
 	defer cancel()
+	reaches := make(chan bool, 1)
+	node := sync.OnceFunc(func() { reaches <- p.opts.Node.Reaches(vctx, t.Host) })
+	aside := f.NetworkID != "" && p.opts.Node != nil
+	if aside {
+		defer time.AfterFunc(nodeDialTime, node).Stop()
+	}
 	err := f.Egress.Verify(vctx, t)
 	if err == nil || upstream.Refused(err) || ctx.Err() != nil {
 		return err
 	}
-	if f.NetworkID != "" && p.opts.Node != nil && p.opts.Node.Reaches(ctx, t.Host) {
-		// A network policy, say. What others were given by it is not for this
-		// client, who could not have asked.
-		return err
+	if aside {
+		go node()
+		if <-reaches {
+			// A network policy, say. What others were given by it is not for this
+			// client, who could not have asked.
+			return err
+		}
 	}
+	p.opts.Registry.Unreachable(registry.Upstream{Host: t.Host.String(), NetworkID: f.NetworkID})
 	return nil // requests try it again
 }
 

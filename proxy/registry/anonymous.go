@@ -5,15 +5,18 @@ package registry
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
+	"strconv"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
+	remoteserrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/sync/semaphore"
 	"weir/proxy/rights"
@@ -42,46 +45,50 @@ type anonymous struct {
 	up Upstream
 }
 
-func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.URL.Host != a.up.base().Host || req.Method != http.MethodGet && req.Method != http.MethodHead {
-		return a.up.Transport.RoundTrip(req)
-	}
-	return a.h.anonymously(req, a.up.vantage(a.up.repository(parsePath(req.URL.EscapedPath()).repo)), a.up.Transport)
-}
-
 // tokenTimeout bounds the way to a token, and maxToken its length.
 const (
 	tokenTimeout = 30 * time.Second
 	maxToken     = 32 << 10
 )
 
-// anonymously sends a request without anything of a client in it, which is GET or
-// HEAD. When the registry wants a token it gets the one that every client gets
-// (distribution, "Token Authentication Specification").
-func (h *Handler) anonymously(req *http.Request, from rights.Vantage, rt http.RoundTripper) (*http.Response, error) {
+// RoundTrip implements http.RoundTripper. When the registry wants a token, GET and
+// HEAD are sent with the one that every client gets (distribution, "Token
+// Authentication Specification"). The error is a [*noToken] when that is not to be
+// had; a token server that refuses leaves the registry's refusal.
+func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Host != a.up.base().Host || req.Method != http.MethodGet && req.Method != http.MethodHead {
+		return a.up.Transport.RoundTrip(req)
+	}
+	from := a.up.vantage(a.up.repository(parsePath(req.URL.EscapedPath()).repo))
 	agent := req.Header["User-Agent"]
 	req = req.Clone(req.Context()) // a RoundTripper leaves it as it is
 	req.Header = rights.Strip(req.Header)
 	req.Header["User-Agent"] = agent
-	if t, ok := h.tokens.lru.Get(from); ok && time.Now().Before(t.expires) {
+	if t, ok := a.h.tokens.lru.Get(from); ok && time.Now().Before(t.expires) {
 		req.Header.Set("Authorization", "Bearer "+t.value)
 	}
-	resp, err := rt.RoundTrip(req)
+	resp, err := a.up.Transport.RoundTrip(req)
 	if err != nil || resp.StatusCode != http.StatusUnauthorized {
 		return resp, err
 	}
-	t, err := anonymousToken(req.Context(), resp, rt)
-	if err != nil {
-		h.log.Debug("no token for anonymous clients", "registry", from.Registry, "repository", from.Name, "err", scrub(err))
-		return resp, nil // the refusal is the answer
+	t, err := a.token(req.Context(), resp)
+	var failed *noToken
+	switch {
+	case errors.As(err, &failed):
+		resp.Body.Close()
+		return nil, err
+	case err != nil:
+		a.h.log.Debug("no token for anonymous clients", "registry", from.Registry, "repository", from.Name, "err", scrub(err))
+		return resp, nil
 	}
 	resp.Body.Close()
-	h.tokens.lru.Add(from, t)
+	a.h.tokens.lru.Add(from, t)
 	req.Header.Set("Authorization", "Bearer "+t.value)
-	return rt.RoundTrip(req)
+	return a.up.Transport.RoundTrip(req)
 }
 
-func anonymousToken(ctx context.Context, refusal *http.Response, rt http.RoundTripper) (token, error) {
+// token gets a token that a refusal asks for.
+func (a *anonymous) token(ctx context.Context, refusal *http.Response) (token, error) {
 	for _, c := range auth.ParseAuthHeader(refusal.Header) {
 		if c.Scheme != auth.BearerAuth {
 			continue
@@ -90,15 +97,27 @@ func anonymousToken(ctx context.Context, refusal *http.Response, rt http.RoundTr
 		if err != nil {
 			return token{}, err
 		}
-		if realm, err := url.Parse(o.Realm); err != nil || realm.Scheme != "https" {
+		realm, err := url.Parse(o.Realm)
+		if err != nil || realm.Scheme != "https" {
 			return token{}, errors.New("the realm is no https URL")
 		}
+		way := a.up.tokenWay(realm.Host)
 		ctx, cancel := context.WithTimeout(ctx, tokenTimeout)
 		defer cancel()
-		got, err := auth.FetchToken(ctx, &http.Client{Transport: bounded{rt}, CheckRedirect: onlyHTTPS}, http.Header{"User-Agent": {"weir"}}, o)
-		if err != nil {
+		start := time.Now()
+		got, err := auth.FetchToken(ctx, &http.Client{Transport: bounded{a.up.Transport}, CheckRedirect: onlyHTTPS}, http.Header{"User-Agent": {"weir"}}, o)
+		var status remoteserrors.ErrUnexpectedStatus
+		switch {
+		case errors.As(err, &status) && !failedTokens(status.StatusCode) && json.Valid(status.Body):
+			a.h.outages.Answered(way, time.Since(start))
 			return token{}, fmt.Errorf("asking for a token: %w", scrub(err))
+		case err != nil:
+			if !errors.Is(ctx.Err(), context.Canceled) {
+				a.h.outages.Failed(way)
+			}
+			return token{}, &noToken{scrub(err), status.StatusCode, status.Body}
 		}
+		a.h.outages.Answered(way, time.Since(start))
 		life := 60 * time.Second // the specification's default
 		if got.ExpiresInSeconds > 0 {
 			life = time.Duration(min(got.ExpiresInSeconds, 3600)) * time.Second
@@ -124,6 +143,22 @@ func onlyHTTPS(req *http.Request, via []*http.Request) error {
 	return nil
 }
 
+// noToken is the failure of a token server.
+type noToken struct {
+	error
+	status int // 0 if it gave no answer
+	body   []byte
+}
+
+// Unwrap implements errors.
+func (e *noToken) Unwrap() []error { return []error{errElsewhere, e.error} }
+
+// failedTokens says whether a token server that answers so has failed.
+func failedTokens(status int) bool { return status == http.StatusTooManyRequests || status >= 500 }
+
+// tokenWay is what is remembered of whether a token server answers.
+func (u Upstream) tokenWay(host string) string { return "tokens of " + host + " from " + u.NetworkID }
+
 // bounded bounds the bodies that are read whole.
 type bounded struct{ http.RoundTripper }
 
@@ -140,7 +175,8 @@ func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
 type asking struct {
 	all     *semaphore.Weighted
 	mu      sync.Mutex
-	running map[string]int // by registry
+	running map[string]int       // by registry
+	until   map[string]time.Time // when those that want it slower may be asked again
 }
 
 const (
@@ -149,17 +185,42 @@ const (
 )
 
 func newAsking() *asking {
-	return &asking{all: semaphore.NewWeighted(maxAskingAll), running: make(map[string]int)}
+	return &asking{all: semaphore.NewWeighted(maxAskingAll), running: make(map[string]int), until: make(map[string]time.Time)}
 }
 
 func (a *asking) begin(registry string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.running[registry] >= maxAsking || !a.all.TryAcquire(1) {
+	if time.Now().Before(a.until[registry]) || a.running[registry] >= maxAsking || !a.all.TryAcquire(1) {
 		return false
 	}
 	a.running[registry]++
 	return true
+}
+
+// pause has a registry that answers 429 be left alone for as long as it says, within
+// bounds (RFC 9110, section 10.2.3), or for a minute.
+func (a *asking) pause(registry string, resp *http.Response) {
+	long := time.Minute
+	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil {
+		long = min(max(time.Duration(seconds)*time.Second, time.Second), time.Hour)
+	} else if at, err := http.ParseTime(resp.Header.Get("Retry-After")); err == nil {
+		long = min(max(time.Until(at), time.Second), time.Hour)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for r, until := range a.until {
+		if time.Now().After(until) {
+			delete(a.until, r)
+		}
+	}
+	a.until[registry] = time.Now().Add(long)
+}
+
+func (a *asking) paused(registry string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return time.Now().Before(a.until[registry])
 }
 
 func (a *asking) end(registry string) {
@@ -233,6 +294,8 @@ func (x *exchange) askAnonymously(what func() string) {
 		}
 		resp.Body.Close()
 		switch resp.StatusCode {
+		case http.StatusTooManyRequests:
+			x.h.asking.pause(x.up.ID(), resp)
 		case http.StatusOK:
 			x.h.rights.SetPublic(v, describesManifest(&reply{Response: resp}, ""), reference)
 		case http.StatusNotFound:

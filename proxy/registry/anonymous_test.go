@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"weir/proxy/upstream"
 )
 
 type roundTrip func(*http.Request) (*http.Response, error)
@@ -42,7 +44,7 @@ func TestTokensOverTLSOnly(t *testing.T) {
 			return resp, nil
 		})
 		refusal := &http.Response{Header: http.Header{"Www-Authenticate": {`Bearer realm="` + realm + `",service="x",scope="repository:a/b:pull"`}}}
-		got, err := anonymousToken(t.Context(), refusal, rt)
+		got, err := (&anonymous{&Handler{outages: outages{Health: upstream.NewHealth()}}, Upstream{Transport: rt}}).token(t.Context(), refusal)
 		if (err == nil) != tt.token || got.value == "x" != tt.token {
 			t.Errorf("%s: %+v, %v", realm, got, err)
 		}

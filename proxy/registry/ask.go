@@ -31,65 +31,126 @@ type question struct {
 	extra  http.Header // over the client's
 	// follow says that redirects are followed, as the client would.
 	follow bool
-	// timeout is how long the upstream has, once stale says that there is another
-	// answer: what it said before. Without one it has as long as the client gives it.
-	timeout time.Duration
-	stale   func() bool
+	// base says that /v2/ is asked for, whatever the client wants.
+	base bool
+	// stale says that there is another answer while the upstream gives none: what it
+	// said before.
+	stale func() bool
 }
 
 // head is the question for what the client asked for, without its content.
 func (x *exchange) head(follow bool, stale func() bool) question {
-	return question{method: http.MethodHead, follow: follow, timeout: x.h.outages.timeout(x.up.ID()), stale: stale}
+	return question{method: http.MethodHead, follow: follow, stale: stale}
 }
-
-// errOutage says that the upstream gives no answer, and that there is another.
-var errOutage = errors.New("the upstream gives no answer")
 
 // ask asks the upstream. The error is [errOutage] when it has failed, and what it
 // said before may be taken instead. The answer to a HEAD has no body.
 func (x *exchange) ask(q question) (*reply, error) {
-	ctx, cancel := context.WithCancel(x.r.Context())
-	looked := make(chan struct{})
-	timer := time.AfterFunc(q.timeout, func() {
-		defer close(looked)
-		if q.stale() {
-			cancel()
+	way := x.up.way()
+	if x.inOwnName() {
+		way += anonymously
+	}
+	resp, err := x.h.attempt(x.r.Context(), way, q.stale, func(ctx context.Context) (*http.Response, error) {
+		if q.method == http.MethodHead && x.inOwnName() {
+			return x.askTogether(ctx, q)
 		}
+		resp, err := x.send(x.asker, x.question(ctx, q), q.follow)
+		if err != nil {
+			return nil, err
+		}
+		return resp.Response, nil
 	})
-	resp, err := x.send(x.outgoing(ctx, q.method, q.extra), q.follow)
-	if !timer.Stop() {
-		<-looked
-		if err == nil && ctx.Err() != nil && q.method != http.MethodHead {
-			resp.Body.Close() // it came as it was given up, and would end in the middle
-			err = ctx.Err()
-		}
-	}
-	if x.r.Context().Err() == nil {
-		x.h.outages.note(x.up.ID(), err != nil)
-	}
-	if err != nil {
-		cancel()
-		if q.stale() {
-			err = fmt.Errorf("%w: %w", errOutage, scrub(err))
-		}
+	switch {
+	case errors.Is(err, errOutage), x.r.Context().Err() != nil:
+		return nil, err
+	case err != nil && q.stale():
+		return nil, fmt.Errorf("%w: %w", errOutage, scrub(err))
+	case err != nil:
 		return nil, err
 	}
-	resp.Body = &cancelBody{resp.Body, cancel}
-	outage := x.failed(resp.Response) && q.stale()
+	if x.inOwnName() && resp.StatusCode == http.StatusTooManyRequests {
+		x.h.asking.pause(x.up.ID(), resp)
+	}
+	if x.toWeir(resp) && resp.StatusCode/100 != 2 && !x.failed(resp) {
+		resp.Body.Close()
+		return nil, fmt.Errorf("%w: %s", errNotTheClients, resp.Status)
+	}
+	outage := x.failed(resp) && q.stale()
 	if q.method == http.MethodHead || outage {
 		resp.Body.Close()
 	}
 	if outage {
 		return nil, fmt.Errorf("%w: it answers with %s", errOutage, resp.Status)
 	}
-	return resp, nil
+	return &reply{resp, x.h.rights.Now()}, nil
 }
+
+// question is what is asked.
+func (x *exchange) question(ctx context.Context, q question) *http.Request {
+	req := x.outgoing(ctx, q.method, q.extra)
+	if q.base {
+		req = (&http.Request{Method: q.method, URL: x.up.base().JoinPath("/v2/"), Host: x.r.Host, Header: http.Header{"User-Agent": {"weir"}}}).WithContext(ctx)
+	}
+	return req
+}
+
+// inOwnName says whether questions are asked in weir's own name, and not in the
+// client's.
+func (x *exchange) inOwnName() bool {
+	_, is := x.asker.(*anonymous)
+	return is
+}
+
+// toWeir says whether an answer was to a request that had a token which the client's
+// own has not.
+func (x *exchange) toWeir(resp *http.Response) bool {
+	req := resp.Request
+	for req.Response != nil && req.Response.Request != nil { // redirects
+		req = req.Response.Request
+	}
+	return x.stead && req.Header.Get("Authorization") != ""
+}
+
+// errNotTheClients says that weir was refused what it asked for in its own name, which
+// says nothing of the client.
+var errNotTheClients = errors.New("what weir asked for in its own name was refused")
+
+// askTogether asks in weir's own name for all clients that want to know the same at
+// the same time.
+func (x *exchange) askTogether(ctx context.Context, q question) (*http.Response, error) {
+	key := fmt.Sprintf("%s from %s %s %q %v", x.vantage.Registry, x.vantage.From, x.r.URL.EscapedPath(), x.r.Header["Accept"], q.follow)
+	answer := x.h.asked.DoChan(key, func() (any, error) {
+		ctx, cancel := context.WithTimeout(x.h.ctx, tokenTimeout)
+		defer cancel()
+		resp, err := x.send(x.asker, x.outgoing(ctx, q.method, q.extra), q.follow)
+		if err != nil {
+			return nil, err
+		}
+		resp.Body.Close()
+		return resp.Response, nil
+	})
+	select {
+	case a := <-answer:
+		if a.Err != nil {
+			return nil, a.Err
+		}
+		resp := *a.Val.(*http.Response)
+		resp.Header, resp.Body = resp.Header.Clone(), http.NoBody
+		return &resp, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// way is what is remembered of whether the upstream answers: to this client's
+// network.
+func (u Upstream) way() string { return u.ID() + " from " + u.NetworkID }
 
 // send sends a request to the upstream. What follows redirects goes on to https
 // only, or stays at a registry without TLS.
-func (x *exchange) send(req *http.Request, follow bool) (*reply, error) {
+func (x *exchange) send(by http.RoundTripper, req *http.Request, follow bool) (*reply, error) {
 	rt := transport(func(req *http.Request) (*http.Response, error) {
-		resp, err := x.up.Transport.RoundTrip(req)
+		resp, err := by.RoundTrip(req)
 		if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
 			resp.Body.Close()
 			return nil, errUpgrade
@@ -104,11 +165,19 @@ func (x *exchange) send(req *http.Request, follow bool) (*reply, error) {
 		do = x.up.follow(rt).Do
 	}
 	resp, err := do(req) //nolint:bodyclose // the caller closes the reply's
+	var at *url.Error
+	if errors.As(err, &at) && !strings.HasPrefix(at.URL, x.up.base().String()+"/") {
+		err = fmt.Errorf("%w: %w", errElsewhere, err)
+	}
 	if err != nil {
 		return nil, err
 	}
 	return &reply{resp, x.h.rights.Now()}, nil
 }
+
+// errElsewhere says that the host that the upstream redirects to, or that gives its
+// tokens, has failed.
+var errElsewhere = errors.New("another host than the registry")
 
 // errUpgrade says that a registry changes the protocol of a connection on its own.
 // What it sends then has no end, and doesn't end with the request.
@@ -152,7 +221,7 @@ func (x *exchange) fetch(ctx context.Context, offset int64) (*reply, error) {
 	if offset > 0 {
 		extra.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
 	}
-	return x.send(x.outgoing(ctx, http.MethodGet, extra), true)
+	return x.send(x.up.Transport, x.outgoing(ctx, http.MethodGet, extra), true)
 }
 
 // open opens the blob at the upstream for a reader that has what is before offset.
@@ -172,6 +241,18 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 		// RFC 9110, 15.5.17. A client that knows the size takes it.
 		resp.Body.Close()
 		return nil, fmt.Errorf("%s has no more than %d bytes: %w", x.up.Host, offset, store.ErrShort)
+	case offset > 0 && (resp.StatusCode == http.StatusRequestedRangeNotSatisfiable || resp.StatusCode == http.StatusBadRequest):
+		// It has no ranges without an end, or none at all where it redirects to.
+		resp.Body.Close()
+		body, err := x.open(ctx, 0)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := io.CopyN(io.Discard, body, offset); err != nil {
+			body.Close()
+			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
+		}
+		return body, nil
 	default:
 		resp.Body.Close()
 		return nil, fmt.Errorf("%s answers a request for a blob with %s", x.up.Host, resp.Status)

@@ -65,6 +65,9 @@ func (x *exchange) learn(resp *reply) {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound:
 		x.h.rights.Refuse(x.who)
 		x.recheck(resp.StatusCode)
+		if x.target.kind == manifest {
+			_ = x.learnLogin(resp)
+		}
 	}
 }
 
@@ -97,7 +100,7 @@ func (x *exchange) requestProof(size int64) (*proof, *reply, error) {
 	first := at.Int64()
 	wanted := fmt.Sprintf("bytes %d-%d/", first, first+n-1)
 	resp, err := x.ask(question{
-		method: http.MethodGet, follow: true, timeout: x.h.outages.timeout(x.up.ID()), stale: x.stale(x.target.digest),
+		method: http.MethodGet, follow: true, stale: x.stale(x.target.digest),
 		extra: http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", first, first+n-1)}},
 	})
 	if err != nil {

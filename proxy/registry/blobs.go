@@ -39,6 +39,8 @@ func (x *exchange) headBlob() {
 	switch {
 	case errors.Is(err, errOutage):
 		x.serveKept(b, true)
+	case err != nil && x.inOwnName():
+		x.forward()
 	case err != nil:
 		x.unreachable(err)
 	default:
@@ -104,7 +106,11 @@ func (x *exchange) notShown(shown *proof, resp *reply, err error) {
 	switch {
 	case err != nil && x.r.Context().Err() != nil:
 		panic(http.ErrAbortHandler) // the client has gone
-	case shown != nil, errors.Is(err, errNothingToShow): // other bytes, or none
+	case shown != nil, errors.Is(err, errNothingToShow), err == nil && resp.StatusCode == http.StatusOK && x.toWeir(resp.Response):
+		// Other bytes, or none, or not to the client's own request.
+		if resp != nil {
+			resp.Body.Close()
+		}
 		if resp, err = x.fetch(x.r.Context(), 0); err != nil || resp.StatusCode != http.StatusOK {
 			x.refused(resp, err)
 			return
@@ -114,7 +120,7 @@ func (x *exchange) notShown(shown *proof, resp *reply, err error) {
 		x.forward()
 	case resp.StatusCode == http.StatusOK:
 		x.sent(resp)
-	case x.own(resp.Response) && refusesAnyway(resp.StatusCode):
+	case x.own(resp.Response) && !x.toWeir(resp.Response) && refusesAnyway(resp.StatusCode):
 		x.relay(resp)
 	default:
 		resp.Body.Close()

@@ -11,6 +11,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,6 +23,7 @@ func (x *exchange) forward() { x.pass(x.r, x.passed) }
 // pass sends a request of the client's to the upstream and its answer back. learn
 // sees the answer before; its error is answered instead.
 func (x *exchange) pass(r *http.Request, learn func(*reply) error) {
+	start := time.Now()
 	p := httputil.ReverseProxy{
 		Transport:     x.up.Transport,
 		FlushInterval: -1,
@@ -43,7 +45,9 @@ func (x *exchange) pass(r *http.Request, learn func(*reply) error) {
 			}
 		},
 		ModifyResponse: func(resp *http.Response) error {
-			x.h.outages.note(x.up.ID(), false)
+			if r.ContentLength == 0 { // how long a body takes says nothing
+				x.h.outages.Answered(x.up.way(), time.Since(start))
+			}
 			if resp.StatusCode == http.StatusSwitchingProtocols {
 				if x.r.Header.Get("Upgrade") == "" {
 					return errUpgrade
@@ -117,7 +121,7 @@ func (x *exchange) followRedirect(resp *reply) {
 		req.Header["Range"] = ranges
 	}
 	req.URL, req.Host = location, ""
-	there, err := x.send(req, true)
+	there, err := x.send(x.up.Transport, req, true)
 	if err != nil {
 		return
 	}
@@ -144,6 +148,13 @@ type readCloser struct {
 func (x *exchange) unreachable(err error) {
 	if x.r.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the client has gone
+	}
+	var no *noToken
+	if errors.As(err, &no) && failedTokens(no.status) { // its words
+		x.w.Header().Set("Content-Type", "application/json")
+		x.w.WriteHeader(no.status)
+		_, _ = x.w.Write(no.body)
+		return
 	}
 	err = scrub(err)
 	x.stats.errors.Add(1)

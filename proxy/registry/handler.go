@@ -30,8 +30,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
+	"golang.org/x/sync/singleflight"
 	"weir/proxy/rights"
 	"weir/proxy/store"
+	"weir/proxy/upstream"
 )
 
 // Options of a handler. Store is required.
@@ -43,6 +45,9 @@ type Options struct {
 	// StaleIfError is for how long an upstream's answer is good when it gives
 	// no other. Zero means never.
 	StaleIfError time.Duration
+	// TagTTL is for how long a tag is what it was. Nil means that the registry is
+	// asked each time.
+	TagTTL TagTTL
 	// Peers may have what this node has not. Nil means that there are none.
 	Peers Peers
 	// File keeps what is known of tags over restarts. Empty means nowhere.
@@ -71,6 +76,9 @@ type Handler struct {
 	memory   *quota // of manifests that pass by
 	outages  outages
 	tokens   *tokens
+	logins   logins
+	tagTTL   TagTTL
+	asked    singleflight.Group // in weir's own name
 	peers    Peers
 	names    names
 	types    *lru.Cache[digest.Digest, string] // media types of manifests that are kept
@@ -105,9 +113,9 @@ func New(o Options) *Handler {
 		o.Tracer = noop.Tracer{}
 	}
 	h := &Handler{
-		store: o.Store, peers: o.Peers, file: o.File, log: o.Log, pulls: pulls{tracer: o.Tracer, durations: newDurations(o.Metrics)},
+		store: o.Store, peers: o.Peers, tagTTL: o.TagTTL, file: o.File, log: o.Log, pulls: pulls{tracer: o.Tracer, durations: newDurations(o.Metrics)},
 		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
-		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: newOutages(), tokens: newTokens(),
+		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: outages{upstream.NewHealth(), askTimeout, askTimeoutAgain}, tokens: newTokens(), logins: newLogins(),
 		names: newNames(), lagTime: lagTime, asking: newAsking(),
 	}
 	h.types, _ = lru.New[digest.Digest, string](4096)
@@ -214,9 +222,13 @@ func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 		end := h.pulls.begin(x)
 		defer func() { end(complete && r.Context().Err() == nil) }()
 	}
+	realm, tokens := x.tokenPath()
 	switch {
+	case tokens:
+		x.token(realm)
 	case !x.reading():
 		x.write()
+	case (w.manifest || x.target.kind == blob) && x.loginFirst():
 	case x.target.kind == blob && w.head:
 		x.headBlob()
 	case x.target.kind == blob:

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"weir/proxy/rights"
 	"weir/proxy/store"
 )
 
@@ -95,6 +96,10 @@ func (x *exchange) tag() {
 		x.forward()
 		return
 	}
+	if m != nil && x.h.rights.Within(known.When, x.h.tagTTL.of(x.up)) && x.allows(known.Digest) {
+		x.serveKnownTag(known, m, provenance{source: sourceOf(m.Blob), resolved: true})
+		return
+	}
 	looked := false
 	resp, err := x.ask(x.head(true, func() bool {
 		if !looked {
@@ -109,14 +114,13 @@ func (x *exchange) tag() {
 	case errors.Is(err, errOutage):
 		x.logger(known.Digest).Warn("the upstream doesn't say what a tag is; taken for what it was", "tag", x.target.tag, "since", known.When, "err", err)
 		x.stats.stale.Add(1)
-		x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(known.When).Seconds()), 10))
-		x.serveManifest(m, provenance{source: sourceOf(m.Blob), stale: true})
-	case err != nil && x.r.Method == http.MethodGet && x.r.Context().Err() == nil:
-		x.forward() // the HEAD was ours
+		x.serveKnownTag(known, m, provenance{source: sourceOf(m.Blob), stale: true})
+	case err != nil && (x.r.Method == http.MethodGet || x.inOwnName() || errors.Is(err, errElsewhere)) && x.r.Context().Err() == nil:
+		x.forward() // the HEAD was ours, or is the client's to follow
 	case err != nil:
 		x.unreachable(err)
-	case x.r.Method == http.MethodHead && !x.answers(resp):
-		x.forward() // where it redirects to has refused
+	case x.r.Method == http.MethodHead && (!x.answers(resp) || x.toWeir(resp.Response) && !x.isKept(resp)):
+		x.forward() // where it redirects to has refused, or it is a cold pull
 	case x.r.Method == http.MethodHead:
 		x.learnTag(resp)
 		x.checkPublic(resp)
@@ -124,6 +128,18 @@ func (x *exchange) tag() {
 	default:
 		x.resolved(resp)
 	}
+}
+
+// serveKnownTag answers with what a tag was.
+func (x *exchange) serveKnownTag(known rights.Tagged, m *keptManifest, from provenance) {
+	x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(known.When).Seconds()), 10))
+	x.serveManifest(m, from)
+}
+
+// isKept says whether what a tag is now can be served.
+func (x *exchange) isKept(resp *reply) bool {
+	d, err := digest.Parse(resp.Header.Get("Docker-Content-Digest"))
+	return err == nil && x.contains(d) && x.h.store.Has(d)
 }
 
 // resolved answers GET of a manifest by tag, of which the upstream has said what it

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"path"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -103,7 +104,8 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		if a.truth == nil {
 			break
 		}
-		delete(l.denied, o.key()+" "+a.truth.name)
+		delete(l.denied, o.key()+" blobs "+a.truth.name)
+		delete(l.denied, o.key()+" manifests "+a.truth.name)
 		if q.method == http.MethodGet {
 			l.has[has] = w.now
 		}
@@ -114,7 +116,9 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 			delete(l.public, publicKey(o.g, o.repo, q.net))
 		}
 	case own && a.status == http.StatusNotFound && a.asked != nil:
-		l.denied[o.key()+" "+a.asked.name] = true
+		if m := modelPathRE.FindStringSubmatch(cleanPath(q.path)); m != nil {
+			l.denied[o.key()+" "+m[2]+" "+a.asked.name] = true
+		}
 	}
 }
 
@@ -140,11 +144,13 @@ type modelAsk struct {
 	q           *modelRequest // nil when it is none
 	raw         string
 	last, first *modelAnswer
-	bare        *modelAnswer // without the userinfo of the absolute form
-	whole       *modelAnswer // to GET, without ranges and conditions
-	wholeBare   *modelAnswer // the same without userinfo
-	byHead      *modelAnswer // to HEAD
-	anonymous   *modelAnswer // to whole, with an anonymous token
+	bare        *modelAnswer    // without the userinfo of the absolute form
+	whole       *modelAnswer    // to GET, without ranges and conditions
+	wholeBare   *modelAnswer    // the same without userinfo
+	byHead      *modelAnswer    // to HEAD
+	placeholder bool            // it had that, and is taken without
+	withToken   [2]*modelAnswer // then, to the request with an anonymous token: the last and the first
+	anonymous   *modelAnswer    // to whole, with an anonymous token
 	when        time.Time
 	before      modelLedger // what was known when it was sent
 }
@@ -153,6 +159,9 @@ type modelAsk struct {
 func (w *modelWorld) ask(x *modelAsk) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if x.placeholder = x.q.placeholder(); x.placeholder {
+		x.q = x.q.with("")
+	}
 	q := x.q
 	clone := func() *modelRequest {
 		c := *q
@@ -161,6 +170,9 @@ func (w *modelWorld) ask(x *modelAsk) {
 	}
 	x.when, x.before = w.now, w.ledger.clone()
 	x.last, x.first = w.follow(x.g, x.g.url(q.path, q.query), clone())
+	if x.placeholder {
+		x.withToken[0], x.withToken[1] = w.follow(x.g, x.g.url(q.path, q.query), q.with("Bearer anon-9"))
+	}
 	bare := clone()
 	bare.userinfo = ""
 	_, x.bare = w.follow(x.g, x.g.url(q.path, q.query), bare)
@@ -182,12 +194,55 @@ func (w *modelWorld) ask(x *modelAsk) {
 		bare.userinfo, bare.header = "", plain.header.Clone()
 		x.wholeBare, _ = w.follow(x.g, x.g.url(q.path, q.query), &bare)
 	}
-	if q.identity() == (&modelRequest{net: q.net}).identity() {
+	if q.nameless() {
 		anon := *plain
 		anon.header = plain.header.Clone()
 		anon.header.Set("Authorization", "Bearer anon-9")
 		x.anonymous, _ = w.follow(x.g, x.g.url(q.path, q.query), &anon)
 	}
+}
+
+// placeholder says whether a request has the token that weir gives out in a token
+// server's stead, and nameless whether it has no credentials.
+func (q *modelRequest) placeholder() bool {
+	return slices.Equal(q.header.Values("Authorization"), []string{"Bearer " + placeholder})
+}
+
+func (q *modelRequest) nameless() bool { return q.identity() == (&modelRequest{net: q.net}).identity() }
+
+// with is a request with other credentials, or none.
+func (q *modelRequest) with(auth string) *modelRequest {
+	own := *q
+	own.header = q.header.Clone()
+	if own.header.Del("Authorization"); auth != "" {
+		own.header.Set("Authorization", auth)
+	}
+	return &own
+}
+
+// forToken says whether weir's answer to a request for a token is one that it may
+// give: the placeholder only for pulling from what was given to an anonymous request.
+func (w *modelWorld) forToken(x *modelAsk, got *answered, stale time.Duration) *fault {
+	if !bytes.Contains(got.body, []byte(placeholder)) {
+		return nil
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	params, _ := url.ParseQuery(x.q.query)
+	for _, scope := range strings.Fields(strings.Join(params["scope"], " ")) {
+		repo, ok := strings.CutPrefix(scope, "repository:")
+		repo, pull := strings.CutSuffix(repo, ":pull")
+		var at time.Time
+		for _, l := range []modelLedger{x.before, w.ledger} {
+			if t := l.public[publicKey(x.g, repo, x.q.net)]; t.After(at) {
+				at = t
+			}
+		}
+		if !ok || !pull || at.IsZero() || x.when.Sub(at) >= stale {
+			return &fault{"security", fmt.Sprintf("the placeholder is given for %q", scope)}
+		}
+	}
+	return nil
 }
 
 var nonceRE = regexp.MustCompile(`(n=|n%3D)\d+`)
@@ -301,6 +356,12 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	if got.equals(x.bare, method) {
 		return "without userinfo", nil
 	}
+	if x.placeholder && (got.equals(x.withToken[0], method) || got.equals(x.withToken[1], method)) {
+		return "with an anonymous token", nil
+	}
+	if x.q.path == ownRealm && x.g.plain == "" && x.g.roots == "" {
+		return "a token", w.forToken(x, got, stale)
+	}
 	if w.leads(x, got) {
 		return "redirected", nil
 	}
@@ -322,8 +383,16 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	switch {
 	case !reading:
 		return "", said("difference", "a request that writes is answered in another way")
-	case got.status == http.StatusOK && x.first.silent() && (x.q.path == "/v2/"):
+	case x.q.path == "/v2/" && x.first.silent() && (got.status == http.StatusOK || got.status == http.StatusUnauthorized):
 		return "base while the registry is silent", nil
+	case x.q.path == "/v2/" && x.first.status == http.StatusUnauthorized && got.status == http.StatusUnauthorized && w.tokens != "":
+		return "base while the token server fails", nil
+	case broken && x.q.nameless() && w.tokens != "":
+		return "the token server's failure", nil
+	case x.placeholder && w.tokens != "" && (got.status == http.StatusTooManyRequests || got.status == http.StatusServiceUnavailable):
+		return "the token server's failure", nil
+	case m != nil && got.status == http.StatusUnauthorized && x.first.silent() && x.q.nameless():
+		return "a login while the registry is silent", nil
 	case m == nil:
 		return "", said("difference", "a request for no content is answered in another way")
 	case broken && target != nil && method == http.MethodGet && x.last.truth == nil && x.last.status/100 == 2:
@@ -358,17 +427,21 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	key := modelOrigin{x.g, m[1], x.q}.key()
+	keys := []string{modelOrigin{x.g, m[1], x.q}.key()}
+	nameless := x.q.nameless()
+	if nameless { // weir asks in its own name
+		keys = append(keys, modelOrigin{x.g, m[1], x.q.with("Bearer anon-9")}.key())
+	}
 	within := func(t time.Time, age time.Duration) bool { return !t.IsZero() && x.when.Sub(t) < age }
 	// Other requests of the same moment may have changed what is known.
 	for _, l := range []modelLedger{x.before, w.ledger} {
 		// What the HEAD of a tag gave to this request, another one may have taken again.
 		asked := target == nil && x.byHead.says && modelByDigest[x.byHead.header.Get("Docker-Content-Digest")] == content
-		right := within(l.right[key], ttl) && !l.denied[key+" "+content.name] || asked
+		right := asked || slices.ContainsFunc(keys, func(key string) bool { return within(l.right[key], ttl) && !l.denied[key+" "+m[2]+" "+content.name] })
 		has := l.has[hasKey(x.g, m[1], x.q.net, content)]
 		public := within(l.public[publicKey(x.g, m[1], x.q.net)], stale)
 		switch {
-		case x.first.silent() && (right || public) && within(has, max(oracleContentTTL, stale)):
+		case (x.first.silent() || nameless && w.tokens != "") && (right || public) && within(has, max(oracleContentTTL, stale)):
 			return "stale", nil
 		case target == nil && !x.last.silent() && modelByDigest[x.byHead.header.Get("Docker-Content-Digest")] != content && right && within(has, oracleContentTTL):
 			return "", said("difference", "a tag is what the registry says now")

@@ -305,7 +305,7 @@ func (t *teller) change(verb string, args []string) error {
 	w := t.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	need := map[string]int{"repo": 3, "put": 3, "drop": 3, "tag": 4, "set": 3, "expire": 1, "clock": 1, "evict": 1, "foreign": 1, "hold": 1}[verb]
+	need := map[string]int{"repo": 3, "put": 3, "drop": 3, "tag": 4, "set": 3, "expire": 1, "clock": 1, "evict": 1, "foreign": 1, "hold": 1, "tokens": 1}[verb]
 	if len(args) < need {
 		return fmt.Errorf("%s %q: it needs %d words", verb, args, need)
 	}
@@ -365,6 +365,8 @@ func (t *teller) change(verb string, args []string) error {
 		default:
 			return fmt.Errorf("set: no %q", args[1])
 		}
+	case "tokens":
+		w.tokens = strings.Trim(args[0], "-")
 	case "expire":
 		w.expired[strings.Join(args, " ")] = true
 	case "clock":
@@ -582,6 +584,36 @@ func (a *author) step() {
 		if a.chance(70) {
 			a.say("set %s fail -", g)
 		}
+	case n < 26 && is("outages") && a.chance(70):
+		// A repository is public, and then the token server gives no answer.
+		who := a.one("n0", "n1") + " -" + a.one("", "", " | Authorization: Bearer "+placeholder)
+		g = a.one("hub", "hub", g)
+		if a.chance(70) {
+			a.say("repo %s %s %s alice", g, r, a.one("public", "public", "private"))
+			a.say("put %s %s %s m0", g, r, c)
+			a.ask(g, r, "m0", a.member(), "GET", "manifests")
+			a.ask(g, r, c, a.member(), "GET", a.kindOf(c))
+		}
+		a.say("tokens %s", a.one("conn", "429", "503", "html403"))
+		if a.chance(30) {
+			a.say("clock %s", a.one("1m", "6m", "25h"))
+		}
+		if a.chance(30) {
+			a.say("repo %s %s private bob", g, r)
+		}
+		if a.chance(30) {
+			a.say("set %s fail %s", g, a.one("conn", "503", "html403"))
+		}
+		from, _, _, _ := where(who)
+		a.say("ask %s %s | GET /v2/ HTTP/1.1", g, from)
+		a.say("ask %s %s | GET %s?service=x&scope=repository:%s:%s HTTP/1.1", g, from, ownRealm, a.one(r, r, a.repo()), a.one("pull", "pull", "pull", "pull,push", "*"))
+		for range 1 + a.IntN(3) {
+			a.ask(g, r, a.one(c, c, "m0", ""), a.one(who, who, a.credentials()), a.one("GET", "GET", "HEAD"), a.one("blobs", "manifests"))
+		}
+		if a.chance(80) {
+			a.say("tokens -")
+		}
+		a.say("set %s fail -", g)
 	case n < 25 && is("outages"):
 		a.say("set %s fail %s", g, a.one("-", "-", "conn", "429", "503"))
 	case n < 27 && is("redirects"):
@@ -656,7 +688,9 @@ func (a *author) anyClient() string {
 		n = a.IntN(60)
 	}
 	switch {
+	case n < 6:
 	case n < 10:
+		fields = " | Authorization: Bearer " + placeholder
 	case n < 20:
 		fields = " | Authorization: Bearer anon-" + a.one("1", "2")
 	case n < 50:

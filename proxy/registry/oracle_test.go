@@ -32,7 +32,8 @@ package registry
 //     asked for, weir may break off or answer 404 or 502, and may not complete them.
 //   - "remembered": the registry gave content of this repository, or said that it
 //     is there, to the same client (all fields but the harmless ones, query,
-//     userinfo, certificate and network) within the last DefaultRightsTTL, and
+//     userinfo, certificate and network), or to weir's own request for one without
+//     credentials, within the last DefaultRightsTTL, and
 //     has not refused it since; and within the last 24 hours it sent the bytes
 //     of this content in this repository, to any client, directly or through a
 //     redirect, or accepted them in a push; and it has not said to this client
@@ -43,7 +44,15 @@ package registry
 //     anonymous request within the last DefaultStaleIfError, from the same
 //     network where the registry knows clients by their network; and the bytes
 //     came from there as above.
-//   - "base while the registry is silent": GET /v2/ may be answered with 200.
+//     The same holds for one without credentials while the token server fails.
+//   - "base while the registry is silent": GET /v2/ may be answered with 200, and
+//     a request without credentials with the registry's 401.
+//   - "the token server's failure": while it fails, a request without credentials may
+//     be answered with that.
+//   - "with an anonymous token": who sends what weir gives out in a token server's
+//     stead is one without credentials, in all of this, and may be answered as if it
+//     had an anonymous token. It is given out ("a token") for pulling from
+//     repositories that an anonymous request was given, and nothing else.
 //
 // A HEAD, a redirect, a manifest that lists a layer, a mount, a page of HTML, a
 // range of other bytes and a digest in a field prove nothing, whoever says so.

@@ -118,6 +118,7 @@ type modelWorld struct {
 	origins []modelOrigin   // of redirects that weir was sent: by their number
 	ledger  modelLedger
 	hold    *modelHold
+	tokens  string // how the token server fails
 }
 
 // modelHold stops a body at a byte until it is released.
@@ -630,6 +631,15 @@ func (w *modelWorld) elsewhere(host string, q *modelRequest, live bool) *modelAn
 	params, _ := url.ParseQuery(q.query)
 	switch host {
 	case "auth.test":
+		switch w.tokens {
+		case "conn":
+			return &modelAnswer{err: errors.New("connection refused")}
+		case "429", "503":
+			status, _ := strconv.Atoi(w.tokens)
+			return modelError(status, "UNAVAILABLE")
+		case "html403":
+			return modelHTML(403)
+		}
 		return &modelAnswer{status: 200, header: http.Header{"Content-Type": {"application/json"}}, body: []byte(`{"token":"anon-9"}`), length: true}
 	case "login.test":
 		return modelHTML(200)

@@ -267,6 +267,7 @@ func TestSlowWithPeers(t *testing.T) {
 	s := newSide(t, u, store.Options{})
 	asked := make(chan struct{})
 	s.peers = &neighbours{recalled: sync.OnceFunc(func() { close(asked) })}
+	s.hangs = true
 	s.restart()
 	s.do("GET", "/v2/a/b/manifests/old", "Bearer 1")
 	u.mu.Lock()

@@ -20,6 +20,11 @@ type request struct {
 	target  target
 	who     rights.Principal
 	vantage rights.Vantage // from where the client asks for its repository
+	// asker sends questions to the upstream: as the client's requests go, or, in its
+	// stead, in weir's own name, for one without credentials that may have what is
+	// public.
+	asker http.RoundTripper
+	stead bool
 }
 
 // parse understands a client's request. What is not the plain form of the
@@ -27,14 +32,21 @@ type request struct {
 // request target with a scheme (and maybe with a user and a password), and what a
 // query or a body may ask for, or prove.
 func (h *Handler) parse(r *http.Request, up Upstream) request {
-	q := request{r: r, up: up, target: parsePath(r.URL.EscapedPath())}
+	if slices.Equal(r.Header["Authorization"], []string{"Bearer " + placeholder}) {
+		r = r.WithContext(r.Context())
+		r.Header = r.Header.Clone()
+		r.Header.Del("Authorization")
+		up.Transport = &anonymous{h, up}
+	}
+	q := request{r: r, up: up, target: parsePath(r.URL.EscapedPath()), asker: up.Transport}
 	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || q.reading() && (r.URL.RawQuery != "" || r.ContentLength != 0) {
 		q.target = target{}
 	}
 	q.who = rights.Principal{Repository: up.repository(q.target.repo), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
 	q.vantage = up.vantage(q.who.Repository)
-	if h.anonymousInOutage(q) {
-		q.up.Transport = &anonymous{h, up}
+	if _, is := up.Transport.(*anonymous); !is && q.reading() && q.target.repo != "" && up.authenticated() && up.ClientIdentity == "" &&
+		rights.Anonymous(r.Header) && h.rights.Public(q.vantage) && !h.asking.paused(up.ID()) {
+		q.asker, q.stead = &anonymous{h, up}, true
 	}
 	return q
 }

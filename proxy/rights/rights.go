@@ -184,12 +184,13 @@ func New(o Options) *Rights {
 }
 
 // noCredential are the header fields that can't be credentials: what they mean
-// is defined (RFC 9110, RFC 9112, W3C Trace Context) and says nothing of who
-// sends them. They differ between the requests of one client.
+// is defined (RFC 9110, RFC 9112, W3C Trace Context and Baggage, which dockerd 29
+// sends, and the version of the distribution API, which podman and skopeo send) and
+// says nothing of who sends them. They differ between the requests of one client.
 var noCredential = func() map[string]bool {
 	m := make(map[string]bool)
 	for _, name := range []string{
-		"Accept", "Accept-Encoding", "Cache-Control", "Connection", "Content-Length", "Content-Type", "Expect",
+		"Accept", "Accept-Encoding", "Baggage", "Cache-Control", "Connection", "Content-Length", "Content-Type", "Docker-Distribution-Api-Version", "Expect",
 		"If-Match", "If-Modified-Since", "If-None-Match", "If-Range", "If-Unmodified-Since", "Keep-Alive", "Pragma",
 		"Range", "Te", "Traceparent", "Tracestate", "Trailer", "Transfer-Encoding",
 	} {

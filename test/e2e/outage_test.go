@@ -210,7 +210,7 @@ func (o *outages) run(t *testing.T, f outage) {
 // push makes another image in the registry of one.
 func (o *outages) push(like string) (ref string) {
 	n := len(o.images)
-	ref = fmt.Sprintf("acme/cold:%d", n)
+	ref = fmt.Sprintf("acme/cold%d:1", n) // of a repository that nothing is known of
 	r := o.hub
 	switch like {
 	case renovate:
