@@ -99,10 +99,15 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	}
 	u.Connections++
 	u.LastSeen = time.Now()
-	if last, ok := u.asked[f.Place]; ok && time.Since(last.at) < askAgain {
-		if last.none {
-			p.leave(f)
-		}
+	last, again := u.asked[f.Place]
+	if again && last.none && time.Since(last.at) < askAgain {
+		p.leave(f)
+		return
+	}
+	if f.Unsure != nil {
+		f.Unsure(host, true)
+	}
+	if again && time.Since(last.at) < askAgain {
 		return
 	}
 	if len(u.asked) >= maxAsked {
@@ -123,6 +128,9 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 		}
 		if none {
 			p.leave(f)
+			if f.Unsure != nil {
+				f.Unsure(host, false)
+			}
 		}
 		p.unknown.mu.Lock()
 		defer p.unknown.mu.Unlock()

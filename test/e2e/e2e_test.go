@@ -551,7 +551,8 @@ func TestOtherTraffic(t *testing.T) {
 		expect(who, "pull", "registry-1.docker.io", "flyway/flyway", "10.11.0")
 		expect(who, "pull", "ghcr.io", "renovatebot/renovate", "latest") // over IPv6
 		redirected := agent.Status().Kernel.Redirected - before
-		if tt.tracked && redirected < 8 || !tt.tracked && redirected != 0 {
+		// Where no registry is, further connections aren't.
+		if tt.tracked && redirected < 5 || !tt.tracked && redirected != 0 {
 			t.Errorf("%s: %d connections were redirected", tt.name, redirected)
 		}
 	}
