@@ -282,6 +282,7 @@ func (a *Agent) flow(l *redirect.Listener, pid int, netns uint64, dst netip.Addr
 				return a.learn(rt, host, ownRoots)
 			}
 		}
+		f.Unsure = func(host string, unsure bool) { a.runtimes.Unsure(rt, host, unsure) }
 		f.Accepted = func() { a.runtimes.Accepted(rt) }
 		f.Rejected = func(host string, err error) { a.runtimes.Rejected(rt, host, err) }
 	}

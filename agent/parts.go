@@ -153,7 +153,7 @@ func (a *Agent) openListeners() (stop func(), err error) {
 
 func (a *Agent) openRuntimes() (stop func(), err error) {
 	a.runtimes = runtimes.New(a.ctx, runtimes.Options{Kernel: a.kernel, Listeners: a.listeners, Content: a.store, CA: a.ca, Ledger: a.ledger,
-		Lasting: trust.LastingRoots(), Registries: a.regs.Directories, Recent: a.regs.Recent, Ports: a.conf.Ports, RunDir: a.conf.RunDir, Log: a.log})
+		Lasting: trust.LastingRoots(), Registries: a.regs.Directories, Recent: a.regs.Recent, Find: a.regs.Hosts.Find, Ports: a.conf.Ports, RunDir: a.conf.RunDir, Log: a.log})
 	// What reads a runtime's files waits as long as they do (NFS, FUSE).
 	return func() { a.stuck = !waitFor(cutTime, a.runtimes.Wait) }, nil
 }

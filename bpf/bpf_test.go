@@ -1204,6 +1204,24 @@ func TestLoadMistakes(t *testing.T) {
 
 // ---- benchmarks ----
 
+// runs reports how long a program runs, by the kernel's own account: on a busy machine
+// that is what can be compared.
+func runs(b *testing.B, p *ebpf.Program) {
+	off, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		defer off.Close()
+		if st, err := p.Stats(); err != nil {
+			b.Error(err)
+		} else if st.RunCount > 0 {
+			b.ReportMetric(float64(st.Runtime)/float64(st.RunCount), "ns/run")
+			b.ReportMetric(float64(st.RunCount)/float64(b.N), "runs/op")
+		}
+	})
+}
+
 // connects measures connect() and close() of this process, in a cgroup of its
 // own, to a listener on loopback.
 func connects(b *testing.B, setUp func(*stage, int) string) {
@@ -1218,6 +1236,7 @@ func connects(b *testing.B, setUp func(*stage, int) string) {
 		for range s.origins {
 		}
 	}()
+	runs(b, s.k.objs.WeirConnect4)
 	addr := setUp(s, os.Getpid())
 	b.Cleanup(func() { _ = s.k.Forget(os.Getpid()) })
 	ap := netip.MustParseAddrPort(addr)
@@ -1249,6 +1268,61 @@ func BenchmarkConnectUntracked(b *testing.B) {
 func BenchmarkConnectTracked(b *testing.B) {
 	connects(b, func(s *stage, pid int) string { _ = s.k.SetMode(pid, ModeRedirect); return "203.0.113.9:443" })
 }
+
+// BenchmarkConnectLeftAlone is a tracked program's, at a redirected port where no
+// registry is, and BenchmarkConnectElsewhere the same at another port, of which it was
+// seen what is said.
+func BenchmarkConnectLeftAlone(b *testing.B) {
+	connects(b, func(s *stage, pid int) string {
+		_ = s.k.SetMode(pid, ModeRedirect)
+		_ = s.k.Leave(s.cookie, netip.MustParseAddrPort("203.0.113.9:443"), time.Hour)
+		return "203.0.113.9:443"
+	})
+}
+
+func BenchmarkConnectElsewhere(b *testing.B) {
+	connects(b, func(s *stage, pid int) string {
+		_ = s.k.SetMode(pid, ModeRedirect)
+		s.serve("tcp4", "203.0.113.9:8443")
+		_ = s.k.Leave(s.cookie, netip.MustParseAddrPort("203.0.113.9:8443"), time.Hour)
+		return "203.0.113.9:8443"
+	})
+}
+
+// packets measures small packets there and back, on a connection of a process that
+// isn't tracked.
+func packets(b *testing.B, setUp func(*stage)) {
+	s := newStage(b)
+	runs(b, s.k.objs.WeirEgress)
+	setUp(s)
+	l := s.listen("tcp4", "203.0.113.9:7")
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			_, _ = io.Copy(c, c)
+		}
+	}()
+	s.inside(func() error {
+		c, err := net.Dial("tcp4", "203.0.113.9:7")
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		var one [1]byte
+		for b.Loop() {
+			if _, err := c.Write(one[:]); err != nil {
+				return err
+			}
+			if _, err := c.Read(one[:]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func BenchmarkPacketsWithoutPrograms(b *testing.B) { packets(b, func(s *stage) { _ = s.k.Detach() }) }
+
+func BenchmarkPackets(b *testing.B) { packets(b, func(*stage) {}) }
 
 // starts measures fork, exec and the end of a program.
 func starts(b *testing.B, setUp func(*stage)) {

@@ -60,6 +60,10 @@ type Flow struct {
 	// registry, though not a known one. ownRoots says that only the client's runtime
 	// verifies it so. The error says why it isn't learned. Nil means that none is.
 	Learn func(host string, ownRoots bool) error
+	// Unsure is told of a host that the client has connected to, and of which it isn't
+	// known whether it is a registry, or that is one which isn't known; and when it is
+	// known to be none. It may be nil.
+	Unsure func(host string, unsure bool)
 	// Leave has further connections to Dst from the client's network not come here for
 	// that long: no registry is there. Want has them come, whatever its port: one is
 	// there, without TLS. They may be nil.

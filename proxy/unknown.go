@@ -99,10 +99,15 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	}
 	u.Connections++
 	u.LastSeen = time.Now()
-	if last, ok := u.asked[f.NetworkID]; ok && time.Since(last.at) < askAgain {
-		if last.none {
-			p.leave(f)
-		}
+	last, again := u.asked[f.NetworkID]
+	if again && last.none && time.Since(last.at) < askAgain {
+		p.leave(f)
+		return
+	}
+	if f.Unsure != nil {
+		f.Unsure(host, true)
+	}
+	if again && time.Since(last.at) < askAgain {
 		return
 	}
 	if len(u.asked) >= maxAsked {
@@ -120,6 +125,9 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 		}
 		if none {
 			p.leave(f)
+			if f.Unsure != nil {
+				f.Unsure(host, false)
+			}
 		}
 		p.unknown.mu.Lock()
 		defer p.unknown.mu.Unlock()

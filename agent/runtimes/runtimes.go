@@ -22,6 +22,7 @@ import (
 	"weir/agent/procfs"
 	"weir/agent/trust"
 	"weir/bpf"
+	"weir/proxy/registry"
 )
 
 // Runtime is a process that pulls images.
@@ -57,6 +58,7 @@ type Runtime struct {
 	step       string
 	probes     map[netip.Addr]*probe // under way
 	misled     map[string]time.Time  // when a pull of it was last seen to be led to a host without the CA
+	unsure     map[string]time.Time  // hosts that may be registries, and when it last connected there
 	fresh      map[string]bool       // a pull may be running that began before the host's directory in the certs.d was made
 }
 
@@ -83,6 +85,8 @@ type Options struct {
 	// Registries are the hosts that get a directory in a certs.d, and Recent those
 	// that were learned just now: pulls may be running that began before.
 	Registries, Recent func() []string
+	// Find says whether a host is a known registry, and how it is known.
+	Find func(host string) (registry.Known, bool)
 	// Ports are those that registries listen on.
 	Ports []uint16
 	// RunDir keeps what is known of runtimes until the next boot.

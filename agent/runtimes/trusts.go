@@ -53,7 +53,7 @@ func (rs *Runtimes) except(rt *Runtime, hosts ...string) map[string]error {
 		now, err := bounded(rs, rt, func() (trust.Coverage, error) { return rs.holds(rt, rests, hosts) })
 		for _, host := range hosts {
 			if found[host] = err; err == nil {
-				found[host] = rt.lingers(host, now[host])
+				found[host] = rs.lingers(rt, host, now[host])
 			}
 		}
 		if errors.Is(err, errGone) {
@@ -118,12 +118,15 @@ const lingerTime = 10 * time.Minute
 
 // lingers returns err, or that a pull may still be on its way to host without
 // the CA.
-func (rt *Runtime) lingers(host string, err error) error {
+func (rs *Runtimes) lingers(rt *Runtime, host string, err error) error {
 	if errors.Is(err, trust.ErrLeads) {
 		rt.misleads(host)
 	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
+	if err == nil && rt.basis.certsD != nil && rs.maybeLed(rt, host) {
+		return errors.New("a pull from a registry that weir doesn't know yet may be led here, without weir's CA: it is intercepted " + lingerTime.String() + " after the last of these")
+	}
 	if rt.fresh[host] && err == nil && rt.basis.certsD != nil {
 		return errors.New("weir has just learned it, and a pull may be running that began before: it is intercepted once it has no connection to a registry for a moment")
 	}
@@ -131,6 +134,38 @@ func (rt *Runtime) lingers(host string, err error) error {
 		return fmt.Errorf("%w, or did until just now, without weir's CA; a pull may be running: it is intercepted %s after that", trust.ErrLeads, lingerTime)
 	}
 	return err
+}
+
+// Unsure records that a runtime has connected to a host that may be a registry which
+// isn't known, or that it is none.
+func (rs *Runtimes) Unsure(rt *Runtime, host string, unsure bool) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	if !unsure {
+		delete(rt.unsure, host)
+		return
+	}
+	if rt.unsure == nil || len(rt.unsure) >= maxMisled {
+		rt.unsure = make(map[string]time.Time)
+	}
+	rt.unsure[host] = time.Now()
+}
+
+// maybeLed says whether a pull from a registry that isn't known may be led to host, by
+// its token server or a redirect. It reads the settings of the registry that it began
+// at, which don't have the CA. A company has several registries, and one of them may
+// be where the others' tokens are from; those that are known by themselves aren't.
+// The caller holds rt.mu.
+func (rs *Runtimes) maybeLed(rt *Runtime, host string) bool {
+	if k, ok := rs.o.Find(host); !ok || !k.Learned {
+		return false
+	}
+	for other, at := range rt.unsure {
+		if _, known := rs.o.Find(other); !known && time.Since(at) < lingerTime {
+			return true
+		}
+	}
+	return false
 }
 
 // misleads records that a pull of a runtime may be led to a host without the CA.

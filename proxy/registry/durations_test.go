@@ -68,7 +68,9 @@ func TestUpstreamErrorsAreCounted(t *testing.T) {
 	s := newSide(t, u, store.Options{})
 	u.allow("team/app", "")
 	u.putManifest("team/app", "v1", docker2)
-	s.want(s.do("GET", "/v2/team/app/manifests/v1", ""), 200, nil, "GET /v2/team/app/manifests/v1")
+	s.do("GET", "/v2/team/app/manifests/v1", "")
+	s.settle()
+	u.requests()
 	count := func() (limited, failed, no int64) {
 		st := s.h.Stats()[0]
 		return st.RateLimited, st.ServerErrors, st.Errors
@@ -81,6 +83,7 @@ func TestUpstreamErrorsAreCounted(t *testing.T) {
 		if a := s.do("HEAD", "/v2/team/app/manifests/v1", ""); a.StatusCode != 200 || !strings.Contains(a.Header.Get("Cache-Status"), "stale-if-error") {
 			t.Errorf("%s %v", a.Status, a.Header)
 		}
+		s.settle()
 	}
 	if limited, failed, no := count(); limited+failed+no != 0 {
 		t.Errorf("%d, %d, %d before", limited, failed, no)

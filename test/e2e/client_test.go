@@ -101,6 +101,19 @@ func client(what string, args []string) error {
 			return fmt.Errorf("greeting %q: %w", line, err)
 		}
 		return echoes(c, r)
+	case "dials": // host:port, how many, one after the other
+		n, err := strconv.Atoi(args[1])
+		for i := 0; i < n && err == nil; i++ {
+			var c net.Conn
+			if c, err = net.Dial("tcp", args[0]); err == nil {
+				_, err = fmt.Fprintln(c, "hello")
+				if line, rerr := bufio.NewReader(c).ReadString('\n'); err == nil && line != "220 ready\n" {
+					err = fmt.Errorf("greeting %q: %w", line, rerr)
+				}
+				c.Close()
+			}
+		}
+		return err
 	case "peer": // host:port; where the program believes to be connected to
 		c, err := net.Dial("tcp", args[0])
 		if err != nil {

@@ -6,7 +6,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -226,5 +230,49 @@ func TestPodsOwnRegistryIsNotLearned(t *testing.T) {
 		if r.Host != "attacker.example.net" {
 			t.Errorf("%+v", r)
 		}
+	}
+}
+
+// A host that serves more than a registry is learned, and what else it serves passes
+// as it is: pages, websockets. So does another service at a port that nobody knows,
+// where the server speaks first, and of which a program opens many connections: none
+// of them is redirected.
+func TestMixedHost(t *testing.T) {
+	const many = 10_000
+	w := newWorld(t)
+	r := w.Registry("git.corp.example")
+	r.Push("team/app:1", lab.Image{Layers: []int{100_000}, Seed: 96})
+	r.Front(func(rw http.ResponseWriter, req *http.Request, next http.Handler) {
+		switch req.URL.Path {
+		case "/ws":
+			if c, rest, err := http.NewResponseController(rw).Hijack(); err == nil {
+				defer c.Close()
+				fmt.Fprint(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+				_, _ = io.Copy(c, rest)
+			}
+		case "/":
+			fmt.Fprint(rw, "hello from ", req.Host)
+		default:
+			next.ServeHTTP(rw, req)
+		}
+	})
+	w.TCP("service.corp.example", 2222, func(c net.Conn) { fmt.Fprint(c, "220 ready\n"); _, _ = io.Copy(c, c) })
+	addr, _ := w.Host("service.corp.example")
+	node := w.Node()
+	agent := node.Agent()
+	docker := node.Docker()
+	docker.Pull("git.corp.example/team/app:1")
+	learned(t, agent, r.Host)
+	crane := clientNamed(t, "crane")
+	if out := node.Run(crane, "client", "get", "https://git.corp.example/", "HTTP/1.1"); !strings.Contains(out, `hello from git.corp.example, certificate of "weir node CA`) {
+		t.Error(out)
+	}
+	node.Run(crane, "client", "websocket", "git.corp.example")
+	before := agent.Status()
+	node.Run(crane, "client", "server-first", "service.corp.example:2222")
+	node.Run(crane, "client", "dials", addr.String()+":2222", strconv.Itoa(many))
+	now := agent.Status()
+	if n := now.Kernel.Redirected - before.Kernel.Redirected; n != 0 || now.Connections != before.Connections {
+		t.Errorf("%d connections were redirected: %+v, before %+v", n, now.Connections, before.Connections)
 	}
 }
