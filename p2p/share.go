@@ -235,7 +235,7 @@ func (s *Share) open(ctx context.Context, src source, offset, size int64, quiet 
 	b := &body{s: s, src: src, cancel: cancel, pos: offset, total: -1, stop: make(chan struct{}), begun: make(chan struct{})}
 	b.at.Store(offset)
 	go b.watch(ctx, quiet)
-	resp, err := s.n.get(ctx, src, "/blobs/"+s.d.String(), offset)
+	resp, err := s.n.get(ctx, src, "/blobs/"+s.d.String(), offset) //nolint:bodyclose // the body closes it
 	close(b.begun)
 	if err != nil {
 		close(b.stop)

@@ -119,15 +119,26 @@ var errNotTheClients = errors.New("what weir asked for in its own name was refus
 // the same time.
 func (x *exchange) askTogether(ctx context.Context, q question) (*http.Response, error) {
 	key := fmt.Sprintf("%s from %s %s %q %v", x.vantage.Registry, x.vantage.From, x.r.URL.EscapedPath(), x.r.Header["Accept"], q.follow)
-	answer := x.h.asked.DoChan(key, func() (any, error) {
-		ctx, cancel := context.WithTimeout(x.h.ctx, tokenTimeout)
-		defer cancel()
+	return x.h.together(ctx, key, func(ctx context.Context) (*http.Response, error) {
 		resp, err := x.send(x.asker, x.outgoing(ctx, q.method, q.extra), q.follow)
 		if err != nil {
 			return nil, err
 		}
-		resp.Body.Close()
 		return resp.Response, nil
+	})
+}
+
+// together sends one request for all that want the same at the same time, and returns
+// its answer without the body.
+func (h *Handler) together(ctx context.Context, key string, send func(context.Context) (*http.Response, error)) (*http.Response, error) {
+	answer := h.asked.DoChan(key, func() (any, error) {
+		ctx, cancel := context.WithTimeout(h.ctx, tokenTimeout)
+		defer cancel()
+		resp, err := send(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return resp, resp.Body.Close()
 	})
 	select {
 	case a := <-answer:

@@ -62,7 +62,7 @@ func (h *Handler) attempt(ctx context.Context, host string, otherwise func() boo
 	done := make(chan result, 1)
 	start := time.Now()
 	go func() {
-		resp, err := send(rctx)
+		resp, err := send(rctx) //nolint:bodyclose // the caller closes it
 		done <- result{resp, err}
 	}()
 	end := func(r result) (*http.Response, error) {

@@ -185,7 +185,7 @@ func (x *exchange) loginFirst() bool {
 }
 
 // givesTokens says whether a registry's token server answers. It is asked with a
-// request that has nothing of a client in it, once a second at most.
+// request that has nothing of a client in it, once for all that come at a time.
 func (x *exchange) givesTokens(l login) bool {
 	way := x.up.tokenWay(l.realm.Host)
 	if x.h.outages.Fresh(way) {
@@ -205,7 +205,7 @@ func (x *exchange) givesTokens(l login) bool {
 			return nil, err
 		}
 		req.Header.Set("User-Agent", "weir")
-		return x.tokens(req)
+		return x.h.together(ctx, way, func(ctx context.Context) (*http.Response, error) { return x.tokens(req.WithContext(ctx)) })
 	})
 	if err != nil {
 		x.h.log.Warn("the token server gives no answer; clients get what is public without", "registry", x.up.ID(), "server", l.realm.Host, "err", scrub(err))
@@ -277,7 +277,7 @@ func (x *exchange) token(realm *url.URL) {
 	var resp *http.Response
 	err = errors.New("it isn't known who gives the registry's tokens")
 	if realm != nil {
-		resp, err = x.h.attempt(x.r.Context(), x.up.tokenWay(realm.Host), func() bool { return public }, func(ctx context.Context) (*http.Response, error) {
+		resp, err = x.h.attempt(x.r.Context(), x.up.tokenWay(realm.Host), func() bool { return public }, func(ctx context.Context) (*http.Response, error) { //nolint:bodyclose // relay closes it
 			req := x.outgoing(ctx, x.r.Method, nil)
 			u := *realm
 			u.RawQuery = strings.Trim(realm.RawQuery+"&"+x.r.URL.RawQuery, "&")

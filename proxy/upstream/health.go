@@ -26,8 +26,9 @@ const (
 	failingTTL = 30 * time.Second
 	// tryTime is how long others don't try a silent host that is being tried.
 	tryTime = 500 * time.Millisecond
-	// freshTTL is how long a host that has answered is known to answer.
-	freshTTL = time.Second
+	// freshTTL is how long a host that has answered is known to answer, for those that
+	// come at the same time.
+	freshTTL = 100 * time.Millisecond
 	// slack is how much longer than its slowest answer a host may take.
 	slack = 3
 )
