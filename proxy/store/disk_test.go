@@ -76,6 +76,7 @@ func waitFor(t *testing.T, what string, is func() bool) {
 func TestDiskHangs(t *testing.T) {
 	dir, freeze, thaw := freezable(t)
 	s := open(t, dir, Options{})
+	s.disk.timeout = diskTimeout
 	kept := random(89, 300_000)
 	keptDigest := put(t, s, kept)
 	want := random(90, 20<<20)
