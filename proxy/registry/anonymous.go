@@ -64,8 +64,9 @@ func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
 	req = req.Clone(req.Context()) // a RoundTripper leaves it as it is
 	req.Header = rights.Strip(req.Header)
 	req.Header["User-Agent"] = agent
-	if t, ok := a.h.tokens.lru.Get(from); ok && time.Now().Before(t.expires) {
-		req.Header.Set("Authorization", "Bearer "+t.value)
+	known, had := a.h.tokens.lru.Get(from)
+	if had = had && time.Now().Before(known.expires); had {
+		req.Header.Set("Authorization", "Bearer "+known.value)
 	}
 	resp, err := a.up.Transport.RoundTrip(req)
 	if err != nil || resp.StatusCode != http.StatusUnauthorized {
@@ -74,6 +75,9 @@ func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
 	t, err := a.token(req.Context(), resp)
 	var failed *noToken
 	switch {
+	case errors.As(err, &failed) && had: // that one is refused
+		a.h.tokens.lru.Remove(from)
+		return resp, nil
 	case errors.As(err, &failed):
 		resp.Body.Close()
 		return nil, err

@@ -112,7 +112,7 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 	case own && (a.status == http.StatusUnauthorized || a.status == http.StatusForbidden) && a.header.Get("Content-Type") != "text/html":
 		if q.header.Get("User-Agent") != "weir" {
 			delete(l.right, o.key())
-		} else if !o.g.tokens || q.header.Get("Authorization") != "" {
+		} else if !o.g.tokens && w.tokens == "" || q.header.Get("Authorization") != "" { // else a token may be all that it wants
 			delete(l.public, publicKey(o.g, o.repo, q.net))
 		}
 	case own && a.status == http.StatusNotFound && a.asked != nil:
@@ -433,11 +433,15 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 		keys = append(keys, modelOrigin{x.g, m[1], x.q.with("Bearer anon-9")}.key())
 	}
 	within := func(t time.Time, age time.Duration) bool { return !t.IsZero() && x.when.Sub(t) < age }
+	kind := "blobs" // as which the content is asked for, if it is to be had
+	if content.mediaType != "" {
+		kind = "manifests"
+	}
 	// Other requests of the same moment may have changed what is known.
 	for _, l := range []modelLedger{x.before, w.ledger} {
 		// What the HEAD of a tag gave to this request, another one may have taken again.
 		asked := target == nil && x.byHead.says && modelByDigest[x.byHead.header.Get("Docker-Content-Digest")] == content
-		right := asked || slices.ContainsFunc(keys, func(key string) bool { return within(l.right[key], ttl) && !l.denied[key+" "+m[2]+" "+content.name] })
+		right := asked || slices.ContainsFunc(keys, func(key string) bool { return within(l.right[key], ttl) && !l.denied[key+" "+kind+" "+content.name] })
 		has := l.has[hasKey(x.g, m[1], x.q.net, content)]
 		public := within(l.public[publicKey(x.g, m[1], x.q.net)], stale)
 		switch {
