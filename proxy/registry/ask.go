@@ -127,12 +127,17 @@ func (x *exchange) askTogether(ctx context.Context, q question) (*http.Response,
 	})
 }
 
+// togetherTime is how long after a request others join it.
+const togetherTime = 200 * time.Millisecond
+
 // together sends one request for all that want the same at the same time, and returns
 // its answer without the body.
 func (h *Handler) together(ctx context.Context, key string, send func(context.Context) (*http.Response, error)) (*http.Response, error) {
 	answer := h.asked.DoChan(key, func() (any, error) {
 		ctx, cancel := context.WithTimeout(h.ctx, tokenTimeout)
 		defer cancel()
+		// Who comes later than that asks again: the host may be back by then.
+		defer time.AfterFunc(togetherTime, func() { h.asked.Forget(key) }).Stop()
 		resp, err := send(ctx)
 		if err != nil {
 			return nil, err
