@@ -102,12 +102,16 @@ func (x *exchange) inOwnName() bool {
 
 // toWeir says whether an answer was to a request that had a token which the client's
 // own has not.
-func (x *exchange) toWeir(resp *http.Response) bool {
+func (x *exchange) toWeir(resp *http.Response) bool { return x.stead && hadToken(resp) }
+
+// hadToken says whether the request that was answered, maybe where it was redirected
+// to, had a token.
+func hadToken(resp *http.Response) bool {
 	req := resp.Request
-	for req.Response != nil && req.Response.Request != nil { // redirects
+	for req.Response != nil && req.Response.Request != nil {
 		req = req.Response.Request
 	}
-	return x.stead && req.Header.Get("Authorization") != ""
+	return req.Header.Get("Authorization") != ""
 }
 
 // errNotTheClients says that weir was refused what it asked for in its own name, which
