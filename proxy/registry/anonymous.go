@@ -78,7 +78,7 @@ func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
 	case errors.As(err, &failed) && had: // that one is refused
 		a.h.tokens.lru.Remove(from)
 		return resp, nil
-	case errors.As(err, &failed):
+	case errors.As(err, &failed) && (!a.h.rights.Public(from) || a.h.rights.PublicWithToken(from)):
 		resp.Body.Close()
 		return nil, err
 	case err != nil:
@@ -301,15 +301,15 @@ func (x *exchange) askAnonymously(what func() string) {
 		case http.StatusTooManyRequests:
 			x.h.asking.pause(x.up.ID(), resp)
 		case http.StatusOK:
-			x.h.rights.SetPublic(v, describesManifest(&reply{Response: resp}, ""), reference)
+			x.h.rights.SetPublic(v, describesManifest(&reply{Response: resp}, ""), reference, hadToken(resp))
 		case http.StatusNotFound:
 			x.h.rights.ForgetTag(v.Repository, reference)
 			if reference != x.h.rights.Reference(v) {
 				return // the tag was deleted, which doesn't say more
 			}
-			x.h.rights.SetPublic(v, false, reference)
+			x.h.rights.SetPublic(v, false, reference, false)
 		case http.StatusUnauthorized, http.StatusForbidden:
-			x.h.rights.SetPublic(v, false, reference)
+			x.h.rights.SetPublic(v, false, reference, false)
 		}
 	})
 }

@@ -103,12 +103,16 @@ func (x *exchange) inOwnName() bool {
 
 // toWeir says whether an answer was to a request that had a token which the client's
 // own has not.
-func (x *exchange) toWeir(resp *http.Response) bool {
+func (x *exchange) toWeir(resp *http.Response) bool { return x.stead && hadToken(resp) }
+
+// hadToken says whether the request that was answered, maybe where it was redirected
+// to, had a token.
+func hadToken(resp *http.Response) bool {
 	req := resp.Request
-	for req.Response != nil && req.Response.Request != nil { // redirects
+	for req.Response != nil && req.Response.Request != nil {
 		req = req.Response.Request
 	}
-	return x.stead && req.Header.Get("Authorization") != ""
+	return req.Header.Get("Authorization") != ""
 }
 
 // errNotTheClients says that weir was refused what it asked for in its own name, which
@@ -128,12 +132,17 @@ func (x *exchange) askTogether(ctx context.Context, q question) (*http.Response,
 	})
 }
 
+// togetherTime is how long after a request others join it.
+const togetherTime = 200 * time.Millisecond
+
 // together sends one request for all that want the same at the same time, and returns
 // its answer without the body.
 func (h *Handler) together(ctx context.Context, key string, send func(context.Context) (*http.Response, error)) (*http.Response, error) {
 	answer := h.asked.DoChan(key, func() (any, error) {
 		ctx, cancel := context.WithTimeout(h.ctx, tokenTimeout)
 		defer cancel()
+		// Who comes later than that asks again: the host may be back by then.
+		defer time.AfterFunc(togetherTime, func() { h.asked.Forget(key) }).Stop()
 		resp, err := send(ctx)
 		if err != nil {
 			return nil, err

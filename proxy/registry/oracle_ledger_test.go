@@ -26,15 +26,19 @@ type modelLedger struct {
 	right  map[string]time.Time // a registry, repository and client: content was given
 	denied map[string]bool      // the same, and a content: it isn't there
 	has    map[string]time.Time // a registry, repository and content: its bytes were sent
+	// given is when each right was last given, though it may be lost by now: by seq,
+	// which counts what was recorded.
+	given  map[string]int
+	seq    int
 	public map[string]time.Time // a registry, repository and network: content was given to an anonymous request
 }
 
 func newModelLedger() modelLedger {
-	return modelLedger{make(map[string]time.Time), make(map[string]bool), make(map[string]time.Time), make(map[string]time.Time)}
+	return modelLedger{right: make(map[string]time.Time), denied: make(map[string]bool), has: make(map[string]time.Time), given: make(map[string]int), public: make(map[string]time.Time)}
 }
 
 func (l modelLedger) clone() modelLedger {
-	return modelLedger{maps.Clone(l.right), maps.Clone(l.denied), maps.Clone(l.has), maps.Clone(l.public)}
+	return modelLedger{right: maps.Clone(l.right), denied: maps.Clone(l.denied), has: maps.Clone(l.has), given: maps.Clone(l.given), seq: l.seq, public: maps.Clone(l.public)}
 }
 
 // modelOrigin is a request of weir's that was redirected.
@@ -98,6 +102,8 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		}
 	case a.says:
 		l.right[o.key()] = w.now
+		l.seq++
+		l.given[o.key()] = l.seq
 		if o.q.anonymous() {
 			l.public[publicKey(o.g, o.repo, q.net)] = w.now
 		}
@@ -439,9 +445,10 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	}
 	// Other requests of the same moment may have changed what is known.
 	for _, l := range []modelLedger{x.before, w.ledger} {
-		// What the HEAD of a tag gave to this request, another one may have taken again.
-		asked := target == nil && x.byHead.says && modelByDigest[x.byHead.header.Get("Docker-Content-Digest")] == content
-		right := asked || slices.ContainsFunc(keys, func(key string) bool { return within(l.right[key], ttl) && !l.denied[key+" "+kind+" "+content.name] })
+		right := slices.ContainsFunc(keys, func(key string) bool {
+			// Another request of the same moment may have been given it, and this one lost it.
+			return (within(l.right[key], ttl) || l.given[key] > x.before.seq) && !l.denied[key+" "+kind+" "+content.name]
+		})
 		has := l.has[hasKey(x.g, m[1], x.q.net, content)]
 		public := within(l.public[publicKey(x.g, m[1], x.q.net)], stale)
 		switch {

@@ -44,6 +44,7 @@ type Known struct {
 type Confirmed struct {
 	When      time.Time `json:"when"`
 	Reference string    `json:"reference"`
+	Token     bool      `json:"token,omitempty"` // the registry wanted one
 }
 
 type oldTag struct {
@@ -105,7 +106,7 @@ func (r *Rights) export(share string, of func(Repository) bool) Memory {
 	for _, s := range pick(share, r.public.names) {
 		for k, p := range r.public.all(s) {
 			if p.is && of(k.Repository) {
-				at(k.Repository).Public[k.From] = Confirmed{p.when, p.reference}
+				at(k.Repository).Public[k.From] = Confirmed{p.when, p.reference, p.token}
 			}
 		}
 	}
@@ -217,7 +218,7 @@ func (r *Rights) Load(file string) error {
 		}
 		for from, c := range k.Public {
 			v := Vantage{repo, from}
-			r.public.put(v.share(), v, publicity{true, c.When, c.When, c.Reference})
+			r.public.put(v.share(), v, publicity{true, c.When, c.When, c.Reference, c.Token})
 		}
 	}
 	return nil

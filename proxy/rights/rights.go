@@ -163,6 +163,7 @@ type publicity struct {
 	asked time.Time // when it was last made
 	// reference is the tag or digest that was answered with content.
 	reference string
+	token     bool // the registry wanted one for that
 }
 
 // New returns an empty memory.
@@ -336,10 +337,18 @@ func (r *Rights) Public(v Vantage) bool {
 	return ok && p.is && r.Fresh(p.when)
 }
 
-// SetPublic records the answer to weir's own request for a reference.
-func (r *Rights) SetPublic(v Vantage, is bool, reference string) {
+// PublicWithToken says whether a registry wanted a token to show that a repository is
+// public: one that did not has refused it when it does.
+func (r *Rights) PublicWithToken(v Vantage) bool {
+	p, ok := r.public.get(v.share(), v)
+	return ok && p.is && p.token
+}
+
+// SetPublic records the answer to weir's own request for a reference, which had a
+// token or not.
+func (r *Rights) SetPublic(v Vantage, is bool, reference string, token bool) {
 	now := r.opts.Now()
-	r.public.put(v.share(), v, publicity{is, now, now, reference})
+	r.public.put(v.share(), v, publicity{is, now, now, reference, token})
 	r.changed.Store(true)
 }
 

@@ -152,7 +152,7 @@ func TestPublic(t *testing.T) {
 	if !r.NeedsCheck(v, false) || r.NeedsCheck(v, false) || !r.NeedsCheck(elsewhere, false) {
 		t.Error("it is asked never, or twice")
 	}
-	r.SetPublic(v, true, "1")
+	r.SetPublic(v, true, "1", false)
 	if !r.AllowsStale(p, "here", d) || r.AllowsStale(p, "there", d) || r.Allows(p, "", d) || r.AllowsStale(p, "here", digest.FromString("y")) {
 		t.Error("what is public isn't what is allowed in an outage")
 	}
@@ -163,7 +163,7 @@ func TestPublic(t *testing.T) {
 	if !r.NeedsCheck(v, true) || r.NeedsCheck(v, true) || r.Reference(v) != "1" || !r.Public(v) {
 		t.Error("a refusal has it asked never, or twice, or changes something by itself")
 	}
-	r.SetPublic(v, false, "1")
+	r.SetPublic(v, false, "1", false)
 	if r.AllowsStale(p, "here", d) {
 		t.Error("it is public after all")
 	}
@@ -171,7 +171,7 @@ func TestPublic(t *testing.T) {
 	if !r.AllowsStale(p, "here", d) {
 		t.Error("a grant doesn't count in an outage")
 	}
-	r.SetPublic(v, true, "1")
+	r.SetPublic(v, true, "1", false)
 	later(time.Hour)
 	if r.AllowsStale(p, "here", d) {
 		t.Error("it is public for good")
@@ -218,7 +218,7 @@ func TestSharesAreFair(t *testing.T) {
 		r.SetTag(repo, "12", d, r.Now())
 		r.Prove(Vantage{Repository: repo}, d, r.Now())
 		r.Grant(Principal{repo, Client{1}}, r.Now())
-		r.SetPublic(Vantage{Repository: repo}, true, "12")
+		r.SetPublic(Vantage{Repository: repo}, true, "12", false)
 	}
 	// One network with many registries, and one registry with a good certificate.
 	for i := range 2 * maxContent {
@@ -231,7 +231,7 @@ func TestSharesAreFair(t *testing.T) {
 			if i < 2*maxTags {
 				r.SetTag(repo, "1", e, r.Now())
 				r.Grant(Principal{repo, Client{byte(i), byte(i >> 8), byte(i >> 16)}}, r.Now())
-				r.SetPublic(Vantage{Repository: repo}, true, "1")
+				r.SetPublic(Vantage{Repository: repo}, true, "1", false)
 			}
 		}
 	}
@@ -279,7 +279,7 @@ func TestSave(t *testing.T) {
 			r.SetTag(repo, "1", digest.FromString(x), r.Now())
 		}
 		r.Prove(Vantage{Repository: repo}, d, r.Now())
-		r.SetPublic(Vantage{repo, "here"}, true, "1")
+		r.SetPublic(Vantage{repo, "here"}, true, "1", false)
 		r.Grant(Principal{repo, Client{1}}, r.Now())
 	}
 	file := filepath.Join(t.TempDir(), "tags.json")
@@ -350,7 +350,7 @@ func TestMergeOnlyTheRepository(t *testing.T) {
 	now := r.Now()
 	r.Merge(Memory{Repositories: []Known{
 		{Registry: "r.example", Name: "b", Tags: map[string][]Tagged{"1": {{d, now}}}, Content: map[digest.Digest]time.Time{d: now}},
-		{Registry: "r.example", Name: "a", Content: map[digest.Digest]time.Time{d: now, "nonsense": now}, Public: map[string]Confirmed{"": {now, "1"}},
+		{Registry: "r.example", Name: "a", Content: map[digest.Digest]time.Time{d: now, "nonsense": now}, Public: map[string]Confirmed{"": {now, "1", false}},
 			Tags: map[string][]Tagged{"bad": {{"nonsense", now}}, "future": {{d, now.Add(time.Hour)}}, "old": {{d, now.Add(-2 * time.Hour)}}, "good": {{d, now}}}},
 	}, Tags: []oldTag{{"r.example", "a", "other", d, now}}}, repo)
 	for name, want := range map[string]int{"bad": 0, "future": 0, "old": 0, "good": 1, "other": 0} {
@@ -371,7 +371,7 @@ func TestMergeOnlyTheRepository(t *testing.T) {
 func FuzzLoad(f *testing.F) {
 	d := digest.FromString("x")
 	whole, _ := json.Marshal(Memory{Version: 1, Tags: []oldTag{{"r", "a/b", "1", d, time.Unix(1, 0)}}, Repositories: []Known{{Registry: "r", Name: "a/b",
-		Tags: map[string][]Tagged{"1": {{d, time.Now()}}}, Content: map[digest.Digest]time.Time{d: time.Now()}, Public: map[string]Confirmed{"": {time.Now(), "1"}}}}})
+		Tags: map[string][]Tagged{"1": {{d, time.Now()}}}, Content: map[digest.Digest]time.Time{d: time.Now()}, Public: map[string]Confirmed{"": {time.Now(), "1", false}}}}})
 	f.Add(whole)
 	f.Add(whole[:len(whole)-9])
 	f.Add([]byte(`{"repositories":[{"registry":"","tags":{"":[{"Digest":"sha256:1","When":"9999-12-31T23:59:59Z"}]},"content":{"":"0001-01-01T00:00:00Z"}}]}`))
@@ -398,7 +398,7 @@ func FuzzMerge(f *testing.F) {
 	content := map[digest.Digest]time.Time{d: time.Now()}
 	say(Known{Registry: "r", Name: "a/b", Tags: map[string][]Tagged{"1": {{d, time.Now()}}}, Content: content})
 	say(Known{Registry: "r", Name: "else", Tags: map[string][]Tagged{"1": {{d, time.Now()}}}, Content: content})
-	say(Known{Registry: "r", Name: "a/b", Tags: map[string][]Tagged{"1": {{d, time.Now().Add(24 * 365 * time.Hour)}}}, Public: map[string]Confirmed{"": {time.Now(), "1"}}})
+	say(Known{Registry: "r", Name: "a/b", Tags: map[string][]Tagged{"1": {{d, time.Now().Add(24 * 365 * time.Hour)}}}, Public: map[string]Confirmed{"": {time.Now(), "1", false}}})
 	repo := Repository{Registry: "r", Name: "a/b"}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var m Memory
