@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -21,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"weir/test/lab"
 )
 
@@ -101,19 +103,28 @@ func client(what string, args []string) error {
 			return fmt.Errorf("greeting %q: %w", line, err)
 		}
 		return echoes(c, r)
-	case "dials": // host:port, how many, one after the other
+	case "dials": // host:port, how many
 		n, err := strconv.Atoi(args[1])
-		for i := 0; i < n && err == nil; i++ {
-			var c net.Conn
-			if c, err = net.Dial("tcp", args[0]); err == nil {
-				_, err = fmt.Fprintln(c, "hello")
-				if line, rerr := bufio.NewReader(c).ReadString('\n'); err == nil && line != "220 ready\n" {
-					err = fmt.Errorf("greeting %q: %w", line, rerr)
-				}
-				c.Close()
-			}
+		if err != nil {
+			return err
 		}
-		return err
+		var g errgroup.Group
+		g.SetLimit(50)
+		for range n {
+			g.Go(func() error {
+				c, err := net.Dial("tcp", args[0])
+				if err != nil {
+					return err
+				}
+				defer c.Close()
+				_, werr := fmt.Fprintln(c, "hello")
+				if line, err := bufio.NewReader(c).ReadString('\n'); line != "220 ready\n" {
+					return fmt.Errorf("greeting %q: %w", line, errors.Join(err, werr))
+				}
+				return nil
+			})
+		}
+		return g.Wait()
 	case "peer": // host:port; where the program believes to be connected to
 		c, err := net.Dial("tcp", args[0])
 		if err != nil {

@@ -53,6 +53,7 @@ func knownTo(ctx context.Context, t *testing.T, a *lab.Agent) (all []admin.Regis
 // through, and what starts from then on is intercepted for it. That lasts over a
 // restart of the agent, and until it is forgotten.
 func TestRegistryIsLearned(t *testing.T) {
+	t.Parallel()
 	const ref = "registry.corp.example/team/app:1"
 	w := newWorld(t)
 	r := w.Registry("registry.corp.example")
@@ -131,6 +132,7 @@ func TestRegistryIsLearned(t *testing.T) {
 // node's runtimes have in their certs.d. No flag says where. Each runtime gets what
 // another has pulled, once it trusts the CA for it.
 func TestPortIsLearned(t *testing.T) {
+	t.Parallel()
 	const publicRef, ownRef = "registry.corp.example:8443/team/app:1", "harbor.corp.example:9443/team/app:2"
 	w := newWorld(t)
 	public, _ := w.RegistryAt("registry.corp.example", 8443, false)
@@ -200,6 +202,7 @@ func TestPortIsLearned(t *testing.T) {
 // knows: neither is learned, and nothing of either is given to others. What anybody
 // could verify is learned from a pod, too.
 func TestPodsOwnRegistryIsNotLearned(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	own, ca := w.RegistryAt("private.corp.example", 443, true)
 	im := own.Push("team/app:1", lab.Image{Layers: []int{1 << 20}, Seed: 94})
@@ -238,6 +241,7 @@ func TestPodsOwnRegistryIsNotLearned(t *testing.T) {
 // where the server speaks first, and of which a program opens many connections: none
 // of them is redirected.
 func TestMixedHost(t *testing.T) {
+	t.Parallel()
 	const many = 10_000
 	w := newWorld(t)
 	r := w.Registry("git.corp.example")

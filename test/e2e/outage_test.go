@@ -54,6 +54,7 @@ type outage struct {
 // whatever fails outside the node, alone and together with one of two peers. What
 // isn't stored fails as without weir, and can be pulled as soon as all is mended.
 func TestOutage(t *testing.T) {
+	t.Parallel()
 	o := newOutages(t)
 	everything := []string{flyway, renovate, pause, private}
 	faults := []outage{
