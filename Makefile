@@ -27,6 +27,7 @@ RUN_PACKAGES = ca-certificates
 TEST_PACKAGES = docker.io containerd runc skopeo podman buildah iproute2 iptables openssl systemd gcc libc6-dev chromium curl \
 	rootlesskit slirp4netns uidmap
 KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static prometheus
+KERNELS_PACKAGES = cpio kmod
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk docker-registry
 CYCLONEDX = github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
@@ -37,7 +38,7 @@ GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 VULNDB = v0.0.0-20261105234957-e22db6528018
 GOLANGCI_LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build dist publish sign run test package-tests system-tests test-kubernetes manifest bench bench-parts soak chaos twins oracle race scale lint vulncheck generate check-generated fuzz demo clean
+.PHONY: help build dist publish sign run test package-tests system-tests test-kubernetes test-kernels test-arm64 manifest bench bench-parts soak chaos twins oracle race scale lint vulncheck generate check-generated fuzz demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +96,14 @@ system-tests: # they build the tools that they drive, once
 test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6 minutes, once)
 	@$(call need,$(TEST_PACKAGES) $(KUBERNETES_PACKAGES))
 	$(AS_ROOT) $(GO) test -timeout 40m ./test/kubernetes
+
+test-kernels: ## run weir on other kernels, from Linux 5.10 on, in machines whose processor is emulated, and beside Debian 13's runtimes
+	@$(call need,$(TEST_PACKAGES) $(KERNELS_PACKAGES) qemu-system-x86)
+	$(AS_ROOT) $(GO) test -count=1 -v -timeout 60m -skip '^TestARM64$$' ./test/kernels
+
+test-arm64: ## run weir on an emulated arm64
+	@$(call need,$(TEST_PACKAGES) $(KERNELS_PACKAGES) qemu-system-arm)
+	$(AS_ROOT) $(GO) test -count=1 -v -timeout 90m -run '^TestARM64$$' ./test/kernels
 
 manifest: ## make deploy/weir.yaml from deploy/chart
 	$(AS_ROOT) $(GO) test -count=1 -run '^TestManifest$$' ./test/kubernetes -update

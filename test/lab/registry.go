@@ -25,6 +25,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -568,7 +569,7 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 		p.Layers, p.Sizes, p.DiffIDs = append(p.Layers, d.Digest), append(p.Sizes, d.Size), append(p.DiffIDs, diff)
 	}
 	config, _ := json.Marshal(map[string]any{
-		"architecture": "amd64", "os": "linux", "created": "2020-01-01T00:00:00Z", "config": run,
+		"architecture": runtime.GOARCH, "os": "linux", "created": "2020-01-01T00:00:00Z", "config": run,
 		"rootfs": map[string]any{"type": "layers", "diff_ids": p.DiffIDs}, "history": history(len(p.Layers)),
 	})
 	c := put("config", config)
@@ -582,7 +583,7 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 	}
 	r.putManifest(repo, p.Manifest.String(), types["manifest"], manifest)
 	mine := put("manifest", manifest)
-	mine.Platform = map[string]string{"architecture": "amd64", "os": "linux"}
+	mine.Platform = map[string]string{"architecture": runtime.GOARCH, "os": "linux"}
 	other, _ := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": types["manifest"], "config": c, "layers": layers[:1]})
 	r.putManifest(repo, digest.FromBytes(other).String(), types["manifest"], other)
 	theirs := put("manifest", other)

@@ -33,6 +33,7 @@ var tools = map[string]string{
 	"helm":                    "helm.sh/helm/v4/cmd/helm@v4.3.1",
 	"regctl":                  "github.com/regclient/regclient/cmd/regctl@v0.11.7",
 	"buildx":                  "github.com/docker/buildx/cmd/buildx@v0.38.2",
+	"coredns":                 "github.com/coredns/coredns@v1.15.0",
 	"cosign":                  "github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3",
 }
 
@@ -122,6 +123,9 @@ func install(t testing.TB, name, dir, out string) *exec.Cmd {
 	return cmd
 }
 
+// Source is what Tool builds a program from, as "PATH@VERSION".
+func Source(name string) string { return tools[name] }
+
 // Tool returns the path of a program, building it if need be.
 func Tool(t testing.TB, name string) string {
 	t.Helper()
@@ -164,6 +168,9 @@ func NextWeir(t testing.TB) string {
 
 func weirVersion(t testing.TB, version string) string {
 	t.Helper()
+	if path := os.Getenv("WEIR_BINARY"); path != "" && version == "devel" {
+		return path // there is no Go where this runs
+	}
 	weir.Lock()
 	defer weir.Unlock()
 	if weir.paths == nil {

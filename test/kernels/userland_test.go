@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernels
+
+import (
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"weir/test/lab"
+)
+
+// The runtimes of Debian 13, with its libraries, each cold and then from what is
+// kept.
+func TestTrixie(t *testing.T) {
+	all := func(string) bool { return true }
+	root := debian(t, "trixie", runtime.GOARCH).unpack(all, append([]string{"buildah", "containerd", "docker.io", "docker-cli", "podman", "skopeo"}, userland...)...)
+	in := lab.NewInternet(t)
+	hub := in.DockerHub()
+	node := in.Node()
+	node.Run("mount", "--bind", filepath.Join(root, "usr"), "/usr")
+	node.Run("sh", "-ec", "rm -rf /etc/containers; cp -a "+filepath.Join(root, "etc/containers")+" /etc/")
+	for program, want := range map[string]string{"containerd": " 1.7.", "dockerd": " 26.", "podman": " 5.", "buildah": " 1.39", "skopeo": " 1.18"} {
+		if out := node.Run(program, "--version"); !strings.Contains(out, want) {
+			t.Errorf("%s isn't Debian 13's: %s", program, out)
+		} else {
+			t.Log(strings.TrimSpace(out))
+		}
+	}
+	agent := node.Agent()
+	containerd := node.Containerd()
+	docker := node.Docker()
+	store := func(name string, args ...string) {
+		t.Helper()
+		node.Run(append([]string{name, "--storage-driver=vfs", "--root=/var/lib/" + name, "--runroot=/run/" + name}, args...)...)
+	}
+	for i, c := range []struct {
+		name         string
+		pull, forget func(ref string, p lab.Pushed)
+		pid          int
+	}{
+		{"containerd", func(ref string, p lab.Pushed) { containerd.Pull(ref); containerd.Same(ref, p) }, containerd.Remove, containerd.PID()},
+		{"dockerd", func(ref string, p lab.Pushed) { docker.Pull(ref); docker.Same(ref, p) }, func(ref string, _ lab.Pushed) { docker.Remove(ref) }, docker.PID()},
+		{"podman", func(ref string, _ lab.Pushed) { store("podman", "pull", ref) }, func(ref string, _ lab.Pushed) { store("podman", "rmi", ref) }, 0},
+		{"buildah", func(ref string, _ lab.Pushed) { store("buildah", "pull", ref) }, func(ref string, _ lab.Pushed) { store("buildah", "rmi", ref) }, 0},
+		{"skopeo", func(ref string, _ lab.Pushed) {
+			node.Run("skopeo", "copy", "docker://"+ref, "dir:/var/lib/home/skopeo")
+		},
+			func(string, lab.Pushed) { node.Run("rm", "-r", "/var/lib/home/skopeo") }, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			pushed := hub.Push("acme/"+c.name+":1", lab.Image{Layers: []int{1 << 20, 300_000}, Seed: uint64(i)})
+			ref := "docker.io/" + pushed.Ref
+			hub.Log.Reset()
+			c.pull(ref, pushed)
+			if hub.Log.BlobGETs() == 0 {
+				t.Errorf("nothing was fetched:\n%s", hub.Log)
+			}
+			c.forget(ref, pushed)
+			hub.Log.Reset()
+			c.pull(ref, pushed)
+			if gets := hub.Log.BlobGETs(); gets > 0 {
+				t.Errorf("%d blobs were fetched again:\n%s", gets, hub.Log)
+			}
+			if c.pid == 0 {
+				return
+			}
+			if rt := agent.Runtime(c.pid); rt.Reach != "intercepted" {
+				t.Errorf("%+v", rt)
+			}
+		})
+	}
+}
