@@ -3,7 +3,6 @@
 package kernels
 
 import (
-	"context"
 	"fmt"
 	"net/http"
 	"slices"
@@ -29,8 +28,9 @@ func TestStory(t *testing.T) {
 	containerd.Stop()
 	docker.Stop()
 	files := func() string { return strings.Join(slices.Concat(node.Listing("/etc"), box.Listing("/etc")), "\n") }
-	before, programs := files(), lab.Programs(t)
+	before := files()
 	agent := node.Agent()
+	programs := node.Programs()
 	intercepted := func(pid int) {
 		t.Helper()
 		if rt := agent.Runtime(pid); rt.Reach != "intercepted" {
@@ -84,11 +84,12 @@ func TestStory(t *testing.T) {
 	default:
 		t.Error("the pull has not gone through the agent")
 	}
-	if err := gone(t, programs); err != nil {
+	if err := lab.Unloaded(programs); err != nil {
 		t.Error(err)
 	}
 	containerd.Pull("acme/big:1") // there is no agent
 	agent.Start()
+	programs = node.Programs()
 	docker.Remove("acme/big:1")
 	docker.Pull("acme/big:1")
 
@@ -98,17 +99,7 @@ func TestStory(t *testing.T) {
 	if after := files(); after != before {
 		t.Errorf("the files are not as before:\n%s\n--- instead of\n%s", after, before)
 	}
-	if err := gone(t, programs); err != nil {
+	if err := lab.Unloaded(programs); err != nil {
 		t.Error(err)
 	}
-}
-
-// gone waits until the kernel has freed weir's programs.
-func gone(t testing.TB, before int) error {
-	return lab.Eventually(nil, func(context.Context) error {
-		if n := lab.Programs(t); n > before {
-			return fmt.Errorf("%d programs are left, %d before", n, before)
-		}
-		return nil
-	})
 }
