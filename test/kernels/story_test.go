@@ -3,7 +3,6 @@
 package kernels
 
 import (
-	"fmt"
 	"net/http"
 	"slices"
 	"strings"
