@@ -84,6 +84,8 @@ func TestCommands(t *testing.T) {
 	// What the documents suppose to be there.
 	node.WriteFile("/etc/ca.pem", w.Roots())
 	node.WriteFile("/etc/weir/registries", "registry.example.com\n")
+	node.Run("install", "-d", "-m", "700", "/var/lib/weir")
+	node.WriteFile("/var/lib/weir/learned.json", `[{"host":"harbor.example.com","state":"learned","at":"2026-11-01T10:00:00Z","by":"dockerd"}]`)
 
 	var agent *lab.Process
 	stop := func() {
