@@ -162,14 +162,14 @@ func (x *exchange) loginFirst() bool {
 	if !ok || known.status != http.StatusUnauthorized || known.realm != nil || !rights.Anonymous(x.r.Header) || !x.h.HasStale(x.up) || x.allowsStale(x.target.digest) {
 		return false
 	}
-	if x.target.kind == blob { // it has come after a manifest
-		if x.h.outages.Failing(x.up.way()) {
-			x.answer(known, false)
-			return true
+	q := question{method: x.r.Method, stale: func() bool { return true }}
+	if x.target.kind == blob {
+		if !x.h.store.Has(x.target.digest) {
+			return false
 		}
-		return false
+		q.extra = http.Header{"Range": {"bytes=0-0"}} // a refusal is the same
 	}
-	resp, err := x.ask(question{method: x.r.Method, stale: func() bool { return true }})
+	resp, err := x.ask(q)
 	switch {
 	case errors.Is(err, errOutage):
 		x.answer(known, false)

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"weir/proxy/store"
 	upstreams "weir/proxy/upstream"
@@ -215,4 +216,55 @@ func TestAskedTogether(t *testing.T) {
 	}
 	h.requests()
 	h.want(h.do("GET", byTag, ""), 401, nil, "HEAD "+byTag, "GET "+byTag) // its own request
+}
+
+// Who begins without a name and a password at a registry that wants them is told so
+// while the registry gives no answer, and may then have a right that is remembered.
+func TestLoginDuringOutage(t *testing.T) {
+	for name, fault := range faults {
+		t.Run(name, func(t *testing.T) {
+			const alice = "Basic YWxpY2U6eA=="
+			u := newUpstream(t)
+			u.allow("a", alice)
+			blob := bytesOf(1, 1000)
+			layer := u.put("a", blob)
+			_, m := u.putManifest("a", "1", docker2, layer)
+			wants := func(w http.ResponseWriter, r *http.Request) bool {
+				if r.Header.Get("Authorization") != "" {
+					return false
+				}
+				w.Header().Set("Www-Authenticate", `Basic realm="corp"`)
+				w.WriteHeader(http.StatusUnauthorized)
+				_, _ = fmt.Fprint(w, `{"errors":[{"code":"UNAUTHORIZED"}]}`)
+				return true
+			}
+			u.fault = wants
+			s := newSide(t, u, store.Options{})
+			byTag, byDigest := "/v2/a/manifests/1", "/v2/a/blobs/"+layer.String()
+			for range 2 {
+				for _, path := range []string{byTag, byDigest} {
+					if a := s.do("GET", path, ""); a.StatusCode != 401 || !bytes.Contains(a.body, []byte("UNAUTHORIZED")) {
+						t.Errorf("%s: %s %q", path, a.Status, a.body)
+					}
+					if a := s.do("GET", path, alice); a.StatusCode != 200 {
+						t.Fatal(a.Status)
+					}
+				}
+			}
+			if name == "hangs" {
+				s.h.outages.first, s.h.outages.again = 200*time.Millisecond, 10*time.Millisecond
+			}
+			u.mu.Lock()
+			u.fault = fault
+			u.mu.Unlock()
+			for path, want := range map[string][]byte{byTag: m, byDigest: blob} {
+				if a := s.do("GET", path, ""); a.err != nil || a.StatusCode != 401 || a.Header.Get("Www-Authenticate") != `Basic realm="corp"` {
+					t.Errorf("%s without: %v %v", path, a.Response, a.err)
+				}
+				if a := s.do("GET", path, alice); a.err != nil || a.StatusCode != 200 || !bytes.Equal(a.body, want) {
+					t.Errorf("%s as alice: %v %v", path, a.Response, a.err)
+				}
+			}
+		})
+	}
 }
