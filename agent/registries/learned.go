@@ -129,9 +129,7 @@ func checkName(host string) error {
 		}
 		return nil
 	}
-	if host != registry.Canonical(host) || len(name) > 253 || strings.ContainsFunc(name, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' || r == '.' || r == '_')
-	}) {
+	if host != registry.Canonical(host) || len(name) > 253 || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-._") != "" {
 		return errors.New("it is no host's name")
 	}
 	if suffix, _ := publicsuffix.PublicSuffix(name); suffix == name {
