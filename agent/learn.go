@@ -11,7 +11,7 @@ import (
 )
 
 // learn makes a registry of the node of a host that a runtime has connected to. What
-// a pod alone can verify isn't learned: anybody can be any registry there.
+// a pod alone can verify isn't learned: a pod can pose as any registry to itself.
 func (a *Agent) learn(rt *runtimes.Runtime, host string, ownRoots bool) error {
 	if ownRoots && !rt.OnNode() {
 		return errors.New("only a pod's own CA verifies it: name it and that CA with --registry")

@@ -202,7 +202,7 @@ func TestDataOfLaterVersion(t *testing.T) {
 	}
 	ledger := string(read(t, dir, service.LedgerFile))
 	for name, content := range map[string]string{
-		service.TagsFile:           `{"version":99,"repositories":{"docker.io":"as nobody has it yet"},"new":true}`,
+		service.TagsFile:           `{"version":99,"repositories":{"docker.io":"as it is not yet"},"new":true}`,
 		service.LedgerFile:         strings.ReplaceAll(ledger, `"root":`, `"when":"2030-01-01T00:00:00Z","root":`),
 		"store/later/sha256/thing": "kept in a way of its own",
 		"later.db":                 "also",

@@ -18,7 +18,7 @@ func roots(ca *CA) *x509.CertPool {
 }
 
 // A name that the CA is made for later is trusted by those who have read a
-// certificate since, and by nobody else; also when it was given up and came back.
+// certificate since, and by no others; also when it was given up and came back.
 func TestGenerations(t *testing.T) {
 	dir := t.TempDir()
 	ca := openCA(t, dir, []string{"ghcr.io", "gcr.io"}, testProbes)

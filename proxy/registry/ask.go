@@ -54,7 +54,7 @@ func (x *exchange) ask(q question) (*reply, error) {
 		if q.method == http.MethodHead && x.inOwnName() {
 			return x.askTogether(ctx, q)
 		}
-		resp, err := x.send(x.asker, x.question(ctx, q), q.follow)
+		resp, err := x.send(x.via, x.question(ctx, q), q.follow)
 		if err != nil {
 			return nil, err
 		}
@@ -97,7 +97,7 @@ func (x *exchange) question(ctx context.Context, q question) *http.Request {
 // inOwnName says whether questions are asked in weir's own name, and not in the
 // client's.
 func (x *exchange) inOwnName() bool {
-	_, is := x.asker.(*anonymous)
+	_, is := x.via.(*anonymous)
 	return is
 }
 
@@ -124,7 +124,7 @@ var errNotTheClients = errors.New("what weir asked for in its own name was refus
 func (x *exchange) askTogether(ctx context.Context, q question) (*http.Response, error) {
 	key := fmt.Sprintf("%s from %s %s %q %v", x.vantage.Registry, x.vantage.From, x.r.URL.EscapedPath(), x.r.Header["Accept"], q.follow)
 	return x.h.together(ctx, key, func(ctx context.Context) (*http.Response, error) {
-		resp, err := x.send(x.asker, x.outgoing(ctx, q.method, q.extra), q.follow)
+		resp, err := x.send(x.via, x.outgoing(ctx, q.method, q.extra), q.follow)
 		if err != nil {
 			return nil, err
 		}

@@ -28,7 +28,7 @@ type neighbours struct {
 	known    [][]byte                   // of every name
 	recalled func()                     // may be nil
 	names    []string
-	shame    int
+	wrong    int
 	ended    []bool
 }
 
@@ -93,7 +93,7 @@ func (failing) Read([]byte) (int, error) { return 0, errors.New("the peer is gon
 func (s *neighboursShare) Wrong() {
 	s.n.mu.Lock()
 	defer s.n.mu.Unlock()
-	s.n.shame++
+	s.n.wrong++
 }
 
 func (s *neighboursShare) Close(kept bool) {
@@ -112,7 +112,7 @@ func TestPeersGiveBlobs(t *testing.T) {
 		auth  string
 		code  int
 		asked []string // upstream, METHOD
-		shame int
+		wrong int
 	}{
 		{"right", [][]byte{right}, false, "Bearer 1", 200, []string{"GET"}, 0},
 		{"no peer", nil, false, "Bearer 1", 200, []string{"GET"}, 0},
@@ -153,8 +153,8 @@ func TestPeersGiveBlobs(t *testing.T) {
 				}
 				n.mu.Lock()
 				defer n.mu.Unlock()
-				if n.shame != tt.shame {
-					t.Errorf("%d times wrong, want %d", n.shame, tt.shame)
+				if n.wrong != tt.wrong {
+					t.Errorf("%d times wrong, want %d", n.wrong, tt.wrong)
 				}
 				if len(n.ended) != 1 || n.ended[0] != (tt.code == 200) {
 					t.Errorf("ended with %v", n.ended)

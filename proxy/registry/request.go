@@ -20,10 +20,10 @@ type request struct {
 	target  target
 	who     rights.Principal
 	vantage rights.Vantage // from where the client asks for its repository
-	// asker sends questions to the upstream: as the client's requests go, or, in its
+	// via sends questions to the upstream: as the client's requests go, or, in its
 	// stead, in weir's own name, for one without credentials that may have what is
 	// public.
-	asker http.RoundTripper
+	via http.RoundTripper
 	stead bool
 }
 
@@ -38,7 +38,7 @@ func (h *Handler) parse(r *http.Request, up Upstream) request {
 		r.Header.Del("Authorization")
 		up.Transport = &anonymous{h, up}
 	}
-	q := request{r: r, up: up, target: parsePath(r.URL.EscapedPath()), asker: up.Transport}
+	q := request{r: r, up: up, target: parsePath(r.URL.EscapedPath()), via: up.Transport}
 	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || q.reading() && (r.URL.RawQuery != "" || r.ContentLength != 0) {
 		q.target = target{}
 	}
@@ -46,7 +46,7 @@ func (h *Handler) parse(r *http.Request, up Upstream) request {
 	q.vantage = up.vantage(q.who.Repository)
 	if _, is := up.Transport.(*anonymous); !is && q.reading() && q.target.repo != "" && up.authenticated() && up.ClientIdentity == "" &&
 		rights.Anonymous(r.Header) && h.rights.Public(q.vantage) && !h.asking.paused(up.ID()) {
-		q.asker, q.stead = &anonymous{h, up}, true
+		q.via, q.stead = &anonymous{h, up}, true
 	}
 	return q
 }

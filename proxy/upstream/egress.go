@@ -33,7 +33,7 @@ import (
 // Dialer opens a TCP connection to an IP address and port.
 type Dialer func(ctx context.Context, addr netip.AddrPort) (*net.TCPConn, error)
 
-// Config is what is common to all ways out.
+// Config is what is common to all egresses.
 type Config struct {
 	// Roots returns what a registry's certificate is verified with; nil, as
 	// function or result, means the system's roots.

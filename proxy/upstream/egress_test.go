@@ -177,7 +177,7 @@ func (w *world) serve(ip string, port uint16, by *authority, h http.HandlerFunc)
 	return s
 }
 
-// drop has the connections that there are receive nothing any more, which nobody
+// drop has the connections that there are receive nothing any more, which no side
 // is told of. New ones are as before.
 func (s *server) drop() {
 	s.w.t.Helper()
@@ -343,11 +343,11 @@ func TestVerdicts(t *testing.T) {
 		t.Errorf("by name: %v", err)
 	}
 	if other := ParseHost(fmt.Sprintf("other.test:%d", evil.addr.Port()+1)); w.egress.Reaches(t.Context(), other) {
-		t.Error("where nobody listens, a registry answers")
+		t.Error("where nothing listens, a registry answers")
 	}
 }
 
-// A look that a client's patience has ended is remembered as one that has failed,
+// A look that a client's timeout has ended is remembered as one that has failed,
 // and one that was broken off says nothing.
 func TestVerdictOfBrokenLook(t *testing.T) {
 	w := newWorld(t)
@@ -411,7 +411,7 @@ func TestOtherAddress(t *testing.T) {
 	if before > 0 && !slow {
 		t.Errorf("for 300 connections name servers were asked %d times", before)
 	}
-	// Where nobody listens.
+	// Where nothing listens.
 	if err := dial(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.9"), there.Port())); err == nil || w.questions() == before {
 		t.Errorf("no other address was looked for: %v", err)
 	}

@@ -18,7 +18,7 @@ import (
 type pool struct {
 	mu    sync.Mutex
 	http  *http.Transport
-	ready []net.Conn // nobody has used them yet
+	ready []net.Conn // not used yet
 	last  verdict    // what was found out when it was verified, or asked
 	away  verdict    // that it could not be reached in the time that there was
 	tried time.Time  // when it was tried again since

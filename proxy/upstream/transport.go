@@ -20,7 +20,7 @@ import (
 // to.
 //
 // A request that may be sent twice uses a connection that is kept for all clients
-// of the target. Such a connection may have been forgotten on the way, which nobody
+// of the target. Such a connection may have been forgotten on the way, which no side
 // is told of, so it is a guess: when the other side's kernel doesn't acknowledge the
 // request, it is sent over a new connection as well, and the first answer counts. One
 // that was acknowledged is waited for, as the client would. Every other

@@ -22,7 +22,7 @@ import (
 )
 
 // Connections that were kept are forgotten on the way: nothing comes through any
-// more, and nobody is told. Requests are answered over new ones all the same, and
+// more, and no side is told. Requests are answered over new ones all the same, and
 // once it is known none is tried in vain again.
 func TestForgottenConnections(t *testing.T) {
 	for name, tt := range map[string]struct {

@@ -810,7 +810,7 @@ func TestNewest(t *testing.T) {
 
 // The newest containerd, running before, whose default pull path reads a
 // directory with a colon in its name. While a ctr runs, whose pulls read none,
-// it is left in peace.
+// it is passed through.
 func TestNewestContainerdBefore(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

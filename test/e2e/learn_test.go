@@ -199,8 +199,8 @@ func TestPortIsLearned(t *testing.T) {
 }
 
 // A pod has a registry of the same name with a CA of its own, and one that only it
-// knows: neither is learned, and nothing of either is given to others. What anybody
-// could verify is learned from a pod, too.
+// knows: neither is learned, and nothing of either is given to others. What the node
+// can verify is learned from a pod, too.
 func TestPodsOwnRegistryIsNotLearned(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -237,7 +237,7 @@ func TestPodsOwnRegistryIsNotLearned(t *testing.T) {
 }
 
 // A host that serves more than a registry is learned, and what else it serves passes
-// as it is: pages, websockets. So does another service at a port that nobody knows,
+// as it is: pages, websockets. So does another service at an unknown port,
 // where the server speaks first, and of which a program opens many connections: none
 // of them is redirected.
 func TestMixedHost(t *testing.T) {

@@ -114,7 +114,7 @@ func (in *Internet) KubernetesRegistry() *Registry {
 }
 
 // RegistryAt makes a registry at a port, with its token server there too. With ownCA
-// its certificate is of a CA that nobody knows, which is returned as PEM.
+// its certificate is of an unknown CA, which is returned as PEM.
 func (in *Internet) RegistryAt(host string, port int, ownCA bool) (r *Registry, ca []byte) {
 	in.t.Helper()
 	r = in.newRegistry(host)
