@@ -85,13 +85,14 @@ test: ## run all tests (as root; installs what they need)
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))"
 	$(GO) vet ./...
 	$(GO) vet -tags scale ./p2p
-	$(MAKE) -j2 -Otarget package-tests system-tests
+	$(MAKE) package-tests
+	$(MAKE) system-tests
 
 package-tests: # with the race detector; vet has run
 	$(AS_ROOT) CGO_ENABLED=1 $(GO) test -race -vet=off -timeout 10m ./agent/... ./bpf/... ./p2p/... ./proxy/...
 
 system-tests: # they build the tools that they drive, once
-	$(AS_ROOT) $(GO) test -vet=off -timeout 40m ./test/e2e ./test/lab ./test/twins
+	$(AS_ROOT) $(GO) test -vet=off -p 1 -timeout 40m ./test/e2e ./test/lab ./test/twins
 
 test-kubernetes: ## test the chart in a real Kubernetes, which is built first (6 minutes, once)
 	@$(call need,$(TEST_PACKAGES) $(KUBERNETES_PACKAGES))

@@ -23,7 +23,7 @@ type request struct {
 	// via sends questions to the upstream: as the client's requests go, or, in its
 	// stead, in weir's own name, for one without credentials that may have what is
 	// public.
-	via http.RoundTripper
+	via   http.RoundTripper
 	stead bool
 }
 
