@@ -196,7 +196,8 @@ var (
 		{regexp.MustCompile(`boundary=[0-9a-f]+`), "boundary=B"},
 		{regexp.MustCompile(` in (box [0-9]+ on )?node [0-9]+:`), " in the node:"},
 		{regexp.MustCompile(`/tmp/[^ :"]+|/var/tmp/[^ :"]+`), "/tmp/F"},
-		{regexp.MustCompile(`\b[0-9.]+(ms|s|kB|MB|MiB|KiB)\b`), "N$1"},
+		{regexp.MustCompile(`\b[0-9.]+ ?(ms|s|B|kB|MB|MiB|KiB)(/s)?\b`), "N$1$2"},
+		{regexp.MustCompile(` +`), " "}, // what is between columns depends on the figures
 	}
 )
 
@@ -405,11 +406,12 @@ func (p *play) run() {
 
 // own says whether a request is one that weir makes by itself, besides what the
 // client asks: its HEADs and tokens in its own name, and the small ranges by which a
-// registry shows that content is in a repository.
+// registry shows that content is in a repository. A client that was given what is
+// public without a token is refused what needs one, and asks again with one.
 func own(q request) bool {
 	var from, to int64
 	n, _ := fmt.Sscanf(q.rng, "bytes=%d-%d", &from, &to)
-	return q.agent == "weir" || q.method == http.MethodGet && n == 2 && to-from < 1<<10
+	return q.agent == "weir" || q.status == http.StatusUnauthorized || q.method == http.MethodGet && n == 2 && to-from < 1<<10
 }
 
 // reads are requests that weir may spare the registry, and that clients make in
@@ -570,7 +572,7 @@ func (w *world) report(t *testing.T) {
 	fmt.Fprintf(&b, "# Twins\n\nThe same stories on a node without weir and on one with it, as `make twins` played them: %d plays, seed %d.\n"+
 		"%s\n"+"A story is a client, what it does, a way of the registry, a fault of the network and a moment in the agent's\nlife; each row sums up all that have it. "+
 		"\"Worse\" are those that failed with weir alone, gave another answer or\nerror, or asked the registry for something else. Added time is with weir less without, of those that succeeded\nat both; negative is faster. Not counted as something else: weir's own HEADs and tokens (User-Agent weir), its\n"+
-		"ranges of less than 1 KiB, a HEAD in place of a GET of a tag, a whole blob in place of a range, and whatever was spared.\n"+
+		"ranges of less than 1 KiB, what was answered with 401 (a warm pull of a public image needs no token, so that a client\nmay not have one yet for what follows), a HEAD in place of a GET of a tag, a whole blob in place of a range, and whatever was spared.\n"+
 		"A story is played at both nodes at once. One that came more than a second later with weir was played again, in turn, and\n"+
 		"counts if it did so both times; not where the agent is killed, and clients begin anew.\n",
 		len(w.results), *seed, w.composed)
