@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"strings"
 	"sync"
 	"time"
 )
@@ -176,6 +177,9 @@ func (p *pool) roundTrip(req *http.Request, times times, fresh func() *http.Tran
 	g.giveUp = cancel
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: g.got, GotFirstResponseByte: g.stop})
 	resp, err := g.end(g.old.RoundTrip(req.WithContext(ctx)))
+	if err != nil && req.Context().Err() == nil && g.closedHere(err) {
+		resp, err = p.transport(fresh).RoundTrip(req)
+	}
 	if resp != nil {
 		resp.Request = req
 	}
@@ -202,6 +206,15 @@ type guess struct {
 	end2   context.CancelFunc
 	resp   *http.Response
 	err    error // of the second attempt, if the first was given up for it
+}
+
+// closedHere says whether a request failed because its connection was closed as an
+// idle one: net/http takes it for idle once an answer's head is there, and before the
+// caller has it. Its error for that has no name.
+func (g *guess) closedHere(err error) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.heard && strings.HasSuffix(err.Error(), "http: CloseIdleConnections called")
 }
 
 // got begins to wait. A connection that was not used before may have waited for

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -588,5 +589,32 @@ func TestAnswerHeadIsBounded(t *testing.T) {
 			}
 			tr.Close()
 		}
+	}
+}
+
+// A kept connection is closed while an answer without a body comes: net/http takes
+// it for idle already, and gives an error in place of the answer.
+func TestClosedUnderAnAnswer(t *testing.T) {
+	w := newWorld(t)
+	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
+	target := s.target()
+	if err := w.egress.Verify(t.Context(), target); err != nil {
+		t.Fatal(err)
+	}
+	tr := w.egress.Transport(target)
+	for i := range 3 {
+		ctx := t.Context()
+		if i > 0 {
+			var once sync.Once
+			ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{PutIdleConn: func(error) {
+				once.Do(func() { w.egress.Close(); time.Sleep(10 * time.Millisecond) }) // as if there were no processor for it
+			}})
+		}
+		req, _ := http.NewRequestWithContext(ctx, http.MethodHead, target.url(), nil)
+		resp, err := tr.RoundTrip(req)
+		if err != nil {
+			t.Fatal(i, err)
+		}
+		resp.Body.Close()
 	}
 }

@@ -454,6 +454,9 @@ func (r *rawClient) do(method, where string, h http.Header, body []byte) (*http.
 		if strings.HasPrefix(resp.Header.Get("Content-Type"), "multipart/") {
 			sum = "with a boundary"
 		}
+		if resp.StatusCode >= 500 {
+			fmt.Printf(" %q", b)
+		}
 		fmt.Printf(" %d bytes %s\n", len(b), sum)
 		if err != nil {
 			return nil, nil, err
