@@ -75,6 +75,9 @@ type Config struct {
 	StaleIfError time.Duration
 	// TagTTL is for how long a tag is what it was, without a question to the registry.
 	TagTTL registry.TagTTL
+	// UpstreamConnections is how many connections to its registry a large blob has at
+	// most; 0 means [registry.DefaultUpstreamConnections].
+	UpstreamConnections int
 	// PeerListen is where peers connect to, HOST:PORT, and Peers are where they
 	// are found. Without a SwarmKey, the name of a file, there is no peer
 	// traffic at all.

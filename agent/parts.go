@@ -105,7 +105,7 @@ func (a *Agent) openProxy() (stop func(), err error) {
 		return nil, err
 	}
 	options := registry.Options{Store: a.store, RightsTTL: a.conf.RightsTTL, StaleIfError: a.conf.StaleIfError, TagTTL: a.conf.TagTTL,
-		File: filepath.Join(a.conf.DataDir, service.TagsFile), Metrics: a.metrics, Log: a.log}
+		UpstreamConnections: a.conf.UpstreamConnections, File: filepath.Join(a.conf.DataDir, service.TagsFile), Metrics: a.metrics, Log: a.log}
 	if a.peers != nil {
 		options.Peers = a.peers
 	}

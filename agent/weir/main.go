@@ -176,6 +176,7 @@ func agentCommand() *cobra.Command {
 	f.DurationVar(&conf.RightsTTL, "rights-ttl", registry.DefaultRightsTTL, "how long a registry's word that a client may read a repository is good")
 	f.DurationVar(&conf.StaleIfError, "stale-if-error", registry.DefaultStaleIfError, "for how long a registry's last answer is good while it gives no other; 0 is never")
 	f.StringSliceVar(&tagTTL, "tag-ttl", nil, "for how long a tag is what it was, without a question to the registry, `[REGISTRY=]DURATION`; may be repeated (default: ask at each pull)")
+	f.IntVar(&conf.UpstreamConnections, "upstream-connections", registry.DefaultUpstreamConnections, "connections to its registry that a large blob has at most, where more are faster; 1 is as runtimes do")
 	peerFlags(f, &conf)
 	f.StringSliceVar(&conf.Peers, "peer", nil, "where peers are found, `HOST[:PORT]`; a name stands for all its addresses; may be repeated (default: by multicast DNS)")
 	f.StringVar(&upload, "peer-upload", "", "bound of what is sent to peers in a second, such as 50MiB (default: none)")
@@ -202,6 +203,9 @@ func agentCommand() *cobra.Command {
 		}
 		if conf.RightsTTL <= 0 || conf.StaleIfError < 0 {
 			return usageError{errors.New("--rights-ttl must be more than 0, and --stale-if-error not less")}
+		}
+		if conf.UpstreamConnections < 1 {
+			return usageError{errors.New("--upstream-connections must be at least 1")}
 		}
 		if conf.TagTTL, err = registry.ParseTagTTL(tagTTL); err != nil {
 			return usageError{fmt.Errorf("--tag-ttl: %w", err)}

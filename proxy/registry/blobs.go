@@ -202,7 +202,11 @@ func (x *exchange) lead(t *store.Transfer) {
 		if share != nil {
 			share.Close(kept)
 		}
-		if _, fromRegistry := x.h.leaders.LoadAndDelete(t); kept && fromRegistry {
+		_, fromRegistry := x.h.leaders.LoadAndDelete(t)
+		if fromRegistry && !kept {
+			x.h.widths.registry(x.up.ID()).rest() // it may be the parts that were wrong
+		}
+		if kept && fromRegistry {
 			x.grant(at)
 			x.prove(x.vantage, x.target.digest, at) // it may have been redirected on the way
 		}
@@ -238,7 +242,7 @@ func (x *exchange) lead(t *store.Transfer) {
 	}
 	at = resp.at
 	x.h.leaders.Store(t, x.who.Client)
-	resp.Body = &cancelBody{x.arriving(resp.Body), cancel}
+	resp.Body = &cancelBody{x.parallel(resp), cancel}
 	r, err := t.Begin(resp.ContentLength, resp.Body, x.source)
 	if err != nil {
 		defer context.AfterFunc(x.r.Context(), cancel)() // it is the client's again

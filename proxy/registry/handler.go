@@ -48,6 +48,9 @@ type Options struct {
 	// TagTTL is for how long a tag is what it was. Nil means that the registry is
 	// asked each time.
 	TagTTL TagTTL
+	// UpstreamConnections is how many connections to its registry one large blob has
+	// at most. Zero means [DefaultUpstreamConnections].
+	UpstreamConnections int
 	// Peers may have what this node has not. Nil means that there are none.
 	Peers Peers
 	// File keeps what is known of tags over restarts. Empty means nowhere.
@@ -81,6 +84,7 @@ type Handler struct {
 	asked    singleflight.Group // in weir's own name
 	peers    Peers
 	names    names
+	widths   *widths
 	types    *lru.Cache[digest.Digest, string] // media types of manifests that are kept
 	file     string
 	log      *slog.Logger
@@ -106,6 +110,9 @@ func New(o Options) *Handler {
 	if o.RightsTTL == 0 {
 		o.RightsTTL = DefaultRightsTTL
 	}
+	if o.UpstreamConnections == 0 {
+		o.UpstreamConnections = DefaultUpstreamConnections
+	}
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
@@ -116,7 +123,7 @@ func New(o Options) *Handler {
 		store: o.Store, peers: o.Peers, tagTTL: o.TagTTL, file: o.File, log: o.Log, pulls: pulls{tracer: o.Tracer, durations: newDurations(o.Metrics)},
 		rights:   rights.New(rights.Options{GrantTTL: o.RightsTTL, StaleIfError: o.StaleIfError, Now: o.now}),
 		sessions: newSessions(), memory: newQuota(manifestMemory, ownerMemory), outages: outages{upstream.NewHealth(), askTimeout, askTimeoutAgain}, tokens: newTokens(), logins: newLogins(),
-		names: newNames(), lagTime: lagTime, asking: newAsking(),
+		names: newNames(), widths: newWidths(o.UpstreamConnections), lagTime: lagTime, asking: newAsking(),
 	}
 	h.types, _ = lru.New[digest.Digest, string](4096)
 	h.ctx, h.cancel = context.WithCancel(context.Background())

@@ -51,7 +51,7 @@ func BenchmarkPeer(b *testing.B) {
 	w.fetch(b, w.crane, 1, "https://"+known, blobPath(d), 1, "cold") // into its store
 	// The other node connects to nginx at the first one's address.
 	addr := w.node.Addr().String()
-	nginx := w.node.Spawn("nginx", nginxCommand(0, c.nginx(b, w.CertificateFiles, 1, map[string][]string{"nginx.test": {addr + ":" + nearPort}}))...)
+	nginx := w.node.Spawn("nginx", nginxCommand(0, c.nginx(b, w.CertificateFiles, 1, "0", map[string][]string{"nginx.test": {addr + ":" + nearPort}}))...)
 	w.answers(b, "https://"+addr+":"+nearPort)
 	hosts, err := other.File("/etc/hosts")
 	if err != nil {

@@ -103,7 +103,8 @@ func blobPath(d digest.Digest) string { return "/v2/" + repo + "/blobs/" + d.Str
 
 // nginx writes the configuration of a registry of the content, as quick as it
 // can be: a worker for each processor, and nothing that has to be looked up.
-func (c *content) nginx(b *testing.B, certs func(host string) (cert, key string), workers int, listen map[string][]string) (conf string) {
+// It gives each connection perConnection bytes a second, "0" for as many as it can.
+func (c *content) nginx(b *testing.B, certs func(host string) (cert, key string), workers int, perConnection string, listen map[string][]string) (conf string) {
 	b.Helper()
 	dir := b.TempDir()
 	var servers strings.Builder
@@ -137,12 +138,13 @@ tcp_nopush on;
 tcp_nodelay on;
 keepalive_requests 10000000;
 keepalive_timeout 600s;
+limit_rate %[4]s;
 ssl_protocols TLSv1.2 TLSv1.3;
 client_body_temp_path %[1]s/body; proxy_temp_path %[1]s/proxy; fastcgi_temp_path %[1]s/fastcgi; uwsgi_temp_path %[1]s/uwsgi; scgi_temp_path %[1]s/scgi;
 open_file_cache max=10000 inactive=600s;
 %[3]s
 }
-`, dir, workers, servers.String()), 0o644); err != nil {
+`, dir, workers, servers.String(), perConnection), 0o644); err != nil {
 		b.Fatal(err)
 	}
 	return conf
@@ -172,7 +174,10 @@ type world struct {
 	near    int // hosts on the node
 }
 
-func newWorld(b *testing.B, c *content) *world {
+func newWorld(b *testing.B, c *content) *world { return newWorldWith(b, c, "0") }
+
+// newWorldWith is one whose registries give each connection so many bytes a second.
+func newWorldWith(b *testing.B, c *content, perConnection string) *world {
 	b.Helper()
 	w := &world{Internet: lab.NewInternet(b), content: c}
 	listen := make(map[string][]string)
@@ -180,7 +185,7 @@ func newWorld(b *testing.B, c *content) *world {
 		v4, v6 := w.Host(host)
 		listen[host] = []string{v4.String() + ":443", "[" + v6.String() + "]:443"}
 	}
-	w.Spawn("nginx", nginxCommand(shared, c.nginx(b, w.CertificateFiles, 2, listen))...)
+	w.Spawn("nginx", nginxCommand(shared, c.nginx(b, w.CertificateFiles, 2, perConnection, listen))...)
 	w.node = w.Node()
 	w.crane, w.plain = program(b, w.node, "crane"), program(b, w.node, "someprogram")
 	w.client = &http.Client{Transport: &http.Transport{DialContext: w.node.Dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
@@ -233,7 +238,7 @@ func (w *world) nearNginx(b *testing.B, processor int) (base string, p *lab.Proc
 	if processor != shared {
 		workers = 1
 	}
-	p = w.node.Spawn("nginx", nginxCommand(processor, w.content.nginx(b, w.CertificateFiles, workers, map[string][]string{"nginx.test": {addr}}))...)
+	p = w.node.Spawn("nginx", nginxCommand(processor, w.content.nginx(b, w.CertificateFiles, workers, "0", map[string][]string{"nginx.test": {addr}}))...)
 	w.answers(b, "https://"+addr)
 	return "https://nginx.test:" + nearPort, p
 }
@@ -439,6 +444,23 @@ func rounds(n int) int {
 func part(n int) int {
 	if *quick {
 		return max(n/64, 1)
+	}
+	return n
+}
+
+// received is how many bytes have come to the node over the network.
+func (w *world) received(b *testing.B) (n int64) {
+	b.Helper()
+	for line := range strings.Lines(w.node.Run("cat", "/proc/net/dev")) {
+		name, counts, ok := strings.Cut(strings.TrimSpace(line), ":")
+		if !ok || name == "lo" {
+			continue
+		}
+		k, err := strconv.ParseInt(strings.Fields(counts)[0], 10, 64)
+		if err != nil {
+			b.Fatalf("/proc/net/dev: %v", err)
+		}
+		n += k
 	}
 	return n
 }

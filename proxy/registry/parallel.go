@@ -1,0 +1,509 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// DefaultUpstreamConnections is how many connections a large blob has at most.
+	DefaultUpstreamConnections = 8
+	// partSize is of how many bytes a part is that one request asks for. Parts are
+	// in memory until those before them were read.
+	partSize = 4 << 20
+	// maxParts bounds the parts that are in memory, or on their way there, of all
+	// blobs together, and with it the connections to a registry.
+	maxParts = 16
+	// aloneTime is for how long a registry that has refused a range, or has given
+	// another than was asked for, is asked for blobs over one connection, and
+	// enoughTime for how long one of which more connections got no more.
+	aloneTime  = 10 * time.Minute
+	enoughTime = time.Minute
+	// paceTime is over what time it is measured how fast a registry is. After a
+	// connection was added it takes as long until that counts.
+	paceTime = 200 * time.Millisecond
+	// growth is how many times as fast twice the connections have to be.
+	growth    = 1.3
+	stallTime = 5 * time.Second
+)
+
+// widths are the registries, of which more than one connection may bring a large
+// blob sooner.
+type widths struct {
+	most  int                                 // connections for a blob
+	parts chan struct{}                       // that there may be more
+	pace  func(context.Context, *width) int64 // bytes per paceTime, 0 when ctx is done
+	grown func(before, after int64) bool
+	stall time.Duration // how long a part may stand still, before it is asked for again
+
+	mu sync.Mutex
+	of map[string]*width
+}
+
+// width is what is known of one registry.
+type width struct {
+	received atomic.Int64 // bytes of large blobs
+	growing  sync.Mutex   // by one blob at a time, or each would take the other's for its own
+	// Until then blobs have one connection (in Unix nanoseconds): since it has refused
+	// a part, or since more connections have brought no more.
+	refused, enough atomic.Int64
+}
+
+func newWidths(most int) *widths {
+	return &widths{
+		most: most, parts: make(chan struct{}, maxParts), of: make(map[string]*width), stall: stallTime,
+		pace: func(ctx context.Context, w *width) int64 {
+			before := w.received.Load()
+			select {
+			case <-time.After(paceTime):
+				return w.received.Load() - before
+			case <-ctx.Done():
+				return 0
+			}
+		},
+		grown: func(before, after int64) bool { return float64(after) >= growth*float64(before) },
+	}
+}
+
+// maxWidths bounds the registries that are remembered.
+const maxWidths = 256
+
+func (ws *widths) registry(name string) *width {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	w := ws.of[name]
+	if w == nil {
+		if len(ws.of) >= maxWidths {
+			clear(ws.of) // those that are in use go on
+		}
+		w = &width{}
+		ws.of[name] = w
+	}
+	return w
+}
+
+// alone says whether a blob has one connection, and refuses that more are asked for.
+func (w *width) alone() bool { return w.refuses() || time.Now().UnixNano() < w.enough.Load() }
+
+func (w *width) refuses() bool { return time.Now().UnixNano() < w.refused.Load() }
+
+func (w *width) rest() { w.enough.Store(time.Now().Add(enoughTime).UnixNano()) }
+
+func (w *width) refuse() { w.refused.Store(time.Now().Add(aloneTime).UnixNano()) }
+
+func (ws *widths) take() (taken bool) {
+	select {
+	case ws.parts <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+func (ws *widths) give() { <-ws.parts }
+
+// opener opens the bytes from first to last, where the last such request has ended
+// (nil at the beginning), and returns where that was.
+type opener func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error)
+
+// parallel reads a body whose parts are asked for over several connections, where
+// that is faster. It begins as the body that there is. Parts that follow are asked
+// for beside it, over more connections for as long as those get more from the
+// registry; where the body comes to the first of them it rests. Where the link is
+// what bounds it, it stays with one connection.
+//
+// What fails is asked for once more over a connection of its own. When that fails too,
+// the body is taken up again where it rests: a registry that gives no more parts has
+// already agreed to give all of it.
+type parallel struct {
+	ws   *widths
+	w    *width
+	size int64
+	open opener
+
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	mu      sync.Mutex
+	change  *sync.Cond
+	pos     int64         // of the reader
+	reading int64         // up to where it is reading from body
+	body    io.ReadCloser // what comes before the first part; nil if that has to be opened
+	first   io.ReadCloser // the one that was there at first
+	rests   int64         // where that rests
+	parts   []*part       // one after the other, without gaps
+	next    int64         // where the next part begins; 0 before there is one
+	want    int           // connections
+	workers int           // that are there
+	free    [][]byte      // of parts that were read
+	closed  bool
+}
+
+// part is a part that is on its way.
+type part struct {
+	off   int64 // of what is not read yet
+	end   int64
+	bytes []byte // from its beginning; its length is what has come
+	read  int    // of bytes
+	err   error
+}
+
+// parallel returns body, of which more is asked for by open. It is closed with what
+// is returned.
+func (ws *widths) parallel(registry string, body io.ReadCloser, size int64, open opener) io.ReadCloser {
+	w := ws.registry(registry)
+	if ws.most < 2 || size < largeBlob || w.alone() {
+		return body
+	}
+	p := &parallel{ws: ws, w: w, size: size, open: open, body: body, first: body, want: 1}
+	p.change = sync.NewCond(&p.mu)
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	go p.grow()
+	return p
+}
+
+// grow adds connections for as long as that makes the registry faster.
+func (p *parallel) grow() {
+	before := p.ws.pace(p.ctx, p.w)
+	for n := 1; n < p.ws.most && !p.ending(); {
+		if before == 0 || !p.w.growing.TryLock() {
+			before = p.ws.pace(p.ctx, p.w)
+			continue
+		}
+		more := min(2*n, p.ws.most)
+		p.use(more)
+		p.ws.pace(p.ctx, p.w) // until they are under way
+		after := p.ws.pace(p.ctx, p.w)
+		p.w.growing.Unlock()
+		switch {
+		case p.w.refuses(), p.ending():
+			return
+		case !p.ws.grown(before, after):
+			p.use(n)
+			if n == 1 {
+				p.w.rest()
+			}
+			return
+		}
+		before, n = after, more
+	}
+}
+
+// ending says whether there is nothing to ask for any more.
+func (p *parallel) ending() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.closed || p.size-max(p.pos, p.next) < 2*partSize
+}
+
+// use has n connections read.
+func (p *parallel) use(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.want = n
+	p.hire()
+	p.change.Broadcast()
+}
+
+// hire begins to read over the connections that are missing. p.mu is held.
+func (p *parallel) hire() {
+	own := 0
+	if p.body != nil {
+		own = 1
+	}
+	for ; p.want > 1 && p.workers+own < p.want && !p.closed; p.workers++ {
+		go p.work()
+	}
+}
+
+// work asks for parts over one connection, one after the other.
+func (p *parallel) work() {
+	var at *url.URL
+	for {
+		t := p.take()
+		if t == nil {
+			return
+		}
+		var err error
+		if at, err = p.bring(t, at); err != nil {
+			p.fail(t, err)
+		}
+	}
+}
+
+// take returns the next part to ask for, or nil when this connection is not needed
+// any more.
+func (p *parallel) take() *part {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.w.refuses() {
+		p.want = 1
+	}
+	for !p.closed && p.workers <= p.want && p.want > 1 && len(p.parts) > p.want {
+		p.change.Wait()
+	}
+	if len(p.parts) == 0 {
+		p.next = max(p.next, max(p.pos, p.reading)+partSize) // the body comes as far meanwhile
+	}
+	if p.closed || p.workers > p.want || p.want == 1 || p.size-p.next <= 0 || !p.ws.take() {
+		p.workers--
+		return nil
+	}
+	t := &part{off: p.next, end: min(p.next+partSize, p.size)}
+	if n := len(p.free); n > 0 {
+		t.bytes, p.free = p.free[n-1], p.free[:n-1]
+	} else {
+		t.bytes = make([]byte, 0, partSize)
+	}
+	p.next = t.end
+	p.parts = append(p.parts, t)
+	return t
+}
+
+// bring reads a part.
+func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
+	ctx, cancel := context.WithCancel(p.ctx)
+	defer cancel()
+	first, size := t.off, int(t.end-t.off) // the reader changes it
+	stalled := time.AfterFunc(p.ws.stall, cancel)
+	defer stalled.Stop()
+	body, at, err := p.open(ctx, at, first, t.end-1)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	stop := context.AfterFunc(ctx, func() { body.Close() })
+	defer stop()
+	for to := t.bytes[:size]; len(t.bytes) < size; {
+		n, err := body.Read(to[len(t.bytes):])
+		stalled.Reset(p.ws.stall)
+		p.w.received.Add(int64(n))
+		p.mu.Lock()
+		t.bytes = to[:len(t.bytes)+n]
+		if len(p.parts) > 0 && p.parts[0] == t {
+			p.change.Broadcast()
+		}
+		p.mu.Unlock()
+		if err != nil && len(t.bytes) < size {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, err
+		}
+	}
+	_, _ = body.Read(make([]byte, 1)) // its end, so that the connection is used again
+	return at, nil
+}
+
+// fail gives up a part, and to ask for more than one at a time.
+func (p *parallel) fail(t *part, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.closed {
+		p.w.refuse()
+	}
+	t.err = err
+	p.want = 1
+	p.change.Broadcast()
+}
+
+// Read implements io.Reader. It is not for concurrent use.
+func (p *parallel) Read(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		end := p.size
+		if len(p.parts) > 0 {
+			end = p.parts[0].off
+		}
+		switch {
+		case p.closed:
+			return 0, os.ErrClosed
+		case p.pos == p.size:
+			return 0, io.EOF
+		case p.pos == end:
+			p.replaced()
+			if n := p.fromPart(b); n > 0 {
+				return n, nil
+			}
+		case p.body == nil:
+			if err := p.reopen(end); err != nil {
+				return 0, err
+			}
+		default:
+			return p.fromBody(b[:min(int64(len(b)), end-p.pos)])
+		}
+	}
+}
+
+// replaced leaves the body, which has come to what others bring, and has another
+// connection in its place. p.mu is held.
+func (p *parallel) replaced() {
+	switch p.body {
+	case nil:
+		return
+	case p.first:
+		p.rests = p.pos
+	default:
+		p.body.Close()
+	}
+	p.body = nil
+	p.hire()
+}
+
+// fromPart reads from the first part, and waits until there is something, or it has
+// failed, or the reader is closed. It returns 0 then. p.mu is held.
+func (p *parallel) fromPart(b []byte) int {
+	t := p.parts[0]
+	for t.read == len(t.bytes) && t.err == nil && !p.closed {
+		p.change.Wait()
+	}
+	if p.closed {
+		return 0
+	}
+	n := copy(b, t.bytes[t.read:])
+	t.read += n
+	p.pos += int64(n)
+	t.off = p.pos
+	if p.pos == t.end || n == 0 {
+		p.parts = p.parts[1:]
+		if n > 0 {
+			p.free = append(p.free, t.bytes[:0])
+		}
+		p.ws.give()
+		p.change.Broadcast()
+	}
+	return n
+}
+
+// reopen opens what is missing before end. p.mu is held, and given up meanwhile.
+func (p *parallel) reopen(end int64) error {
+	from, rests := p.pos, p.rests
+	p.mu.Unlock()
+	body, err := p.begun(from, end-1)
+	if err != nil {
+		if _, skipErr := io.CopyN(io.Discard, p.first, from-rests); skipErr == nil {
+			body, err = p.first, nil
+		}
+	}
+	p.mu.Lock()
+	if err == nil {
+		p.body = body
+	}
+	return err
+}
+
+// begun opens the bytes from first to last, of which some have come.
+func (p *parallel) begun(first, last int64) (io.ReadCloser, error) {
+	ctx, cancel := context.WithCancel(p.ctx)
+	stalled := time.AfterFunc(p.ws.stall, cancel)
+	body, _, err := p.open(ctx, nil, first, last)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { body.Close() })
+	b := make([]byte, 1)
+	_, err = io.ReadFull(body, b)
+	if !stalled.Stop() && err == nil {
+		err = context.Canceled
+	}
+	if stop(); err != nil {
+		cancel()
+		body.Close()
+		return nil, err
+	}
+	return &cancelBody{&readCloser{io.MultiReader(bytes.NewReader(b), body), body}, cancel}, nil
+}
+
+// fromBody reads from the body. p.mu is held, and given up meanwhile.
+func (p *parallel) fromBody(b []byte) (int, error) {
+	body := p.body
+	p.reading = p.pos + int64(len(b))
+	p.mu.Unlock()
+	n, err := body.Read(b)
+	p.mu.Lock()
+	p.pos += int64(n)
+	p.w.received.Add(int64(n))
+	if n > 0 {
+		err = nil // it comes again
+	}
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// Close ends all that is under way.
+func (p *parallel) Close() error {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return nil
+	}
+	p.closed = true
+	p.cancel()
+	for range p.parts {
+		p.ws.give()
+	}
+	p.parts = nil
+	p.change.Broadcast()
+	body := p.body
+	p.mu.Unlock()
+	if body != nil && body != p.first {
+		body.Close()
+	}
+	return p.first.Close()
+}
+
+// parallel returns what a transfer reads: the body of resp, and what is asked for
+// beside it with the client's credentials.
+func (x *exchange) parallel(resp *reply) io.ReadCloser {
+	tag := resp.Header.Get("Etag")
+	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), resp.ContentLength, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		r, err := x.fetchRange(ctx, at, first, last)
+		if at != nil && (err != nil || r.StatusCode == http.StatusForbidden || r.StatusCode == http.StatusUnauthorized) && ctx.Err() == nil {
+			// What signs its URL may be over. The registry gives another.
+			if err == nil {
+				r.Body.Close()
+			}
+			r, err = x.fetchRange(ctx, nil, first, last)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		wanted := fmt.Sprintf("bytes %d-%d/%d", first, last, resp.ContentLength)
+		other := r.Header.Get("Etag")
+		if r.StatusCode != http.StatusPartialContent || r.Header.Get("Content-Range") != wanted || encoded(r) || other != "" && tag != "" && other != tag {
+			r.Body.Close()
+			return nil, nil, fmt.Errorf("%s answers a request for a part of a blob with %s, %q", x.up.Host, r.Status, r.Header.Get("Content-Range"))
+		}
+		if r.Request != nil && r.Request.URL.Host != x.up.base().Host {
+			at = r.Request.URL
+		}
+		return x.arriving(r.Body), at, nil
+	})
+}
+
+// fetchRange asks the upstream for a part of the blob: where it has redirected to
+// before, or at the registry if at is nil.
+func (x *exchange) fetchRange(ctx context.Context, at *url.URL, first, last int64) (*reply, error) {
+	req := x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", first, last)}})
+	if at != nil {
+		for _, field := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
+			req.Header.Del(field)
+		}
+		req.URL, req.Host = at, ""
+	}
+	return x.send(x.up.Transport, req, true)
+}

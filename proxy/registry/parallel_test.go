@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
+)
+
+// eager adds connections without measuring.
+func eager(ws *widths) *widths {
+	ws.pace = func(ctx context.Context, w *width) int64 {
+		if ctx.Err() != nil {
+			return 0
+		}
+		return 1
+	}
+	ws.grown = func(int64, int64) bool { return true }
+	ws.stall = 300 * time.Millisecond
+	return ws
+}
+
+// stutter gives a few bytes at a time, and an error after some of them.
+type stutter struct {
+	r     io.Reader
+	rng   *rand.Rand
+	left  int
+	err   error
+	alive *atomic.Int64
+	once  sync.Once
+}
+
+func (s *stutter) Read(p []byte) (int, error) {
+	if s.left == 0 {
+		return 0, s.err
+	}
+	n, err := s.r.Read(p[:min(len(p), 1+s.rng.IntN(1<<20), s.left)])
+	s.left -= n
+	return n, err
+}
+
+func (s *stutter) Close() error {
+	s.once.Do(func() { s.alive.Add(-1) })
+	return nil
+}
+
+// Random stories: connections that break off, are refused, or give what they give in
+// pieces. What is read is the blob, or the beginning of it and an error, never
+// anything else; and nothing stays behind.
+func TestParallelStories(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	blob := make([]byte, 48<<20+12345)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for i := range blob {
+		blob[i] = byte(i>>16) ^ byte(i)
+	}
+	var whole int
+	for story := range 60 {
+		var mu sync.Mutex
+		roll := func(n int) int {
+			mu.Lock()
+			defer mu.Unlock()
+			return rng.IntN(n)
+		}
+		size := int64(largeBlob + rng.IntN(len(blob)-largeBlob))
+		want := blob[:size]
+		faulty := rng.IntN(2) == 0
+		ws := eager(newWidths(1 + rng.IntN(8)))
+		var alive, most atomic.Int64
+		body := func(first, last int64, err error) io.ReadCloser {
+			n := alive.Add(1)
+			for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+			}
+			left := int(last - first + 1)
+			if err != nil {
+				left = roll(left)
+			} else {
+				err = io.EOF
+			}
+			return &stutter{r: bytes.NewReader(want[first : last+1]), rng: rand.New(rand.NewPCG(seed, uint64(roll(1<<30)))), left: left, err: err, alive: &alive}
+		}
+		breaks := func() error {
+			if faulty && roll(6) == 0 {
+				return io.ErrUnexpectedEOF
+			}
+			return nil
+		}
+		p := ws.parallel("registry", body(0, size-1, breaks()), size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+			if faulty && roll(12) == 0 {
+				return nil, nil, errors.New("429 Too Many Requests")
+			}
+			if first < 0 || last >= size || first > last || ctx.Err() != nil {
+				return nil, nil, fmt.Errorf("asked for %d to %d of %d", first, last, size)
+			}
+			return body(first, last, breaks()), nil, nil
+		})
+		var got bytes.Buffer
+		buf := make([]byte, 1+rng.IntN(2<<20))
+		leaves := int64(-1)
+		if rng.IntN(4) == 0 {
+			leaves = rng.Int64N(size)
+		}
+		var err error
+		for err == nil && (leaves < 0 || int64(got.Len()) < leaves) {
+			var n int
+			n, err = p.Read(buf)
+			got.Write(buf[:n])
+		}
+		if !bytes.HasPrefix(want, got.Bytes()) {
+			t.Fatalf("story %d: other bytes", story)
+		}
+		switch {
+		case errors.Is(err, io.EOF) && int64(got.Len()) != size:
+			t.Errorf("story %d: an end after %d of %d bytes", story, got.Len(), size)
+		case err != nil && !errors.Is(err, io.EOF) && !faulty:
+			t.Errorf("story %d: %v", story, err)
+		case errors.Is(err, io.EOF):
+			whole++
+		}
+		p.Close()
+		eventually(t, "connections are closed, and memory is given back", func() bool { return alive.Load() == 0 && len(ws.parts) == 0 })
+		if n := most.Load(); n > int64(ws.most)+2 {
+			t.Errorf("story %d: %d connections, of %d at most", story, n, ws.most)
+		}
+	}
+	if whole == 0 {
+		t.Error("no story came to its end")
+	}
+}
+
+// A large blob comes over several connections, no byte is asked for twice, and is
+// kept. A registry that doesn't give the parts that it is asked for is asked for the
+// next blob over one connection.
+func TestSeveralConnections(t *testing.T) {
+	blob := bytesOf(1, 64<<20)
+	etag := `"` + digest.FromBytes(blob).String() + `"`
+	ok := func(http.ResponseWriter, *http.Request) bool { return false }
+	var asked atomic.Int64
+	for _, tt := range []struct {
+		name     string
+		part     func(http.ResponseWriter, *http.Request) (answered bool)
+		redirect bool
+		alone    bool // afterwards
+	}{
+		{name: "parts", part: ok},
+		{name: "redirected", part: ok, redirect: true},
+		{name: "Range ignored", part: func(_ http.ResponseWriter, r *http.Request) bool { r.Header.Del("Range"); return false }, alone: true},
+		{name: "429", part: func(w http.ResponseWriter, _ *http.Request) bool {
+			w.WriteHeader(http.StatusTooManyRequests)
+			return true
+		}, alone: true},
+		{name: "429 after some", part: func(w http.ResponseWriter, _ *http.Request) bool {
+			if asked.Add(1) < 6 {
+				return false
+			}
+			w.WriteHeader(http.StatusTooManyRequests)
+			return true
+		}, alone: true},
+		{name: "stall", part: func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("Content-Range", strings.Replace(r.Header.Get("Range"), "=", " ", 1)+"/"+strconv.Itoa(len(blob)))
+			w.WriteHeader(http.StatusPartialContent)
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+			return true
+		}, alone: true},
+		{name: "another ETag", part: func(w http.ResponseWriter, _ *http.Request) bool {
+			w.Header().Set("Etag", `"another"`)
+			return false
+		}, alone: true},
+		{name: "reset", part: func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }, alone: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			u := newUpstream(t)
+			u.redirect = tt.redirect
+			u.allow("a/b", "Bearer 1")
+			path := "/v2/a/b/blobs/" + u.put("a/b", blob).String()
+			s := newSide(t, u, store.Options{})
+			eager(s.h.widths)
+			var mu sync.Mutex
+			var ranges [][2]int64
+			var firsts, registry int
+			begun := make(chan struct{}) // a part was asked for
+			var once sync.Once
+			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+				if r.URL.Path == path {
+					mu.Lock()
+					registry++
+					mu.Unlock()
+				}
+				if tt.redirect && r.URL.Path == path {
+					return false
+				}
+				w.Header().Set("Etag", etag)
+				rng := r.Header.Get("Range")
+				mu.Lock()
+				first := rng == ""
+				if first {
+					firsts++
+				} else {
+					var b [2]int64
+					if _, err := fmt.Sscanf(rng, "bytes=%d-%d", &b[0], &b[1]); err != nil {
+						b[1] = int64(len(blob)) - 1 // to the end
+					}
+					ranges = append(ranges, b)
+				}
+				mu.Unlock()
+				if first {
+					w.Header().Set("Content-Length", strconv.Itoa(len(blob)))
+					_, _ = w.Write(blob[:1<<20])
+					w.(http.Flusher).Flush()
+					select {
+					case <-begun:
+					case <-r.Context().Done():
+					}
+					_, _ = w.Write(blob[1<<20:])
+					return true
+				}
+				once.Do(func() { close(begun) })
+				if !tt.part(w, r) {
+					http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(blob))
+				}
+				return true
+			}
+			a := s.do("GET", path, "Bearer 1")
+			if a.err != nil || !bytes.Equal(a.body, blob) {
+				t.Fatalf("%d bytes, %v", len(a.body), a.err)
+			}
+			eventually(t, "it is kept", func() bool { return s.store.Has(digest.FromBytes(blob)) })
+			mu.Lock()
+			defer mu.Unlock()
+			if firsts != 1 || len(ranges) == 0 {
+				t.Errorf("%d times all, %v", firsts, ranges)
+			}
+			if !tt.alone {
+				slices.SortFunc(ranges, func(a, b [2]int64) int { return cmp.Compare(a[0], b[0]) })
+				for i, r := range ranges[1:] {
+					if r[0] != ranges[i][1]+1 {
+						t.Errorf("parts %v", ranges)
+						break
+					}
+				}
+				if last := ranges[len(ranges)-1][1]; last != int64(len(blob))-1 {
+					t.Errorf("the last part ends at %d", last)
+				}
+				if tt.redirect && registry > s.h.widths.most+1 {
+					t.Errorf("the registry was asked %d times where its blob is", registry)
+				}
+			}
+			if got := s.h.widths.registry(strings.TrimPrefix(u.srv.URL, "https://")).refuses(); got != tt.alone {
+				t.Errorf("it is asked over one connection alone: %v", got)
+			}
+			eventually(t, "memory is given back", func() bool { return len(s.h.widths.parts) == 0 })
+		})
+	}
+}
