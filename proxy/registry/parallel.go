@@ -42,6 +42,8 @@ const (
 // blob sooner.
 type widths struct {
 	most  int                                 // connections for a blob
+	from  int64                               // of how many bytes it is, at least
+	part  int64                               // bytes of a part
 	parts chan struct{}                       // that there may be more
 	pace  func(context.Context, *width) int64 // bytes per paceTime, 0 when ctx is done
 	grown func(before, after int64) bool
@@ -62,7 +64,7 @@ type width struct {
 
 func newWidths(most int) *widths {
 	return &widths{
-		most: most, parts: make(chan struct{}, maxParts), of: make(map[string]*width), stall: stallTime,
+		most: most, from: largeBlob, part: partSize, parts: make(chan struct{}, maxParts), of: make(map[string]*width), stall: stallTime,
 		pace: func(ctx context.Context, w *width) int64 {
 			before := w.received.Load()
 			select {
@@ -162,7 +164,7 @@ type part struct {
 // is returned.
 func (ws *widths) parallel(registry string, body io.ReadCloser, size int64, open opener) io.ReadCloser {
 	w := ws.registry(registry)
-	if ws.most < 2 || size < largeBlob || w.alone() {
+	if ws.most < 2 || size < ws.from || w.alone() {
 		return body
 	}
 	p := &parallel{ws: ws, w: w, size: size, open: open, body: body, first: body, want: 1}
@@ -203,7 +205,7 @@ func (p *parallel) grow() {
 func (p *parallel) ending() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.closed || p.size-max(p.pos, p.next) < 2*partSize
+	return p.closed || p.size-max(p.pos, p.next) < 2*p.ws.part
 }
 
 // use has n connections read.
@@ -253,17 +255,17 @@ func (p *parallel) take() *part {
 		p.change.Wait()
 	}
 	if len(p.parts) == 0 {
-		p.next = max(p.next, max(p.pos, p.reading)+partSize) // the body comes as far meanwhile
+		p.next = max(p.next, max(p.pos, p.reading)+p.ws.part) // the body comes as far meanwhile
 	}
 	if p.closed || p.workers > p.want || p.want == 1 || p.size-p.next <= 0 || !p.ws.take() {
 		p.workers--
 		return nil
 	}
-	t := &part{off: p.next, end: min(p.next+partSize, p.size)}
+	t := &part{off: p.next, end: min(p.next+p.ws.part, p.size)}
 	if n := len(p.free); n > 0 {
 		t.bytes, p.free = p.free[n-1], p.free[:n-1]
 	} else {
-		t.bytes = make([]byte, 0, partSize)
+		t.bytes = make([]byte, 0, p.ws.part)
 	}
 	p.next = t.end
 	p.parts = append(p.parts, t)
