@@ -64,6 +64,8 @@ func newOracleSide(dir string, now func() time.Time) (*oracleSide, error) {
 
 func (s *oracleSide) start() {
 	s.h = New(Options{Store: s.store, RightsTTL: oracleTTL, StaleIfError: oracleStale, File: filepath.Join(s.dir, "memory.json"), Log: slog.New(slog.DiscardHandler), now: s.now})
+	eager(s.h.widths)
+	s.h.widths.from, s.h.widths.part = 64<<10, 16<<10 // some of the contents come in parts
 }
 
 // restart begins anew, with what is kept over restarts.
