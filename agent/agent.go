@@ -40,7 +40,7 @@ import (
 	"weir/proxy/upstream"
 )
 
-// Config of an agent. Empty fields mean what DefaultConfig has.
+// Config of an agent. Where it is not said what an empty field means, it has to be set.
 type Config struct {
 	// DataDir keeps the CA, the store, and the list of what was installed.
 	DataDir string
