@@ -39,7 +39,9 @@ func (r *Root) openParent(name string) (parent *dir, base string, err error) {
 	return parent, path.Base(name), err
 }
 
-// makeDir is MkdirAll and openDir in one.
+// makeDir makes the directory name and those above it that are missing, with
+// mode 0755 whatever the umask, and opens it. It returns the directories that it
+// made, the topmost first, also when it fails.
 func (r *Root) makeDir(name string) (_ *dir, made []string, err error) {
 	name = path.Clean("/" + name)
 	d, err := r.openDir(name)

@@ -196,52 +196,6 @@ func (r *Root) ReadDir(name string) ([]string, error) {
 	return names, nil
 }
 
-// MkdirAll makes the directory name and those above it that are missing, with
-// mode 0755 whatever the umask. It returns the directories that it made, the
-// topmost first, also when it fails.
-func (r *Root) MkdirAll(name string) (made []string, err error) {
-	d, made, err := r.makeDir(name)
-	if err != nil {
-		return made, err
-	}
-	d.close()
-	return made, nil
-}
-
-// WriteFile makes the file name hold b, replacing what has that name. It
-// follows symbolic links to the directory but not the file's own. No reader
-// sees the file with only a part of b.
-func (r *Root) WriteFile(name string, b []byte, perm fs.FileMode) error {
-	parent, base, err := r.openParent(name)
-	if err != nil {
-		return err
-	}
-	defer parent.close()
-	s, err := r.stage(parent, nil, b, perm, true)
-	if err == nil {
-		defer s.close()
-		err = s.place(parent, base, true)
-	}
-	if err != nil {
-		return &fs.PathError{Op: "write", Path: name, Err: err}
-	}
-	return nil
-}
-
-// Remove removes the file name, which may be a symbolic link but not a
-// directory.
-func (r *Root) Remove(name string) error {
-	parent, base, err := r.openParent(name)
-	if err != nil {
-		return err
-	}
-	defer parent.close()
-	if err := unix.Unlinkat(parent.fd, base, 0); err != nil {
-		return &fs.PathError{Op: "remove", Path: name, Err: err}
-	}
-	return nil
-}
-
 // RemoveDirIfEmpty removes the directory name if nothing is in it, and reports
 // whether it did. A directory that is not there is no error.
 func (r *Root) RemoveDirIfEmpty(name string) (bool, error) {
