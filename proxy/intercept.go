@@ -104,8 +104,7 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 	if err := c.HandshakeContext(hctx); err != nil {
 		// An alert is the client's word that it doesn't trust us; a
 		// connection that just ends is not.
-		var alert *net.OpError
-		if errors.As(err, &alert) && alert.Op == "remote error" && f.Rejected != nil {
+		if alert, ok := errors.AsType[*net.OpError](err); ok && alert.Op == "remote error" && f.Rejected != nil {
 			f.Rejected(host, err)
 		}
 		p.log.Debug("TLS with a client failed", "client", f.Client, "registry", host, "err", err)

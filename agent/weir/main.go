@@ -42,13 +42,11 @@ func run() int {
 	if err == nil {
 		return 0
 	}
-	var silent silentError
-	if errors.As(err, &silent) {
+	if _, ok := errors.AsType[silentError](err); ok {
 		return exitFailed
 	}
 	fmt.Fprintf(os.Stderr, "weir: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
-	var usage usageError
-	if errors.As(err, &usage) || strings.HasPrefix(err.Error(), "unknown command") {
+	if _, ok := errors.AsType[usageError](err); ok || strings.HasPrefix(err.Error(), "unknown command") {
 		fmt.Fprintf(os.Stderr, "See `%s --help`.\n", cmd.CommandPath())
 		return exitUsage
 	}
