@@ -3,7 +3,6 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -35,7 +34,7 @@ type intercepted struct {
 
 func (p *Proxy) newIntercepted(conn *net.TCPConn, f Flow, o opening, up registry.Upstream, out *upstream.Transport) *intercepted {
 	up.Transport = out
-	c := &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, out, p.open(), func() {}}
+	c := &intercepted{replayConn{conn, o.bytes}, up, out, p.open(), func() {}}
 	if f.Closed != nil {
 		c.closed = sync.OnceFunc(f.Closed)
 	}
