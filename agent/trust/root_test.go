@@ -3,7 +3,6 @@
 package trust
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -246,68 +244,6 @@ func TestRootReadFileLease(t *testing.T) {
 	})
 }
 
-func TestRootMkdirAll(t *testing.T) {
-	old := unix.Umask(0o077)
-	defer unix.Umask(old)
-	dir := t.TempDir()
-	build(t, dir, "a/", "link->/a", "dangling->/nowhere", "file=x")
-	r := openDirRoot(t, dir)
-	made, err := r.mkdirAll("/link/b/c:/d")
-	if want := []string{"/link/b", "/link/b/c:", "/link/b/c:/d"}; err != nil || !slices.Equal(made, want) {
-		t.Errorf("made %v, %v, want %v", made, err, want)
-	}
-	for _, p := range []string{"a/b", "a/b/c:", "a/b/c:/d"} {
-		if fi, err := os.Stat(filepath.Join(dir, p)); err != nil || fi.Mode().Perm() != 0o755 {
-			t.Errorf("%s: %v, %v", p, fi, err)
-		}
-	}
-	if made, err := r.mkdirAll("a/b/c:/d"); err != nil || len(made) != 0 {
-		t.Errorf("a second time it made %v, %v", made, err)
-	}
-	for _, p := range []string{"dangling", "dangling/x", "file", "file/x"} {
-		if made, err := r.mkdirAll(p); err == nil || len(made) != 0 {
-			t.Errorf("mkdirAll(%s) made %v, %v", p, made, err)
-		}
-	}
-	if _, err := openDirRoot(t, "/").mkdirAll("/sys/fs/cgroup/unified/weir-trust-test"); err == nil || !strings.Contains(err.Error(), "file system of the kernel") {
-		t.Errorf("a directory among the cgroups: %v", err)
-	}
-}
-
-func TestRootWriteFile(t *testing.T) {
-	for _, noTmpfile := range []bool{false, true} {
-		t.Run(fmt.Sprintf("noTmpfile=%v", noTmpfile), func(t *testing.T) {
-			dir := t.TempDir()
-			build(t, dir, "etc/target=old", "etc/link->/etc/target", "etc/dir/", "var->/etc")
-			r := openDirRoot(t, dir)
-			r.noTmpfile = noTmpfile
-			for i, name := range []string{"/etc/new", "var/new", "etc/link"} {
-				content := bytes.Repeat([]byte{byte('a' + i)}, 100_000*i)
-				if err := r.writeFile(name, content, 0o640); err != nil {
-					t.Errorf("writeFile(%s): %v", name, err)
-				}
-				if b, err := r.ReadFile(name, 1<<20); err != nil || !bytes.Equal(b, content) {
-					t.Errorf("%s has %d bytes, %v, want %d", name, len(b), err, len(content))
-				}
-				if fi, err := os.Lstat(filepath.Join(dir, strings.Replace(name, "var", "etc", 1))); err != nil || fi.Mode() != 0o640 {
-					t.Errorf("%s: mode %v, %v", name, fi.Mode(), err)
-				}
-			}
-			if b, _ := r.ReadFile("etc/target", 100); string(b) != "old" {
-				t.Errorf("wrote through the link: %q", b)
-			}
-			if err := r.writeFile("etc/dir", nil, 0o644); err == nil {
-				t.Error("replaced a directory")
-			}
-			names, err := r.ReadDir("/etc")
-			slices.Sort(names)
-			if want := []string{"dir", "link", "new", "target"}; err != nil || !slices.Equal(names, want) {
-				t.Errorf("the directory has %v, %v, want %v", names, err, want)
-			}
-		})
-	}
-}
-
 func TestRootRemove(t *testing.T) {
 	dir := t.TempDir()
 	build(t, dir, "full/file=x", "empty/", "link->/full/file", "dirlink->/empty")
@@ -460,38 +396,6 @@ func TestOpenRoot(t *testing.T) {
 	if _, err := r.ReadFile("/etc", 10); !errors.Is(err, fs.ErrClosed) {
 		t.Errorf("after Close: %v", err)
 	}
-}
-
-// mkdirAll makes the directory name and those above it that are missing, with
-// mode 0755 whatever the umask. It returns the directories that it made, the
-// topmost first, also when it fails.
-func (r *Root) mkdirAll(name string) (made []string, err error) {
-	d, made, err := r.makeDir(name)
-	if err != nil {
-		return made, err
-	}
-	d.close()
-	return made, nil
-}
-
-// writeFile makes the file name hold b, replacing what has that name. It
-// follows symbolic links to the directory but not the file's own. No reader
-// sees the file with only a part of b.
-func (r *Root) writeFile(name string, b []byte, perm fs.FileMode) error {
-	parent, base, err := r.openParent(name)
-	if err != nil {
-		return err
-	}
-	defer parent.close()
-	s, err := r.stage(parent, nil, b, perm, true)
-	if err == nil {
-		defer s.close()
-		err = s.place(parent, base, true)
-	}
-	if err != nil {
-		return &fs.PathError{Op: "write", Path: name, Err: err}
-	}
-	return nil
 }
 
 // remove removes the file name, which may be a symbolic link but not a
