@@ -306,7 +306,7 @@ func TestFaultFullDisk(t *testing.T) {
 	s.rounds(func(ref string, im lab.Pushed) {
 		first := s.start(ref, im, []int{0})
 		others := s.start(ref, im, all(5)[1:])
-		someTime()
+		begun(s.t, s.agents[0])
 		_, _ = s.nodes[0].Output("dd", "if=/dev/zero", "of=/var/lib/weir/fill", "bs=1M") // until it is full
 		others()
 		first()
