@@ -67,7 +67,7 @@ type Config struct {
 	MirrorDefault string
 	// StoreSize bounds the blobs' bytes; 0 means a tenth of the file system.
 	StoreSize int64
-	// RightsTTL is how long a registry's word that a client may read a
+	// RightsTTL is how long a registry's answer that a client may read a
 	// repository is good.
 	RightsTTL time.Duration
 	// StaleIfError is for how long a registry's last answer is good while it

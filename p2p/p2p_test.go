@@ -64,7 +64,7 @@ func (s *shelf) put(b []byte) digest.Digest {
 	return d
 }
 
-func (s *shelf) Recall(name string) []byte {
+func (s *shelf) Export(name string) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.names[name]

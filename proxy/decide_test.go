@@ -30,7 +30,7 @@ func TestDownButRemembered(t *testing.T) {
 	l := listen(t)
 	s := newStage(t, l)
 	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(giveManifest))
-	s.remember()
+	s.keepStale()
 	// What was found out before isn't known to these.
 	anew := func(network string) {
 		e := s.newEgress(s.world.Pool)
@@ -64,7 +64,7 @@ func TestDownButRemembered(t *testing.T) {
 	l3 := listen(t)
 	evil := newStage(t, l3)
 	evil.serveTLS(l3, &tls.Config{}, http.HandlerFunc(giveManifest))
-	evil.remember()
+	evil.keepStale()
 	e := evil.newEgress(s.world.Pool)
 	evil.change(func(f *Flow) { f.Egress = e })
 	if got := evil.issuer("registry.test"); got != "world" {
@@ -189,8 +189,8 @@ func TestUnverifiableUpstreamIsPassedThrough(t *testing.T) {
 	}
 }
 
-// Who gives a registry's name to an address of his own has no effect on another
-// client in the same network namespace, before him or after.
+// A client that gives a registry's name to an address of its own has no effect on
+// another one in the same network namespace, before it or after.
 func TestForgedName(t *testing.T) {
 	for _, first := range []string{"the registry", "the forger"} {
 		t.Run(first+" first", func(t *testing.T) {

@@ -17,7 +17,7 @@ type Flow struct {
 	// NetworkID tells the network that Dst is an address in from all others that
 	// there ever were. Empty means the node's.
 	NetworkID string
-	// Egress is the way out of the client's network namespace.
+	// Egress dials from the client's network namespace.
 	Egress *upstream.Egress
 	// Client names the client in logs.
 	Client string

@@ -94,7 +94,7 @@ func TestLateHello(t *testing.T) {
 			l := listen(t)
 			s := newStage(t, l)
 			s.serveTLS(l, &tls.Config{}, http.HandlerFunc(giveManifest))
-			s.remember()
+			s.keepStale()
 			l.Close()
 			e := s.newEgress(s.world.Pool)
 			s.change(func(f *Flow) { f.Egress = e })

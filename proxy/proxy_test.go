@@ -117,8 +117,8 @@ func (s *stage) place(at func(netip.AddrPort) netip.AddrPort) { s.dialed.Store(&
 // Reaches implements Options.Node.
 func (s *stage) Reaches(context.Context, upstream.Host) bool { return s.node.Load() }
 
-// remember has something to serve of the registry without it.
-func (s *stage) remember() {
+// keepStale has something to serve of the registry without it.
+func (s *stage) keepStale() {
 	s.t.Helper()
 	resp, err := s.client().Get(fmt.Sprintf("https://registry.test:%d/v2/a/manifests/1", s.dst.Port()))
 	if err != nil {

@@ -42,7 +42,7 @@ func agentCommand() *cobra.Command {
 	f.StringVar(&conf.MirrorDefault, "mirror-default", agent.DefaultMirror, "the `registry` of requests to the mirror that name none")
 	f.StringVar(&conf.ProxyListen, "proxy-listen", "", "`address` of a forward proxy for HTTPS_PROXY, for clients that trust weir's CA (default: none; without a host: loopback)")
 	f.StringVar(&size, "store-size", "", "bound of the store, such as 50GiB (default: a tenth of the file system)")
-	f.DurationVar(&conf.RightsTTL, "rights-ttl", registry.DefaultRightsTTL, "how long a registry's word that a client may read a repository is good")
+	f.DurationVar(&conf.RightsTTL, "rights-ttl", registry.DefaultRightsTTL, "how long a registry's answer that a client may read a repository is good")
 	f.DurationVar(&conf.StaleIfError, "stale-if-error", registry.DefaultStaleIfError, "for how long a registry's last answer is good while it gives no other; 0 is never")
 	f.StringSliceVar(&tagTTL, "tag-ttl", nil, "for how long a tag is what it was, without a question to the registry, `[REGISTRY=]DURATION`; may be repeated (default: ask at each pull)")
 	peerFlags(f, &conf)

@@ -52,7 +52,7 @@ func TestRights(t *testing.T) {
 	// A right to one repository is none to what is only in another.
 	s.want(s.do("GET", path("team/other", secret), "Bearer bob"), 404, nil, "GET "+path("team/other", secret))
 	s.want(s.do("GET", path("library/public", secret), ""), 404, nil, "GET "+path("library/public", secret))
-	// A manifest that names it doesn't make it a member.
+	// A manifest that names it doesn't make it the repository's content.
 	m, _ := u.putManifest("team/other", "trap", docker2, secret)
 	s.want(s.do("GET", "/v2/team/other/manifests/"+m.String(), "Bearer bob"), 200, nil, "GET /v2/team/other/manifests/"+m.String())
 	s.want(s.do("GET", path("team/other", secret), "Bearer bob"), 404, nil, "GET "+path("team/other", secret))

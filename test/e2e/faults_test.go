@@ -384,8 +384,8 @@ func (l *liar) Progress(d digest.Digest) (int64, int64, bool, error) {
 	return 0, 0, false, p2p.ErrNotHere
 }
 
-// Recall implements p2p.Content.
-func (*liar) Recall(string) []byte { return nil }
+// Export implements p2p.Content.
+func (*liar) Export(string) []byte { return nil }
 
 // Figures implements p2p.Content.
 func (*liar) Figures() []byte { return nil }
