@@ -40,7 +40,7 @@ import (
 	"weir/proxy/upstream"
 )
 
-// Config of an agent. Empty fields mean what DefaultConfig has.
+// Config of an agent. Where it is not said what an empty field means, it has to be set.
 type Config struct {
 	// DataDir keeps the CA, the store, and the list of what was installed.
 	DataDir string
@@ -67,7 +67,7 @@ type Config struct {
 	MirrorDefault string
 	// StoreSize bounds the blobs' bytes; 0 means a tenth of the file system.
 	StoreSize int64
-	// RightsTTL is how long a registry's word that a client may read a
+	// RightsTTL is how long a registry's answer that a client may read a
 	// repository is good.
 	RightsTTL time.Duration
 	// StaleIfError is for how long a registry's last answer is good while it

@@ -178,8 +178,8 @@ func (p *peers) Want(ctx context.Context, d digest.Digest, pace int64) registry.
 // content is what peers get: p2p.Content has names in common with p2p.Node.
 type content struct{ *peers }
 
-// Recall implements p2p.Content.
-func (c content) Recall(hash string) []byte {
+// Export implements p2p.Content.
+func (c content) Export(hash string) []byte {
 	select {
 	case <-c.ready:
 		return c.registry.Export(hash)

@@ -5,10 +5,7 @@ package p2p
 import (
 	"encoding/json"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -119,38 +116,6 @@ func FuzzAnswer(f *testing.F) {
 			if s.ID == "" || len(s.Addrs) > maxAddrs {
 				t.Errorf("%+v", s)
 			}
-		}
-	})
-}
-
-func FuzzRangeFrom(f *testing.F) {
-	f.Add("bytes=1-")
-	f.Add("")
-	f.Fuzz(func(t *testing.T, s string) {
-		if n, ok := rangeFrom(s); ok && n < 0 {
-			t.Errorf("%q: %d", s, n)
-		}
-	})
-}
-
-func FuzzSwarmKey(f *testing.F) {
-	f.Add([]byte("/key/swarm/psk/1.0.0/\n/base16/\n5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a\n"))
-	f.Add([]byte("/key/swarm/psk/1.0.0/\n/base64/\nAAAA\n"))
-	f.Add([]byte("/key/swarm/psk/1.0.0/\n/bin/\n"))
-	file := filepath.Join(f.TempDir(), "swarm.key")
-	_ = os.WriteFile(file, nil, 0o600)
-	_, err := ReadSwarmKey(file)
-	fixed := err.Error() // whatever the file has
-	f.Fuzz(func(t *testing.T, b []byte) {
-		if err := os.WriteFile(file, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		key, err := ReadSwarmKey(file)
-		if err == nil && len(key) != 32 {
-			t.Errorf("a key of %d bytes", len(key))
-		}
-		if err != nil && strings.Contains(strings.TrimPrefix(err.Error(), file), string(b)) && !strings.Contains(fixed, string(b)) {
-			t.Errorf("the error shows the file: %v", err)
 		}
 	})
 }

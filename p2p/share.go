@@ -473,16 +473,16 @@ func (n *Node) small(ctx context.Context, src source, path string, limit int64) 
 	return b, err
 }
 
-// Recall returns what peers know under a name that they provide. Those that are
+// LoadName returns what peers know under a name that they provide. Those that are
 // silent while others answer are waited for a moment.
-func (n *Node) Recall(ctx context.Context, name string) (all [][]byte) {
+func (n *Node) LoadName(ctx context.Context, name string) (all [][]byte) {
 	k := nameKey(name)
 	a, _ := n.consult(ctx, question{Op: opFind, Key: k})
 	sources := n.goodOf(a.Sources)
 	answers := make(chan []byte, len(sources))
 	for _, src := range sources {
 		go func() {
-			b, _ := n.small(n.ctx, src, "/names/"+HashName(name), maxRecall)
+			b, _ := n.small(n.ctx, src, "/names/"+HashName(name), maxName)
 			answers <- b
 		}()
 	}
@@ -505,5 +505,5 @@ func (n *Node) Recall(ctx context.Context, name string) (all [][]byte) {
 	return all
 }
 
-// HashName is what [Content.Recall] gets for a name.
+// HashName is what [Content.Export] gets for a name.
 func HashName(name string) string { return fmt.Sprintf("%x", nameKey(name)[2:]) }

@@ -34,9 +34,9 @@ type Content interface {
 	// how many there will be or -1, and whether it is kept. The error is
 	// [ErrNotHere].
 	Progress(d digest.Digest) (arrived, size int64, kept bool, err error)
-	// Recall returns what is known under a name that was given to
+	// Export returns what is known under a name that was given to
 	// [Node.ProvideName] as its hash, hexadecimal, or nil.
-	Recall(name string) []byte
+	Export(name string) []byte
 	// Figures returns this node's figures for peers, at most [MaxFigures]
 	// bytes of JSON, or nil when there is nothing to say yet.
 	Figures() []byte
@@ -63,8 +63,8 @@ const (
 	maxServing, maxServingEach = 64, 16
 	// sendSize is how many bytes are sent at a time.
 	sendSize = 256 << 10
-	// maxRecall bounds what is known under a name.
-	maxRecall = 4 << 20
+	// maxName bounds what is known under a name.
+	maxName = 4 << 20
 )
 
 // serving counts what is sent to peers.
@@ -155,7 +155,7 @@ func (n *Node) serveTransfers() {
 			http.Error(w, "not the hash of a name", http.StatusBadRequest)
 			return
 		}
-		b := n.opts.Content.Recall(r.PathValue("name"))
+		b := n.opts.Content.Export(r.PathValue("name"))
 		if b == nil {
 			http.Error(w, "nothing is known", http.StatusNotFound)
 			return

@@ -95,8 +95,7 @@ func (s *splitter) run() {
 	for {
 		c, err := l.Accept()
 		if err != nil {
-			var ne net.Error
-			if errors.As(err, &ne) && s.libp2p.ctx.Err() == nil && !errors.Is(err, net.ErrClosed) { // out of descriptors
+			if _, ok := errors.AsType[net.Error](err); ok && s.libp2p.ctx.Err() == nil && !errors.Is(err, net.ErrClosed) { // out of descriptors
 				time.Sleep(50 * time.Millisecond)
 				continue
 			}

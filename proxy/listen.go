@@ -15,6 +15,14 @@ import (
 	"weir/proxy/upstream"
 )
 
+const (
+	// silence is how long a client may say nothing before the destination is
+	// dialled, for protocols in which the server speaks first.
+	silence = 100 * time.Millisecond
+	// helloTime is how much longer it is listened to when the destination isn't there.
+	helloTime = 2 * time.Second
+)
+
 // opening is how a connection begins.
 type opening struct {
 	hello

@@ -4,7 +4,6 @@ package proxy
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -152,16 +151,16 @@ func (c *recorder) SetWriteDeadline(time.Time) error { return nil }
 // replayConn gives the bytes that were peeked before those of the connection.
 type replayConn struct {
 	*net.TCPConn
-	head *bytes.Reader
+	head []byte
 }
 
 func (c *replayConn) Read(p []byte) (int, error) {
-	if c.head.Len() > 0 {
-		n, err := c.head.Read(p)
-		if c.head.Len() == 0 {
-			c.head.Reset(nil) // the connection may live long
-		}
-		return n, err
+	if len(c.head) == 0 {
+		return c.TCPConn.Read(p)
 	}
-	return c.TCPConn.Read(p)
+	n := copy(p, c.head)
+	if c.head = c.head[n:]; len(c.head) == 0 {
+		c.head = nil // the connection may live long
+	}
+	return n, nil
 }

@@ -13,15 +13,11 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
-	"errors"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,51 +27,6 @@ import (
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )
-
-// Flow is a redirected connection's meaning: what the agent knows of it.
-type Flow struct {
-	// Dst is where the client wanted to go.
-	Dst netip.AddrPort
-	// NetworkID tells the network that Dst is an address in from all others that
-	// there ever were. Empty means the node's.
-	NetworkID string
-	// Egress is the way out of the client's network namespace.
-	Egress *upstream.Egress
-	// Client names the client in logs.
-	Client string
-	// Direct says that the connection is passed through unseen.
-	Direct bool
-	// Closed is called once, when the client's connection is closed. It may be
-	// nil.
-	Closed func()
-	// Trusts says whether the client's runtime trusts weir's CA for a
-	// registry, and sees to it that it can. The name is canonical, but for
-	// upper-case letters that the client has written. Nil means never.
-	Trusts func(host registry.Known, name string) bool
-	// Settings returns what the client's runtime verifies a registry with, and
-	// shows to it, beside the usual. The error says why that can't be had.
-	// Nil means nothing.
-	Settings func(host registry.Known, name string) (upstream.Settings, error)
-	// Learn is told of a host that the client has connected to, and that is a
-	// registry, though not a known one. ownRoots says that only the client's runtime
-	// verifies it so. The error says why it isn't learned. Nil means that none is.
-	Learn func(host string, ownRoots bool) error
-	// Unsure is told of a host that the client has connected to, and of which it isn't
-	// known whether it is a registry, or that is one which isn't known; and when it is
-	// known to be none. It may be nil.
-	Unsure func(host string, unsure bool)
-	// Leave has further connections to Dst from the client's network not come here for
-	// that long: no registry is there. Want has them come, whatever its port: one is
-	// there, without TLS. They may be nil.
-	Leave func(long time.Duration)
-	Want  func()
-	// Accepted is told when the client has trusted weir's certificate. It may be
-	// nil.
-	Accepted func()
-	// Rejected is told when the client did not trust weir's certificate all
-	// the same. It may be nil.
-	Rejected func(host string, err error)
-}
 
 // Leaves issues the certificates that the proxy shows to clients.
 type Leaves interface {
@@ -127,26 +78,6 @@ type Stats struct {
 	Unverified int64 `json:"unverified"`
 }
 
-// place is an address in a network.
-type place struct {
-	network string
-	addr    netip.AddrPort
-}
-
-// maxServing bounds the addresses of registries that are remembered.
-const maxServing = 4096
-
-// leaveTime is how long an address is left alone where there was no registry: another
-// host may have the same one.
-const leaveTime = 10 * time.Minute
-
-// leave has connections to a destination not come here, unless there is a registry too.
-func (p *Proxy) leave(f Flow) {
-	if f.Leave != nil && !p.serving.Contains(place{f.NetworkID, f.Dst}) {
-		f.Leave(leaveTime)
-	}
-}
-
 const (
 	// peekTimeout is how long a client that has begun to speak may take to
 	// say what it wants.
@@ -158,21 +89,10 @@ const (
 	// be closed at the end, and idleLook how often that is looked at.
 	idleTime = 5 * time.Second
 	idleLook = 100 * time.Millisecond
-	// silence is how long a client may say nothing before the destination is
-	// dialled, for protocols in which the server speaks first.
-	silence = 100 * time.Millisecond
-	// helloTime is how much longer it is listened to when the destination isn't there.
-	helloTime = 2 * time.Second
 	// maxRequestHead bounds a request's head, which is held for as long as the
 	// answer takes. A token has some 20 KB, and large registries take no more than
 	// 64 to 128 KB.
 	maxRequestHead = 128 << 10
-	// staleDialTimeout bounds the look at a registry that there is something to
-	// serve of without it. Clients wait 10 seconds for a TLS handshake.
-	staleDialTimeout = time.Second
-	// nodeDialTime is when the node itself looks as well, where the client's
-	// network is silent.
-	nodeDialTime = 300 * time.Millisecond
 )
 
 // New returns a proxy. Close it.
@@ -201,33 +121,6 @@ func New(o Options) *Proxy {
 	return p
 }
 
-type upstreamKey struct{}
-
-func (p *Proxy) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	c := r.Context().Value(upstreamKey{}).(*intercepted)
-	c.opened()
-	p.opts.Registry.Serve(w, r, c.up)
-}
-
-// intercepted is a connection whose client believes to speak to up.
-type intercepted struct {
-	replayConn
-	up  registry.Upstream
-	out *upstream.Transport // up's
-	// opened is called when it has had a request, or none comes.
-	opened func()
-	closed func()
-}
-
-func (p *Proxy) newIntercepted(conn *net.TCPConn, f Flow, o opening, up registry.Upstream, out *upstream.Transport) *intercepted {
-	up.Transport = out
-	c := &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, out, p.open(), func() {}}
-	if f.Closed != nil {
-		c.closed = sync.OnceFunc(f.Closed)
-	}
-	return c
-}
-
 // open counts a connection of which it isn't known yet what becomes of it, until
 // what it returns is called.
 func (p *Proxy) open() (opened func()) {
@@ -240,14 +133,6 @@ func (p *Proxy) open() (opened func()) {
 		p.changed.Broadcast()
 		p.mu.Unlock()
 	})
-}
-
-// Close implements net.Conn.
-func (c *intercepted) Close() error {
-	c.opened()
-	defer c.closed()
-	c.out.Close()
-	return c.replayConn.Close()
 }
 
 // Stats returns the proxy's figures.
@@ -302,185 +187,6 @@ func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bo
 		return false
 	}
 	return p.intercept(ctx, conn, f, o, up, target)
-}
-
-// decide returns the registry, and where it is, when the connection is to be
-// intercepted, and otherwise why not.
-func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstream, t upstream.Target, why string) {
-	name := h.host
-	if name == "" { // clients name no IP addresses, RFC 6066 section 3
-		name = f.Dst.Addr().String()
-	}
-	t = upstream.Target{Host: upstream.ParseHost(net.JoinHostPort(name, portOf(f.Dst))), Addr: f.Dst}
-	host := t.Host.String()
-	known, ok := p.opts.Hosts.Find(host)
-	spelled := host
-	if h.spelled != strings.ToLower(h.spelled) {
-		spelled = net.JoinHostPort(h.spelled, portOf(f.Dst))
-	}
-	if ok {
-		p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})
-	}
-	switch {
-	case !ok && !h.http1:
-		p.leave(f)
-		return up, t, "not a known registry, and the client doesn't speak HTTP/1.1"
-	case !ok:
-		p.see(ctx, host, f)
-		return up, t, "not a known registry"
-	case !h.http1:
-		return up, t, "the client doesn't speak HTTP/1.1"
-	case !p.opts.Leaves.Permits(name):
-		return up, t, "the CA may not speak for this host, or not at this time"
-	case f.Trusts == nil || !f.Trusts(known, spelled):
-		if host != known.Host { // by its domain alone
-			p.see(ctx, host, f)
-		}
-		return up, t, "the runtime isn't known to trust the CA"
-	}
-	var s upstream.Settings
-	if f.Settings != nil {
-		var err error
-		if s, err = f.Settings(known, host); err != nil {
-			p.log.Warn("a runtime's settings for a registry can't be used; passed through", "client", f.Client, "registry", host, "err", err)
-			return up, t, "the runtime's settings for the registry can't be used"
-		}
-	}
-	up = registry.Upstream{Host: host, NetworkID: f.NetworkID, AnyNetwork: known.AnyNetwork, Client: f.Client}
-	if len(s.Certificates) > 0 {
-		up.ClientIdentity = s.Key
-	}
-	// Who is trusted by this node is the registry of that name for all clients;
-	// who is trusted by the runtime alone, only for those with the same settings.
-	t.Settings = s.WithoutRoots()
-	err := p.verify(ctx, f, t)
-	if err != nil && s.Roots != nil && upstream.Refused(err) {
-		up.TrustRootsID, t.Settings = s.Key, s
-		err = p.verify(ctx, f, t)
-	}
-	if err != nil {
-		p.cantVerify(host, err)
-		return up, t, "the registry can't be verified"
-	}
-	return up, t, ""
-}
-
-// verify finds out whether a registry can be spoken to in a client's place. One
-// that is down can when there may be something to serve without it.
-func (p *Proxy) verify(ctx context.Context, f Flow, t upstream.Target) error {
-	if !p.opts.Registry.HasStale(registry.Upstream{Host: t.Host.String()}) {
-		return f.Egress.Verify(ctx, t)
-	}
-	vctx, cancel := context.WithTimeout(ctx, staleDialTimeout)
-	defer cancel()
-	reaches := make(chan bool, 1)
-	node := sync.OnceFunc(func() { reaches <- p.opts.Node.Reaches(vctx, t.Host) })
-	aside := f.NetworkID != "" && p.opts.Node != nil
-	if aside {
-		defer time.AfterFunc(nodeDialTime, node).Stop()
-	}
-	err := f.Egress.Verify(vctx, t)
-	if err == nil || upstream.Refused(err) || ctx.Err() != nil {
-		return err
-	}
-	if aside {
-		go node()
-		if <-reaches {
-			// A network policy, say. What others were given by it is not for this
-			// client, who could not have asked.
-			return err
-		}
-	}
-	p.opts.Registry.Unreachable(registry.Upstream{Host: t.Host.String(), NetworkID: f.NetworkID})
-	return nil // requests try it again
-}
-
-// cantVerify counts a connection to a registry that can't be verified, which the log
-// has once in a while.
-func (p *Proxy) cantVerify(host string, err error) {
-	p.unverified.Add(1)
-	level := slog.LevelDebug
-	if !p.unverifiable.Contains(host) {
-		p.unverifiable.Add(host, struct{}{})
-		level = slog.LevelInfo
-	}
-	p.log.Log(context.Background(), level, "a registry can't be verified: connections to it are passed through, and counted", "registry", host, "err", err)
-}
-
-func portOf(a netip.AddrPort) string {
-	_, port, _ := net.SplitHostPort(a.String())
-	return port
-}
-
-// interceptPlain answers requests to a registry without TLS, whoever it is: the
-// client trusts whatever is there. It has to be there, though. It returns false when
-// it isn't, and the connection is closed.
-func (p *Proxy) interceptPlain(ctx context.Context, conn *net.TCPConn, f Flow, o opening) bool {
-	p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})
-	up := registry.Upstream{Host: o.registry, Plain: f.Dst.String(), NetworkID: f.NetworkID, Client: f.Client}
-	if o.server != nil {
-		f.Egress.Keep(f.Dst, o.server)
-	} else if err := f.Egress.Connect(ctx, f.Dst); err != nil && !p.opts.Registry.HasStale(up) {
-		p.failed.Add(1)
-		p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
-		abort(conn)
-		return false
-	}
-	p.intercepted.Add(1)
-	if c := p.newIntercepted(conn, f, o, up, f.Egress.Transport(upstream.Target{Addr: f.Dst})); !p.ready.hand(c) {
-		c.Close()
-	}
-	return true
-}
-
-// intercept answers requests to a registry with TLS. It returns false when the
-// connection was passed through instead, to its end.
-func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o opening, up registry.Upstream, t upstream.Target) bool {
-	host := up.Host
-	name := o.host
-	if name == "" {
-		name = f.Dst.Addr().String()
-	}
-	leaf, err := p.opts.Leaves.Leaf(name)
-	if err != nil {
-		p.log.Error("no certificate for a registry; passed through", "registry", host, "err", err)
-		p.pass(ctx, conn, f, o)
-		return false
-	}
-	if o.server != nil {
-		o.server.Close()
-	}
-	p.intercepted.Add(1)
-	raw := p.newIntercepted(conn, f, o, up, f.Egress.Transport(t))
-	c := newTLSConn(raw, &tls.Config{
-		Certificates: []tls.Certificate{*leaf},
-		NextProtos:   []string{"http/1.1"},
-		MinVersion:   tls.VersionTLS12,
-		// The client is on this node, where small records speed nothing up, and
-		// this configuration is for one connection, to which none can return.
-		DynamicRecordSizingDisabled: true,
-		SessionTicketsDisabled:      true,
-	})
-	hctx, cancel := context.WithTimeout(ctx, peekTimeout)
-	defer cancel()
-	if err := c.HandshakeContext(hctx); err != nil {
-		// An alert is the client's word that it doesn't trust us; a
-		// connection that just ends is not.
-		var alert *net.OpError
-		if errors.As(err, &alert) && alert.Op == "remote error" && f.Rejected != nil {
-			f.Rejected(host, err)
-		}
-		p.log.Debug("TLS with a client failed", "client", f.Client, "registry", host, "err", err)
-		raw.Close()
-		return true
-	}
-	if f.Accepted != nil {
-		f.Accepted()
-	}
-	if !p.ready.hand(c) {
-		c.Close()
-	}
-	return true
 }
 
 // pass passes a connection through, with what was said already.
@@ -571,42 +277,3 @@ func (p *Proxy) closeIdle() {
 		}
 	}
 }
-
-// abort closes a connection with a reset, as its peer would see it from a
-// destination that is not there.
-func abort(c *net.TCPConn) {
-	_ = c.SetLinger(0)
-	c.Close()
-}
-
-// handed is the listener of connections whose TLS handshake is done.
-type handed struct {
-	conns  chan net.Conn
-	closed chan struct{}
-	once   sync.Once
-}
-
-func (l *handed) hand(c net.Conn) bool {
-	select {
-	case l.conns <- c:
-		return true
-	case <-l.closed:
-		return false
-	}
-}
-
-func (l *handed) Accept() (net.Conn, error) {
-	select {
-	case c := <-l.conns:
-		return c, nil
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *handed) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return nil
-}
-
-func (l *handed) Addr() net.Addr { return &net.TCPAddr{} }

@@ -104,3 +104,10 @@ func tcpInfo(c *net.TCPConn) (info *unix.TCPInfo, err error) {
 	cerr := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) })
 	return info, errors.Join(cerr, err)
 }
+
+// abort closes a connection with a reset, as its peer would see it from a
+// destination that is not there.
+func abort(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	c.Close()
+}

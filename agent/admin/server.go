@@ -141,6 +141,20 @@ func loopback(r *http.Request) (local string, ok bool) {
 	return addr.String(), true
 }
 
+// URL is where a program on the node asks the agent whose --admin is addr: one that
+// listens on all addresses is asked on loopback, which is what it answers for there.
+func URL(addr, path string) string {
+	host, port, err := net.SplitHostPort(addr)
+	switch ip, _ := netip.ParseAddr(host); {
+	case err != nil:
+	case ip == netip.IPv6Unspecified():
+		addr = net.JoinHostPort("::1", port)
+	case host == "" || ip.IsValid() && ip.IsUnspecified():
+		addr = net.JoinHostPort("127.0.0.1", port)
+	}
+	return "http://" + addr + path
+}
+
 func loopbackHost(hostport string) bool {
 	host, _, err := net.SplitHostPort(hostport)
 	if err != nil {

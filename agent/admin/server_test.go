@@ -36,3 +36,13 @@ func TestGuarded(t *testing.T) {
 		}
 	}
 }
+
+// Programs on the node ask an agent that listens on all addresses by loopback.
+func TestURL(t *testing.T) {
+	for addr, want := range map[string]string{"127.0.0.1:5050": "http://127.0.0.1:5050/x", ":5050": "http://127.0.0.1:5050/x", "0.0.0.0:80": "http://127.0.0.1:80/x",
+		"[::]:5050": "http://[::1]:5050/x", "10.0.0.1:5050": "http://10.0.0.1:5050/x", "node:5050": "http://node:5050/x", "nothing": "http://nothing/x"} {
+		if got := URL(addr, "/x"); got != want {
+			t.Errorf("%s: %s, want %s", addr, got, want)
+		}
+	}
+}

@@ -87,7 +87,7 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 				rs.intercept(rt, trustByStart, finds, before)
 				return
 			}
-			if known := rs.state.remembers(rt); known > 0 {
+			if known := rs.state.savedTrust(rt); known > 0 {
 				rs.intercept(rt, trustRemembered, basis{}, known)
 				return
 			}

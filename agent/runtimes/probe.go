@@ -28,9 +28,9 @@ func (rs *Runtimes) AnswerProbe(conn *net.TCPConn, pid int, addr netip.Addr) {
 	defer cancel()
 	c := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{*leaf}, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12})
 	if err := c.HandshakeContext(ctx); err != nil {
-		var op *net.OpError
+		op, ok := errors.AsType[*net.OpError](err)
 		switch {
-		case errors.As(err, &op) && op.Op == "remote error": // a TLS alert
+		case ok && op.Op == "remote error": // a TLS alert
 			rs.probed(pid, addr, errDistrusts)
 		default: // plain HTTP, which some try before or after; says nothing
 			rs.o.Log.Debug("a probe's connection ended early", "pid", pid, "err", err)

@@ -171,7 +171,7 @@ func (rs *Runtimes) proveLater(rt *Runtime) {
 		rt.mu.Unlock()
 		rs.mu.Lock()
 		if rt.ctx.Err() == nil && !rt.kind.oneShot {
-			rs.state.remember(rt)
+			rs.state.saveTrust(rt)
 		}
 		rs.mu.Unlock()
 	})

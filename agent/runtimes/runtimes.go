@@ -366,7 +366,7 @@ func (rs *Runtimes) intercept(rt *Runtime, how string, rests basis, generation u
 	rs.setMode(rt)
 	lives := rt.ctx.Err() == nil
 	if lives && !rt.kind.oneShot {
-		rs.state.remember(rt)
+		rs.state.saveTrust(rt)
 	}
 	rs.mu.Unlock()
 	if lives && !rt.kind.oneShot {

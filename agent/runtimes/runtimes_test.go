@@ -67,7 +67,7 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 	}
 	rs.Ended(pid)
 	rs.intercept(rt, trustByStart, basis{}, 1)
-	if rs.state.remembers(rt) != 0 {
+	if rs.state.savedTrust(rt) != 0 {
 		t.Error("it is remembered")
 	}
 }

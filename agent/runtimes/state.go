@@ -44,7 +44,7 @@ type state struct {
 	// Installed is when the CA was put into a lasting root file system where it was
 	// not, and then its next generations in the place of the one before.
 	Installed map[string][]installation `json:"installations"`
-	Runtimes  []rememberedTrust         `json:"trust"`
+	Runtimes  []trustRecord             `json:"trust"`
 	// Refusals are the last maxRefusals, the oldest first.
 	Refusals []refusal `json:"refusals,omitempty"`
 }
@@ -58,7 +58,7 @@ type refusal struct {
 	Host    string  `json:"host"`
 }
 
-type rememberedTrust struct {
+type trustRecord struct {
 	PID   int           `json:"pid"`
 	Start time.Duration `json:"start"`
 	// Generation is what it was seen to trust. 0 says that it did not trust the
@@ -110,8 +110,8 @@ func (f *stateFile) installedBefore(root string, start time.Duration) (generatio
 	return generation
 }
 
-// remember notes what a runtime trusts through its roots, which it keeps for life.
-func (f *stateFile) remember(rt *Runtime) {
+// saveTrust notes what a runtime trusts through its roots, which it keeps for life.
+func (f *stateFile) saveTrust(rt *Runtime) {
 	rt.mu.Lock()
 	generation := rt.generation
 	rt.mu.Unlock()
@@ -127,7 +127,7 @@ func (f *stateFile) note(rt *Runtime, generation uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.drop(rt.PID)
-	f.s.Runtimes = append(f.s.Runtimes, rememberedTrust{rt.PID, rt.Start, generation})
+	f.s.Runtimes = append(f.s.Runtimes, trustRecord{rt.PID, rt.Start, generation})
 	f.save()
 }
 
@@ -149,19 +149,19 @@ func (f *stateFile) drop(pid int) bool {
 	return false
 }
 
-// remembers returns the generation that a runtime was seen to trust, 0 for none.
-func (f *stateFile) remembers(rt *Runtime) uint64 {
-	r, _ := f.remembered(rt)
+// savedTrust returns the generation that a runtime was seen to trust, 0 for none.
+func (f *stateFile) savedTrust(rt *Runtime) uint64 {
+	r, _ := f.record(rt)
 	return r.Generation
 }
 
 // refusedBefore says whether a runtime must not be tried again.
 func (f *stateFile) refusedBefore(rt *Runtime) bool {
-	r, ok := f.remembered(rt)
+	r, ok := f.record(rt)
 	return ok && r.Generation == 0
 }
 
-func (f *stateFile) remembered(rt *Runtime) (rememberedTrust, bool) {
+func (f *stateFile) record(rt *Runtime) (trustRecord, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, r := range f.s.Runtimes {
@@ -169,7 +169,7 @@ func (f *stateFile) remembered(rt *Runtime) (rememberedTrust, bool) {
 			return r, true
 		}
 	}
-	return rememberedTrust{}, false
+	return trustRecord{}, false
 }
 
 // save writes the file. The caller holds f.mu.

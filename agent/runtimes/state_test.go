@@ -19,11 +19,11 @@ func TestState(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	s := openState(dir, "cert1", log)
 	rt := &Runtime{Process: procfs.Process{PID: 7, Start: 5 * time.Second}, generation: 3}
-	if s.installedBefore("/", time.Hour) != 0 || s.remembers(rt) != 0 || s.refusedBefore(rt) {
+	if s.installedBefore("/", time.Hour) != 0 || s.savedTrust(rt) != 0 || s.refusedBefore(rt) {
 		t.Error("something out of nothing")
 	}
 	s.installed("/", trust.Result{}, 2)
-	s.remember(rt)
+	s.saveTrust(rt)
 
 	s = openState(dir, "cert1", log)
 	if s.installedBefore("/", procfs.SinceBoot()+time.Second) != 2 || s.installedBefore("/", 0) != 0 || s.installedBefore("/other", time.Hour*1e6) != 0 {
@@ -41,23 +41,23 @@ func TestState(t *testing.T) {
 	if s.installedBefore("/", between) != 0 || s.installedBefore("/", time.Hour*1e6) != 3 {
 		t.Errorf("%+v", s.s.Installed)
 	}
-	if s.remembers(rt) != 3 || s.refusedBefore(rt) {
+	if s.savedTrust(rt) != 3 || s.refusedBefore(rt) {
 		t.Error("a runtime is forgotten")
 	}
-	if s.remembers(&Runtime{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != 0 {
+	if s.savedTrust(&Runtime{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != 0 {
 		t.Error("a later process with the same pid is taken for the earlier one")
 	}
 	s.refused(rt)
 	s = openState(dir, "cert1", log)
-	if s.remembers(rt) != 0 || !s.refusedBefore(rt) {
+	if s.savedTrust(rt) != 0 || !s.refusedBefore(rt) {
 		t.Error("a refusal is forgotten")
 	}
 	s.forget(7)
-	if openState(dir, "cert1", log).remembers(rt) != 0 {
+	if openState(dir, "cert1", log).savedTrust(rt) != 0 {
 		t.Error("a process that has ended is remembered")
 	}
-	s.remember(rt)
-	if openState(dir, "cert2", log).remembers(rt) != 0 {
+	s.saveTrust(rt)
+	if openState(dir, "cert2", log).savedTrust(rt) != 0 {
 		t.Error("trust in another certificate counts")
 	}
 	if err := os.WriteFile(filepath.Join(dir, "state.json"), []byte("{half"), 0o600); err != nil {

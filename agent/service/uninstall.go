@@ -30,23 +30,37 @@ func Uninstall(ctx context.Context, dataDir, runDir string) (removed []string, e
 	if err := stopAgent(ctx, runDir); err != nil {
 		return removed, err
 	}
-	var errs []error
-	ledger, err := openLedgerIfAny(filepath.Join(dataDir, LedgerFile))
+	gone, err := uninstallCA(dataDir)
+	removed = append(removed, gone...)
 	if err != nil {
-		errs = append(errs, err)
+		// The list of what was installed stays, for the next try.
+		return removed, err
 	}
-	own, _ := os.ReadFile(filepath.Join(dataDir, "ca", "ca.crt"))
-	clean := func(open func() (*trust.Root, error), name string, uninstall func(*trust.Root) ([]string, error)) {
-		r, err := open()
-		if errors.Is(err, fs.ErrNotExist) {
-			return
-		}
+	var errs []error
+	for _, dir := range []string{dataDir, runDir} {
+		gone, err := removeOwn(dir)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("opening the root file system %s: %w", name, err))
-			return
+			errs = append(errs, err)
 		}
-		defer r.Close()
-		gone, err := uninstall(r)
+		removed = append(removed, gone...)
+	}
+	return removed, errors.Join(errs...)
+}
+
+// uninstallCA takes this node's CA out of the root file systems of the node and of
+// its containers, and returns what it removed.
+func uninstallCA(dataDir string) (removed []string, err error) {
+	var errs []error
+	made := func(string) []trust.Made { return nil }
+	if path := filepath.Join(dataDir, LedgerFile); exists(path) {
+		if ledger, err := trust.OpenLedger(path); err != nil {
+			errs = append(errs, err)
+		} else {
+			defer ledger.Close()
+			made = ledger.Made
+		}
+	}
+	done := func(name string, gone []string, err error) {
 		if err != nil {
 			errs = append(errs, fmt.Errorf("in the root file system %s: %w", name, err))
 		}
@@ -56,17 +70,19 @@ func Uninstall(ctx context.Context, dataDir, runDir string) (removed []string, e
 	}
 	seen := trust.LastingRoots()
 	for _, name := range seen {
-		var made []trust.Made
-		if ledger != nil {
-			made = ledger.Made(name)
+		r, err := trust.OpenRootDir(name)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("opening the root file system %s: %w", name, err))
+			continue
 		}
-		clean(func() (*trust.Root, error) { return trust.OpenRootDir(name) }, name, func(r *trust.Root) ([]string, error) {
-			return trust.Uninstall(r, trust.UsualPlaces(), made)
-		})
+		gone, err := trust.Uninstall(r, trust.UsualPlaces(), made(name))
+		r.Close()
+		done(name, gone, err)
 	}
 	// Containers: their processes lead to their root file systems. A container
 	// may be, or be of, another node with a weir of its own: without this node's
 	// CA, the owner of the certificate there isn't known.
+	own, _ := os.ReadFile(filepath.Join(dataDir, "ca", "ca.crt"))
 	var procs []os.DirEntry
 	if len(own) > 0 {
 		procs, _ = os.ReadDir("/proc")
@@ -80,39 +96,20 @@ func Uninstall(ctx context.Context, dataDir, runDir string) (removed []string, e
 		if err != nil {
 			continue
 		}
-		id := r.ID()
+		if _, ok := seen[r.ID()]; !ok {
+			name := "/proc/" + p.Name() + "/root"
+			seen[r.ID()] = name
+			gone, err := trust.UninstallOf(own, r, trust.UsualPlaces())
+			done(name, gone, err)
+		}
 		r.Close()
-		if _, done := seen[id]; done {
-			continue
-		}
-		name := "/proc/" + p.Name() + "/root"
-		seen[id] = name
-		clean(func() (*trust.Root, error) { return trust.OpenRoot(pid) }, name, func(r *trust.Root) ([]string, error) {
-			return trust.UninstallOf(own, r, trust.UsualPlaces())
-		})
-	}
-	if ledger != nil {
-		ledger.Close()
-	}
-	if len(errs) > 0 {
-		// The list of what was installed stays, for the next try.
-		return removed, errors.Join(errs...)
-	}
-	for _, dir := range []string{dataDir, runDir} {
-		gone, err := removeOwn(dir)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		removed = append(removed, gone...)
 	}
 	return removed, errors.Join(errs...)
 }
 
-func openLedgerIfAny(path string) (*trust.Ledger, error) {
-	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	return trust.OpenLedger(path)
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // ownEntries are what weir makes in its directories. Any other file
@@ -182,16 +179,3 @@ func stopAgent(ctx context.Context, runDir string) error {
 	}
 	return fmt.Errorf("the agent (process %d) does not end; kill it and try again: %w", pid, ctx.Err())
 }
-
-// SocketFile is the name, in the run directory, of the Unix socket at which the
-// agent answers `weir prefetch` and `weir registries forget`, which is none of the programs whose connections are
-// redirected. Only root may connect.
-const SocketFile = "prefetch.sock"
-
-// Names of files in the data directory.
-const (
-	LedgerFile   = "installed.jsonl" // what was installed in root file systems
-	TagsFile     = "tags.json"       // what is known of registries
-	IdentityFile = "peer.key"        // this node's identity among peers
-	LearnedFile  = "learned.json"    // which registries were learned
-)

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 )
@@ -187,46 +186,6 @@ func FuzzCoverage(f *testing.F) {
 		}
 		_ = os.Remove(of) // unless weir's is there
 	})
-}
-
-// The CA's file is told from one that was made anew, and not from one whose
-// owner or mode was changed.
-func TestHolds(t *testing.T) {
-	ca, dir := newCA(t), t.TempDir()
-	r := openDirRoot(t, dir)
-	build(t, dir, "ca.pem=roots")
-	res := ca.Install(r, Places{System: []string{"/none", "/roots"}, Bundles: []string{"/ca.pem"}}, nil)
-	if res.System != nil || res.File != "/none/weir-ca.pem" {
-		t.Fatal(res)
-	}
-	id, err := ca.Holds(r, res.File)
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(dir, res.File)
-	if err := os.Chmod(file, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if now, err := ca.Holds(r, res.File); err != nil || now != id {
-		t.Errorf("%+v was %+v, %v", now, id, err)
-	}
-	if err := os.Remove(file); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := ca.Holds(r, res.File); !errors.Is(err, os.ErrNotExist) {
-		t.Error(err)
-	}
-	time.Sleep(fileClock) // or the new one is born in the same tick
-	ca.Install(r, Places{System: []string{"/none"}, Bundles: []string{"/ca.pem"}}, nil)
-	if now, err := ca.Holds(r, res.File); err != nil || now == id {
-		t.Errorf("%+v was %+v, %v", now, id, err)
-	}
-	if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := ca.Holds(r, res.File); err == nil {
-		t.Error("another content is taken for the CA")
-	}
 }
 
 // Of one look no more is read than there can be in earnest.

@@ -132,3 +132,9 @@ func (e endpoint) containerdDir() string {
 	}
 	return endpoint{name: e.name, addr: e.addr}.dir() + "_" + e.port + "_"
 }
+
+// hubName is what runtimes call Docker Hub in a certs.d.
+const hubName = "docker.io"
+
+// hubHost is the host that runtimes pull Docker Hub's images from.
+const hubHost = "registry-1.docker.io"

@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"sync"
 )
@@ -34,8 +33,6 @@ type Made struct {
 // JSON object a line. Its methods may be called concurrently, but one process
 // at a time has it open.
 type Ledger struct {
-	path string
-
 	mu   sync.Mutex
 	f    *os.File
 	made []Made
@@ -64,7 +61,7 @@ func OpenLedger(path string) (*Ledger, error) {
 		f.Close()
 		return nil, fmt.Errorf("read ledger %s: %w", path, err)
 	}
-	return &Ledger{path: path, f: f, made: made}, nil
+	return &Ledger{f: f, made: made}, nil
 }
 
 // parseLedger returns the entries in b and the length of its complete lines.
@@ -132,35 +129,6 @@ func (l *Ledger) Made(root string) []Made {
 		}
 	}
 	return made
-}
-
-// Forget drops the entries of root, after it was cleaned.
-func (l *Ledger) Forget(root string) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	kept := slices.DeleteFunc(slices.Clone(l.made), func(m Made) bool { return m.Root == root })
-	if len(kept) == len(l.made) {
-		return nil
-	}
-	b, err := encodeLedger(kept)
-	if err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(l.path))
-	if err != nil {
-		return fmt.Errorf("open directory of the ledger: %w", err)
-	}
-	defer d.Close()
-	if err := writeDurably(d, filepath.Base(l.path), b, 0o600); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(l.path, os.O_RDWR|os.O_APPEND, 0)
-	if err != nil {
-		return fmt.Errorf("open ledger: %w", err)
-	}
-	l.f.Close()
-	l.f, l.made = f, kept
-	return nil
 }
 
 // Close closes the file.

@@ -3,7 +3,6 @@
 package trust
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -136,11 +134,11 @@ func TestRootConfines(t *testing.T) {
 		if b, err := r.ReadFile(link+"/secret", 100); err == nil {
 			t.Errorf("ReadFile(%s/secret) = %q", link, b)
 		}
-		if err := r.WriteFile(link+"/new", []byte("x"), 0o644); err == nil {
-			t.Errorf("WriteFile(%s/new) succeeded", link)
+		if err := r.writeFile(link+"/new", []byte("x"), 0o644); err == nil {
+			t.Errorf("writeFile(%s/new) succeeded", link)
 		}
-		if err := r.Remove(link + "/secret"); err == nil {
-			t.Errorf("Remove(%s/secret) succeeded", link)
+		if err := r.remove(link + "/secret"); err == nil {
+			t.Errorf("remove(%s/secret) succeeded", link)
 		}
 		if ok, err := r.RemoveDirIfEmpty(link + "/secret"); ok {
 			t.Errorf("RemoveDirIfEmpty(%s/secret) = %v, %v", link, ok, err)
@@ -152,10 +150,10 @@ func TestRootConfines(t *testing.T) {
 			t.Errorf("Exists(%s/secret)", link)
 		}
 		if strings.Contains(link, "..") {
-			continue // above the root is the root: MkdirAll makes /outside there
+			continue // above the root is the root: mkdirAll makes /outside there
 		}
-		if made, err := r.MkdirAll(link + "/dir"); err == nil {
-			t.Errorf("MkdirAll(%s/dir) made %v through a link that leads nowhere", link, made)
+		if made, err := r.mkdirAll(link + "/dir"); err == nil {
+			t.Errorf("mkdirAll(%s/dir) made %v through a link that leads nowhere", link, made)
 		}
 	}
 	if after := listing(t, filepath.Join(base, "outside")); after != outside {
@@ -246,68 +244,6 @@ func TestRootReadFileLease(t *testing.T) {
 	})
 }
 
-func TestRootMkdirAll(t *testing.T) {
-	old := unix.Umask(0o077)
-	defer unix.Umask(old)
-	dir := t.TempDir()
-	build(t, dir, "a/", "link->/a", "dangling->/nowhere", "file=x")
-	r := openDirRoot(t, dir)
-	made, err := r.MkdirAll("/link/b/c:/d")
-	if want := []string{"/link/b", "/link/b/c:", "/link/b/c:/d"}; err != nil || !slices.Equal(made, want) {
-		t.Errorf("made %v, %v, want %v", made, err, want)
-	}
-	for _, p := range []string{"a/b", "a/b/c:", "a/b/c:/d"} {
-		if fi, err := os.Stat(filepath.Join(dir, p)); err != nil || fi.Mode().Perm() != 0o755 {
-			t.Errorf("%s: %v, %v", p, fi, err)
-		}
-	}
-	if made, err := r.MkdirAll("a/b/c:/d"); err != nil || len(made) != 0 {
-		t.Errorf("a second time it made %v, %v", made, err)
-	}
-	for _, p := range []string{"dangling", "dangling/x", "file", "file/x"} {
-		if made, err := r.MkdirAll(p); err == nil || len(made) != 0 {
-			t.Errorf("MkdirAll(%s) made %v, %v", p, made, err)
-		}
-	}
-	if _, err := openDirRoot(t, "/").MkdirAll("/sys/fs/cgroup/unified/weir-trust-test"); err == nil || !strings.Contains(err.Error(), "file system of the kernel") {
-		t.Errorf("a directory among the cgroups: %v", err)
-	}
-}
-
-func TestRootWriteFile(t *testing.T) {
-	for _, noTmpfile := range []bool{false, true} {
-		t.Run(fmt.Sprintf("noTmpfile=%v", noTmpfile), func(t *testing.T) {
-			dir := t.TempDir()
-			build(t, dir, "etc/target=old", "etc/link->/etc/target", "etc/dir/", "var->/etc")
-			r := openDirRoot(t, dir)
-			r.noTmpfile = noTmpfile
-			for i, name := range []string{"/etc/new", "var/new", "etc/link"} {
-				content := bytes.Repeat([]byte{byte('a' + i)}, 100_000*i)
-				if err := r.WriteFile(name, content, 0o640); err != nil {
-					t.Errorf("WriteFile(%s): %v", name, err)
-				}
-				if b, err := r.ReadFile(name, 1<<20); err != nil || !bytes.Equal(b, content) {
-					t.Errorf("%s has %d bytes, %v, want %d", name, len(b), err, len(content))
-				}
-				if fi, err := os.Lstat(filepath.Join(dir, strings.Replace(name, "var", "etc", 1))); err != nil || fi.Mode() != 0o640 {
-					t.Errorf("%s: mode %v, %v", name, fi.Mode(), err)
-				}
-			}
-			if b, _ := r.ReadFile("etc/target", 100); string(b) != "old" {
-				t.Errorf("wrote through the link: %q", b)
-			}
-			if err := r.WriteFile("etc/dir", nil, 0o644); err == nil {
-				t.Error("replaced a directory")
-			}
-			names, err := r.ReadDir("/etc")
-			slices.Sort(names)
-			if want := []string{"dir", "link", "new", "target"}; err != nil || !slices.Equal(names, want) {
-				t.Errorf("the directory has %v, %v, want %v", names, err, want)
-			}
-		})
-	}
-}
-
 func TestRootRemove(t *testing.T) {
 	dir := t.TempDir()
 	build(t, dir, "full/file=x", "empty/", "link->/full/file", "dirlink->/empty")
@@ -327,8 +263,8 @@ func TestRootRemove(t *testing.T) {
 	if ok, err := r.RemoveDirIfEmpty("/empty"); !ok || err != nil {
 		t.Errorf("RemoveDirIfEmpty(empty) = %v, %v", ok, err)
 	}
-	if err := r.Remove("link"); err != nil {
-		t.Errorf("Remove(link): %v", err)
+	if err := r.remove("link"); err != nil {
+		t.Errorf("remove(link): %v", err)
 	}
 	if ok, err := r.Exists("/full/file"); !ok || err != nil {
 		t.Errorf("what the link led to: %v, %v", ok, err)
@@ -442,7 +378,7 @@ func TestOpenRoot(t *testing.T) {
 	if b, err := r.ReadFile("/mnt/etc/file", 10); err != nil || string(b) != "mine\n" {
 		t.Errorf("its file: %q, %v", b, err)
 	}
-	if err := r.WriteFile("/mnt/etc/ssl", []byte("x"), 0o644); err != nil {
+	if err := r.writeFile("/mnt/etc/ssl", []byte("x"), 0o644); err != nil {
 		t.Errorf("write into its mount: %v", err)
 	}
 	private.Process.Kill()
@@ -460,4 +396,18 @@ func TestOpenRoot(t *testing.T) {
 	if _, err := r.ReadFile("/etc", 10); !errors.Is(err, fs.ErrClosed) {
 		t.Errorf("after Close: %v", err)
 	}
+}
+
+// remove removes the file name, which may be a symbolic link but not a
+// directory.
+func (r *Root) remove(name string) error {
+	parent, base, err := r.openParent(name)
+	if err != nil {
+		return err
+	}
+	defer parent.close()
+	if err := unix.Unlinkat(parent.fd, base, 0); err != nil {
+		return &fs.PathError{Op: "remove", Path: name, Err: err}
+	}
+	return nil
 }

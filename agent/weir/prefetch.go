@@ -48,7 +48,8 @@ func prefetchCommand() *cobra.Command {
 		return nil
 	}
 	c.RunE = func(cmd *cobra.Command, args []string) error {
-		p := &prefetcher{socket: filepath.Join(runDir, service.SocketFile), platform: platform, out: cmd.OutOrStdout(), tokens: make(map[string]string)}
+		socket := filepath.Join(runDir, service.SocketFile)
+		p := &prefetcher{socket: socket, platform: platform, agent: clientOf(socket), out: cmd.OutOrStdout(), tokens: make(map[string]string)}
 		if name, arch, ok := strings.Cut(platform, "/"); !ok || name == "" || arch == "" {
 			return usageError{fmt.Errorf("--platform: %q is not OS/ARCHITECTURE, such as linux/arm64", platform)}
 		}
@@ -75,10 +76,8 @@ func prefetchCommand() *cobra.Command {
 // prefetcher reads images through the running agent.
 type prefetcher struct {
 	socket, platform string
+	agent            *http.Client
 	out              io.Writer
-
-	once sync.Once
-	http http.Client
 
 	mu     sync.Mutex
 	tokens map[string]string // Authorization headers, by repository
@@ -294,7 +293,7 @@ func (p *prefetcher) ask(ctx context.Context, ref reference.Named, path, authori
 	if authorization != "" {
 		req.Header.Set("Authorization", authorization)
 	}
-	resp, err := p.client().Do(req)
+	resp, err := p.agent.Do(req)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s is root's: run weir prefetch as root (with sudo --preserve-env=HOME, it is your login that counts)", p.socket)
@@ -304,13 +303,9 @@ func (p *prefetcher) ask(ctx context.Context, ref reference.Named, path, authori
 	return resp, nil
 }
 
-// client connects to the agent.
-func (p *prefetcher) client() *http.Client {
-	p.once.Do(func() {
-		p.http.Transport = &http.Transport{DisableCompression: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", p.socket)
-		}}
-	})
-	return &p.http
+// clientOf returns a client of the agent at its socket.
+func clientOf(socket string) *http.Client {
+	return &http.Client{Transport: &http.Transport{DisableCompression: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
 }

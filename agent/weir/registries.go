@@ -3,11 +3,9 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -49,14 +47,11 @@ func forgetCommand() *cobra.Command {
 	}
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		socket := filepath.Join(runDir, service.SocketFile)
-		client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		}}}
 		req, err := http.NewRequestWithContext(cmd.Context(), http.MethodDelete, "http://weir/registries/"+url.PathEscape(args[0]), nil)
 		if err != nil {
 			return usageError{err}
 		}
-		resp, err := client.Do(req)
+		resp, err := clientOf(socket).Do(req)
 		if err != nil {
 			return fmt.Errorf("no agent answers at %s: %w; is it running, and are you root?", socket, err)
 		}

@@ -8,8 +8,10 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"weir/proxy/upstream"
+	upstreams "weir/proxy/upstream"
 )
 
 type roundTrip func(*http.Request) (*http.Response, error)
@@ -53,3 +55,27 @@ func TestTokensOverTLSOnly(t *testing.T) {
 		}
 	}
 }
+
+// FuzzChallenge asks for a token wherever a registry sends.
+func FuzzChallenge(f *testing.F) {
+	f.Add(`Bearer realm="https://auth.test/token",service="registry",scope="repository:a:pull"`, `{"token":"x","expires_in":300}`)
+	f.Add(`Bearer realm="http://169.254.169.254/"`, ``)
+	f.Add(`Basic realm="x", Bearer realm=`, `{"access_token":"x","expires_in":-1}`)
+	f.Fuzz(func(t *testing.T, challenge, answer string) {
+		resp := &http.Response{StatusCode: 401, Header: http.Header{"Www-Authenticate": {challenge}}}
+		a := &anonymous{&Handler{outages: outages{Health: upstreams.NewHealth()}}, Upstream{Host: "registry.test", Transport: transportFunc(func(r *http.Request) (*http.Response, error) {
+			if r.URL.Scheme != "https" || r.Header.Get("Authorization") != "" {
+				t.Errorf("asks %s, with credentials %q", r.URL, r.Header.Get("Authorization"))
+			}
+			return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(answer)), Request: r}, nil
+		})}}
+		got, err := a.token(t.Context(), resp)
+		if err == nil && (got.value == "" || got.expires.After(time.Now().Add(time.Hour))) {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
+type transportFunc func(*http.Request) (*http.Response, error)
+
+func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
@@ -149,8 +150,7 @@ func (x *exchange) unreachable(err error) {
 	if x.r.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the client has gone
 	}
-	var no *noToken
-	if errors.As(err, &no) && failedTokens(no.status) { // its words
+	if no, ok := errors.AsType[*noToken](err); ok && failedTokens(no.status) { // as it said it
 		x.w.Header().Set("Content-Type", "application/json")
 		x.w.WriteHeader(no.status)
 		_, _ = x.w.Write(no.body)
@@ -172,9 +172,7 @@ func (x *exchange) unreachable(err error) {
 }
 
 func copyHeader(dst, src http.Header) {
-	for k, v := range src {
-		dst[k] = v
-	}
+	maps.Copy(dst, src)
 	for _, h := range []string{"Connection", "Keep-Alive", "Content-Length", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		dst.Del(h)
 	}

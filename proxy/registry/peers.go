@@ -31,10 +31,10 @@ type Peers interface {
 	Want(ctx context.Context, d digest.Digest, pace int64) Share
 	// Get returns a small blob, verified, of at most limit bytes.
 	Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, error)
-	// ProvideName says that this node knows something of a name, and Recall
+	// ProvideName says that this node knows something of a name, and LoadName
 	// returns what other nodes do. To others a name is the hexadecimal SHA-256 of it.
 	ProvideName(name string)
-	Recall(ctx context.Context, name string) [][]byte
+	LoadName(ctx context.Context, name string) [][]byte
 }
 
 // Share is this node's part in the getting of one blob by all nodes that want
@@ -207,7 +207,7 @@ func (x *exchange) mergeFromPeers() {
 	}
 	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
 	defer cancel()
-	for _, b := range x.h.peers.Recall(ctx, peerName(x.who.Repository)) {
+	for _, b := range x.h.peers.LoadName(ctx, peerName(x.who.Repository)) {
 		var m rights.Memory
 		if json.Unmarshal(b, &m) == nil {
 			x.h.rights.Merge(m, x.who.Repository)

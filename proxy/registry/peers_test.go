@@ -53,7 +53,7 @@ func (n *neighbours) ProvideName(name string) {
 	n.names = append(n.names, name)
 }
 
-func (n *neighbours) Recall(context.Context, string) [][]byte {
+func (n *neighbours) LoadName(context.Context, string) [][]byte {
 	if n.recalled != nil {
 		n.recalled()
 	}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -91,9 +92,7 @@ func (x *exchange) learnLogin(resp *reply) error {
 // answer answers a client. With own, tokens are to be had from weir.
 func (x *exchange) answer(l login, own bool) {
 	h := x.w.Header()
-	for name, values := range l.header {
-		h[name] = values
-	}
+	maps.Copy(h, l.header)
 	if own {
 		h["Www-Authenticate"] = nil
 		for _, c := range auth.ParseAuthHeader(l.header) {

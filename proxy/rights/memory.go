@@ -142,9 +142,9 @@ func (r *Rights) Merge(m Memory, repo Repository) {
 		}
 		for d, when := range k.Content {
 			key := located{Vantage{Repository: repo}, d}
-			was, _ := r.told.get(repo.share(), key)
+			was, _ := r.claimed.get(repo.share(), key)
 			if d.Validate() == nil && r.Within(when, max(ContentTTL, r.opts.StaleIfError)) && was.Before(when) {
-				r.told.put(repo.share(), key, when)
+				r.claimed.put(repo.share(), key, when)
 			}
 		}
 	}

@@ -135,10 +135,10 @@ type Rights struct {
 
 	grants  *shares[Principal, time.Time]
 	content *shares[located, time.Time]
-	// told is content by the word of peers. It counts while the registry gives
+	// claimed is content that peers say is there. It counts while the registry gives
 	// no answer.
-	told   *shares[located, time.Time]
-	public *shares[Vantage, publicity]
+	claimed *shares[located, time.Time]
+	public  *shares[Vantage, publicity]
 
 	tagMu sync.Mutex
 	tags  *shares[tag, []Tagged] // most recently said first
@@ -175,7 +175,7 @@ func New(o Options) *Rights {
 		opts:    o,
 		grants:  newShares[Principal, time.Time](maxGrants),
 		content: newShares[located, time.Time](maxContent),
-		told:    newShares[located, time.Time](maxContent),
+		claimed: newShares[located, time.Time](maxContent),
 		public:  newShares[Vantage, publicity](maxPublic),
 		tags:    newShares[tag, []Tagged](maxTags),
 		tagged:  newShares[Repository, time.Time](maxTags),
@@ -299,7 +299,7 @@ func (r *Rights) Remove(repo Repository, d digest.Digest) {
 			r.content.remove(repo.share(), k)
 		}
 	}
-	r.told.remove(repo.share(), located{Vantage{Repository: repo}, d})
+	r.claimed.remove(repo.share(), located{Vantage{Repository: repo}, d})
 	r.changed.Store(true)
 }
 
@@ -328,7 +328,7 @@ func (r *Rights) Allows(p Principal, from string, d digest.Digest) bool {
 // network, while the registry gives no answer.
 func (r *Rights) AllowsStale(p Principal, from string, d digest.Digest) bool {
 	age, v := max(ContentTTL, r.opts.StaleIfError), Vantage{p.Repository, from}
-	return (r.contains(r.content, v, d, age) || r.contains(r.told, v, d, age)) && (r.Public(v) || r.Granted(p))
+	return (r.contains(r.content, v, d, age) || r.contains(r.claimed, v, d, age)) && (r.Public(v) || r.Granted(p))
 }
 
 // Public says whether a repository was found to be public from a network.

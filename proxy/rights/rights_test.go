@@ -441,3 +441,10 @@ func check(t *testing.T, m Memory, repo *Repository) {
 		t.Errorf("what was read can't be written: %v", err)
 	}
 }
+
+// size is how many entries there are.
+func (s *shares[K, V]) size() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.n
+}

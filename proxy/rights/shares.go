@@ -138,10 +138,3 @@ func (s *shares[K, V]) names() (all []string) {
 	}
 	return all
 }
-
-// size is how many entries there are.
-func (s *shares[K, V]) size() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.n
-}

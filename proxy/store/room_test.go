@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // onDisk is how many bytes the files below a directory take.
@@ -353,5 +355,98 @@ func TestUnverifiedRoom(t *testing.T) {
 	}
 	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want) || !s.Has(d) || s.Stats().Bytes > size {
 		t.Errorf("%d bytes, %v, kept %v, %+v", len(got), err, s.Has(d), s.Stats())
+	}
+}
+
+func TestEviction(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, Options{MaxBytes: 10_000})
+	var ds []digest.Digest
+	for i := range 10 {
+		ds = append(ds, put(t, s, random(uint64(100+i), 1000)))
+	}
+	held, err := s.Get(ds[0]) // used: no longer the oldest
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	put(t, s, random(200, 2500)) // three must go
+	for i, d := range ds {
+		if want := i == 0 || i > 3; s.Has(d) != want {
+			t.Errorf("blob %d there: %v, want %v", i, !want, want)
+		}
+	}
+	if st := s.Stats(); st.Evicted != 3 || st.Bytes > st.MaxBytes {
+		t.Errorf("%+v", st)
+	}
+	put(t, s, random(201, 9900)) // everything else must go, also what is being read
+	if got, err := io.ReadAll(held.Reader()); err != nil || !bytes.Equal(got, random(100, 1000)) {
+		t.Error("a blob that was open when it was evicted can't be read:", err)
+	}
+	big := random(202, 10_001)
+	if err := s.Put(digest.FromBytes(big), big, Origin{}); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("larger than the store: %v", err)
+	}
+	if got := files(t, dir); got != 3 { // blob, sums, lock
+		t.Errorf("%d files left", got)
+	}
+	s.Close()
+	s = open(t, dir, Options{MaxBytes: 5000})
+	if st := s.Stats(); st.Blobs != 0 || st.Bytes != 0 {
+		t.Errorf("reopened with a smaller bound: %+v", st)
+	}
+}
+
+// smallDisk is a file system of n bytes.
+func smallDisk(t *testing.T, n int) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d", n)); err != nil {
+		t.Fatal("mounting a small tmpfs (needs root):", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+func TestDiskFull(t *testing.T) {
+	dir := smallDisk(t, 2<<20)
+	s := open(t, dir, Options{})
+	want := random(11, 3<<20)
+	d := digest.FromBytes(want)
+	tr, _ := s.Claim(d, Origin{})
+	if _, err := tr.Begin(int64(len(want)), body(want), nil); !errors.Is(err, ErrNoSpace) {
+		t.Fatalf("begin on a full disk: %v", err)
+	}
+	st := NewStream(t.Context(), d, int64(len(want)), body(want), nil)
+	if got, err := io.ReadAll(st); err != nil || !bytes.Equal(got, want) {
+		t.Error("streamed, but not the same:", err)
+	}
+
+	// Of unknown size: the disk is full in the middle.
+	r := begin(t, s, d, -1, body(want), nil)
+	got, err := io.ReadAll(r)
+	if err == nil || len(got) == 0 {
+		t.Fatalf("%d bytes on a disk too small, err %v", len(got), err)
+	}
+	r.With(t.Context(), Failover{Own: func(_ context.Context, off int64) (io.ReadCloser, error) { return body(want[off:]), nil }})
+	tail, err := io.ReadAll(r)
+	if err != nil || !bytes.Equal(append(got, tail...), want) {
+		t.Error("continued, but not the same:", err)
+	}
+	r.Close()
+	if st := s.Stats(); st.Bytes != 0 || st.Blobs != 0 || files(t, dir) != 1 {
+		t.Errorf("left behind: %+v, %d files", st, files(t, dir))
+	}
+}
+
+func TestMinFree(t *testing.T) {
+	dir := smallDisk(t, 4<<20)
+	s := open(t, dir, Options{MinFree: 2 << 20})
+	var last digest.Digest
+	for i := range 20 {
+		last = put(t, s, random(uint64(300+i), 300<<10))
+	}
+	if st := s.Stats(); st.Bytes > 2<<20 || st.Evicted == 0 || !s.Has(last) {
+		t.Errorf("%+v", st)
 	}
 }

@@ -4,17 +4,12 @@ package upstream
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
 	"log"
-	"math/big"
 	"net"
 	"net/http"
 	"net/netip"
@@ -23,43 +18,13 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"weir/proxy/internal/proxytest"
 )
-
-// authority is a CA.
-type authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	pool *x509.CertPool
-}
-
-func newAuthority(t testing.TB, name string) *authority {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := &authority{key: key, pool: x509.NewCertPool()}
-	a.cert, _ = x509.ParseCertificate(der)
-	a.pool.AddCert(a.cert)
-	return a
-}
-
-func (a *authority) leaf(host string) (*tls.Certificate, error) {
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{host}}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, a.key.Public(), a.key)
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: a.key}, err
-}
 
 // world is a way out to servers on loopback.
 type world struct {
 	t      testing.TB
-	ca     *authority
+	ca     *proxytest.Authority
 	egress *Egress
 
 	mu    sync.Mutex
@@ -71,8 +36,8 @@ type world struct {
 }
 
 func newWorld(t testing.TB) *world {
-	w := &world{t: t, ca: newAuthority(t, "world"), dials: make(map[netip.AddrPort]int), hold: make(map[netip.AddrPort]bool)}
-	w.egress = Config{Roots: func(string) *x509.CertPool { return w.ca.pool }}.NewEgress(w.dial)
+	w := &world{t: t, ca: proxytest.NewAuthority(t, "world"), dials: make(map[netip.AddrPort]int), hold: make(map[netip.AddrPort]bool)}
+	w.egress = Config{Roots: func(string) *x509.CertPool { return w.ca.Pool }}.NewEgress(w.dial)
 	w.egress.lookup = w.lookup
 	t.Cleanup(w.egress.Close)
 	return w
@@ -152,7 +117,7 @@ type server struct {
 type connKey struct{}
 
 // serve serves any name by a CA.
-func (w *world) serve(ip string, port uint16, by *authority, h http.HandlerFunc) *server {
+func (w *world) serve(ip string, port uint16, by *proxytest.Authority, h http.HandlerFunc) *server {
 	w.t.Helper()
 	l, err := net.Listen("tcp", netip.AddrPortFrom(netip.MustParseAddr(ip), port).String())
 	if err != nil {
@@ -161,7 +126,7 @@ func (w *world) serve(ip string, port uint16, by *authority, h http.HandlerFunc)
 	s := &server{w: w, listener: l, addr: netip.MustParseAddrPort(l.Addr().String()), open: make(map[net.Conn]http.ConnState)}
 	srv := &http.Server{
 		Handler:     h,
-		TLSConfig:   &tls.Config{GetCertificate: func(c *tls.ClientHelloInfo) (*tls.Certificate, error) { return by.leaf(c.ServerName) }},
+		TLSConfig:   &tls.Config{GetCertificate: func(c *tls.ClientHelloInfo) (*tls.Certificate, error) { return by.Leaf(c.ServerName) }},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 		ConnState: func(c net.Conn, st http.ConnState) {
 			s.mu.Lock()
@@ -314,7 +279,7 @@ func TestVerdicts(t *testing.T) {
 	w := newWorld(t)
 	none := func(http.ResponseWriter, *http.Request) {}
 	good := w.serve("127.0.0.1", 0, w.ca, none)
-	evil := w.serve("127.0.0.2", good.addr.Port(), newAuthority(t, "evil"), none)
+	evil := w.serve("127.0.0.2", good.addr.Port(), proxytest.NewAuthority(t, "evil"), none)
 	w.name("127.0.0.1")
 	closed := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.3"), good.addr.Port())
 	target := good.target()
@@ -453,20 +418,20 @@ func TestSilentAddress(t *testing.T) {
 
 // Behind a proxy of the node's own, registries are verified as everywhere.
 func TestNodeEgressVerifies(t *testing.T) {
-	world, evil := newAuthority(t, "world"), newAuthority(t, "evil")
+	world, evil := proxytest.NewAuthority(t, "world"), proxytest.NewAuthority(t, "evil")
 	e := Config{Roots: func(host string) *x509.CertPool {
 		if host == "registry.test" {
-			return world.pool
+			return world.Pool
 		}
-		return evil.pool
+		return evil.Pool
 	}}.NewNodeEgress()
 	defer e.Close()
 	for _, c := range []struct {
-		by   *authority
+		by   *proxytest.Authority
 		name string // in the certificate
 		ok   bool
 	}{{world, "registry.test", true}, {evil, "registry.test", false}, {world, "other.test", false}} {
-		leaf, err := c.by.leaf(c.name)
+		leaf, err := c.by.Leaf(c.name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -478,7 +443,7 @@ func TestNodeEgressVerifies(t *testing.T) {
 		conf := e.HTTPTransport().TLSClientConfig
 		conf.ServerName = "registry.test"
 		if err := tls.Client(here, conf).Handshake(); (err == nil) != c.ok || err != nil && !Refused(err) {
-			t.Errorf("%s by %s: %v", c.name, c.by.cert.Subject.CommonName, err)
+			t.Errorf("%s by %s: %v", c.name, c.by.Cert.Subject.CommonName, err)
 		}
 		here.Close()
 	}

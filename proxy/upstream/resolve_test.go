@@ -14,40 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/dns/dnsmessage"
+	"weir/proxy/internal/proxytest"
 )
-
-// nameServer is one that knows everything, at ip.
-func nameServer(t *testing.T, asked *atomic.Int64, ip string) (addr string) {
-	t.Helper()
-	c, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	go func() {
-		b := make([]byte, 1500)
-		for {
-			n, from, err := c.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			asked.Add(1)
-			var m dnsmessage.Message
-			if m.Unpack(b[:n]) != nil {
-				continue
-			}
-			m.Response, m.Additionals = true, nil
-			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
-				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: netip.MustParseAddr(ip).As4()}}}
-			}
-			if out, err := m.Pack(); err == nil {
-				_, _ = c.WriteTo(out, from)
-			}
-		}
-	}()
-	return c.LocalAddr().String()
-}
 
 func resolvConf(t *testing.T, content string) string {
 	t.Helper()
@@ -61,7 +29,7 @@ func resolvConf(t *testing.T, content string) string {
 // While the own name servers don't answer, the node's are asked.
 func TestNodeNames(t *testing.T) {
 	var asked atomic.Int64
-	n := newNames(resolvConf(t, "nameserver 198.51.100.1\n"), resolvConf(t, "# the node's\nsearch lan\nnameserver "+nameServer(t, &asked, "192.0.2.1")+"\noptions edns0\n"))
+	n := newNames(resolvConf(t, "nameserver 198.51.100.1\n"), resolvConf(t, "# the node's\nsearch lan\nnameserver "+proxytest.NameServer(t, &asked, "192.0.2.1")+"\noptions edns0\n"))
 	n.ownDown.Store(time.Now().Add(time.Hour).UnixNano())
 	ips, err := n.lookup(t.Context(), "registry.example.com")
 	if err != nil || len(ips) != 1 || ips[0].Unmap().String() != "192.0.2.1" || asked.Load() == 0 {
@@ -104,7 +72,7 @@ func silent(t *testing.T, asked func()) *net.Resolver {
 // the search list, and first the next time.
 func TestSilentNameServers(t *testing.T) {
 	var asked, inVain atomic.Int64
-	n := newNames(resolvConf(t, "nameserver 198.51.100.1\n"), resolvConf(t, "nameserver "+nameServer(t, &asked, "192.0.2.1")+"\n"))
+	n := newNames(resolvConf(t, "nameserver 198.51.100.1\n"), resolvConf(t, "nameserver "+proxytest.NameServer(t, &asked, "192.0.2.1")+"\n"))
 	n.resolver = silent(t, func() { inVain.Add(1) })
 	for range 2 {
 		ips, err := n.lookup(t.Context(), "cdn.example.com")
@@ -121,7 +89,7 @@ func TestSilentNameServers(t *testing.T) {
 // host that no name server ever knew has none, and one that is gone is gone.
 func TestNamesAreKept(t *testing.T) {
 	var asked atomic.Int64
-	addr := nameServer(t, &asked, "192.0.2.1")
+	addr := proxytest.NameServer(t, &asked, "192.0.2.1")
 	questions := make(chan struct{}, 100)
 	mute := silent(t, func() { questions <- struct{}{} })
 	type dial func(ctx context.Context, network, address string) (net.Conn, error)

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"weir/proxy/internal/proxytest"
 )
 
 // Connections that were kept are forgotten on the way: nothing comes through any
@@ -554,12 +555,12 @@ func TestSettingsTellConnectionsApart(t *testing.T) {
 	w := newWorld(t)
 	w.name("127.0.0.1")
 	s := w.serve("127.0.0.1", 0, w.ca, func(http.ResponseWriter, *http.Request) {})
-	evil := newAuthority(t, "evil")
+	evil := proxytest.NewAuthority(t, "evil")
 	target := s.target()
 	for i, tt := range []struct {
 		settings Settings
 		ok       bool
-	}{{Settings{}, true}, {Settings{Roots: evil.pool, Key: "evil"}, false}, {Settings{Roots: w.ca.pool, Key: "own"}, true}, {Settings{}, true}} {
+	}{{Settings{}, true}, {Settings{Roots: evil.Pool, Key: "evil"}, false}, {Settings{Roots: w.ca.Pool, Key: "own"}, true}, {Settings{}, true}} {
 		target.Settings = tt.settings
 		for _, url := range []string{target.url(), fmt.Sprintf("https://cdn.test:%d/", s.addr.Port())} {
 			if _, err := send(t, w.egress.Transport(target), "GET", url, nil); (err == nil) != tt.ok {

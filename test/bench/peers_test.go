@@ -100,8 +100,8 @@ func (nothing) Progress(digest.Digest) (int64, int64, bool, error) {
 	return 0, 0, false, p2p.ErrNotHere
 }
 
-// Recall implements p2p.Content.
-func (nothing) Recall(string) []byte { return nil }
+// Export implements p2p.Content.
+func (nothing) Export(string) []byte { return nil }
 
 // Figures implements p2p.Content.
 func (nothing) Figures() []byte { return nil }

@@ -5,10 +5,16 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -178,4 +184,91 @@ func TestDocumentsNameTests(t *testing.T) {
 			}
 		}
 	}
+}
+
+// The architecture's document has every package in its table, and each name that it
+// gives is there: a package, a file, a function of the kernel side, or what a package
+// declares, as PACKAGE.NAME, TYPE.METHOD, both, or NAME alone.
+func TestArchitecture(t *testing.T) {
+	const root, document = "../../", ".github/ARCHITECTURE.md"
+	b, err := os.ReadFile(root + document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, err := os.ReadFile(root + "bpf/weir.bpf.c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	declared, packages := declarations(t, root)
+	listed := make(map[string]bool)
+	for _, row := range regexp.MustCompile("(?m)^\\| (`.*`) \\|").FindAllStringSubmatch(string(b), -1) {
+		for _, p := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(row[1], -1) {
+			listed[p[1]] = true
+		}
+	}
+	for _, p := range packages {
+		if !listed[p] {
+			t.Errorf("%s doesn't list the package %s", document, p)
+		}
+	}
+	names := regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(string(b), -1)
+	if len(names) < 80 {
+		t.Errorf("%s gives %d names; are they looked for where they are?", document, len(names))
+	}
+	for _, name := range names {
+		name := name[1]
+		_, err := os.Stat(root + name)
+		switch {
+		case err == nil, name == "/v2/", declared[name]:
+		case strings.HasPrefix(name, "weir_") && regexp.MustCompile(`\b`+regexp.QuoteMeta(name)+`[(,]`).Match(kernel):
+		default:
+			t.Errorf("%s names %s, which isn't there", document, name)
+		}
+	}
+}
+
+// declarations are what weir's packages declare, and in which directories those are.
+func declarations(t *testing.T, root string) (declared map[string]bool, packages []string) {
+	t.Helper()
+	declared = make(map[string]bool)
+	for _, top := range []string{"agent", "bpf", "p2p", "proxy"} {
+		if err := filepath.WalkDir(root+top, func(path string, e fs.DirEntry, err error) error {
+			if err != nil || e.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+			if err != nil {
+				return err
+			}
+			if dir := strings.TrimPrefix(filepath.Dir(path), root); !strings.Contains(dir, "/internal/") && !slices.Contains(packages, dir) {
+				packages = append(packages, dir)
+			}
+			declare := func(name string) { declared[name], declared[file.Name.Name+"."+name] = true, true }
+			for _, d := range file.Decls {
+				switch d := d.(type) {
+				case *ast.FuncDecl:
+					declare(d.Name.Name)
+					if d.Recv != nil {
+						of := regexp.MustCompile(`\w+`).FindString(types.ExprString(d.Recv.List[0].Type))
+						declare(of + "." + d.Name.Name)
+					}
+				case *ast.GenDecl:
+					for _, s := range d.Specs {
+						switch s := s.(type) {
+						case *ast.TypeSpec:
+							declare(s.Name.Name)
+						case *ast.ValueSpec:
+							for _, n := range s.Names {
+								declare(n.Name)
+							}
+						}
+					}
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return declared, packages
 }

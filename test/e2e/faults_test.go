@@ -306,7 +306,7 @@ func TestFaultFullDisk(t *testing.T) {
 	s.rounds(func(ref string, im lab.Pushed) {
 		first := s.start(ref, im, []int{0})
 		others := s.start(ref, im, all(5)[1:])
-		someTime()
+		begun(s.t, s.agents[0])
 		_, _ = s.nodes[0].Output("dd", "if=/dev/zero", "of=/var/lib/weir/fill", "bs=1M") // until it is full
 		others()
 		first()
@@ -384,8 +384,8 @@ func (l *liar) Progress(d digest.Digest) (int64, int64, bool, error) {
 	return 0, 0, false, p2p.ErrNotHere
 }
 
-// Recall implements p2p.Content.
-func (*liar) Recall(string) []byte { return nil }
+// Export implements p2p.Content.
+func (*liar) Export(string) []byte { return nil }
 
 // Figures implements p2p.Content.
 func (*liar) Figures() []byte { return nil }

@@ -12,8 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
-	"time"
 
 	"weir/test/lab"
 )
@@ -114,12 +114,17 @@ func TestRegistryFails(t *testing.T) {
 	docker.Pull(flyway)
 	docker.Same(flyway, w.flyway)
 	slow := w.hub.Push("acme/slow:1", lab.Image{Layers: []int{200_000}, Seed: 200})
+	goesOn := make(chan struct{}) // the client, with another answer than the registry's
+	var once sync.Once
 	w.hub.Fault(func(_ http.ResponseWriter, r *http.Request) bool {
-		if isBase(r) {
-			select { // longer than weir waits where there is another answer
-			case <-time.After(3 * time.Second):
+		switch {
+		case isBase(r):
+			select {
+			case <-goesOn:
 			case <-r.Context().Done():
 			}
+		case strings.Contains(r.URL.Path, "/acme/slow/manifests/"):
+			once.Do(func() { close(goesOn) })
 		}
 		return false
 	})

@@ -111,7 +111,7 @@ func TestClosedWithoutAnswer(t *testing.T) {
 		}
 	}
 	c := s.dial()
-	if err := tls.Client(c, &tls.Config{ServerName: "registry.test", RootCAs: s.world.pool}).Handshake(); err == nil {
+	if err := tls.Client(c, &tls.Config{ServerName: "registry.test", RootCAs: s.world.Pool}).Handshake(); err == nil {
 		t.Fatal("the client took weir's certificate")
 	}
 	c.Close()

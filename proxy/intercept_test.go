@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -20,58 +21,208 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
+	"weir/proxy/internal/proxytest"
+	"weir/proxy/registry"
 )
 
-// client makes requests through the stage, each on a connection of its own.
-func (s *stage) client() *http.Client {
-	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.weir.pool}, DisableKeepAlives: true,
+// What a client sends before its request's body is held until the answer has been
+// read: it has a bound, and what registries take has room in it.
+func TestRequestHeadIsBounded(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, len(r.Header.Get("X")))
+	}), MaxHeaderBytes: 2 << 20}
+	go func() { _ = srv.Serve(l) }()
+	t.Cleanup(func() { srv.Close() })
+	for _, tt := range []struct{ size, status int }{
+		{100_000, http.StatusOK},
+		{200_000, http.StatusRequestHeaderFieldsTooLarge},
+	} {
+		c := s.dial()
+		r := bufio.NewReader(c)
+		for i, size := range []int{1, tt.size} { // the first has another bound
+			go func() {
+				_, _ = io.WriteString(c, fmt.Sprintf("GET /v2/ HTTP/1.1\r\nHost: a.test\r\nX: %s\r\n\r\n", strings.Repeat("x", size)))
+			}()
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := []int{http.StatusOK, tt.status}[i]
+			b, err := io.ReadAll(resp.Body)
+			if resp.StatusCode != want || want == http.StatusOK && (err != nil || string(b) != fmt.Sprint(size)) {
+				t.Errorf("a field of %d bytes: %s, %q, %v", size, resp.Status, b, err)
+			}
+		}
+	}
+}
+
+// A registry without TLS is answered for, under its address.
+func TestPlainRegistry(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	blob := bytes.Repeat([]byte("blob"), 1000)
+	path := "/v2/a/blobs/" + digest.FromBytes(blob).String()
+	var asked atomic.Int64
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		if r.URL.Path != path || r.Host != "registry.lan" {
+			fmt.Fprintf(w, "%s at %s", r.URL.Path, r.Host)
+			return
+		}
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(blob))
+	})}
+	go func() { _ = srv.Serve(l) }()
+	defer srv.Close()
+	c := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		return net.Dial("tcp", s.listener.Addr().String())
+	}}}
+	get := func(url string) string {
+		t.Helper()
+		resp, err := c.Get(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	for range 3 {
+		if got := get("http://registry.lan" + path); got != string(blob) {
+			t.Errorf("%d bytes", len(got))
+		}
+	}
+	if asked.Load() != 1 || s.dials.Load() != 1 {
+		t.Errorf("asked %d times, %d connections", asked.Load(), s.dials.Load())
+	}
+	if got := get("http://registry.lan/elsewhere"); got != "/elsewhere at registry.lan" { // on the same connection
+		t.Error(got)
+	}
+	c.CloseIdleConnections()
+	before := s.proxy.Stats()
+	if got := get("http://registry.lan/index.html"); got != "/index.html at registry.lan" {
+		t.Error(got)
+	}
+	if got := s.proxy.Stats(); got.PassedThrough != before.PassedThrough+1 || got.Intercepted != before.Intercepted {
+		t.Errorf("what isn't a registry: %+v, before %+v", got, before)
+	}
+	if st := s.proxy.opts.Registry.Stats(); len(st) != 1 || st[0].Registry != "http://registry.lan@"+s.dst.String() {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestIntercept(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	var asked atomic.Int64
+	blob := bytes.Repeat([]byte("blob"), 50_000)
+	path := "/v2/a/blobs/" + digest.FromBytes(blob).String()
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		if r.URL.Path == path {
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(blob))
+			return
+		}
+		fmt.Fprintf(w, "%s %s", r.Host, r.URL.Path)
+	}))
+	c := http.Client{Transport: &http.Transport{
 		DialContext: func(context.Context, string, string) (net.Conn, error) {
 			return net.Dial("tcp", s.listener.Addr().String())
-		}}}
-}
-
-// resolveBy has this process ask a name server, until the test ends.
-func resolveBy(t *testing.T, addr string) {
-	was := net.DefaultResolver
-	t.Cleanup(func() { net.DefaultResolver = was })
-	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "udp", addr)
+		},
+		TLSClientConfig: &tls.Config{RootCAs: s.weir.Pool},
 	}}
-}
-
-// nameServer is one that knows everything, at ip.
-func nameServer(t *testing.T, asked *atomic.Int64, ip string) (addr string) {
-	t.Helper()
-	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	base := fmt.Sprintf("https://registry.test:%d", s.dst.Port())
+	for range 3 {
+		resp, err := c.Get(base + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(resp.Body)
+		if err != nil || !bytes.Equal(got, blob) || resp.ProtoMajor != 1 || resp.ContentLength != int64(len(blob)) {
+			t.Fatalf("%d bytes, %s, %v", len(got), resp.Proto, err)
+		}
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the registry was asked %d times", n)
+	}
+	resp, err := c.Get(base + "/elsewhere")
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { c.Close() })
-	go func() {
-		b := make([]byte, 1500)
-		for {
-			n, from, err := c.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			asked.Add(1)
-			var m dnsmessage.Message
-			if m.Unpack(b[:n]) != nil {
-				continue
-			}
-			m.Response, m.Additionals = true, nil
-			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
-				m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: netip.MustParseAddr(ip).As4()}}}
-			}
-			if out, err := m.Pack(); err == nil {
-				_, _ = c.WriteTo(out, from)
-			}
+	if got, _ := io.ReadAll(resp.Body); string(got) != strings.TrimPrefix(base, "https://")+" /elsewhere" {
+		t.Errorf("%q", got)
+	}
+	if n := s.dials.Load(); n != 1 {
+		t.Errorf("%d connections to the registry, want the verified one used for all", n)
+	}
+}
+
+func TestRejected(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
+	rejected := make(chan string, 2)
+	s.change(func(f *Flow) { f.Rejected = func(host string, err error) { rejected <- host } })
+	c := tls.Client(s.dial(), &tls.Config{ServerName: "registry.test", RootCAs: s.world.Pool})
+	if err := c.Handshake(); err == nil {
+		t.Fatal("weir's certificate was trusted")
+	}
+	select {
+	case host := <-rejected:
+		if !strings.HasPrefix(host, "registry.test") {
+			t.Error(host)
 		}
-	}()
-	return c.LocalAddr().String()
+	case <-time.After(10 * time.Second):
+		t.Fatal("it wasn't called")
+	}
+	// A client that just goes away is not one that rejects.
+	raw := s.dial()
+	c = tls.Client(&oneWay{raw}, &tls.Config{ServerName: "registry.test", InsecureSkipVerify: true})
+	_ = c.Handshake()
+	raw.Close()
+	select {
+	case <-rejected:
+		t.Error("a broken connection was taken for a rejection")
+	case <-time.After(300 * time.Millisecond):
+	}
+}
+
+// The agent is told that weir's certificate was accepted, and asked with the name
+// in the client's own case, by which that looks for a registry's settings.
+func TestAccepted(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
+	accepted, asked := make(chan struct{}, 2), make(chan string, 2)
+	s.change(func(f *Flow) {
+		f.Accepted = func() { accepted <- struct{}{} }
+		f.Trusts = func(_ registry.Known, name string) bool { asked <- name; return name == strings.ToLower(name) }
+	})
+	if got := s.issuer("registry.test"); got == "world" {
+		t.Error("it was passed through")
+	}
+	select {
+	case <-accepted:
+	case <-time.After(10 * time.Second):
+		t.Fatal("it wasn't called")
+	}
+	if name := <-asked; registry.Canonical(name) != name {
+		t.Errorf("asked for %q", name)
+	}
+	if got := s.issuer("Registry.TEST"); got != "world" {
+		t.Errorf("certificate of %q", got)
+	}
+	if name := <-asked; !strings.HasPrefix(name, "Registry.TEST") {
+		t.Errorf("asked for %q", name)
+	}
+	if len(accepted) > 0 {
+		t.Error("what passed through was taken for accepted")
+	}
 }
 
 // containerd tries again when a connection to a registry ends without an answer.
@@ -94,7 +245,7 @@ func TestDropped(t *testing.T) {
 					_, _ = io.WriteString(w, manifest)
 				}
 			}))
-			tr := docker.DefaultHTTPTransport(&tls.Config{RootCAs: s.weir.pool})
+			tr := docker.DefaultHTTPTransport(&tls.Config{RootCAs: s.weir.Pool})
 			tr.DialContext = func(context.Context, string, string) (net.Conn, error) {
 				return net.Dial("tcp", s.listener.Addr().String())
 			}
@@ -147,12 +298,12 @@ func TestMoved(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			other := newAuthority(t, "other")
+			other := proxytest.NewAuthority(t, "other")
 			srv := &http.Server{TLSConfig: &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return other.Leaf("tenant.test") }}}
 			go func() { _ = srv.ServeTLS(again, "", "") }()
 			t.Cleanup(func() { srv.Close() })
 			dst := netip.MustParseAddrPort(moved.Addr().String())
-			resolveBy(t, nameServer(t, &atomic.Int64{}, "127.0.0.2"))
+			resolveBy(t, proxytest.NameServer(t, &atomic.Int64{}, "127.0.0.2"))
 			s.change(func(f *Flow) { f.Dst = dst })
 			for range 3 {
 				if got := get(); got != "200 OK right" {
@@ -264,142 +415,5 @@ func TestForgottenFlows(t *testing.T) {
 		l.drop(t)
 		ask("PUT", "/v2/a/manifests/1")
 		ask("GET", "/v2/a/tags/list")
-	}
-}
-
-// A client that takes a moment to say hello, on a busy node, has what others
-// have: the host's other addresses, and what there is to serve while it is down.
-func TestLateHello(t *testing.T) {
-	for _, late := range []time.Duration{0, silence + silence/2} {
-		t.Run(fmt.Sprint("another address, after ", late), func(t *testing.T) {
-			l := listen(t)
-			s := newStage(t, l)
-			s.serveTLS(l, &tls.Config{}, http.NotFoundHandler())
-			resolveBy(t, nameServer(t, &atomic.Int64{}, "127.0.0.1"))
-			dialled := netip.AddrPortFrom(silent.Addr(), s.dst.Port())
-			s.place(func(a netip.AddrPort) netip.AddrPort {
-				if a == dialled {
-					return silent
-				}
-				return a
-			})
-			s.change(func(f *Flow) { f.Dst = dialled })
-			raw := s.dial()
-			time.Sleep(late)                                                // the silence is what it is about
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // as runtimes have it
-			defer cancel()
-			if err := tls.Client(raw, &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool}).HandshakeContext(ctx); err != nil {
-				t.Error(err)
-			}
-		})
-		t.Run(fmt.Sprint("down, after ", late), func(t *testing.T) {
-			l := listen(t)
-			s := newStage(t, l)
-			s.serveTLS(l, &tls.Config{}, http.HandlerFunc(giveManifest))
-			s.remember()
-			l.Close()
-			e := s.newEgress(s.world.pool)
-			s.change(func(f *Flow) { f.Egress = e })
-			raw := s.dial()
-			time.Sleep(late) // the silence is what it is about
-			if err := tls.Client(raw, &tls.Config{ServerName: "registry.test", RootCAs: s.weir.pool}).Handshake(); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-// A client that says nothing has its connection broken off when the destination isn't there.
-func TestSilentToNobody(t *testing.T) {
-	l := listen(t)
-	s := newStage(t, l)
-	l.Close()
-	if n, err := s.dial().Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
-		t.Errorf("%d bytes, %v", n, err)
-	}
-}
-
-// A connection that has come before the end is carried to its end, also when it
-// was still being found out what to do with it.
-func TestShutdownWhileOpening(t *testing.T) {
-	l := listen(t)
-	s := newStage(t, l)
-	verifying, verified := make(chan struct{}, 8), make(chan struct{})
-	s.serveTLS(l, &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-		verifying <- struct{}{}
-		<-verified // a registry on another continent
-		return nil, nil
-	}}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "here") }))
-	got := make(chan error, 1)
-	go func() {
-		resp, err := s.client().Get(fmt.Sprintf("https://registry.test:%d/v2/", s.dst.Port()))
-		if err == nil {
-			resp.Body.Close()
-		}
-		got <- err
-	}()
-	<-verifying
-	down := make(chan error, 1)
-	ctx, cancel := context.WithTimeout(t.Context(), 25*time.Second)
-	defer cancel()
-	go func() { down <- s.proxy.Shutdown(ctx) }()
-	// It has begun when it would take no more connections, if it did so at once.
-	time.AfterFunc(50*time.Millisecond, func() { close(verified) })
-	if err := <-got; err != nil {
-		t.Errorf("the pull: %v", err)
-	}
-	if err := <-down; err != nil {
-		t.Error(err)
-	}
-}
-
-// At the end, connections that are passed through and that their clients keep for a
-// next request are closed in order, at once. One whose server is still to answer has
-// its answer.
-func TestShutdownWhileIdle(t *testing.T) {
-	l := listen(t)
-	s := newStage(t, l)
-	s.proxy.idle = 100 * time.Millisecond
-	s.flow.Store(new(func(f *Flow) { f.Direct = true }))
-	answer := make(chan struct{})
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/late" {
-			<-answer
-		}
-		_, _ = io.WriteString(w, "here")
-	})}
-	go func() { _ = srv.Serve(l) }()
-	t.Cleanup(func() { srv.Close() })
-	ask := func(path string) (net.Conn, *bufio.Reader) {
-		c, err := net.Dial("tcp", s.listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", path)
-		return c, bufio.NewReader(c)
-	}
-	_, idle := ask("/")
-	if resp, err := http.ReadResponse(idle, nil); err != nil {
-		t.Fatal(err)
-	} else if b, err := io.ReadAll(resp.Body); string(b) != "here" {
-		t.Fatal(string(b), err)
-	}
-	_, late := ask("/late")
-	down := make(chan error, 1)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	go func() { down <- s.proxy.Shutdown(ctx) }()
-	if _, err := idle.ReadByte(); err != io.EOF {
-		t.Errorf("the idle one: %v", err)
-	}
-	close(answer)
-	if resp, err := http.ReadResponse(late, nil); err != nil {
-		t.Errorf("the one that waits: %v", err)
-	} else if b, err := io.ReadAll(resp.Body); string(b) != "here" || err != nil {
-		t.Errorf("the one that waits: %q %v", b, err)
-	}
-	if err := <-down; err != nil {
-		t.Error(err)
 	}
 }

@@ -236,3 +236,76 @@ func TestHangingPeers(t *testing.T) {
 		t.Errorf("the upstream is asked for the fourth blob after %s", took)
 	}
 }
+
+// stalling is a blob that stops giving, with or without having more.
+type stalling struct {
+	io.ReadSeeker
+	ctx  context.Context
+	left int
+}
+
+func (s *stalling) Close() error { return nil }
+
+func (s *stalling) Read(p []byte) (int, error) {
+	if s.left <= 0 {
+		<-s.ctx.Done()
+		return 0, s.ctx.Err()
+	}
+	k, err := s.ReadSeeker.Read(p[:min(len(p), s.left)])
+	s.left -= k
+	return k, err
+}
+
+func TestStall(t *testing.T) {
+	all := swarm(t, 3)
+	blob := random(1 << 20)
+	d := digest.FromBytes(blob)
+	all[0].shelf.open = func(ctx context.Context, _ digest.Digest) (*Blob, error) {
+		return &Blob{&stalling{bytes.NewReader(blob), ctx, 100 << 10}, int64(len(blob)), true}, nil
+	}
+	all[0].Provide(d)
+	var s *Share
+	until(t, "the blob is found", func() bool { s = all[2].Want(t.Context(), d, 0); return !s.fetch })
+	body, _, err := s.Open(t.Context(), 0, -1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(body)
+	if err == nil || len(got) != 100<<10 {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	body.Close()
+	if _, _, err := s.Open(t.Context(), int64(len(got)), -1); !errors.Is(err, ErrNoPeer) {
+		t.Errorf("then: %v", err)
+	}
+}
+
+// What is small is verified too before it is taken, and who sent something else
+// is shunned.
+func TestSmallComesWrong(t *testing.T) {
+	all := swarm(t, 3)
+	right := []byte("a manifest")
+	d := digest.FromBytes(right)
+	all[0].shelf.open = func(context.Context, digest.Digest) (*Blob, error) {
+		return &Blob{nopCloser{bytes.NewReader([]byte("another it"))}, 10, true}, nil
+	}
+	all[0].Provide(d)
+	find := question{Op: opFind, Key: must(keyOf(d))}
+	until(t, "the liar is found", func() bool {
+		a, _ := all[2].consult(t.Context(), find)
+		return len(a.Sources) == 1
+	})
+	if b, err := all[2].Get(t.Context(), d, 1000); !errors.Is(err, ErrNoPeer) {
+		t.Errorf("%q, %v", b, err)
+	}
+	all[1].Provide(all[1].put(right))
+	until(t, "another one has it", func() bool {
+		b, err := all[2].Get(t.Context(), d, 1000)
+		return err == nil && bytes.Equal(b, right)
+	})
+	for _, p := range all[2].Status().Peers {
+		if p.Shunned != (p.ID == all[0].ID()) {
+			t.Errorf("%s shunned: %v", p.ID, p.Shunned)
+		}
+	}
+}

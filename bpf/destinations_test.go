@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+)
+
+// What is said first to a destination at another port is reported, once, and the
+// connection goes where it goes. Ports and destinations can be had redirected, and
+// left alone.
+func TestDestinations(t *testing.T) {
+	s := newStage(t)
+	s.openListener()
+	for _, addr := range []string{"203.0.113.9:443", "203.0.113.9:8443", "203.0.113.9:9000"} {
+		s.serve("tcp4", addr)
+	}
+	s.serve("tcp6", "[2001:db8::9]:8443")
+	other, p := s.start("bash", true), s.start("dockerd", true)
+	if err := s.k.SetMode(p.pid(), ModeRedirect); err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("x", 10_000)
+	say := func(p *proc, network, addr, what string) {
+		t.Helper()
+		if got := p.do("say", network, addr, what); got != addr {
+			t.Errorf("%s: %s", addr, got)
+		}
+		if d := <-s.direct; d != addr {
+			t.Errorf("%s: it went to %s", addr, d)
+		}
+	}
+	said := func(addr, what string) {
+		t.Helper()
+		got, err := s.k.NextSaid()
+		if err != nil || got.Dst != netip.MustParseAddrPort(addr) || got.PID != p.pid() || got.Netns != s.cookie || string(got.Data) != what {
+			t.Errorf("%+v (%v), want %s and %.10s", got, err, addr, what)
+		}
+	}
+	say(other, "tcp4", "203.0.113.9:8443", "other")
+	say(p, "tcp4", "203.0.113.9:8443", "hello")
+	say(p, "tcp4", "203.0.113.9:8443", "again")
+	say(p, "tcp6", "[2001:db8::9]:8443", long)
+	said("203.0.113.9:8443", "hello")
+	said("[2001:db8::9]:8443", long[:4096])
+
+	// The port, for what was looked at too, and for others.
+	if err := s.k.AddPort(8443); err != nil {
+		t.Fatal(err)
+	}
+	p.redirected("tcp4", "203.0.113.9:8443")
+	p.redirected("tcp6", "[2001:db8::9]:8443")
+	// But not where no registry is, for its time; and a new process nevertheless.
+	dst := netip.MustParseAddrPort("203.0.113.9:8443")
+	if err := s.k.Leave(s.cookie, dst, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	p.direct("tcp4", "203.0.113.9:8443")
+	p.redirected("tcp6", "[2001:db8::9]:8443")
+	p.redirected("tcp4", "203.0.113.9:443")
+	s.start("dockerd", true).redirected("tcp4", "203.0.113.9:8443")
+	if err := s.k.Leave(s.cookie, dst, -time.Second); err != nil {
+		t.Fatal(err)
+	}
+	p.redirected("tcp4", "203.0.113.9:8443")
+	if err := errors.Join(s.k.Leave(s.cookie, dst, time.Hour), s.k.Unleave(s.cookie, dst), s.k.Unleave(s.cookie, dst)); err != nil {
+		t.Fatal(err)
+	}
+	p.redirected("tcp4", "203.0.113.9:8443")
+	// One destination.
+	if err := s.k.Want(s.cookie, netip.MustParseAddrPort("203.0.113.9:9000")); err != nil {
+		t.Fatal(err)
+	}
+	p.redirected("tcp4", "203.0.113.9:9000")
+	if err := s.k.SetMode(p.pid(), ModeProbe); err != nil {
+		t.Fatal(err)
+	}
+	p.direct("tcp4", "203.0.113.9:9000")
+}
