@@ -143,6 +143,7 @@ type parallel struct {
 	body    io.ReadCloser // what comes before the first part; nil if that has to be opened
 	first   io.ReadCloser // the one that was there at first
 	rests   int64         // where that rests
+	opening bool          // a body
 	parts   []*part       // one after the other, without gaps
 	next    int64         // where the next part begins; 0 before there is one
 	want    int           // connections
@@ -254,11 +255,16 @@ func (p *parallel) take() *part {
 	for !p.closed && p.workers <= p.want && p.want > 1 && len(p.parts) > p.want {
 		p.change.Wait()
 	}
-	if len(p.parts) == 0 {
+	switch {
+	case len(p.parts) > 0:
+	case p.body != nil || p.opening:
 		p.next = max(p.next, max(p.pos, p.reading)+p.ws.part) // the body comes as far meanwhile
+	default:
+		p.next = max(p.next, p.pos)
 	}
 	if p.closed || p.workers > p.want || p.want == 1 || p.size-p.next <= 0 || !p.ws.take() {
 		p.workers--
+		p.change.Broadcast()
 		return nil
 	}
 	t := &part{off: p.next, end: min(p.next+p.ws.part, p.size)}
@@ -269,6 +275,7 @@ func (p *parallel) take() *part {
 	}
 	p.next = t.end
 	p.parts = append(p.parts, t)
+	p.change.Broadcast()
 	return t
 }
 
@@ -338,6 +345,8 @@ func (p *parallel) Read(b []byte) (int, error) {
 			if n := p.fromPart(b); n > 0 {
 				return n, nil
 			}
+		case p.body == nil && len(p.parts) == 0 && p.workers > 0:
+			p.change.Wait() // for the next part, or for who would ask for it to leave
 		case p.body == nil:
 			if err := p.reopen(end); err != nil {
 				return 0, err
@@ -391,6 +400,7 @@ func (p *parallel) fromPart(b []byte) int {
 // reopen opens what is missing before end. p.mu is held, and given up meanwhile.
 func (p *parallel) reopen(end int64) error {
 	from, rests := p.pos, p.rests
+	p.opening = true
 	p.mu.Unlock()
 	body, err := p.begun(from, end-1)
 	if err != nil {
@@ -399,7 +409,7 @@ func (p *parallel) reopen(end int64) error {
 		}
 	}
 	p.mu.Lock()
-	if err == nil {
+	if p.opening = false; err == nil {
 		p.body = body
 	}
 	return err
