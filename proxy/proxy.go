@@ -106,12 +106,13 @@ type Proxy struct {
 
 	intercepted, passed, failed, unverified atomic.Int64
 
-	mu      sync.Mutex
-	splices map[*splice]struct{}
-	idle    time.Duration // see idleTime
-	opening int           // connections of which it isn't known yet what becomes of them
-	changed sync.Cond     // when there are fewer
-	unknown unknowns
+	mu         sync.Mutex
+	splices    map[*splice]struct{}
+	idle       time.Duration // see idleTime
+	opening    int           // connections of which it isn't known yet what becomes of them
+	changed    sync.Cond     // when there are fewer
+	unknown    unknowns
+	companions companions
 	// unverifiable are registries of which the log has it.
 	unverifiable *expirable.LRU[string, struct{}]
 	serving      *lru.Cache[place, struct{}] // where registries were seen
@@ -221,6 +222,9 @@ type intercepted struct {
 
 func (p *Proxy) newIntercepted(conn *net.TCPConn, f Flow, o opening, up registry.Upstream, out *upstream.Transport) *intercepted {
 	up.Transport = out
+	if up.Plain == "" && up.TrustRootsID == "" {
+		up.Transport = seeing{out, up.Host, &p.companions}
+	}
 	c := &intercepted{replayConn{conn, bytes.NewReader(o.bytes)}, up, out, p.open(), func() {}}
 	if f.Closed != nil {
 		c.closed = sync.OnceFunc(f.Closed)

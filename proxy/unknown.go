@@ -30,6 +30,8 @@ type Unknown struct {
 	Registry bool `json:"registry"`
 	// Problem says why that could not be found out.
 	Problem string `json:"problem,omitempty"`
+	// Companion is what it is to a registry, nil if that isn't known.
+	Companion *Companion `json:"companion,omitempty"`
 }
 
 const (
@@ -73,7 +75,11 @@ func (p *Proxy) Unknowns() []Unknown {
 	all := make([]Unknown, 0, len(p.unknown.all))
 	for host, u := range p.unknown.all {
 		if _, ok := p.opts.Hosts.Find(host); !ok { // it may have become one
-			all = append(all, u.Unknown)
+			shown := u.Unknown
+			if c, ok := p.companions.find(host); ok {
+				shown.Companion = &c
+			}
+			all = append(all, shown)
 		}
 	}
 	slices.SortFunc(all, func(a, b Unknown) int {
@@ -115,7 +121,7 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	}
 	u.asked[f.NetworkID] = asked{at: u.LastSeen}
 	go func() {
-		is, ownRoots, err := speaksDistribution(ctx, host, f)
+		is, ownRoots, err := p.speaksDistribution(ctx, host, f)
 		none := !is && !errors.Is(err, errSilent)
 		if is {
 			p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})
@@ -167,7 +173,7 @@ func (p *Proxy) Look(ctx context.Context, f Flow, said []byte) {
 // speaksDistribution asks a host, the way that a client has just taken, whether
 // it is a registry: OCI distribution specification, "Determining support". ownRoots
 // says that the node can't verify it, and the client's runtime can.
-func speaksDistribution(ctx context.Context, host string, f Flow) (is, ownRoots bool, err error) {
+func (p *Proxy) speaksDistribution(ctx context.Context, host string, f Flow) (is, ownRoots bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	var s upstream.Settings
@@ -197,6 +203,9 @@ func speaksDistribution(ctx context.Context, host string, f Flow) (is, ownRoots 
 		for _, c := range auth.ParseAuthHeader(header) {
 			is = is || c.Scheme == auth.BearerAuth && c.Parameters["service"] != ""
 		}
+	}
+	if is && !ownRoots {
+		p.companions.see(host, "/v2/", status, header)
 	}
 	return is, ownRoots, nil
 }

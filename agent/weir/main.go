@@ -429,6 +429,8 @@ func printStatus(w io.Writer, s admin.Status) error {
 				if u.Problem != "" {
 					what = "a registry that is not learned: " + u.Problem
 				}
+			case u.Companion != nil:
+				what = u.Companion.Role + " of " + admin.RegistryText(u.Companion.Of)
 			case u.Problem != "":
 				what = u.Problem
 			}
