@@ -57,6 +57,9 @@ type Config struct {
 	// RegistryFile has more of them, one a line. It is read again when it
 	// changes.
 	RegistryFile string
+	// Programs are further executables that pull, each NAME=KIND with the name of a
+	// known kind of runtime. They count for the whole process.
+	Programs []string
 	// NoLearn has weir learn no registries, and take no notice of those that it has
 	// learned.
 	NoLearn bool
@@ -182,6 +185,7 @@ func (a *Agent) start() error {
 	for _, p := range []part{
 		a.findCgroup,
 		a.lockRunDir,
+		a.namePrograms,
 		a.loadRegistries,
 		a.openTrust,
 		a.openStore,

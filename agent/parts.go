@@ -46,6 +46,13 @@ func (a *Agent) lockRunDir() (stop func(), err error) {
 	}, nil
 }
 
+func (a *Agent) namePrograms() (stop func(), err error) {
+	if err := runtimes.SetPrograms(a.conf.Programs); err != nil {
+		return nil, fmt.Errorf("--program %w", err)
+	}
+	return nil, nil
+}
+
 func (a *Agent) loadRegistries() (stop func(), err error) {
 	if err := a.regs.Load(a.conf.Registries, a.conf.RegistryFile); err != nil || a.conf.NoLearn {
 		return nil, err

@@ -30,6 +30,7 @@ import (
 	"weir/agent"
 	"weir/agent/admin"
 	"weir/agent/doctor"
+	"weir/agent/runtimes"
 	"weir/agent/service"
 	"weir/proxy/registry"
 	"weir/proxy/store"
@@ -143,6 +144,10 @@ func registryFlags(f *pflag.FlagSet, c *agent.Config) {
 	f.StringVar(&c.RegistryFile, "registry-file", "", "`file` with further registries, one a line; read again when it changes")
 }
 
+func programFlag(f *pflag.FlagSet, c *agent.Config) {
+	f.StringSliceVar(&c.Programs, "program", nil, "a further program that pulls, `NAME=KIND`, treated as the one that is known by KIND (crane, buildkitd); may be repeated")
+}
+
 func peerFlags(f *pflag.FlagSet, c *agent.Config) {
 	f.StringVar(&c.PeerListen, "peer-listen", agent.DefaultPeers, "`address` that peers connect to")
 	f.StringVar(&c.SwarmKey, "swarm-key", "", "`file` with the key that all peers share; without one there is no peer traffic")
@@ -168,6 +173,7 @@ func agentCommand() *cobra.Command {
 	}
 	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
 	registryFlags(f, &conf)
+	programFlag(f, &conf)
 	f.BoolVar(&learn, "learn", true, "learn which other hosts are registries, from the runtimes that use them")
 	f.StringVar(&conf.MirrorListen, "mirror-listen", "", "`address` of a mirror endpoint for dockerd's registry-mirrors or containerd's hosts.toml (default: none; without a host: loopback)")
 	f.StringVar(&conf.MirrorDefault, "mirror-default", agent.DefaultMirror, "the `registry` of requests to the mirror that name none")
@@ -470,9 +476,13 @@ func doctorCommand() *cobra.Command {
 	adminFlag(f, &conf.Admin)
 	f.StringVar(&conf.Cgroup, "cgroup", "", "cgroup2 `directory` whose processes are served (default: the cgroup2 mount)")
 	registryFlags(f, &conf)
+	programFlag(f, &conf)
 	peerFlags(f, &conf)
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := runtimes.SetPrograms(conf.Programs); err != nil {
+			return usageError{fmt.Errorf("--program: %w", err)}
+		}
 		findings := doctor.Examine(cmd.Context(), doctor.Config{DataDir: conf.DataDir, RunDir: conf.RunDir, Cgroup: conf.Cgroup, Admin: conf.Admin,
 			Registries: conf.Registries, RegistryFile: conf.RegistryFile, PeerListen: conf.PeerListen, SwarmKey: conf.SwarmKey})
 		out, text := cmd.OutOrStdout(), cmd.OutOrStdout()
@@ -535,6 +545,9 @@ func installCommand() *cobra.Command {
 		setting := func(name, otherwise string) string { return cmp.Or(vars["WEIR_"+name], otherwise) }
 		address := setting("ADMIN", agent.DefaultAdmin)
 		out := cmd.OutOrStdout()
+		if err := runtimes.SetPrograms(strings.FieldsFunc(setting("PROGRAM", ""), func(r rune) bool { return r == ',' })); err != nil {
+			return fmt.Errorf("WEIR_PROGRAM in %s: %w", service.SettingsFile, err)
+		}
 		findings := doctor.Examine(cmd.Context(), doctor.Config{Admin: address, Cgroup: setting("CGROUP", ""),
 			DataDir: setting("DATA_DIR", agent.DefaultDataDir), RunDir: setting("RUN_DIR", agent.DefaultRunDir)})
 		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f doctor.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {
