@@ -140,6 +140,7 @@ type Agent struct {
 	kernel    *bpf.Kernel
 	listeners *redirect.Listeners
 	runtimes  *runtimes.Runtimes
+	others    runtimes.Others
 	stuck     bool // what is found out about a runtime doesn't end
 	adminL    net.Listener
 	metrics   *prometheus.Registry
@@ -300,7 +301,8 @@ func (a *Agent) remark(err error) {
 	}
 }
 
-// look handles what the kernel side has seen said to ports that aren't redirected.
+// look handles what the kernel side has seen said to ports that aren't redirected,
+// and by programs that aren't.
 func (a *Agent) look() {
 	for {
 		said, err := a.kernel.NextSaid()
@@ -309,6 +311,12 @@ func (a *Agent) look() {
 				a.log.Error("it can't be seen any more which ports registries are at; restart the agent", "err", err)
 			}
 			return
+		}
+		if said.Untracked {
+			if host, known := a.proxy.Registry(said.Dst, said.Data); known {
+				a.others.See(said.PID, said.Comm, host)
+			}
+			continue
 		}
 		if l := a.listeners.Find(said.Netns); l != nil {
 			a.proxy.Look(a.ctx, a.flow(l, said.PID, said.Netns, said.Dst), said.Data)

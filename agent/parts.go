@@ -168,7 +168,7 @@ func (a *Agent) openRuntimes() (stop func(), err error) {
 // watch starts what runs in the background.
 func (a *Agent) watch() (stop func(), err error) {
 	shown := admin.Options{Metrics: a.metrics, Version: a.conf.Version, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir, Kernel: a.kernel, Runtimes: a.runtimes,
-		Listeners: a.listeners, Registry: a.registry, Registries: &a.regs, Proxy: a.proxy, Store: a.store, Log: a.log, Level: a.conf.LogLevel}
+		Listeners: a.listeners, Registry: a.registry, Registries: &a.regs, Proxy: a.proxy, Others: &a.others, Store: a.store, Log: a.log, Level: a.conf.LogLevel}
 	if a.peers != nil {
 		shown.Peers = a.peers
 	}

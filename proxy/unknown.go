@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -147,6 +148,18 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 			p.log.Info("a registry that weir doesn't know is passed through; add it with --registry to have it cached", "registry", host, "why", err)
 		}
 	}()
+}
+
+// Registry returns the known registry that a client names in what it says first to a
+// destination.
+func (p *Proxy) Registry(dst netip.AddrPort, said []byte) (host string, known bool) {
+	h := peek(bytes.NewReader(said))
+	if h.protocol != tlsHello || h.host == "" {
+		return "", false
+	}
+	host = upstream.ParseHost(net.JoinHostPort(h.host, portOf(dst))).String()
+	_, known = p.opts.Hosts.Find(host)
+	return host, known
 }
 
 // Look takes what a client has said first to a destination that it is connected to

@@ -37,6 +37,9 @@ type Options struct {
 	Runtimes interface {
 		Status() []runtimes.Status
 	}
+	Others interface {
+		All() []runtimes.Other
+	}
 	Listeners interface {
 		Status() []redirect.Status
 	}

@@ -80,12 +80,12 @@ type kind struct {
 // updateTLSConfigFromHost).
 //
 // Snapshotters that pull by themselves, later than containerd and without it:
-// soci-snapshotter (service/resolver/registry.go, util/http/retry.go) and
+// soci-snapshotter (service/resolver/registry.go and client.go) and
 // stargz-snapshotter (service/resolver/registry.go; cri.go with config_path, which
 // is containerd's hosts.go) have the system's roots, which they read when they
 // verify a registry, as Go's net/http does, and can't be asked to pull. ko
-// (pkg/commands/options/publish.go, pkg/publish/default.go), pack and the lifecycle
-// (imgutil/remote) have go-containerregistry's transport; the lifecycle has kaniko
+// (pkg/publish/default.go), pack and the lifecycle (imgutil, remote/remote.go) have
+// go-containerregistry's transport; the lifecycle has kaniko
 // built in, which reads the roots as it starts. grype and syft (stereoscope,
 // pkg/image/oci/registry_provider.go) have net/http's, and add what their settings
 // name. When these four read their roots first was not seen.

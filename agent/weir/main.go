@@ -418,6 +418,14 @@ func printStatus(w io.Writer, s admin.Status) error {
 	if len(s.Runtimes) == 0 {
 		fmt.Fprintln(t, "none is running")
 	}
+	if len(s.OtherPrograms) > 0 {
+		fmt.Fprintln(t, "\nNOT FOLLOWED\tLAST SEEN\tREGISTRIES")
+		for _, o := range s.OtherPrograms {
+			hosts := strings.Join(o.Registries, ", ")
+			fmt.Fprintf(t, "%s\t%s\t%s\n", plain(o.Program), o.LastSeen.Local().Format(time.DateTime), plain(hosts))
+		}
+		fmt.Fprintln(t, "\t\t→ `weir agent --program NAME=KIND` has one intercepted, see deploy/RUNTIMES.md")
+	}
 	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHIT RATE\tFROM STORE\tFROM PEERS\tFROM REGISTRY\tNO ANSWER")
 	for _, r := range s.Registries {
 		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", plain(admin.RegistryText(r.Registry)), r.Requests, admin.PercentText(r.Hits, r.Hits+r.Misses), admin.BytesText(r.BytesFromStore), admin.BytesText(r.BytesFromPeers), admin.BytesText(r.BytesFromUpstream), r.Errors)

@@ -314,9 +314,10 @@ func TestStatusIsPlain(t *testing.T) {
 	const evil = "a\x1b[2J\x1b]0;b\a\nall is well\r\u202e\t"
 	var b bytes.Buffer
 	err := printStatus(&b, admin.Status{
-		Runtimes:     []runtimes.Status{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
-		Registries:   []registry.Stats{{Registry: evil}},
-		UnknownHosts: []proxy.Unknown{{Host: evil, Registry: true}, {Host: evil, Problem: evil}, {Host: evil, Companion: &proxy.Companion{Role: evil, Of: evil}}},
+		Runtimes:      []runtimes.Status{{Kind: "containerd", Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
+		Registries:    []registry.Stats{{Registry: evil}},
+		OtherPrograms: []runtimes.Other{{Program: evil, Registries: []string{evil}}},
+		UnknownHosts:  []proxy.Unknown{{Host: evil, Registry: true}, {Host: evil, Problem: evil}, {Host: evil, Companion: &proxy.Companion{Role: evil, Of: evil}}},
 	})
 	if err = errors.Join(err, printPulls(&b, []registry.Pull{{Registry: evil, Repository: evil, Reference: evil, Client: evil}})); err != nil {
 		t.Fatal(err)

@@ -294,4 +294,24 @@ func TestPrograms(t *testing.T) {
 			t.Errorf("%s: %d blobs were fetched, %+v", name, n, agent.Status().Connections)
 		}
 	}
+	if s := agent.Status(); len(s.OtherPrograms) > 0 {
+		t.Errorf("%+v", s.OtherPrograms)
+	}
+	// One that isn't known works as without weir, and is shown.
+	before := agent.Status().Connections
+	node.Run(node.As(crane, "a-puller-that-nobody-knows"), "pull", flyway, "/var/lib/home/direct.tar")
+	if err := lab.Eventually(agent.Ended(), func(context.Context) error {
+		if s := agent.Status(); len(s.OtherPrograms) != 1 || s.OtherPrograms[0].Program != "a-puller-that-nobody-knows" || !slices.Equal(s.OtherPrograms[0].Registries, []string{"index.docker.io"}) {
+			return fmt.Errorf("%+v", s.OtherPrograms)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if now := agent.Status().Connections; now != before {
+		t.Errorf("%+v, before %+v", now, before)
+	}
+	if out := node.Run(lab.Weir(t), "status"); !strings.Contains(out, "a-puller-that-nobody-knows") {
+		t.Error(out)
+	}
 }
