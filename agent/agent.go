@@ -60,6 +60,9 @@ type Config struct {
 	// Programs are further executables that pull, each NAME=KIND with the name of a
 	// known kind of runtime. They count for the whole process.
 	Programs []string
+	// RestartRuntimes has runtimes of the node restarted, once and by systemd, that can't
+	// trust the CA before.
+	RestartRuntimes bool
 	// NoLearn has weir learn no registries, and take no notice of those that it has
 	// learned.
 	NoLearn bool
@@ -112,6 +115,9 @@ var DefaultPorts = []uint16{443, 80, 5000}
 // waits 90 seconds and Kubernetes 30 before they kill.
 const drainTime = 25 * time.Second
 
+// restartWait is how long the agent's end waits for a restart of a runtime.
+const restartWait = 20 * time.Second
+
 // cutTime is how long what was cut may take to end.
 const cutTime = time.Second
 
@@ -141,7 +147,8 @@ type Agent struct {
 	listeners *redirect.Listeners
 	runtimes  *runtimes.Runtimes
 	others    runtimes.Others
-	stuck     bool // what is found out about a runtime doesn't end
+	restarter *runtimes.Restarter // nil if none is to be restarted
+	stuck     bool                // what is found out about a runtime doesn't end
 	adminL    net.Listener
 	metrics   *prometheus.Registry
 	admin     *admin.Server

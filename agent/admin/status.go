@@ -24,6 +24,9 @@ type Status struct {
 	Cgroup   string            `json:"cgroup"`
 	DataDir  string            `json:"data_dir"`
 	Runtimes []runtimes.Status `json:"runtimes"`
+	// Restarts are those of runtimes that weir has done, the latest last, if it was
+	// asked to.
+	Restarts []runtimes.Restart `json:"restarts,omitempty"`
 	// OtherPrograms have connected to known registries, and are not known as runtimes;
 	// --program makes one known.
 	OtherPrograms []runtimes.Other  `json:"other_programs"`
@@ -50,6 +53,9 @@ func (s *Server) Status() Status {
 		Runtimes: s.o.Runtimes.Status(), OtherPrograms: s.o.Others.All(), Listeners: s.o.Listeners.Status(),
 		Registries: s.o.Registry.Stats(), UnknownHosts: s.o.Proxy.Unknowns(), Connections: s.o.Proxy.Stats(),
 		Store: s.o.Store.Stats(), Kernel: kernel,
+	}
+	if s.o.Restarts != nil {
+		st.Restarts = s.o.Restarts.All()
 	}
 	if s.o.Peers != nil {
 		p := s.o.Peers.Status()

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -29,6 +30,7 @@ import (
 	"weir/agent/registries"
 	"weir/agent/runtimes"
 	"weir/agent/service"
+	"weir/agent/systemd"
 	"weir/bpf"
 	"weir/p2p"
 	"weir/proxy/registry"
@@ -70,7 +72,7 @@ func Examine(ctx context.Context, conf Config) []Finding {
 	d.agent(ctx)
 	d.peers()
 	d.reachable(ctx)
-	d.runtimes()
+	d.runtimes(ctx)
 	return d.findings
 }
 
@@ -464,7 +466,7 @@ func greet(ctx context.Context, host string, roots *x509.CertPool) error {
 
 // Runtimes looks at each runtime's own settings and, with an agent running, at
 // how it is treated.
-func (d *doctor) runtimes() {
+func (d *doctor) runtimes(ctx context.Context) {
 	all, err := runtimes.Running(d.conf.Cgroup)
 	if err != nil {
 		d.problem("runtimes", err.Error(), "choose the cgroup2 directory that the runtimes are in with --cgroup")
@@ -482,6 +484,9 @@ func (d *doctor) runtimes() {
 		}
 		if i := slices.IndexFunc(d.status.Runtimes, func(r runtimes.Status) bool { return r.PID == rt.PID && r.Reach == runtimes.ReachPassthrough }); i >= 0 {
 			d.warn(what, "it is passed through: "+d.status.Runtimes[i].Reason, d.status.Runtimes[i].Step)
+			if d.status.Runtimes[i].RestartHelps {
+				d.ok(what + ": " + d.restart(ctx, rt))
+			}
 		}
 		if len(d.findings) == found {
 			d.ok(what)
@@ -490,6 +495,20 @@ func (d *doctor) runtimes() {
 	if len(all) == 0 {
 		d.warn("runtimes", "no container runtime is running in "+d.conf.Cgroup, "nothing to do: weir will see it when it starts")
 	}
+}
+
+// restart says what an agent with --restart-runtimes would do about a runtime that has
+// to be restarted.
+func (d *doctor) restart(ctx context.Context, rt *runtimes.Runtime) string {
+	manager, err := systemd.OfNode()
+	var s systemd.Service
+	if err == nil {
+		s, err = runtimes.NewRestarter(manager, filepath.Join(d.conf.DataDir, service.RestartsFile), slog.New(slog.DiscardHandler)).Plan(ctx, rt)
+	}
+	if err != nil {
+		return "with --restart-runtimes it would not be restarted: " + err.Error()
+	}
+	return "with --restart-runtimes, weir would restart " + s.Name + " once, when no pull of it runs"
 }
 
 func proxied(kv string) bool {

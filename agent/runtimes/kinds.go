@@ -31,6 +31,9 @@ type kind struct {
 	// verify a registry's answer, as Go programs do by themselves, and so never
 	// before the proxy has seen to the CA, however late that is.
 	eager bool
+	// restarts says that weir restarts it where an operator asked for that, and how
+	// its containers outlive that is known.
+	restarts bool
 	// ask makes a running one pull an image, to see whether it trusts the CA.
 	// Nil means that it can't be asked.
 	ask func(ctx context.Context, rt *Runtime, image string) error
@@ -97,14 +100,14 @@ type kind struct {
 // (source-controller and others), which get some KB, in read-only root file systems,
 // and keep connections to the cluster's API for hours.
 var kinds = []*kind{
-	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker, builds: true,
+	{name: "dockerd", programs: []string{"dockerd"}, restarts: true, ask: askDocker, builds: true,
 		settings:     []string{trust.DockerCertsD},
 		userSettings: []string{trust.UserDockerCertsD},
 		sockets:      []string{"/run/docker.sock", "/var/run/docker.sock"}},
-	{name: "containerd", programs: []string{"containerd"}, ask: askCRI, contentStore: true,
+	{name: "containerd", programs: []string{"containerd"}, restarts: true, ask: askCRI, contentStore: true,
 		certsD:  []string{trust.ContainerdCertsD, trust.ContainerdPairCertsD},
 		sockets: []string{"/run/containerd/containerd.sock", "/var/run/docker/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"}},
-	{name: "cri-o", programs: []string{"crio"}, ask: askCRI,
+	{name: "cri-o", programs: []string{"crio"}, restarts: true, ask: askCRI,
 		certsD:   []string{trust.ContainersCertsD},
 		settings: containersSettings, userSettings: containersUserSettings,
 		sockets: []string{"/run/crio/crio.sock"}},
@@ -284,10 +287,15 @@ func dialGRPC(rt *Runtime) (*grpc.ClientConn, error) {
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
 }
 
+// newDockerClient returns a client of a dockerd's API.
+func newDockerClient(rt *Runtime) (*client.Client, error) {
+	return client.New(client.WithHost("unix:///run/docker.sock"),
+		client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+}
+
 // askDocker makes dockerd pull an image, through the Docker Engine API.
 func askDocker(ctx context.Context, rt *Runtime, image string) error {
-	c, err := client.New(client.WithHost("unix:///run/docker.sock"),
-		client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+	c, err := newDockerClient(rt)
 	if err != nil {
 		return err
 	}

@@ -174,6 +174,7 @@ func agentCommand() *cobra.Command {
 	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
 	registryFlags(f, &conf)
 	programFlag(f, &conf)
+	f.BoolVar(&conf.RestartRuntimes, "restart-runtimes", false, "have systemd restart, once in a boot and when no pull runs, a runtime that can't trust weir's CA before")
 	f.BoolVar(&learn, "learn", true, "learn which other hosts are registries, from the runtimes that use them")
 	f.StringVar(&conf.MirrorListen, "mirror-listen", "", "`address` of a mirror endpoint for dockerd's registry-mirrors or containerd's hosts.toml (default: none; without a host: loopback)")
 	f.StringVar(&conf.MirrorDefault, "mirror-default", agent.DefaultMirror, "the `registry` of requests to the mirror that name none")
@@ -417,6 +418,16 @@ func printStatus(w io.Writer, s admin.Status) error {
 	}
 	if len(s.Runtimes) == 0 {
 		fmt.Fprintln(t, "none is running")
+	}
+	for i, r := range s.Restarts {
+		if i == 0 {
+			fmt.Fprintln(t, "\nRESTARTED\tWHEN\tRESULT\tWHY")
+		}
+		result := "done"
+		if !r.Done {
+			result = cmp.Or(r.Failed, "not known to have ended")
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", plain(r.Service), r.At.Local().Format(time.DateTime), plain(result), plain(r.Reason))
 	}
 	if len(s.OtherPrograms) > 0 {
 		fmt.Fprintln(t, "\nNOT FOLLOWED\tLAST SEEN\tREGISTRIES")
