@@ -57,6 +57,12 @@ type Config struct {
 	// RegistryFile has more of them, one a line. It is read again when it
 	// changes.
 	RegistryFile string
+	// Programs are further executables that pull, each NAME=KIND with the name of a
+	// known kind of runtime. They count for the whole process.
+	Programs []string
+	// RestartRuntimes has runtimes of the node restarted, once and by systemd, that can't
+	// trust the CA before.
+	RestartRuntimes bool
 	// NoLearn has weir learn no registries, and take no notice of those that it has
 	// learned.
 	NoLearn bool
@@ -112,6 +118,9 @@ var DefaultPorts = []uint16{443, 80, 5000}
 // waits 90 seconds and Kubernetes 30 before they kill.
 const drainTime = 25 * time.Second
 
+// restartWait is how long the agent's end waits for a restart of a runtime.
+const restartWait = 20 * time.Second
+
 // cutTime is how long what was cut may take to end.
 const cutTime = time.Second
 
@@ -140,7 +149,9 @@ type Agent struct {
 	kernel    *bpf.Kernel
 	listeners *redirect.Listeners
 	runtimes  *runtimes.Runtimes
-	stuck     bool // what is found out about a runtime doesn't end
+	others    runtimes.Others
+	restarter *runtimes.Restarter // nil if none is to be restarted
+	stuck     bool                // what is found out about a runtime doesn't end
 	adminL    net.Listener
 	metrics   *prometheus.Registry
 	admin     *admin.Server
@@ -185,6 +196,7 @@ func (a *Agent) start() error {
 	for _, p := range []part{
 		a.findCgroup,
 		a.lockRunDir,
+		a.namePrograms,
 		a.loadRegistries,
 		a.openTrust,
 		a.openStore,
@@ -299,7 +311,8 @@ func (a *Agent) remark(err error) {
 	}
 }
 
-// look handles what the kernel side has seen said to ports that aren't redirected.
+// look handles what the kernel side has seen said to ports that aren't redirected,
+// and by programs that aren't.
 func (a *Agent) look() {
 	for {
 		said, err := a.kernel.NextSaid()
@@ -308,6 +321,12 @@ func (a *Agent) look() {
 				a.log.Error("it can't be seen any more which ports registries are at; restart the agent", "err", err)
 			}
 			return
+		}
+		if said.Untracked {
+			if host, known := a.proxy.Registry(said.Dst, said.Data); known {
+				a.others.See(said.PID, said.Comm, host)
+			}
+			continue
 		}
 		if l := a.listeners.Find(said.Netns); l != nil {
 			a.proxy.Look(a.ctx, a.flow(l, said.PID, said.Netns, said.Dst), said.Data)

@@ -20,6 +20,7 @@ import (
 	"weir/agent/redirect"
 	"weir/agent/runtimes"
 	"weir/agent/service"
+	"weir/agent/systemd"
 	"weir/agent/trust"
 	"weir/bpf"
 	"weir/proxy"
@@ -44,6 +45,13 @@ func (a *Agent) lockRunDir() (stop func(), err error) {
 		os.Remove(f.Name())
 		f.Close()
 	}, nil
+}
+
+func (a *Agent) namePrograms() (stop func(), err error) {
+	if err := runtimes.SetPrograms(a.conf.Programs); err != nil {
+		return nil, fmt.Errorf("--program %w", err)
+	}
+	return nil, nil
 }
 
 func (a *Agent) loadRegistries() (stop func(), err error) {
@@ -152,18 +160,33 @@ func (a *Agent) openListeners() (stop func(), err error) {
 }
 
 func (a *Agent) openRuntimes() (stop func(), err error) {
+	if a.conf.RestartRuntimes {
+		if manager, err := systemd.OfNode(); err != nil {
+			a.log.Warn("no runtime will be restarted", "because", err)
+		} else {
+			a.restarter = runtimes.NewRestarter(manager, filepath.Join(a.conf.DataDir, service.RestartsFile), a.log)
+		}
+	}
 	a.runtimes = runtimes.New(a.ctx, runtimes.Options{Kernel: a.kernel, Listeners: a.listeners, Content: a.store, CA: a.ca, Ledger: a.ledger,
-		Lasting: trust.LastingRoots(), Registries: a.regs.Directories, Recent: a.regs.Recent, Find: a.regs.Hosts.Find, Ports: a.conf.Ports, RunDir: a.conf.RunDir, Log: a.log})
+		Lasting: trust.LastingRoots(), Registries: a.regs.Directories, Recent: a.regs.Recent, Find: a.regs.Hosts.Find, Ports: a.conf.Ports, Restarter: a.restarter, RunDir: a.conf.RunDir, Log: a.log})
 	// What reads a runtime's files waits as long as they do (NFS, FUSE).
-	return func() { a.stuck = !waitFor(cutTime, a.runtimes.Wait) }, nil
+	return func() {
+		if a.restarter != nil && !waitFor(restartWait, a.restarter.Wait) {
+			a.log.Warn("the agent ends while a runtime is restarted: weir will restart none again", "see", service.RestartsFile)
+		}
+		a.stuck = !waitFor(cutTime, a.runtimes.Wait)
+	}, nil
 }
 
 // watch starts what runs in the background.
 func (a *Agent) watch() (stop func(), err error) {
 	shown := admin.Options{Metrics: a.metrics, Version: a.conf.Version, Cgroup: a.conf.Cgroup, DataDir: a.conf.DataDir, Kernel: a.kernel, Runtimes: a.runtimes,
-		Listeners: a.listeners, Registry: a.registry, Registries: &a.regs, Proxy: a.proxy, Store: a.store, Log: a.log, Level: a.conf.LogLevel}
+		Listeners: a.listeners, Registry: a.registry, Registries: &a.regs, Proxy: a.proxy, Others: &a.others, Store: a.store, Log: a.log, Level: a.conf.LogLevel}
 	if a.peers != nil {
 		shown.Peers = a.peers
+	}
+	if a.restarter != nil {
+		shown.Restarts = a.restarter
 	}
 	a.admin = admin.New(a.ctx, shown)
 	stop = func() {

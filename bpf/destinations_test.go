@@ -37,7 +37,7 @@ func TestDestinations(t *testing.T) {
 	said := func(addr, what string) {
 		t.Helper()
 		got, err := s.k.NextSaid()
-		if err != nil || got.Dst != netip.MustParseAddrPort(addr) || got.PID != p.pid() || got.Netns != s.cookie || string(got.Data) != what {
+		if err != nil || got.Untracked || got.Dst != netip.MustParseAddrPort(addr) || got.PID != p.pid() || got.Netns != s.cookie || string(got.Data) != what {
 			t.Errorf("%+v (%v), want %s and %.10s", got, err, addr, what)
 		}
 	}
@@ -80,4 +80,41 @@ func TestDestinations(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.direct("tcp4", "203.0.113.9:9000")
+}
+
+// What an untracked process says first to a port of registries is reported, once for
+// each destination, and nothing is redirected or left alone for it.
+func TestUntrackedIsLookedAt(t *testing.T) {
+	s := newStage(t)
+	s.openListener()
+	s.serve("tcp4", "203.0.113.9:443")
+	s.serve("tcp4", "203.0.113.9:8443")
+	s.serve("tcp6", "[2001:db8::9]:443")
+	p := s.start("some-puller-of-a-long-name", true)
+	say := func(network, addr, what string) {
+		t.Helper()
+		time.Sleep(20 * time.Millisecond) // there is one look in 10
+		if got := p.do("say", network, addr, what); got != addr {
+			t.Errorf("%s: %s", addr, got)
+		}
+		if d := <-s.direct; d != addr {
+			t.Errorf("%s: it went to %s", addr, d)
+		}
+	}
+	say("tcp4", "203.0.113.9:443", "first")
+	say("tcp4", "203.0.113.9:443", "again")
+	say("tcp4", "203.0.113.9:8443", "elsewhere")
+	say("tcp6", "[2001:db8::9]:443", "v6")
+	for _, want := range []struct{ addr, what string }{{"203.0.113.9:443", "first"}, {"[2001:db8::9]:443", "v6"}} {
+		got, err := s.k.NextSaid()
+		if err != nil || !got.Untracked || got.Dst != netip.MustParseAddrPort(want.addr) || got.PID != p.pid() || got.Comm != "some-puller-of-" || string(got.Data) != want.what {
+			t.Errorf("%+v, %v, want %+v", got, err, want)
+		}
+	}
+	tracked := s.start("dockerd", true)
+	if err := s.k.SetMode(tracked.pid(), ModeRedirect); err != nil {
+		t.Fatal(err)
+	}
+	tracked.redirected("tcp4", "203.0.113.9:443")
+	tracked.redirected("tcp6", "[2001:db8::9]:443")
 }

@@ -45,10 +45,11 @@ type kernelListener struct {
 }
 
 type kernelLook struct {
-	_    structs.HostLayout
-	To   kernelEndpoint
-	Tgid uint32
-	Pad  uint32
+	_         structs.HostLayout
+	To        kernelEndpoint
+	Tgid      uint32
+	Untracked uint32
+	Comm      [16]int8
 }
 
 type kernelOrigin struct {
@@ -64,14 +65,22 @@ type kernelOrigin struct {
 }
 
 type kernelSaid struct {
-	_      structs.HostLayout
-	Netns  uint64
-	Ip6    [4]uint32
-	Port   uint32
-	Tgid   uint32
-	Length uint32
-	Data   [4096]int8
-	_      [4]byte
+	_         structs.HostLayout
+	Netns     uint64
+	Ip6       [4]uint32
+	Port      uint32
+	Tgid      uint32
+	Length    uint32
+	Untracked uint32
+	Comm      [16]int8
+	Data      [4096]int8
+}
+
+type kernelVisit struct {
+	_    structs.HostLayout
+	Comm [16]int8
+	Ip6  [4]uint32
+	Port uint32
 }
 
 // Names of all BPF objects in the ELF.
@@ -95,6 +104,8 @@ const (
 	kernelMapWeirSaid          = "weir_said"
 	kernelMapWeirSubtree       = "weir_subtree"
 	kernelMapWeirTracked       = "weir_tracked"
+	kernelMapWeirVisitAfter    = "weir_visit_after"
+	kernelMapWeirVisits        = "weir_visits"
 	kernelMapWeirWatched       = "weir_watched"
 	kernelProgWeirConnect4     = "weir_connect4"
 	kernelProgWeirConnect6     = "weir_connect6"
@@ -170,24 +181,26 @@ type kernelProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelMapSpecs struct {
-	WeirAccepted  *ebpf.MapSpec `ebpf:"weir_accepted"`
-	WeirArrivals  *ebpf.MapSpec `ebpf:"weir_arrivals"`
-	WeirCounters  *ebpf.MapSpec `ebpf:"weir_counters"`
-	WeirDialled   *ebpf.MapSpec `ebpf:"weir_dialled"`
-	WeirEarly     *ebpf.MapSpec `ebpf:"weir_early"`
-	WeirEvents    *ebpf.MapSpec `ebpf:"weir_events"`
-	WeirHandover  *ebpf.MapSpec `ebpf:"weir_handover"`
-	WeirHeartbeat *ebpf.MapSpec `ebpf:"weir_heartbeat"`
-	WeirLeft      *ebpf.MapSpec `ebpf:"weir_left"`
-	WeirListeners *ebpf.MapSpec `ebpf:"weir_listeners"`
-	WeirLooked    *ebpf.MapSpec `ebpf:"weir_looked"`
-	WeirMarks     *ebpf.MapSpec `ebpf:"weir_marks"`
-	WeirNames     *ebpf.MapSpec `ebpf:"weir_names"`
-	WeirPorts     *ebpf.MapSpec `ebpf:"weir_ports"`
-	WeirSaid      *ebpf.MapSpec `ebpf:"weir_said"`
-	WeirSubtree   *ebpf.MapSpec `ebpf:"weir_subtree"`
-	WeirTracked   *ebpf.MapSpec `ebpf:"weir_tracked"`
-	WeirWatched   *ebpf.MapSpec `ebpf:"weir_watched"`
+	WeirAccepted   *ebpf.MapSpec `ebpf:"weir_accepted"`
+	WeirArrivals   *ebpf.MapSpec `ebpf:"weir_arrivals"`
+	WeirCounters   *ebpf.MapSpec `ebpf:"weir_counters"`
+	WeirDialled    *ebpf.MapSpec `ebpf:"weir_dialled"`
+	WeirEarly      *ebpf.MapSpec `ebpf:"weir_early"`
+	WeirEvents     *ebpf.MapSpec `ebpf:"weir_events"`
+	WeirHandover   *ebpf.MapSpec `ebpf:"weir_handover"`
+	WeirHeartbeat  *ebpf.MapSpec `ebpf:"weir_heartbeat"`
+	WeirLeft       *ebpf.MapSpec `ebpf:"weir_left"`
+	WeirListeners  *ebpf.MapSpec `ebpf:"weir_listeners"`
+	WeirLooked     *ebpf.MapSpec `ebpf:"weir_looked"`
+	WeirMarks      *ebpf.MapSpec `ebpf:"weir_marks"`
+	WeirNames      *ebpf.MapSpec `ebpf:"weir_names"`
+	WeirPorts      *ebpf.MapSpec `ebpf:"weir_ports"`
+	WeirSaid       *ebpf.MapSpec `ebpf:"weir_said"`
+	WeirSubtree    *ebpf.MapSpec `ebpf:"weir_subtree"`
+	WeirTracked    *ebpf.MapSpec `ebpf:"weir_tracked"`
+	WeirVisitAfter *ebpf.MapSpec `ebpf:"weir_visit_after"`
+	WeirVisits     *ebpf.MapSpec `ebpf:"weir_visits"`
+	WeirWatched    *ebpf.MapSpec `ebpf:"weir_watched"`
 }
 
 // kernelVariableSpecs contains global variables before they are loaded into the kernel.
@@ -222,24 +235,26 @@ func (o *kernelObjects) Close() error {
 //
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelMaps struct {
-	WeirAccepted  *ebpf.Map `ebpf:"weir_accepted"`
-	WeirArrivals  *ebpf.Map `ebpf:"weir_arrivals"`
-	WeirCounters  *ebpf.Map `ebpf:"weir_counters"`
-	WeirDialled   *ebpf.Map `ebpf:"weir_dialled"`
-	WeirEarly     *ebpf.Map `ebpf:"weir_early"`
-	WeirEvents    *ebpf.Map `ebpf:"weir_events"`
-	WeirHandover  *ebpf.Map `ebpf:"weir_handover"`
-	WeirHeartbeat *ebpf.Map `ebpf:"weir_heartbeat"`
-	WeirLeft      *ebpf.Map `ebpf:"weir_left"`
-	WeirListeners *ebpf.Map `ebpf:"weir_listeners"`
-	WeirLooked    *ebpf.Map `ebpf:"weir_looked"`
-	WeirMarks     *ebpf.Map `ebpf:"weir_marks"`
-	WeirNames     *ebpf.Map `ebpf:"weir_names"`
-	WeirPorts     *ebpf.Map `ebpf:"weir_ports"`
-	WeirSaid      *ebpf.Map `ebpf:"weir_said"`
-	WeirSubtree   *ebpf.Map `ebpf:"weir_subtree"`
-	WeirTracked   *ebpf.Map `ebpf:"weir_tracked"`
-	WeirWatched   *ebpf.Map `ebpf:"weir_watched"`
+	WeirAccepted   *ebpf.Map `ebpf:"weir_accepted"`
+	WeirArrivals   *ebpf.Map `ebpf:"weir_arrivals"`
+	WeirCounters   *ebpf.Map `ebpf:"weir_counters"`
+	WeirDialled    *ebpf.Map `ebpf:"weir_dialled"`
+	WeirEarly      *ebpf.Map `ebpf:"weir_early"`
+	WeirEvents     *ebpf.Map `ebpf:"weir_events"`
+	WeirHandover   *ebpf.Map `ebpf:"weir_handover"`
+	WeirHeartbeat  *ebpf.Map `ebpf:"weir_heartbeat"`
+	WeirLeft       *ebpf.Map `ebpf:"weir_left"`
+	WeirListeners  *ebpf.Map `ebpf:"weir_listeners"`
+	WeirLooked     *ebpf.Map `ebpf:"weir_looked"`
+	WeirMarks      *ebpf.Map `ebpf:"weir_marks"`
+	WeirNames      *ebpf.Map `ebpf:"weir_names"`
+	WeirPorts      *ebpf.Map `ebpf:"weir_ports"`
+	WeirSaid       *ebpf.Map `ebpf:"weir_said"`
+	WeirSubtree    *ebpf.Map `ebpf:"weir_subtree"`
+	WeirTracked    *ebpf.Map `ebpf:"weir_tracked"`
+	WeirVisitAfter *ebpf.Map `ebpf:"weir_visit_after"`
+	WeirVisits     *ebpf.Map `ebpf:"weir_visits"`
+	WeirWatched    *ebpf.Map `ebpf:"weir_watched"`
 }
 
 func (m *kernelMaps) Close() error {
@@ -261,6 +276,8 @@ func (m *kernelMaps) Close() error {
 		m.WeirSaid,
 		m.WeirSubtree,
 		m.WeirTracked,
+		m.WeirVisitAfter,
+		m.WeirVisits,
 		m.WeirWatched,
 	)
 }

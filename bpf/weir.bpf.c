@@ -25,6 +25,8 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define HTTPS 443
 #define NAME_LEN 16 // TASK_COMM_LEN
 #define MAX_SAID 4096 // of what a client says first
+#define SAID_SIZE (1 << 18) // of the buffer for that
+#define VISIT_INTERVAL (10ULL * 1000000) // ns, between looks at what isn't tracked
 #define LOOK_AGAIN (3600ULL * 1000000000) // ns, after which a destination is looked at again
 #define ETH_P_IP bpf_htons(0x0800)
 #define ETH_P_IPV6 bpf_htons(0x86dd)
@@ -89,6 +91,8 @@ struct said {
 	__u32 port; // host order
 	__u32 tgid;
 	__u32 length; // of data
+	__u32 untracked; // the process is none that is tracked
+	char comm[NAME_LEN];
 	char data[MAX_SAID];
 };
 const struct said *unused_said __attribute__((unused)); // has bpf2go make the type
@@ -143,7 +147,8 @@ struct {
 struct look {
 	struct endpoint to;
 	__u32 tgid;
-	__u32 pad;
+	__u32 untracked;
+	char comm[NAME_LEN];
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -154,8 +159,30 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 18);
+	__uint(max_entries, SAID_SIZE);
 } weir_said SEC(".maps");
+
+// What programs that are not tracked have connected to, until when (ns) that is not
+// looked at again.
+struct visit {
+	char comm[NAME_LEN];
+	__u32 ip6[4];
+	__u32 port; // host order
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct visit);
+	__type(value, __u64);
+} weir_visits SEC(".maps");
+
+// When the next of those is looked at, at the earliest (ns).
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} weir_visit_after SEC(".maps");
 
 // Processes that connected directly while they were new: they may have read
 // their root certificates before weir's was there.
@@ -370,6 +397,7 @@ static __always_inline void look(struct bpf_sock *sk, struct endpoint *to, __u32
 	if (!on)
 		return;
 	on->to = *to;
+	on->untracked = 0;
 	on->tgid = tgid;
 }
 
@@ -465,6 +493,49 @@ static __always_inline int is_open(struct bpf_sock_addr *ctx, int v6, __u16 port
 		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv4), BPF_F_CURRENT_NETNS, 0);
 	}
 	return sk ? is_ready(sk) : 0;
+}
+
+// visit has what a process that is not tracked says first to a port of registries
+// reported, once in a while for each of its destinations. It is a look, and no more:
+// the connection is as it would be without.
+static __always_inline void visit(struct bpf_sock_addr *ctx, __u32 tgid, __u32 a, __u32 b, __u32 c, __u32 d)
+{
+	__u16 dport = bpf_ntohs((__u16)ctx->user_port);
+	__u64 now = bpf_ktime_get_ns(), *until, *after;
+	struct bpf_sock *sk = ctx->sk;
+	struct visit v = {};
+	struct look *on;
+	__u32 zero = 0;
+
+	if (!sk || ctx->protocol != IPPROTO_TCP || tgid == agent_pid || !is_wanted_port(dport) || !is_alive())
+		return;
+	after = bpf_map_lookup_elem(&weir_visit_after, &zero);
+	if (!after || *after > now)
+		return;
+	bpf_get_current_comm(v.comm, sizeof(v.comm));
+	v.ip6[0] = a;
+	v.ip6[1] = b;
+	v.ip6[2] = c;
+	v.ip6[3] = d;
+	v.port = dport;
+	until = bpf_map_lookup_elem(&weir_visits, &v);
+	if (until && *until > now)
+		return;
+	on = bpf_sk_storage_get(&weir_looked, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!on)
+		return;
+	*after = now + VISIT_INTERVAL;
+	now += LOOK_AGAIN;
+	bpf_map_update_elem(&weir_visits, &v, &now, BPF_ANY);
+	on->to.netns = bpf_get_netns_cookie(ctx);
+	on->to.ip6[0] = a;
+	on->to.ip6[1] = b;
+	on->to.ip6[2] = c;
+	on->to.ip6[3] = d;
+	on->to.port = dport;
+	on->tgid = tgid;
+	on->untracked = 1;
+	__builtin_memcpy(on->comm, v.comm, sizeof(on->comm));
 }
 
 // redirect decides whether a connection is redirected. If so it stores the origin
@@ -581,12 +652,14 @@ int weir_connect4(struct bpf_sock_addr *ctx)
 	ip = ctx->user_ip4;
 	if (ip == LOOPBACK4 || !ip)
 		return allow_connect(ctx, 0);
-	tgid = bpf_get_current_pid_tgid() >> 32;
-	mode = bpf_map_lookup_elem(&weir_tracked, &tgid);
-	if (!mode)
-		return 1;
 	if (is_loopback4(ip))
 		return 1;
+	tgid = bpf_get_current_pid_tgid() >> 32;
+	mode = bpf_map_lookup_elem(&weir_tracked, &tgid);
+	if (!mode) {
+		visit(ctx, tgid, 0, 0, MAPPED, ip);
+		return 1;
+	}
 	via = redirect(ctx, tgid, *mode, 0, 0, 0, MAPPED, ip);
 	if (via) {
 		ctx->user_ip4 = LOOPBACK4;
@@ -615,12 +688,14 @@ int weir_connect6(struct bpf_sock_addr *ctx)
 		return allow_connect(ctx, 0);
 	if (!a && !b && !c && (!d || d == bpf_htonl(1)))
 		return allow_connect(ctx, 1);
-	tgid = bpf_get_current_pid_tgid() >> 32;
-	mode = bpf_map_lookup_elem(&weir_tracked, &tgid);
-	if (!mode)
-		return 1;
 	if (mapped && is_loopback4(d))
 		return 1;
+	tgid = bpf_get_current_pid_tgid() >> 32;
+	mode = bpf_map_lookup_elem(&weir_tracked, &tgid);
+	if (!mode) {
+		visit(ctx, tgid, a, b, c, d);
+		return 1;
+	}
 	// A mapped address stays one: the socket may be IPv6-only otherwise.
 	via = mapped ? redirect(ctx, tgid, *mode, 0, a, b, c, d) : redirect(ctx, tgid, *mode, 1, a, b, c, d);
 	if (!via) {
@@ -751,6 +826,8 @@ int weir_egress(struct __sk_buff *skb)
 	if (length <= at)
 		return 1; // it opens or acknowledges
 	length -= at;
+	if (on->untracked && bpf_ringbuf_query(&weir_said, BPF_RB_AVAIL_DATA) > SAID_SIZE / 4)
+		goto done; // it is for what is tracked
 	s = bpf_ringbuf_reserve(&weir_said, sizeof(*s), 0);
 	if (!s)
 		goto done;
@@ -768,13 +845,17 @@ int weir_egress(struct __sk_buff *skb)
 	s->port = on->to.port;
 	s->tgid = on->tgid;
 	s->length = length;
+	s->untracked = on->untracked;
+	__builtin_memcpy(s->comm, on->comm, sizeof(s->comm));
 	if (bpf_skb_load_bytes(skb, at, s->data, length)) {
 		bpf_ringbuf_discard(s, 0);
 		goto done;
 	}
 	bpf_ringbuf_submit(s, 0);
-	until = bpf_ktime_get_ns() + LOOK_AGAIN;
-	bpf_map_update_elem(&weir_left, &on->to, &until, BPF_ANY);
+	if (!on->untracked) {
+		until = bpf_ktime_get_ns() + LOOK_AGAIN;
+		bpf_map_update_elem(&weir_left, &on->to, &until, BPF_ANY);
+	}
 done:
 	bpf_sk_storage_delete(&weir_looked, sk);
 	return 1;

@@ -34,6 +34,9 @@ type intercepted struct {
 
 func (p *Proxy) newIntercepted(conn *net.TCPConn, f Flow, o opening, up registry.Upstream, out *upstream.Transport) *intercepted {
 	up.Transport = out
+	if up.Plain == "" && up.TrustRootsID == "" {
+		up.Transport = seeing{out, up.Host, &p.companions}
+	}
 	c := &intercepted{replayConn{conn, o.bytes}, up, out, p.open(), func() {}}
 	if f.Closed != nil {
 		c.closed = sync.OnceFunc(f.Closed)

@@ -57,12 +57,13 @@ type Proxy struct {
 
 	intercepted, passed, failed, unverified atomic.Int64
 
-	mu      sync.Mutex
-	splices map[*splice]struct{}
-	idle    time.Duration // see idleTime
-	opening int           // connections of which it isn't known yet what becomes of them
-	changed sync.Cond     // when there are fewer
-	unknown unknowns
+	mu         sync.Mutex
+	splices    map[*splice]struct{}
+	idle       time.Duration // see idleTime
+	opening    int           // connections of which it isn't known yet what becomes of them
+	changed    sync.Cond     // when there are fewer
+	unknown    unknowns
+	companions companions
 	// unverifiable are registries of which the log has it.
 	unverifiable *expirable.LRU[string, struct{}]
 	serving      *lru.Cache[place, struct{}] // where registries were seen

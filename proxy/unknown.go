@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -30,6 +31,8 @@ type Unknown struct {
 	Registry bool `json:"registry"`
 	// Problem says why that could not be found out.
 	Problem string `json:"problem,omitempty"`
+	// Companion is what it is to a registry, nil if that isn't known.
+	Companion *Companion `json:"companion,omitempty"`
 }
 
 const (
@@ -73,7 +76,11 @@ func (p *Proxy) Unknowns() []Unknown {
 	all := make([]Unknown, 0, len(p.unknown.all))
 	for host, u := range p.unknown.all {
 		if _, ok := p.opts.Hosts.Find(host); !ok { // it may have become one
-			all = append(all, u.Unknown)
+			shown := u.Unknown
+			if c, ok := p.companions.find(host); ok {
+				shown.Companion = &c
+			}
+			all = append(all, shown)
 		}
 	}
 	slices.SortFunc(all, func(a, b Unknown) int {
@@ -115,7 +122,7 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	}
 	u.asked[f.NetworkID] = asked{at: u.LastSeen}
 	go func() {
-		is, ownRoots, err := speaksDistribution(ctx, host, f)
+		is, ownRoots, err := p.speaksDistribution(ctx, host, f)
 		none := !is && !errors.Is(err, errSilent)
 		if is {
 			p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})
@@ -143,6 +150,18 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	}()
 }
 
+// Registry returns the known registry that a client names in what it says first to a
+// destination.
+func (p *Proxy) Registry(dst netip.AddrPort, said []byte) (host string, known bool) {
+	h := peek(bytes.NewReader(said))
+	if h.protocol != tlsHello || h.host == "" {
+		return "", false
+	}
+	host = upstream.ParseHost(net.JoinHostPort(h.host, portOf(dst))).String()
+	_, known = p.opts.Hosts.Find(host)
+	return host, known
+}
+
 // Look takes what a client has said first to a destination that it is connected to
 // without weir, as much as is known of it, and finds out whether a registry is there.
 func (p *Proxy) Look(ctx context.Context, f Flow, said []byte) {
@@ -167,7 +186,7 @@ func (p *Proxy) Look(ctx context.Context, f Flow, said []byte) {
 // speaksDistribution asks a host, the way that a client has just taken, whether
 // it is a registry: OCI distribution specification, "Determining support". ownRoots
 // says that the node can't verify it, and the client's runtime can.
-func speaksDistribution(ctx context.Context, host string, f Flow) (is, ownRoots bool, err error) {
+func (p *Proxy) speaksDistribution(ctx context.Context, host string, f Flow) (is, ownRoots bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	var s upstream.Settings
@@ -197,6 +216,9 @@ func speaksDistribution(ctx context.Context, host string, f Flow) (is, ownRoots 
 		for _, c := range auth.ParseAuthHeader(header) {
 			is = is || c.Scheme == auth.BearerAuth && c.Parameters["service"] != ""
 		}
+	}
+	if is && !ownRoots {
+		p.companions.see(host, "/v2/", status, header)
 	}
 	return is, ownRoots, nil
 }

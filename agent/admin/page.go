@@ -19,11 +19,12 @@ import (
 var pageFiles embed.FS
 
 var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMap{
-	"bytes":   BytesText,
-	"percent": PercentText,
-	"traffic": trafficOf,
-	"seconds": SecondsText,
-	"host":    PeerText,
+	"bytes":    BytesText,
+	"percent":  PercentText,
+	"traffic":  trafficOf,
+	"seconds":  SecondsText,
+	"host":     PeerText,
+	"registry": RegistryText,
 }).ParseFS(pageFiles, "page/page.html"))
 
 func (t traffic) minus(o traffic) traffic {

@@ -18,7 +18,8 @@ func TestPageEscapes(t *testing.T) {
 	const evil = `<script>alert(1)</script>"'`
 	d := pageData{Host: evil, Version: evil, Peers: &p2p.Status{},
 		Node: &pageNode{Status: Status{Runtimes: []runtimes.Status{{Kind: evil, Reason: evil, Step: evil, Except: map[string]string{evil: evil}}},
-			UnknownHosts: []proxy.Unknown{{Host: evil, Registry: true}}, Peers: &p2p.Status{Peers: []p2p.Peer{{Address: evil}}}},
+			OtherPrograms: []runtimes.Other{{Program: evil, Registries: []string{evil}}},
+			UnknownHosts:  []proxy.Unknown{{Host: evil, Registry: true}, {Host: evil, Companion: &proxy.Companion{Role: evil, Of: evil}}}, Peers: &p2p.Status{Peers: []p2p.Peer{{Address: evil}}}},
 			Pulls: []pagePull{{registry.Pull{Registry: evil, Repository: evil, Reference: evil, Client: evil}}}},
 		Cluster:    &Cluster{Nodes: []NodeFigures{{Address: evil, Version: evil}}},
 		Registries: []pageRegistry{{registry.Stats{Registry: evil}}},

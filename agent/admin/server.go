@@ -37,6 +37,13 @@ type Options struct {
 	Runtimes interface {
 		Status() []runtimes.Status
 	}
+	// Restarts is nil where no runtime is to be restarted.
+	Restarts interface {
+		All() []runtimes.Restart
+	}
+	Others interface {
+		All() []runtimes.Other
+	}
 	Listeners interface {
 		Status() []redirect.Status
 	}

@@ -18,14 +18,20 @@ import (
 
 // Status is what /api/status shows.
 type Status struct {
-	Version    string            `json:"version"`
-	PID        int               `json:"pid"`
-	Started    time.Time         `json:"started"`
-	Cgroup     string            `json:"cgroup"`
-	DataDir    string            `json:"data_dir"`
-	Runtimes   []runtimes.Status `json:"runtimes"`
-	Listeners  []redirect.Status `json:"listeners"`
-	Registries []registry.Stats  `json:"registries"`
+	Version  string            `json:"version"`
+	PID      int               `json:"pid"`
+	Started  time.Time         `json:"started"`
+	Cgroup   string            `json:"cgroup"`
+	DataDir  string            `json:"data_dir"`
+	Runtimes []runtimes.Status `json:"runtimes"`
+	// Restarts are those of runtimes that weir has done, the latest last, if it was
+	// asked to.
+	Restarts []runtimes.Restart `json:"restarts,omitempty"`
+	// OtherPrograms have connected to known registries, and are not known as runtimes;
+	// --program makes one known.
+	OtherPrograms []runtimes.Other  `json:"other_programs"`
+	Listeners     []redirect.Status `json:"listeners"`
+	Registries    []registry.Stats  `json:"registries"`
 	// UnknownHosts were passed through because they aren't known to be
 	// registries; --registry makes one known.
 	UnknownHosts []proxy.Unknown `json:"unknown_hosts"`
@@ -44,9 +50,12 @@ func (s *Server) Status() Status {
 	}
 	st := Status{
 		Version: s.o.Version, PID: os.Getpid(), Started: s.started, Cgroup: s.o.Cgroup, DataDir: s.o.DataDir,
-		Runtimes: s.o.Runtimes.Status(), Listeners: s.o.Listeners.Status(),
+		Runtimes: s.o.Runtimes.Status(), OtherPrograms: s.o.Others.All(), Listeners: s.o.Listeners.Status(),
 		Registries: s.o.Registry.Stats(), UnknownHosts: s.o.Proxy.Unknowns(), Connections: s.o.Proxy.Stats(),
 		Store: s.o.Store.Stats(), Kernel: kernel,
+	}
+	if s.o.Restarts != nil {
+		st.Restarts = s.o.Restarts.All()
 	}
 	if s.o.Peers != nil {
 		p := s.o.Peers.Status()

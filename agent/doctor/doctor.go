@@ -57,7 +57,7 @@ func Examine(ctx context.Context, conf Config) []Finding {
 	d.agent(ctx)
 	d.peers()
 	d.reachable(ctx)
-	d.runtimes()
+	d.runtimes(ctx)
 	return d.findings
 }
 
@@ -82,7 +82,7 @@ func (d *doctor) warn(what, problem, step string) {
 
 // runtimes looks at each runtime's own settings and, with an agent running, at
 // how it is treated.
-func (d *doctor) runtimes() {
+func (d *doctor) runtimes(ctx context.Context) {
 	all, err := runtimes.Running(d.conf.Cgroup)
 	if err != nil {
 		d.problem("runtimes", err.Error(), "choose the cgroup2 directory that the runtimes are in with --cgroup")
@@ -100,6 +100,9 @@ func (d *doctor) runtimes() {
 		}
 		if i := slices.IndexFunc(d.status.Runtimes, func(r runtimes.Status) bool { return r.PID == rt.PID && r.Reach == runtimes.ReachPassthrough }); i >= 0 {
 			d.warn(what, "it is passed through: "+d.status.Runtimes[i].Reason, d.status.Runtimes[i].Step)
+			if d.status.Runtimes[i].RestartHelps {
+				d.ok(what + ": " + d.restart(ctx, rt))
+			}
 		}
 		if len(d.findings) == found {
 			d.ok(what)

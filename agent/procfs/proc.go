@@ -116,6 +116,24 @@ func Strings(pid int, file string) []string {
 	return strings.FieldsFunc(string(b[:n]), func(r rune) bool { return r == 0 })
 }
 
+// Children are the processes that a process has started, and that run.
+func Children(pid int) (all []Process, err error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		n, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		if p, err := Read(n); err == nil && p.Parent == pid {
+			all = append(all, p)
+		}
+	}
+	return all, nil
+}
+
 // InCgroup lists the processes in a cgroup2 directory and below.
 func InCgroup(cgroup string) (pids []int, err error) {
 	err = filepath.WalkDir(cgroup, func(path string, e fs.DirEntry, err error) error {

@@ -168,6 +168,9 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 	}
 	if rt.kind.ask == nil {
 		rs.passThrough(rt, why+"; it can't be asked to prove otherwise", step)
+		if system == nil {
+			rs.restartLater(rt, why)
+		}
 		return
 	}
 	rs.passThrough(rt, "it is being asked whether it trusts the CA", "wait a moment")
@@ -205,9 +208,12 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 	}
 	if errors.Is(perr, errDistrusts) || perr == nil {
 		rs.passThrough(rt, why, step)
-		return
+	} else {
+		rs.passThrough(rt, why+"; asked to prove otherwise: "+perr.Error(), step)
 	}
-	rs.passThrough(rt, why+"; asked to prove otherwise: "+perr.Error(), step)
+	if system == nil {
+		rs.restartLater(rt, why)
+	}
 }
 
 // proveCertsD tries the directories that the runtime reads at each pull, one

@@ -5,6 +5,7 @@ package runtimes
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -30,6 +31,9 @@ type kind struct {
 	// verify a registry's answer, as Go programs do by themselves, and so never
 	// before the proxy has seen to the CA, however late that is.
 	eager bool
+	// restarts says that weir restarts it where an operator asked for that, and how
+	// its containers outlive that is known.
+	restarts bool
 	// ask makes a running one pull an image, to see whether it trusts the CA.
 	// Nil means that it can't be asked.
 	ask func(ctx context.Context, rt *Runtime, image string) error
@@ -77,15 +81,33 @@ type kind struct {
 // regctl (internal/reghttp/http.go, makeRootPool), trivy
 // (pkg/flag/global_flags.go), nerdctl (containerd's hosts.go,
 // updateTLSConfigFromHost).
+//
+// Snapshotters that pull by themselves, later than containerd and without it:
+// soci-snapshotter (service/resolver/registry.go and client.go) and
+// stargz-snapshotter (service/resolver/registry.go; cri.go with config_path, which
+// is containerd's hosts.go) have the system's roots, which they read when they
+// verify a registry, as Go's net/http does, and can't be asked to pull. ko
+// (pkg/publish/default.go), pack and the lifecycle (imgutil, remote/remote.go) have
+// go-containerregistry's transport; the lifecycle has kaniko
+// built in, which reads the roots as it starts. grype and syft (stereoscope,
+// pkg/image/oci/registry_provider.go) have net/http's, and add what their settings
+// name. When these four read their roots first was not seen.
+//
+// Not here: nydusd, whose OpenSSL reads the bundle alone (storage/Cargo.toml:
+// reqwest with native-tls), where weir adds nothing; docker, docker-buildx and
+// docker-compose, which get some KB of manifests, run at each step of a job, and
+// would have the CA put into each container that has them; flux and its controllers
+// (source-controller and others), which get some KB, in read-only root file systems,
+// and keep connections to the cluster's API for hours.
 var kinds = []*kind{
-	{name: "dockerd", programs: []string{"dockerd"}, ask: askDocker, builds: true,
+	{name: "dockerd", programs: []string{"dockerd"}, restarts: true, ask: askDocker, builds: true,
 		settings:     []string{trust.DockerCertsD},
 		userSettings: []string{trust.UserDockerCertsD},
 		sockets:      []string{"/run/docker.sock", "/var/run/docker.sock"}},
-	{name: "containerd", programs: []string{"containerd"}, ask: askCRI, contentStore: true,
+	{name: "containerd", programs: []string{"containerd"}, restarts: true, ask: askCRI, contentStore: true,
 		certsD:  []string{trust.ContainerdCertsD, trust.ContainerdPairCertsD},
 		sockets: []string{"/run/containerd/containerd.sock", "/var/run/docker/containerd/containerd.sock", "/run/k3s/containerd/containerd.sock"}},
-	{name: "cri-o", programs: []string{"crio"}, ask: askCRI,
+	{name: "cri-o", programs: []string{"crio"}, restarts: true, ask: askCRI,
 		certsD:   []string{trust.ContainersCertsD},
 		settings: containersSettings, userSettings: containersUserSettings,
 		sockets: []string{"/run/crio/crio.sock"}},
@@ -104,6 +126,49 @@ var kinds = []*kind{
 	{name: "helm", programs: []string{"helm"}, oneShot: true, eager: true, ownRoots: []string{"--ca-file"}},
 	{name: "cosign", programs: []string{"cosign"}, oneShot: true, eager: true, ownRoots: []string{"--registry-cacert"}},
 	{name: "trivy", programs: []string{"trivy"}, oneShot: true, eager: true},
+	{name: "soci-snapshotter", programs: []string{"soci-snapshotter-grpc"}},
+	{name: "stargz-snapshotter", programs: []string{"containerd-stargz-grpc"}},
+	{name: "ko", programs: []string{"ko"}, oneShot: true, eager: true},
+	{name: "pack", programs: []string{"pack"}, oneShot: true, eager: true},
+	{name: lifecycle, programs: []string{"lifecycle"}, oneShot: true, eager: true},
+	{name: "grype", programs: []string{"grype"}, oneShot: true, eager: true},
+	{name: "syft", programs: []string{"syft"}, oneShot: true, eager: true},
+}
+
+// lifecycle is that of Cloud Native Buildpacks, whose phases are links to one file.
+const lifecycle = "lifecycle"
+
+// added are the kinds of programs that an operator has named, by the program. It is
+// set before anything is looked for.
+var added map[string]*kind
+
+// SetPrograms has more executables treated as those of a kind, each PROGRAM=KIND.
+// It is called before anything else here, if at all.
+func SetPrograms(more []string) error {
+	all := make(map[string]*kind)
+	for _, m := range more {
+		program, name, ok := strings.Cut(m, "=")
+		if !ok || program == "" || strings.Contains(program, "/") {
+			return fmt.Errorf("%q is not NAME=KIND, such as my-puller=crane", m)
+		}
+		i := slices.IndexFunc(kinds, func(k *kind) bool { return k.name == name })
+		if i < 0 {
+			return fmt.Errorf("%q: there is no kind %q, but %s", m, name, strings.Join(kindNames(), ", "))
+		}
+		if k := kindOf(program); k != nil && added[program] == nil {
+			return fmt.Errorf("%q: that is known as %s", m, k.name)
+		}
+		all[program] = kinds[i]
+	}
+	added = all
+	return nil
+}
+
+func kindNames() (names []string) {
+	for _, k := range kinds {
+		names = append(names, k.name)
+	}
+	return names
 }
 
 // What containers/image reads: containers-certs.d(5).
@@ -128,16 +193,28 @@ func Programs() (names []string) {
 	for _, k := range kinds {
 		names = append(names, k.programs...)
 	}
-	return names
+	return slices.AppendSeq(names, maps.Keys(added))
 }
 
-// kindOf returns the kind that an executable's name belongs to.
+// maxComm is what the kernel keeps of a process's name: TASK_COMM_LEN, less a byte.
+const maxComm = 15
+
+// kindOf returns the kind that an executable belongs to, which is called by one of
+// the names, each as it is or as the kernel keeps it.
 func kindOf(names ...string) *kind {
+	is := func(program, name string) bool {
+		return program == name || len(name) == maxComm && strings.HasPrefix(program, name)
+	}
 	for _, k := range kinds {
 		for _, n := range names {
-			if slices.Contains(k.programs, n) {
+			if slices.ContainsFunc(k.programs, func(p string) bool { return is(p, n) }) {
 				return k
 			}
+		}
+	}
+	for program, k := range added {
+		if slices.ContainsFunc(names, func(n string) bool { return is(program, n) }) {
+			return k
 		}
 	}
 	return nil
@@ -210,10 +287,15 @@ func dialGRPC(rt *Runtime) (*grpc.ClientConn, error) {
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
 }
 
+// newDockerClient returns a client of a dockerd's API.
+func newDockerClient(rt *Runtime) (*client.Client, error) {
+	return client.New(client.WithHost("unix:///run/docker.sock"),
+		client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+}
+
 // askDocker makes dockerd pull an image, through the Docker Engine API.
 func askDocker(ctx context.Context, rt *Runtime, image string) error {
-	c, err := client.New(client.WithHost("unix:///run/docker.sock"),
-		client.WithDialContext(func(ctx context.Context, _, _ string) (net.Conn, error) { return dialRuntime(ctx, rt) }))
+	c, err := newDockerClient(rt)
 	if err != nil {
 		return err
 	}

@@ -21,11 +21,12 @@ func TestKinds(t *testing.T) {
 	seen := map[string]bool{}
 	for _, k := range kinds {
 		for _, p := range k.programs {
-			if seen[p] || len(p) > 15 || p == "" {
-				t.Errorf("%s: the program %q is there twice, or too long for the kernel", k.name, p)
+			comm := p[:min(len(p), maxComm)]
+			if seen[comm] || p == "" {
+				t.Errorf("%s: the program %q is there twice, or the kernel can't tell it from another", k.name, p)
 			}
-			seen[p] = true
-			if kindOf("x", p) != k {
+			seen[comm] = true
+			if kindOf("x", p) != k || kindOf("x", comm) != k {
 				t.Errorf("%q is not found", p)
 			}
 		}
@@ -33,8 +34,48 @@ func TestKinds(t *testing.T) {
 			t.Errorf("%s pulls through %s, which is not a kind", k.name, k.pullsThrough)
 		}
 	}
-	if kindOf("bash", "weir") != nil {
-		t.Error("bash is a container runtime")
+	for _, other := range []string{"bash", "weir", "containerd-shim", "containerd-shim-runc-v2", "soci", "docker", "nydusd"} {
+		if k := kindOf(other); k != nil {
+			t.Errorf("%s is a %s", other, k.name)
+		}
+	}
+}
+
+// What an operator names is treated as the kind that it is said to be.
+func TestSetPrograms(t *testing.T) {
+	t.Cleanup(func() { added = nil })
+	if err := SetPrograms([]string{"my-puller=crane", "a-very-long-program-name=buildkitd"}); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"my-puller": "crane", "a-very-long-program-name": "buildkitd", "a-very-long-pro": "buildkitd", "crane": "crane"} {
+		if k := kindOf(name); k == nil || k.name != want {
+			t.Errorf("%s is %+v", name, k)
+		}
+	}
+	if k := kindOf("my-pull"); k != nil {
+		t.Errorf("%+v", k)
+	}
+	if all := Programs(); !slices.Contains(all, "my-puller") || !slices.Contains(all, "dockerd") {
+		t.Error(all)
+	}
+	for _, bad := range []string{"", "x", "=crane", "x=", "x=nothing", "/usr/bin/x=crane", "dockerd=crane"} {
+		if err := SetPrograms([]string{bad}); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
+	if kindOf("my-puller") == nil {
+		t.Error("an error has changed something")
+	}
+}
+
+// The one of the lifecycle's phases that makes an image of its own root file system
+// isn't given the CA.
+func TestExtenderIsInImage(t *testing.T) {
+	for comm, want := range map[string]bool{"extender": true, "creator": false, "lifecycle": false} {
+		rt := &Runtime{kind: kindOf(comm, "lifecycle"), Process: procfs.Process{Comm: comm, Parent: 1}}
+		if got := inImage(rt, nil); got != want {
+			t.Errorf("%s: %v", comm, got)
+		}
 	}
 }
 

@@ -48,8 +48,12 @@ func placesOf(pid int) (trust.Places, error) {
 // step of a build, or unpacks a layer, for which dockerd, podman and the like
 // run themselves once more. Its ancestors lead to the builder past runc alone,
 // where those of a container that is run lead to its shim. Kaniko builds in its
-// own root file system, the others don't.
+// own root file system, the others don't. The lifecycle's extender has kaniko do
+// that.
 func inImage(rt *Runtime, root *trust.Root) bool {
+	if rt.kind.name == lifecycle && rt.Comm == "extender" {
+		return true
+	}
 	for pid := rt.Parent; pid > 1; {
 		p, err := procfs.Read(pid)
 		if err != nil || strings.HasPrefix(p.Comm, "containerd-shim") || p.Comm == "conmon" {

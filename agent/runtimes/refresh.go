@@ -104,14 +104,8 @@ func (rs *Runtimes) freshen(rt *Runtime, host string) {
 	if was || !is {
 		return
 	}
-	ports := slices.Clone(rs.o.Ports)
-	if _, port, err := net.SplitHostPort(host); err == nil {
-		if n, err := strconv.ParseUint(port, 10, 16); err == nil && !slices.Contains(ports, uint16(n)) {
-			ports = append(ports, uint16(n))
-		}
-	}
 	rs.wg.Go(func() {
-		if rs.quiet(rt, ports) {
+		if rs.quiet(rt, rs.portsOf(host)) {
 			rt.mu.Lock()
 			delete(rt.fresh, host)
 			rt.mu.Unlock()
@@ -175,4 +169,17 @@ func (rs *Runtimes) proveLater(rt *Runtime) {
 		}
 		rs.mu.Unlock()
 	})
+}
+
+// portsOf are the ports that registries listen on, and those that hosts name.
+func (rs *Runtimes) portsOf(hosts ...string) []uint16 {
+	ports := slices.Clone(rs.o.Ports)
+	for _, host := range hosts {
+		if _, port, err := net.SplitHostPort(host); err == nil {
+			if n, err := strconv.ParseUint(port, 10, 16); err == nil && !slices.Contains(ports, uint16(n)) {
+				ports = append(ports, uint16(n))
+			}
+		}
+	}
+	return ports
 }

@@ -56,10 +56,14 @@ type Runtime struct {
 	program    program // when it is settled
 	reason     string
 	step       string
-	probes     map[netip.Addr]*probe // under way
-	misled     map[string]time.Time  // when a pull of it was last seen to be led to a host without the CA
-	unsure     map[string]time.Time  // hosts that may be registries, and when it last connected there
-	fresh      map[string]bool       // a pull may be running that began before the host's directory in the certs.d was made
+	// restartHelps says that it is passed through for nothing but that it has read its
+	// roots already.
+	restartHelps bool
+	restarting   bool                  // it is looked after that it is restarted
+	probes       map[netip.Addr]*probe // under way
+	misled       map[string]time.Time  // when a pull of it was last seen to be led to a host without the CA
+	unsure       map[string]time.Time  // hosts that may be registries, and when it last connected there
+	fresh        map[string]bool       // a pull may be running that began before the host's directory in the certs.d was made
 }
 
 // basis is what a runtime's trust in the CA rests on. The zero value is its
@@ -89,6 +93,9 @@ type Options struct {
 	Find func(host string) (registry.Known, bool)
 	// Ports are those that registries listen on.
 	Ports []uint16
+	// Restarter restarts runtimes of the node that can't trust the CA before. Nil means
+	// that they are left as they are.
+	Restarter *Restarter
 	// RunDir keeps what is known of runtimes until the next boot.
 	RunDir string
 	Log    *slog.Logger

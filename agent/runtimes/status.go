@@ -36,6 +36,8 @@ type Status struct {
 	// Reason says why it is passed through, and Step what changes that.
 	Reason string `json:"reason,omitempty"`
 	Step   string `json:"step,omitempty"`
+	// RestartHelps says that a restart is all that it needs to be intercepted.
+	RestartHelps bool `json:"restart_helps,omitempty"`
 }
 
 // Intercepts says whether the runtime is intercepted for a registry.
@@ -59,7 +61,8 @@ func (rs *Runtimes) Status() []Status {
 		rt.mu.Unlock()
 		except := exceptions(rs.except(rt, slices.Compact(slices.Sorted(slices.Values(slices.Concat(hosts, refused))))...))
 		rt.mu.Lock()
-		s := Status{Kind: rt.kind.name, PID: rt.PID, Netns: rt.netns, Reach: rt.reach, Trust: rt.how, Reason: rt.reason, Step: rt.step}
+		s := Status{Kind: rt.kind.name, PID: rt.PID, Netns: rt.netns, Reach: rt.reach, Trust: rt.how, Reason: rt.reason, Step: rt.step,
+			RestartHelps: rt.restartHelps && rt.reach == ReachPassthrough}
 		if rt.reach == ReachIntercepted {
 			s.Except = except
 		}

@@ -13,4 +13,5 @@ const (
 	TagsFile     = "tags.json"       // what is known of registries
 	IdentityFile = "peer.key"        // this node's identity among peers
 	LearnedFile  = "learned.json"    // which registries were learned
+	RestartsFile = "restarts.json"   // which runtimes were restarted
 )

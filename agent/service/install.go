@@ -11,11 +11,11 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 
 	"github.com/google/renameio/v2"
+	"weir/agent/systemd"
 	"weir/deploy"
 )
 
@@ -36,8 +36,9 @@ func Install(ctx context.Context) (started bool, err error) {
 	if os.Geteuid() != 0 {
 		return false, errors.New("weir install must run as root: it makes a system service; use sudo")
 	}
-	if !hasSystemd() {
-		return false, errors.New("this machine isn't run by systemd; have what starts services here run `weir agent`, or run weir in a container")
+	manager, err := systemd.Own()
+	if err != nil {
+		return false, fmt.Errorf("%w; have what starts services here run `weir agent`, or run weir in a container", err)
 	}
 	self, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
@@ -54,17 +55,19 @@ func Install(ctx context.Context) (started bool, err error) {
 		}
 		started = started || changed
 	}
-	if err := systemctl(ctx, "daemon-reload"); err != nil {
+	if _, err := manager.Run(ctx, "daemon-reload"); err != nil {
 		return false, err
 	}
-	if err := systemctl(ctx, "enable", "weir.service"); err != nil {
+	if _, err := manager.Run(ctx, "enable", "weir.service"); err != nil {
 		return false, err
 	}
-	if !started && systemctl(ctx, "is-active", "--quiet", "weir.service") == nil {
-		return false, nil
+	if !started {
+		if _, err := manager.Run(ctx, "is-active", "--quiet", "weir.service"); err == nil {
+			return false, nil
+		}
 	}
 	// The old one lets what it serves end, and what begins meanwhile goes direct.
-	if err := systemctl(ctx, "restart", "weir.service"); err != nil {
+	if _, err := manager.Run(ctx, "restart", "weir.service"); err != nil {
 		return true, fmt.Errorf("%w; `journalctl -u weir` and `weir doctor` say why", err)
 	}
 	return true, nil
@@ -89,8 +92,9 @@ func removeService(ctx context.Context) (removed []string, err error) {
 	if _, err := os.Lstat(unitFile); err != nil {
 		return nil, nil
 	}
-	if hasSystemd() {
-		if err := systemctl(ctx, "disable", "--now", "weir.service"); err != nil {
+	manager, none := systemd.Own()
+	if none == nil {
+		if _, err := manager.Run(ctx, "disable", "--now", "weir.service"); err != nil {
 			return nil, err
 		}
 	}
@@ -102,24 +106,11 @@ func removeService(ctx context.Context) (removed []string, err error) {
 			err = errors.Join(err, rerr)
 		}
 	}
-	if hasSystemd() {
-		err = errors.Join(err, systemctl(ctx, "daemon-reload"))
+	if none == nil {
+		_, rerr := manager.Run(ctx, "daemon-reload")
+		err = errors.Join(err, rerr)
 	}
 	return removed, err
-}
-
-// hasSystemd says whether systemd runs this machine: sd_booted(3).
-func hasSystemd() bool {
-	st, err := os.Lstat("/run/systemd/system")
-	return err == nil && st.IsDir()
-}
-
-func systemctl(ctx context.Context, args ...string) error {
-	out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("systemctl %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
-	}
-	return nil
 }
 
 // Settings reads the variables of a systemd environment file, systemd.exec(5):

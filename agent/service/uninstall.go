@@ -114,7 +114,7 @@ func exists(path string) bool {
 
 // ownEntries are what weir makes in its directories. Any other file
 // there stays.
-var ownEntries = []string{"ca", "store", TagsFile, IdentityFile, LearnedFile, LearnedFile + ".new", LedgerFile, pidFile, SocketFile, "state.json", "state.json.new"}
+var ownEntries = []string{"ca", "store", TagsFile, IdentityFile, LearnedFile, LearnedFile + ".new", LedgerFile, RestartsFile, pidFile, SocketFile, "state.json", "state.json.new"}
 
 func removeOwn(dir string) (removed []string, err error) {
 	paths := make([]string, 0, len(ownEntries))
@@ -122,7 +122,7 @@ func removeOwn(dir string) (removed []string, err error) {
 		paths = append(paths, filepath.Join(dir, e))
 	}
 	// What was being written when an agent was killed.
-	for _, e := range []string{TagsFile, IdentityFile} {
+	for _, e := range []string{TagsFile, IdentityFile, RestartsFile} {
 		half, _ := filepath.Glob(filepath.Join(dir, e) + ".*")
 		paths = append(paths, half...)
 	}

@@ -37,6 +37,8 @@ func agentCommand() *cobra.Command {
 	}
 	f.UintSliceVar(&ports, "ports", ports, "destination ports that are redirected")
 	registryFlags(f, &conf)
+	programFlag(f, &conf)
+	f.BoolVar(&conf.RestartRuntimes, "restart-runtimes", false, "have systemd restart, once in a boot and when no pull runs, a runtime that can't trust weir's CA before")
 	f.BoolVar(&learn, "learn", true, "learn which other hosts are registries, from the runtimes that use them")
 	f.StringVar(&conf.MirrorListen, "mirror-listen", "", "`address` of a mirror endpoint for dockerd's registry-mirrors or containerd's hosts.toml (default: none; without a host: loopback)")
 	f.StringVar(&conf.MirrorDefault, "mirror-default", agent.DefaultMirror, "the `registry` of requests to the mirror that name none")

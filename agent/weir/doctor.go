@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"weir/agent"
 	"weir/agent/doctor"
+	"weir/agent/runtimes"
 )
 
 func doctorCommand() *cobra.Command {
@@ -22,9 +23,13 @@ func doctorCommand() *cobra.Command {
 	adminFlag(f, &conf.Admin)
 	f.StringVar(&conf.Cgroup, "cgroup", "", "cgroup2 `directory` whose processes are served (default: the cgroup2 mount)")
 	registryFlags(f, &conf)
+	programFlag(f, &conf)
 	peerFlags(f, &conf)
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := runtimes.SetPrograms(conf.Programs); err != nil {
+			return usageError{fmt.Errorf("--program: %w", err)}
+		}
 		findings := doctor.Examine(cmd.Context(), doctor.Config{DataDir: conf.DataDir, RunDir: conf.RunDir, Cgroup: conf.Cgroup, Admin: conf.Admin,
 			Registries: conf.Registries, RegistryFile: conf.RegistryFile, PeerListen: conf.PeerListen, SwarmKey: conf.SwarmKey})
 		out, text := cmd.OutOrStdout(), cmd.OutOrStdout()

@@ -7,12 +7,14 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"weir/agent"
 	"weir/agent/admin"
 	"weir/agent/doctor"
+	"weir/agent/runtimes"
 	"weir/agent/service"
 )
 
@@ -31,6 +33,9 @@ func installCommand() *cobra.Command {
 		setting := func(name, otherwise string) string { return cmp.Or(vars["WEIR_"+name], otherwise) }
 		address := setting("ADMIN", agent.DefaultAdmin)
 		out := cmd.OutOrStdout()
+		if err := runtimes.SetPrograms(strings.FieldsFunc(setting("PROGRAM", ""), func(r rune) bool { return r == ',' })); err != nil {
+			return fmt.Errorf("WEIR_PROGRAM in %s: %w", service.SettingsFile, err)
+		}
 		findings := doctor.Examine(cmd.Context(), doctor.Config{Admin: address, Cgroup: setting("CGROUP", ""),
 			DataDir: setting("DATA_DIR", agent.DefaultDataDir), RunDir: setting("RUN_DIR", agent.DefaultRunDir)})
 		if failed, _ := printFindings(out, slices.DeleteFunc(findings, func(f doctor.Finding) bool { return f.Problem == "" || f.Warning })); failed > 0 {

@@ -125,6 +125,10 @@ func registryFlags(f *pflag.FlagSet, c *agent.Config) {
 	f.StringVar(&c.RegistryFile, "registry-file", "", "`file` with further registries, one a line; read again when it changes")
 }
 
+func programFlag(f *pflag.FlagSet, c *agent.Config) {
+	f.StringSliceVar(&c.Programs, "program", nil, "a further program that pulls, `NAME=KIND`, treated as the one that is known by KIND (crane, buildkitd); may be repeated")
+}
+
 func peerFlags(f *pflag.FlagSet, c *agent.Config) {
 	f.StringVar(&c.PeerListen, "peer-listen", agent.DefaultPeers, "`address` that peers connect to")
 	f.StringVar(&c.SwarmKey, "swarm-key", "", "`file` with the key that all peers share; without one there is no peer traffic")

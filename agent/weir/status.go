@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -164,6 +165,24 @@ func printStatus(w io.Writer, s admin.Status) error {
 	if len(s.Runtimes) == 0 {
 		fmt.Fprintln(t, "none is running")
 	}
+	for i, r := range s.Restarts {
+		if i == 0 {
+			fmt.Fprintln(t, "\nRESTARTED\tWHEN\tRESULT\tWHY")
+		}
+		result := "done"
+		if !r.Done {
+			result = cmp.Or(r.Failed, "not known to have ended")
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", plain(r.Service), r.At.Local().Format(time.DateTime), plain(result), plain(r.Reason))
+	}
+	if len(s.OtherPrograms) > 0 {
+		fmt.Fprintln(t, "\nNOT FOLLOWED\tLAST SEEN\tREGISTRIES")
+		for _, o := range s.OtherPrograms {
+			hosts := strings.Join(o.Registries, ", ")
+			fmt.Fprintf(t, "%s\t%s\t%s\n", plain(o.Program), o.LastSeen.Local().Format(time.DateTime), plain(hosts))
+		}
+		fmt.Fprintln(t, "\t\t→ `weir agent --program NAME=KIND` has one intercepted, see deploy/RUNTIMES.md")
+	}
 	fmt.Fprintln(t, "\nREGISTRY\tREQUESTS\tHIT RATE\tFROM STORE\tFROM PEERS\tFROM REGISTRY\tNO ANSWER")
 	for _, r := range s.Registries {
 		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%d\n", plain(admin.RegistryText(r.Registry)), r.Requests, admin.PercentText(r.Hits, r.Hits+r.Misses), admin.BytesText(r.BytesFromStore), admin.BytesText(r.BytesFromPeers), admin.BytesText(r.BytesFromUpstream), r.Errors)
@@ -181,6 +200,8 @@ func printStatus(w io.Writer, s admin.Status) error {
 				if u.Problem != "" {
 					what = "a registry that is not learned: " + u.Problem
 				}
+			case u.Companion != nil:
+				what = u.Companion.Role + " of " + admin.RegistryText(u.Companion.Of)
 			case u.Problem != "":
 				what = u.Problem
 			}

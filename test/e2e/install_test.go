@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -141,4 +142,75 @@ func TestInstall(t *testing.T) {
 	pull()
 	containerd.Pull(flyway)
 	node.Run(lab.Weir(t), "uninstall") // again: nothing to do
+}
+
+// A containerd that systemd runs, that has verified certificates before weir came, and
+// that reads none anew: it is restarted where an operator has asked for that, once, and
+// left alone where not. The doctor says what would be done.
+func TestRestartRuntimes(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	node := w.Node()
+	node.Systemd()
+	containerd := node.Containerd()
+	containerd.Stop()
+	node.WriteFile("/etc/systemd/system/containerd.service", "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nKillMode=process\nDelegate=yes\nExecStart="+lab.Debian(t, "/usr/bin/containerd", "containerd")+"\n")
+	node.Run("systemctl", "daemon-reload")
+	node.Run("systemctl", "start", "containerd")
+	service := func() int {
+		t.Helper()
+		pid, err := strconv.Atoi(strings.TrimSpace(node.Run("systemctl", "show", "-P", "MainPID", "containerd")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pid
+	}
+	pull := func() {
+		t.Helper()
+		containerd.Pull(renovate)
+		containerd.Remove(renovate, w.renovate)
+	}
+	pull()
+	was := service()
+	cgroup := "--cgroup=/sys/fs/cgroup/" + filepath.Base(node.Cgroup())
+	agent := node.Agent(cgroup)
+	if rt := agent.Runtime(was); rt.Reach != "passthrough" || !rt.RestartHelps {
+		t.Errorf("%+v", rt)
+	}
+	if out, _ := node.Output(lab.Weir(t), "doctor", cgroup); !strings.Contains(out, "would restart containerd.service once") {
+		t.Errorf("the doctor says\n%s", out)
+	}
+	if now := service(); now != was {
+		t.Fatal("containerd was restarted, and nobody has asked for that")
+	}
+	agent.Stop()
+	agent = node.Agent(cgroup, "--restart-runtimes")
+	if err := lab.Eventually(agent.Ended(), func(context.Context) error {
+		s := agent.Status()
+		if len(s.Restarts) != 1 || !s.Restarts[0].Done || s.Restarts[0].Service != "containerd.service" || s.Restarts[0].Reason == "" {
+			return fmt.Errorf("restarted were %+v; %+v", s.Restarts, s.Runtimes)
+		}
+		return nil
+	}); err != nil {
+		t.Fatalf("%v\n%s", err, agent.Log(4000))
+	}
+	now := service()
+	if rt := agent.Runtime(now); now == was || rt.Reach != "intercepted" {
+		t.Errorf("process %d, before %d: %+v", now, was, rt)
+	}
+	pull()
+	w.forget()
+	pull()
+	w.nothingFetched(t)
+	if out := node.Run(lab.Weir(t), "status"); !strings.Contains(out, "RESTARTED") {
+		t.Error(out)
+	}
+	// Once.
+	agent.Stop()
+	agent.Start()
+	agent.Runtime(now)
+	pull()
+	if pid := service(); pid != now || len(agent.Status().Restarts) != 1 {
+		t.Errorf("process %d, before %d: %+v", pid, now, agent.Status().Restarts)
+	}
 }

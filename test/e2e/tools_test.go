@@ -271,3 +271,47 @@ func nothingOfWeirs(t *testing.T, node *lab.Node, image string, want ...string) 
 		}
 	}
 }
+
+// Programs that are known by names which the kernel cuts off, those that came to the
+// table by what their source says, and one that an operator has named. What they are
+// here is crane, with whose library most of them pull: what is seen is that the name
+// is found, and intercepted.
+func TestPrograms(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent("--program=our-own-image-puller=crane")
+	crane := lab.Tool(t, "crane")
+	first := node.Spawn("first", node.As(crane, "crane"), "registry", "serve", "--address=127.0.0.1:0")
+	agent.Runtime(first.PID())
+	tick()
+	node.Run(node.As(crane, "crane"), "pull", flyway, "/var/lib/home/cold.tar")
+	for _, name := range []string{"soci-snapshotter-grpc", "containerd-stargz-grpc", "ko", "pack", "lifecycle", "grype", "syft", "our-own-image-puller"} {
+		w.forget()
+		before := agent.Status().Connections.Intercepted
+		node.Run(node.As(crane, name), "pull", flyway, "/var/lib/home/warm.tar")
+		if n := w.hub.Log.BlobGETs(); n > 0 || agent.Status().Connections.Intercepted == before {
+			t.Errorf("%s: %d blobs were fetched, %+v", name, n, agent.Status().Connections)
+		}
+	}
+	if s := agent.Status(); len(s.OtherPrograms) > 0 {
+		t.Errorf("%+v", s.OtherPrograms)
+	}
+	// One that isn't known works as without weir, and is shown.
+	before := agent.Status().Connections
+	node.Run(node.As(crane, "a-puller-that-nobody-knows"), "pull", flyway, "/var/lib/home/direct.tar")
+	if err := lab.Eventually(agent.Ended(), func(context.Context) error {
+		if s := agent.Status(); len(s.OtherPrograms) != 1 || s.OtherPrograms[0].Program != "a-puller-that-nobody-knows" || !slices.Equal(s.OtherPrograms[0].Registries, []string{"index.docker.io"}) {
+			return fmt.Errorf("%+v", s.OtherPrograms)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if now := agent.Status().Connections; now != before {
+		t.Errorf("%+v, before %+v", now, before)
+	}
+	if out := node.Run(lab.Weir(t), "status"); !strings.Contains(out, "a-puller-that-nobody-knows") {
+		t.Error(out)
+	}
+}

@@ -45,6 +45,9 @@ capabilities:
     - SYS_PTRACE   # reaches the runtimes' files through /proc
     - DAC_OVERRIDE # reads and writes files of containers, whoever owns them
     - FOWNER       # replaces its own files there
+    {{- if .Values.restartRuntimes }}
+    - SYS_CHROOT   # runs the node's systemctl
+    {{- end }}
 seLinuxOptions: {type: spc_t} # where there is SELinux, which would keep it from the runtimes' files
 {{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version }}
 appArmorProfile: {type: Unconfined} # AppArmor's default profile for containers denies ptrace
