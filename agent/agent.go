@@ -107,7 +107,7 @@ const (
 	DefaultDataDir = "/var/lib/weir"
 	DefaultRunDir  = "/run/weir"
 	DefaultAdmin   = "127.0.0.1:5050"
-	DefaultMirror  = "docker.io"
+	DefaultMirror  = registry.DockerHubName
 	DefaultPeers   = ":" + p2p.DefaultPort
 )
 

@@ -58,10 +58,10 @@ func TestNames(t *testing.T) {
 	all[0].names[HashName("a repository")] = []byte(`{"known":1}`)
 	all[0].ProvideName("a repository")
 	until(t, "the name is known", func() bool {
-		got := all[1].Node.LoadName(t.Context(), "a repository")
+		got := all[1].LoadName(t.Context(), "a repository")
 		return len(got) == 1 && string(got[0]) == `{"known":1}`
 	})
-	if got := all[1].Node.LoadName(t.Context(), "another"); len(got) != 0 {
+	if got := all[1].LoadName(t.Context(), "another"); len(got) != 0 {
 		t.Errorf("%q", got)
 	}
 }

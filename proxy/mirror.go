@@ -108,14 +108,12 @@ func parseMirror(u *url.URL, fallback string) (m mirrored, err error) {
 	default:
 		m.registry = fallback
 	}
-	if m.registry == dockerHubName {
+	if m.registry == registry.DockerHubName {
 		rest = official(rest)
 	}
 	m.path = "/v2/" + rest
 	return m, nil
 }
-
-const dockerHubName = "docker.io"
 
 // official adds library/ to the name of one of Docker Hub's official images.
 func official(rest string) string {

@@ -62,7 +62,7 @@ func PeerText(address string) string {
 // RegistryText is what people call a registry.
 func RegistryText(host string) string {
 	if host == registry.DockerHub {
-		return "docker.io"
+		return registry.DockerHubName
 	}
 	return host
 }

@@ -7,24 +7,20 @@ import (
 	"os"
 	"strconv"
 	"strings"
+
+	"github.com/prometheus/procfs"
 )
 
 // User returns the user who started a process, proc_pid_status(5). The owner
 // of /proc/PID says less: it is root for a process that can't be dumped, which
 // any user can make.
 func User(pid int) (uint32, error) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	p, err := procfs.NewProc(pid)
 	if err != nil {
 		return 0, err
 	}
-	for line := range strings.Lines(string(b)) {
-		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
-			var uid uint32 // the real one comes first
-			_, err := fmt.Sscan(ids, &uid)
-			return uid, err
-		}
-	}
-	return 0, fmt.Errorf("process %d: no Uid in its status", pid)
+	status, err := p.NewStatus()
+	return uint32(status.UIDs[0]), err // the real one
 }
 
 // Users are ranges of user ids.

@@ -4,8 +4,11 @@ package runtimes
 
 import (
 	"errors"
+	"io/fs"
 	"sync"
 	"time"
+
+	"weir/agent/trust"
 )
 
 // readTime is how long reading a runtime's files may take. It is some hundred
@@ -90,4 +93,20 @@ func bounded[T any](rs *Runtimes, rt *Runtime, f func() (T, error)) (found T, er
 		rt.files.late()
 		return found, errNoAnswer
 	}
+}
+
+// inRoot has f do something in a runtime's root file system, if that is still there.
+func inRoot(rs *Runtimes, rt *Runtime, f func(*trust.Root) error) error {
+	_, err := bounded(rs, rt, func() (struct{}, error) {
+		root, err := trust.OpenRoot(rt.PID)
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer root.Close()
+		return struct{}{}, f(root)
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }

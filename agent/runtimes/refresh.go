@@ -3,8 +3,6 @@
 package runtimes
 
 import (
-	"errors"
-	"io/fs"
 	"maps"
 	"net"
 	"slices"
@@ -66,12 +64,7 @@ func (rs *Runtimes) refresh(rt *Runtime) {
 	if !installed && rests.certsD == nil {
 		return
 	}
-	_, err := bounded(rs, rt, func() (struct{}, error) {
-		root, err := trust.OpenRoot(rt.PID)
-		if err != nil {
-			return struct{}{}, err
-		}
-		defer root.Close()
+	err := inRoot(rs, rt, func(root *trust.Root) error {
 		host := rs.o.Lasting[root.ID()]
 		generation := rs.o.CA.Generation()
 		if installed {
@@ -84,9 +77,9 @@ func (rs *Runtimes) refresh(rt *Runtime) {
 		if rests.certsD != nil {
 			rs.record(host, rs.o.CA.Install(root, trust.Places{CertsD: []string{rests.dir}}, rs.o.Registries()))
 		}
-		return struct{}{}, nil
+		return nil
 	})
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
 		rs.o.Log.Warn("a runtime does not get the CA's new certificate", "runtime", rt.kind.name, "pid", rt.PID, "err", err)
 	}
 }
@@ -122,19 +115,14 @@ func (rs *Runtimes) Withdraw(host string) {
 		if dir == "" {
 			continue
 		}
-		_, err := bounded(rs, rt, func() (struct{}, error) {
-			root, err := trust.OpenRoot(rt.PID)
-			if err != nil {
-				return struct{}{}, err
-			}
-			defer root.Close()
+		err := inRoot(rs, rt, func(root *trust.Root) error {
 			var made []trust.Made
 			if lasting := rs.o.Lasting[root.ID()]; lasting != "" {
 				made = rs.o.Ledger.Made(lasting)
 			}
-			return struct{}{}, trust.Withdraw(root, dir, host, made)
+			return trust.Withdraw(root, dir, host, made)
 		})
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil {
 			rs.o.Log.Warn("a registry's directory can't be removed", "runtime", rt.kind.name, "pid", rt.PID, "registry", host, "err", err)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -123,32 +124,15 @@ func checkOwner(f *os.File, forbidden fs.FileMode) error {
 // a crash there is the old file or the new one.
 func writeDurably(d *os.File, name string, b []byte, perm fs.FileMode) error {
 	path := filepath.Join(d.Name(), name)
-	aside := filepath.Join(d.Name(), "."+name+".new")
-	if err := os.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove leftover: %w", err)
+	left, _ := filepath.Glob(filepath.Join(d.Name(), "."+name+"*")) // by a process that was killed, see renameio
+	for _, l := range left {
+		os.Remove(l)
 	}
-	f, err := os.OpenFile(aside, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
-	if err != nil {
-		return fmt.Errorf("create %s: %w", path, err)
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Chmod(perm)
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(aside, path)
-	}
+	err := renameio.WriteFile(path, b, perm, renameio.WithStaticPermissions(perm), renameio.WithTempDir(d.Name()))
 	if err == nil {
 		err = d.Sync()
 	}
 	if err != nil {
-		os.Remove(aside)
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil

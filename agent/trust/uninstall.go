@@ -136,8 +136,8 @@ func (u *uninstaller) file(name string) bool {
 }
 
 func (u *uninstaller) system(dir string) {
-	u.aside(path.Dir(dir))
-	names, err := u.root.ReadDir(dir)
+	_, _ = u.aside(path.Dir(dir))
+	names, err := u.aside(dir)
 	if err != nil {
 		u.did(dir+"/.", false, err)
 		return
@@ -152,10 +152,6 @@ func (u *uninstaller) system(dir string) {
 	// c_rehash, which update-ca-certificates runs, has made links HASH.N.
 	var target [len(systemFile) + 1]byte
 	for _, n := range names {
-		if strings.HasPrefix(n, asidePrefix) {
-			u.file(path.Join(dir, n))
-			continue
-		}
 		l, err := unix.Readlinkat(d.fd, n, target[:])
 		if err != nil || string(target[:l]) != systemFile {
 			continue
@@ -168,15 +164,14 @@ func (u *uninstaller) system(dir string) {
 }
 
 func (u *uninstaller) certsD(dir string) {
-	u.aside(dir)
-	names, err := u.root.ReadDir(dir)
+	names, err := u.aside(dir)
 	if err != nil {
 		u.did(dir+"/.", false, err)
 		return
 	}
 	for _, n := range names {
 		host := path.Join(dir, n)
-		u.aside(host)
+		_, _ = u.aside(host) // for want of a directory
 		if u.file(path.Join(host, certsDFile)) && !u.ledger {
 			u.dirs[host] = true
 		}
@@ -189,15 +184,14 @@ func (u *uninstaller) certsD(dir string) {
 	}
 }
 
-// aside removes files that a process that was killed has left in dir.
-func (u *uninstaller) aside(dir string) {
-	names, err := u.root.ReadDir(dir)
-	if err != nil {
-		return // for want of a directory, or certsD and system report it
-	}
+// aside removes files that a process that was killed has left in dir, and returns
+// what is there.
+func (u *uninstaller) aside(dir string) (names []string, err error) {
+	names, err = u.root.ReadDir(dir)
 	for _, n := range names {
 		if strings.HasPrefix(n, asidePrefix) {
 			u.file(path.Join(dir, n))
 		}
 	}
+	return names, err
 }

@@ -19,7 +19,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
-	"weir/agent"
+	"weir/proxy/registry"
 )
 
 // credentials are what `docker login` has kept for a registry. Without a name
@@ -66,7 +66,7 @@ func loggedIn(ctx context.Context, host string) (*credentials, error) {
 		return nil, fmt.Errorf("reading the logins in %s: %w", file, err)
 	}
 	keys := []string{host, "https://" + host, "https://" + host + "/v1/", "https://" + host + "/v2/"}
-	if host == agent.DefaultMirror {
+	if host == registry.DockerHubName {
 		keys = append(keys, hubKey, "index.docker.io")
 	}
 	for _, key := range keys {

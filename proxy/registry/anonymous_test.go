@@ -11,12 +11,7 @@ import (
 	"time"
 
 	"weir/proxy/upstream"
-	upstreams "weir/proxy/upstream"
 )
-
-type roundTrip func(*http.Request) (*http.Response, error)
-
-func (f roundTrip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
 
 // A registry says where its token server is, and that where it redirects to: weir
 // asks there itself, and so only where a client that has TLS would come.
@@ -35,7 +30,7 @@ func TestTokensOverTLSOnly(t *testing.T) {
 	} {
 		left := tt.redirects
 		var asked []string
-		rt := roundTrip(func(req *http.Request) (*http.Response, error) {
+		rt := transport(func(req *http.Request) (*http.Response, error) {
 			asked = append(asked, req.URL.Scheme)
 			resp := &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(`{"token":"x"}`)), Request: req}
 			if len(left) > 0 {
@@ -63,7 +58,7 @@ func FuzzChallenge(f *testing.F) {
 	f.Add(`Basic realm="x", Bearer realm=`, `{"access_token":"x","expires_in":-1}`)
 	f.Fuzz(func(t *testing.T, challenge, answer string) {
 		resp := &http.Response{StatusCode: 401, Header: http.Header{"Www-Authenticate": {challenge}}}
-		a := &anonymous{&Handler{outages: outages{Health: upstreams.NewHealth()}}, Upstream{Host: "registry.test", Transport: transportFunc(func(r *http.Request) (*http.Response, error) {
+		a := &anonymous{&Handler{outages: outages{Health: upstream.NewHealth()}}, Upstream{Host: "registry.test", Transport: transport(func(r *http.Request) (*http.Response, error) {
 			if r.URL.Scheme != "https" || r.Header.Get("Authorization") != "" {
 				t.Errorf("asks %s, with credentials %q", r.URL, r.Header.Get("Authorization"))
 			}
@@ -75,7 +70,3 @@ func FuzzChallenge(f *testing.F) {
 		}
 	})
 }
-
-type transportFunc func(*http.Request) (*http.Response, error)
-
-func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

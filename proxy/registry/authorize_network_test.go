@@ -54,7 +54,7 @@ func newLure(t *testing.T) *lure {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		network, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
 		r.URL.Path, r.Host = "/"+path, "evil.example"
-		l.h.Serve(w, r, Upstream{Host: "evil.example", NetworkID: network, Transport: transportFunc(func(r *http.Request) (*http.Response, error) {
+		l.h.Serve(w, r, Upstream{Host: "evil.example", NetworkID: network, Transport: transport(func(r *http.Request) (*http.Response, error) {
 			to := r.Clone(r.Context())
 			to.Host, to.URL.Scheme, to.URL.Host = r.URL.Host, "http", strings.TrimPrefix(hosts.URL, "http://")
 			to.Header.Set("Test-Network", network)

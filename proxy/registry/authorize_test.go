@@ -288,7 +288,7 @@ func TestPlainElsewhere(t *testing.T) {
 	// It grants a manifest of its own, and is silent otherwise.
 	own := []byte(`{"schemaVersion":2,"mediaType":"` + docker2 + `","layers":[]}`)
 	mine := "/v2/a/manifests/" + digest.FromBytes(own).String()
-	forged := transportFunc(func(r *http.Request) (*http.Response, error) {
+	forged := transport(func(r *http.Request) (*http.Response, error) {
 		resp := &http.Response{StatusCode: 503, Header: http.Header{}, Body: http.NoBody, Request: r}
 		if r.URL.Path == mine {
 			resp.StatusCode, resp.Body, resp.ContentLength = 200, io.NopCloser(bytes.NewReader(own)), int64(len(own))

@@ -28,8 +28,12 @@ type Known struct {
 	Learned bool
 }
 
-// DockerHub is the host that Docker Hub's images are pulled from.
-const DockerHub = "registry-1.docker.io"
+// DockerHub is the host that Docker Hub's images are pulled from, and DockerHubName
+// what references call it.
+const (
+	DockerHub     = "registry-1.docker.io"
+	DockerHubName = "docker.io"
+)
 
 // dockerHubIndex is Docker Hub too, to crane, kaniko and all else that is built
 // on go-containerregistry.

@@ -12,7 +12,7 @@ import "slices"
 //
 // A host that isn't here isn't lost: it is learned when it is first used.
 var WellKnown = slices.Concat([]Known{
-	{Host: DockerHub, Name: "docker.io", AnyNetwork: true},
+	{Host: DockerHub, Name: DockerHubName, AnyNetwork: true},
 	{Host: dockerHubIndex, AnyNetwork: true},
 	{Host: "dhi.io", AnyNetwork: true}, // docs.docker.com/dhi/how-to/use
 	{Host: "ghcr.io", AnyNetwork: true},

@@ -85,7 +85,7 @@ func (t *Transfer) keep(sum *sums) bool {
 
 // receive has the blob arrive once, and verifies it.
 func (t *Transfer) receive(body io.ReadCloser) (*sums, error) {
-	sum, h := newSums(), t.digest.Algorithm().Hash()
+	sum, h := new(sums), t.digest.Algorithm().Hash()
 	t.mu.Lock()
 	t.refs++
 	t.mu.Unlock()

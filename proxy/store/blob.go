@@ -117,7 +117,7 @@ func (b *Blob) checksums() (*sums, error) {
 }
 
 func (b *Blob) verify() (*sums, error) {
-	s, v := newSums(), b.digest.Verifier()
+	s, v := new(sums), b.digest.Verifier()
 	if _, err := io.Copy(io.MultiWriter(s, v), io.NewSectionReader(fileAt{b.disk, b.file}, 0, b.size)); err != nil {
 		return nil, fmt.Errorf("reading %s: %w", b.digest, err)
 	}

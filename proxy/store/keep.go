@@ -37,7 +37,7 @@ func (s *Store) Put(d digest.Digest, b []byte, from Origin) error {
 			return "", nil, err
 		}
 		_, err = f.Write(b)
-		sum := newSums()
+		sum := new(sums)
 		_, _ = sum.Write(b)
 		return f.Name(), sum, errors.Join(err, f.Close())
 	})

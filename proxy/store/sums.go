@@ -24,8 +24,6 @@ type sums struct {
 	chunks []uint32 // the last one is of a part of a chunk, unless size is a multiple
 }
 
-func newSums() *sums { return &sums{} }
-
 // Write appends bytes to what is summed up. It never fails.
 func (s *sums) Write(p []byte) (int, error) {
 	n := len(p)

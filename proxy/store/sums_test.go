@@ -79,7 +79,7 @@ func TestDamage(t *testing.T) {
 
 func FuzzSums(f *testing.F) {
 	for _, n := range []int{0, 1, chunkSize, chunkSize + 1} {
-		s := newSums()
+		s := new(sums)
 		_, _ = s.Write(random(14, n))
 		f.Add(s.marshal())
 	}

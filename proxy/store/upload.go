@@ -36,7 +36,7 @@ type Upload struct {
 
 // NewUpload begins an upload. Close it.
 func (s *Store) NewUpload(from Origin) *Upload {
-	u := &Upload{store: s, room: s.newRoom(from, true), sums: newSums(), hash: digest.Canonical.Digester()}
+	u := &Upload{store: s, room: s.newRoom(from, true), sums: new(sums), hash: digest.Canonical.Digester()}
 	u.window.init(s, chunkSize, func() int64 { return u.window.arrived })
 	return u
 }
