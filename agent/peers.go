@@ -228,12 +228,13 @@ type openBlob struct {
 
 // Progress implements p2p.Content.
 func (p *peers) Progress(d digest.Digest) (arrived, size int64, kept bool, err error) {
-	if b, err := p.store.Get(d); err == nil {
-		defer b.Close()
-		return b.Size(), b.Size(), true, nil
+	if arrived, size, err = p.store.Arriving(d); err == nil {
+		return arrived, size, false, nil // which the disk, that is busy then, isn't asked for
 	}
-	if arrived, size, err = p.store.Arriving(d); err != nil {
+	b, err := p.store.Get(d)
+	if err != nil {
 		return 0, 0, false, p2p.ErrNotHere
 	}
-	return arrived, size, false, nil
+	defer b.Close()
+	return b.Size(), b.Size(), true, nil
 }

@@ -30,12 +30,13 @@ const leaseProtocol protocol.ID = "/weir/lease/1"
 const (
 	// maxMessage bounds a question and an answer, in bytes.
 	maxMessage = 64 << 10
-	// askTime is how long a steward may take to answer.
+	// askTime is how long stewards are waited for, all together, where peers don't
+	// take their time (see answers).
 	askTime = time.Second
 	// secondTime is how long the other stewards may take to say that they know
 	// more than the first one.
 	secondTime = 200 * time.Millisecond
-	// answerTime is how long a question may take to arrive.
+	// answerTime is how long a question, and its answer, may take to arrive.
 	answerTime = 5 * time.Second
 	// maxEntries bounds the keys that a steward remembers, maxHolders the
 	// holders of each, maxSources those that an answer names, maxAvoid those
@@ -372,12 +373,21 @@ func (n *Node) answerLease(s network.Stream) {
 	_ = json.NewEncoder(s).Encode(n.judge(n.ctx, s.Conn().RemotePeer(), q))
 }
 
-// ask asks one steward for an answer in time.
+// ask asks one steward. One that is silent for longer than consult waits is passed
+// over until it answers, or for a while.
 func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, error) {
-	own, cancel := context.WithTimeout(ctx, askTime)
+	own, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
+	start := time.Now()
+	silent := time.AfterFunc(n.answers.enough(askTime), func() { n.peers.down(steward) })
 	a, err := n.exchange(own, steward, q)
-	if err != nil && ctx.Err() == nil { // the steward had no more time, and not the caller
+	if err == nil && steward != n.host.ID() {
+		n.answers.took(time.Since(start))
+	}
+	switch late := !silent.Stop(); {
+	case err == nil && late: // it has much to do, as all have when many want the same
+		n.peers.up(steward)
+	case err != nil && ctx.Err() == nil: // the steward had no more time, and not the caller
 		n.log.Debug("a peer doesn't answer", "peer", steward, "err", err)
 		n.peers.down(steward)
 	}
@@ -419,11 +429,13 @@ func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 	if !n.Ready() || n.ctx.Err() != nil {
 		return answer{}, false
 	}
-	ctx, cancel := context.WithTimeout(ctx, askTime)
+	ctx, cancel := context.WithTimeout(ctx, n.answers.enough(askTime))
 	defer cancel()
-	// Those that don't answer make room for the next.
+	// Those that don't answer make room for the next. That one knows of nobody counts
+	// when those before it have no answer: they may have sent others to fetch.
 	all := n.closest(ctx, q.Key, 2*stewards)
-	steward, a, err := firstOf(ctx, all, n.opts.next, func(s peer.ID) (answer, error) { return n.ask(n.ctx, s, q) }, nil)
+	steward, a, err := firstOf(ctx, all, n.opts.next, func(s peer.ID) (answer, error) { return n.ask(n.ctx, s, q) },
+		func(a answer) bool { return len(a.Sources) > 0 }, nil)
 	if err != nil {
 		return answer{}, false
 	}

@@ -128,6 +128,7 @@ type Node struct {
 	upload   *rate.Limiter
 	serving  *serving
 	peers    *reputation
+	answers  answers
 	provided *provided
 	regions  regions
 	intake   meter

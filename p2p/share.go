@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -19,17 +20,18 @@ import (
 
 const (
 	// watchTime is how often a transfer from a peer is looked at, and how long the
-	// peer has to say how far it is. lookTime is the same before it has begun.
+	// peer has to say how far it is. lookTime is how often before it has begun.
 	watchTime = time.Second / 2
 	lookTime  = 300 * time.Millisecond
 	// openTime is how long a blob's sources may say nothing, all together, before it
-	// is had elsewhere.
+	// is had elsewhere, where peers don't take their time (see answers).
 	openTime = time.Second
 	// The following are counts of looks in a row.
 	//
 	// maxIdleTicks is how many may show a source that answers to send nothing, and to be
 	// without more than it has sent: it waits for the upstream, as this node would.
-	maxIdleTicks = 10
+	// After hedgeTicks there may be another source beside it.
+	maxIdleTicks, hedgeTicks = 10, 3
 	// maxStalledTicks is how many may show that it sends nothing though it has more,
 	// maxStalledTicksAtFirst the same before the first byte, when both sides may have much
 	// to begin at the same time.
@@ -162,25 +164,33 @@ func (s *Share) fail(id peer.ID) {
 // read may be wrong; tell [Share.Wrong].
 //
 // A source that says nothing has the next one tried beside it. One that says that it
-// waits for its own is waited for.
+// waits for its own is waited for, and stewards are asked for another meanwhile: one
+// of the nodes that wait is the next to fetch it then, and a source of the others.
 func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, int64, error) {
 	type opened struct {
 		*body
 		err error
 	}
-	results, quiet, over := make(chan opened), make(chan bool), make(chan struct{})
+	type told struct {
+		sign
+		by peer.ID
+	}
+	type another struct {
+		source
+		err error
+	}
+	results, signs, found, over := make(chan opened), make(chan told), make(chan another), make(chan struct{})
 	defer close(over)
 	running := 0
-	begin := func(more bool) bool {
-		src, err := s.next(ctx, more)
+	begin := func(src source, err error) bool {
 		if err != nil {
 			return false
 		}
 		running++
 		go func() {
-			b, err := s.open(ctx, src, offset, size, func(is bool) {
+			b, err := s.open(ctx, src, offset, size, func(what sign) {
 				select {
-				case quiet <- is:
+				case signs <- told{what, src.ID}:
 				case <-over:
 				}
 			})
@@ -203,10 +213,10 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 		}()
 		return true
 	}
-	deadline := time.After(openTime)
-	late, answering := false, false
+	silence := time.NewTimer(s.n.answers.enough(openTime))
+	defer silence.Stop()
 	for {
-		if running == 0 && (late || !begin(true)) || late && !answering {
+		if running == 0 && !begin(s.next(ctx, true)) {
 			return nil, 0, ErrNoPeer
 		}
 		select {
@@ -217,25 +227,55 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 			if ctx.Err() != nil {
 				return nil, 0, ctx.Err()
 			}
-		case is := <-quiet:
-			if answering = answering || !is; is && !late {
-				begin(false)
+		case t := <-signs:
+			switch t.sign {
+			case unanswered:
+				begin(s.next(ctx, false))
+				continue
+			case waits:
+				s.fail(t.by) // it need not be named again
+				go func() {
+					src, err := s.next(ctx, true)
+					select {
+					case found <- another{src, err}:
+					case <-over:
+					}
+				}()
 			}
-		case <-deadline:
-			late = true
+			silence.Reset(s.n.answers.enough(openTime))
+		case f := <-found:
+			if !begin(f.source, f.err) && s.Mine() {
+				return nil, 0, ErrNoPeer
+			}
+		case <-silence.C:
+			return nil, 0, ErrNoPeer
 		case <-ctx.Done():
 			return nil, 0, ctx.Err()
 		}
 	}
 }
 
-// open reads from one source, and tells when it is found to be quiet, or not to be.
-func (s *Share) open(ctx context.Context, src source, offset, size int64, quiet func(bool)) (*body, error) {
+// sign is what a source that hasn't begun to send shows of itself.
+type sign int
+
+const (
+	unanswered sign = iota // it has been asked, and hasn't answered yet
+	alive                  // it has answered something
+	waits                  // it waits for its own source, for some time already
+)
+
+// open reads from one source, and tells what that shows of itself before it begins.
+func (s *Share) open(ctx context.Context, src source, offset, size int64, tell func(sign)) (*body, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	b := &body{s: s, src: src, cancel: cancel, pos: offset, total: -1, stop: make(chan struct{}), begun: make(chan struct{})}
 	b.at.Store(offset)
-	go b.watch(ctx, quiet)
-	resp, err := s.n.get(ctx, src, "/blobs/"+s.d.String(), offset) //nolint:bodyclose // the body closes it
+	go b.watch(ctx, tell)
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+		if !info.Reused { // it has shown who it is
+			tell(alive)
+		}
+	}})
+	resp, err := s.n.get(traced, src, "/blobs/"+s.d.String(), offset) //nolint:bodyclose // the body closes it
 	close(b.begun)
 	if err != nil {
 		close(b.stop)
@@ -326,48 +366,102 @@ func (b *body) Close() error {
 	return err
 }
 
+// await leaves a source that doesn't begin, and tells what it shows of itself. It
+// returns true when it has begun.
+func (b *body) await(ctx context.Context, tell func(sign)) bool {
+	look := time.NewTicker(lookTime)
+	defer look.Stop()
+	type answer struct {
+		state
+		err error
+	}
+	answers := make(chan answer, 1)
+	asking, idle, stall := false, 0, 0
+	for {
+		select {
+		case <-b.stop:
+			return false
+		case <-ctx.Done():
+			return false
+		case <-b.begun:
+			return true
+		case <-look.C:
+			if asking {
+				tell(unanswered)
+				continue
+			}
+			asking = true
+			go func() {
+				st, err := b.ask(ctx, b.s.n.answers.enough(openTime))
+				answers <- answer{st, err}
+			}()
+		case a := <-answers:
+			asking = false
+			switch {
+			case ctx.Err() != nil:
+				return false
+			case errors.Is(a.err, ErrNotHere):
+				b.leave("it doesn't have it any more", a.err)
+				return false
+			case a.err != nil:
+				b.s.n.peers.mute(b.src.ID)
+				b.leave("it doesn't answer", a.err)
+				return false
+			case a.Arrived-b.at.Load() > 1:
+				if stall++; stall >= maxStalledTicksAtFirst {
+					b.leave("it has more, and sends nothing", nil)
+					return false
+				}
+			default: // the last byte waits for the digest
+				if idle++; idle >= maxIdleTicks {
+					b.leave("it waits itself", nil)
+					return false
+				}
+			}
+			if idle > 0 && idle%hedgeTicks == 0 {
+				tell(waits)
+			} else {
+				tell(alive)
+			}
+		}
+	}
+}
+
 // watch leaves a source that sends nothing though it has something, or less
-// than the upstream would. Before the first byte it tells whether the source is
-// quiet.
-func (b *body) watch(ctx context.Context, quiet func(bool)) {
-	interval, begun, lost := lookTime, b.begun, 1
-	timer := time.NewTimer(interval)
+// than the upstream would. Before the first byte it tells what it shows of itself.
+func (b *body) watch(ctx context.Context, tell func(sign)) {
+	if !b.await(ctx, tell) {
+		return
+	}
+	timer := time.NewTimer(watchTime)
 	defer timer.Stop()
 	start := b.at.Load()
 	pace := max(b.s.pace/2, minPace) // per second
-	last, idle, slow, mute, stall, low := start, 0, 0, 0, 0, 0
-	for ; ; timer.Reset(interval) {
+	floor := int64(float64(pace) * watchTime.Seconds())
+	last, idle, slow, stall, low := start, 0, 0, 0, 0
+	for ; ; timer.Reset(watchTime) {
 		select {
 		case <-b.stop:
 			return
 		case <-ctx.Done():
 			return
-		case <-begun:
-			interval, begun, lost = watchTime, nil, 0
-			mute, idle, stall = 0, 0, 0
-			continue
 		case <-timer.C:
 		}
 		now := b.at.Load()
 		got := now - last
 		last = now
-		floor := int64(float64(pace) * interval.Seconds())
-		if begun == nil && (got >= floor || got > 0 && b.s.n.intake.get() >= float64(pace)) {
+		if got >= floor || got > 0 && b.s.n.intake.get() >= float64(pace) {
 			// The node gets what it can take; what it takes is shared.
-			idle, slow, mute, stall, low = 0, 0, 0, 0, 0
+			idle, slow, stall, low = 0, 0, 0, 0
 			continue
 		}
-		st, err := b.ask(ctx, interval)
+		st, err := b.ask(ctx, watchTime)
 		if ctx.Err() != nil {
 			return
 		}
-		silent := err != nil && !errors.Is(err, ErrNotHere)
-		if begun != nil {
-			quiet(silent)
-		}
 		switch {
-		case silent:
-			if mute++; mute > lost && b.at.Load() == now {
+		case err != nil && !errors.Is(err, ErrNotHere):
+			if b.at.Load() == now {
 				b.s.n.peers.mute(b.src.ID)
 				b.leave("it doesn't answer", err)
 				return
@@ -400,7 +494,6 @@ func (b *body) watch(ctx context.Context, quiet func(bool)) {
 		default:
 			idle, slow, stall, low = 0, 0, 0, 0
 		}
-		mute = 0
 	}
 }
 
@@ -408,7 +501,12 @@ func (b *body) watch(ctx context.Context, quiet func(bool)) {
 func (b *body) ask(ctx context.Context, long time.Duration) (state, error) {
 	ctx, cancel := context.WithTimeout(ctx, long)
 	defer cancel()
-	return b.s.n.stateAt(ctx, b.src, b.s.d)
+	start := time.Now()
+	st, err := b.s.n.stateAt(ctx, b.src, b.s.d)
+	if err == nil {
+		b.s.n.answers.took(time.Since(start))
+	}
+	return st, err
 }
 
 func (b *body) leave(why string, err error) {
@@ -436,7 +534,7 @@ func (n *Node) Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, e
 			err = errors.New("it is another blob")
 		}
 		return b, err
-	}, nil)
+	}, nil, nil)
 	if err != nil {
 		return nil, ErrNoPeer
 	}

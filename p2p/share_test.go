@@ -18,8 +18,8 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// drippingContent is a Content that gives a KiB a second of anything, and has no more
-// by then. Or it gives no answer at all: its disk hangs.
+// drippingContent is a Content that gives half a KiB twice a second of anything, and has
+// no more by then. Or it gives no answer at all: its disk hangs.
 type drippingContent struct {
 	*shelf
 	given *atomic.Int64
@@ -55,12 +55,12 @@ func (d *drips) Seek(o int64, whence int) (int64, error) {
 }
 func (d *drips) Read(p []byte) (int, error) {
 	select {
-	case <-time.After(time.Second):
+	case <-time.After(time.Second / 2):
 	case <-d.ctx.Done():
 		return 0, d.ctx.Err()
 	}
-	d.given.Add(1024)
-	return min(1024, len(p)), nil
+	d.given.Add(512)
+	return min(512, len(p)), nil
 }
 
 // among returns a member among others that provide blobs.
@@ -215,6 +215,73 @@ func TestSilentSources(t *testing.T) {
 		if _, err := a.ask(t.Context(), src.ID, question{Op: opFind, Key: must(keyOf(d))}); err == nil || !a.peers.isDown(src.ID) {
 			t.Errorf("a silent steward: %v", err)
 		}
+	}
+}
+
+// waitingContent is a Content that waits for its own source, and says so.
+type waitingContent struct {
+	*shelf
+	asked *atomic.Int64
+}
+
+func (c waitingContent) Open(ctx context.Context, _ digest.Digest) (*Blob, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func (c waitingContent) Progress(digest.Digest) (arrived, size int64, kept bool, err error) {
+	c.asked.Add(1)
+	return 0, -1, false, nil
+}
+
+// Beside a source that waits for its own another one is had, before that one is given
+// up: a peer, or the upstream.
+func TestWaitingSource(t *testing.T) {
+	blob := random(100 << 10)
+	a := newMember(t, nil)
+	var asked atomic.Int64
+	waiting := newMember(t, func(o *Options) { o.Content = waitingContent{o.Content.(*shelf), &asked} }, a.addr())
+	other := newMember(t, nil, a.addr())
+	for _, m := range []*member{a, waiting, other} {
+		until(t, "all known", func() bool { return m.dht.RoutingTable().Size() == 2 })
+	}
+	d := digest.FromBytes(blob)
+	open := func() (*Share, io.ReadCloser, error) {
+		t.Helper()
+		asked.Store(0)
+		var s *Share
+		until(t, "it is known who has it", func() bool {
+			if s != nil {
+				s.Close(false)
+			}
+			s = a.Want(t.Context(), d, 0)
+			return s != nil && slices.ContainsFunc(s.sources, func(x source) bool { return x.ID == waiting.host.ID() })
+		})
+		s.sources = slices.DeleteFunc(s.sources, func(x source) bool { return x.ID != waiting.host.ID() })
+		body, _, err := s.Open(t.Context(), 0, -1)
+		if n := asked.Load(); n < hedgeTicks || n >= maxIdleTicks {
+			t.Errorf("it was asked %d times how far it is", n)
+		}
+		return s, body, err
+	}
+	waiting.Provide(d)
+	if s, _, err := open(); !errors.Is(err, ErrNoPeer) || !s.Mine() {
+		t.Errorf("where no other has it: %v", err)
+	} else {
+		s.Close(false)
+	}
+	other.put(blob)
+	other.Provide(d)
+	until(t, "the other is known", func() bool {
+		s := a.Want(t.Context(), d, 0)
+		if s == nil {
+			return false
+		}
+		defer s.Close(false)
+		return len(s.sources) == 2
+	})
+	if _, body, err := open(); err != nil || !bytes.Equal(readAll(t, body), blob) {
+		t.Errorf("where another has it: %v", err)
 	}
 }
 

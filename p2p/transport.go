@@ -278,7 +278,7 @@ func (n *Node) dialPeer(ctx context.Context, want peer.ID, addrs []string) (*tls
 			return conn{}, cmp.Or(err, ctx.Err())
 		}
 		return conn{tc, id}, nil
-	}, func(c conn, err error) {
+	}, nil, func(c conn, err error) {
 		if err == nil {
 			c.Close()
 		}

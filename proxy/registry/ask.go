@@ -79,19 +79,26 @@ func (x *exchange) ask(q question) (*reply, error) {
 	if q.method == http.MethodHead || outage {
 		resp.Body.Close()
 	}
-	if outage {
+	switch {
+	case outage && x.own(resp) && foreign(resp):
+		return nil, fmt.Errorf("%w: %w: %s", errOutage, errForeign, resp.Status)
+	case outage:
 		return nil, fmt.Errorf("%w: it answers with %s", errOutage, resp.Status)
 	}
 	return &reply{resp, x.h.rights.Now()}, nil
 }
 
+// errForeign says that an answer is hardly the registry's.
+var errForeign = errors.New("the answer isn't a registry's")
+
 // question is what is asked.
 func (x *exchange) question(ctx context.Context, q question) *http.Request {
-	req := x.outgoing(ctx, q.method, q.extra)
-	if q.base {
-		req = (&http.Request{Method: q.method, URL: x.up.base().JoinPath("/v2/"), Host: x.r.Host, Header: http.Header{"User-Agent": {"weir"}}}).WithContext(ctx)
+	if !q.base {
+		return x.outgoing(ctx, q.method, q.extra)
 	}
-	return req
+	u := x.up.base()
+	u.Path = "/v2/" // which JoinPath has without its first slash
+	return (&http.Request{Method: q.method, URL: u, Host: x.r.Host, Header: http.Header{"User-Agent": {"weir"}}}).WithContext(ctx)
 }
 
 // inOwnName says whether questions are asked in weir's own name, and not in the

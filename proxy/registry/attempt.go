@@ -104,9 +104,14 @@ func (h *Handler) attempt(ctx context.Context, host string, otherwise func() boo
 				defer timer.Stop()
 				select {
 				case r := <-done:
-					if r.err == nil {
+					if r.err != nil {
+						return
+					}
+					r.resp.Body.Close()
+					if failing {
+						h.outages.Back(host)
+					} else {
 						h.outages.Answered(host, time.Since(start))
-						r.resp.Body.Close()
 					}
 				case <-timer.C:
 				case <-h.ctx.Done():

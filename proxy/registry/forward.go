@@ -93,11 +93,11 @@ func (x *exchange) passed(resp *reply) error {
 		x.followRedirect(resp)
 		x.learn(resp)
 		x.checkPublic(resp)
-		if x.target.tag != "" {
-			x.learnTag(resp)
-		}
-		if x.r.Method == http.MethodGet && resp.StatusCode == http.StatusOK {
+		switch {
+		case x.r.Method == http.MethodGet && resp.StatusCode == http.StatusOK:
 			return x.keepManifest(resp)
+		case x.r.Method == http.MethodHead && x.target.tag != "":
+			x.learnTag(resp)
 		}
 	}
 	return nil

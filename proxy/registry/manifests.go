@@ -96,12 +96,12 @@ func (x *exchange) tag() {
 		x.forward()
 		return
 	}
-	if m != nil && x.h.rights.Within(known.When, x.h.tagTTL.of(x.up)) && x.allows(known.Digest) {
+	if m != nil && x.h.rights.Within(known.When, x.h.tagTTL.of(x.up)) && x.allows(known.Digest) && (known.Read || x.r.Method == http.MethodHead) {
 		x.serveKnownTag(known, m, provenance{source: sourceOf(m.Blob), resolved: true})
 		return
 	}
 	looked := false
-	resp, err := x.ask(x.head(true, func() bool {
+	stale := func() bool {
 		if !looked {
 			looked = true
 			x.mergeFromPeers()
@@ -109,8 +109,11 @@ func (x *exchange) tag() {
 			known, m = x.knownTag(true)
 		}
 		return m != nil && x.h.rights.Fresh(known.When) && x.allowsStale(known.Digest)
-	}))
+	}
+	resp, err := x.ask(x.head(true, stale))
 	switch {
+	case errors.Is(err, errForeign) && x.refusesHead(stale):
+		x.forward()
 	case errors.Is(err, errOutage):
 		x.logger(known.Digest).Warn("the upstream doesn't say what a tag is; taken for what it was", "tag", x.target.tag, "since", known.When, "err", err)
 		x.stats.stale.Add(1)
@@ -130,6 +133,18 @@ func (x *exchange) tag() {
 	}
 }
 
+// refusesHead says whether a registry, of whose answer to HEAD it isn't sure that it is
+// the registry's, is there all the same: what is before it refuses HEAD, maybe with a
+// page, and not GET.
+func (x *exchange) refusesHead(stale func() bool) bool {
+	resp, err := x.ask(question{method: http.MethodGet, base: true, stale: stale})
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return true
+}
+
 // serveKnownTag answers with what a tag was.
 func (x *exchange) serveKnownTag(known rights.Tagged, m *keptManifest, from provenance) {
 	x.w.Header().Set("Age", strconv.FormatInt(int64(x.h.rights.Now().Sub(known.When).Seconds()), 10))
@@ -143,7 +158,8 @@ func (x *exchange) isKept(resp *reply) bool {
 }
 
 // resolved answers GET of a manifest by tag, of which the upstream has said what it
-// is.
+// is. Some say to HEAD another digest than they give to GET, as that of an index's
+// manifest for some platform: GET has to have been answered with it.
 func (x *exchange) resolved(resp *reply) {
 	d, ok := x.learnTag(resp)
 	var m *keptManifest
@@ -153,7 +169,7 @@ func (x *exchange) resolved(resp *reply) {
 		m = x.keptManifest(d)
 	}
 	defer m.close()
-	if m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.contains(d) {
+	if m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.contains(d) || !x.wasRead(d) {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
@@ -163,18 +179,20 @@ func (x *exchange) resolved(resp *reply) {
 	x.serveManifest(m, provenance{source: sourceOf(m.Blob), resolved: true})
 }
 
-// learnTag records what an upstream says that a tag is.
+// learnTag records what an upstream's answer to HEAD says that a tag is.
 func (x *exchange) learnTag(resp *reply) (digest.Digest, bool) {
 	d, err := digest.Parse(resp.Header.Get("Docker-Content-Digest"))
 	if err != nil || resp.StatusCode != http.StatusOK {
 		return "", false
 	}
-	x.setTag(d)
+	x.setTag(rights.Tagged{Digest: d, Without: unaccepted(x.r)})
 	return d, true
 }
 
-func (x *exchange) setTag(d digest.Digest) {
-	x.h.rights.SetTag(x.who.Repository, x.target.tag, d, x.h.rights.Now())
+// setTag records what a tag is now.
+func (x *exchange) setTag(is rights.Tagged) {
+	is.When = x.h.rights.Now()
+	x.h.rights.SetTag(x.who.Repository, x.target.tag, is)
 	x.h.knows(x.who.Repository)
 }
 
@@ -227,7 +245,7 @@ func (x *exchange) read(m *keptManifest) bool {
 }
 
 // keepManifest keeps a manifest that passes by. The error is for one that
-// isn't what was asked for, or what the upstream says that it is.
+// isn't what was asked for.
 func (x *exchange) keepManifest(resp *reply) error {
 	raw, plain := x.buffer(), x.buffer()
 	defer plain.release()
@@ -250,6 +268,10 @@ func (x *exchange) keepManifest(resp *reply) error {
 		return nil
 	}
 	if d.Algorithm().FromBytes(body) != d {
+		if x.target.digest == "" { // the client didn't ask for it
+			x.logger(d).Info("a manifest is not kept: the registry says that it is another")
+			return nil
+		}
 		return fmt.Errorf("%s sent a manifest that is not %s", x.up.Host, d)
 	}
 	if err := x.h.store.Put(d, body, x.origin()); err != nil {
@@ -261,7 +283,7 @@ func (x *exchange) keepManifest(resp *reply) error {
 	}
 	x.grant(resp.at)
 	if x.target.tag != "" {
-		x.setTag(d)
+		x.setTag(rights.Tagged{Digest: d, Read: true, Without: unaccepted(x.r)})
 	}
 	return nil
 }

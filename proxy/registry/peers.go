@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -218,7 +219,11 @@ func (x *exchange) mergeFromPeers() {
 // knownTag returns what a tag was and its manifest, if that is kept, or to be had
 // from a peer.
 func (x *exchange) knownTag(peers bool) (rights.Tagged, *keptManifest) {
-	for _, was := range x.h.rights.Tag(x.who.Repository, x.target.tag) {
+	all := slices.DeleteFunc(slices.Clone(x.h.rights.Tag(x.who.Repository, x.target.tag)), func(was rights.Tagged) bool { return !x.concerns(was) })
+	if x.r.Method == http.MethodGet && slices.ContainsFunc(all, func(was rights.Tagged) bool { return was.Differs }) {
+		all = slices.DeleteFunc(all, func(was rights.Tagged) bool { return !was.Read })
+	}
+	for _, was := range all {
 		m := x.keptManifest(was.Digest)
 		if m == nil && peers && x.manifestFromPeer(was.Digest) {
 			m = x.keptManifest(was.Digest)
@@ -228,6 +233,17 @@ func (x *exchange) knownTag(peers bool) (rights.Tagged, *keptManifest) {
 		}
 	}
 	return rights.Tagged{}, nil
+}
+
+// concerns says whether what a tag was to some client it was to this one as well: that
+// one accepted no less.
+func (x *exchange) concerns(was rights.Tagged) bool { return was.Without&^unaccepted(x.r) == 0 }
+
+// wasRead says whether GET of the tag has been answered with a digest.
+func (x *exchange) wasRead(d digest.Digest) bool {
+	return slices.ContainsFunc(x.h.rights.Tag(x.who.Repository, x.target.tag), func(was rights.Tagged) bool {
+		return was.Digest == d && was.Read && x.concerns(was)
+	})
 }
 
 // entitled says whether the client could be given something of the repository if

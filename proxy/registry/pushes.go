@@ -271,6 +271,6 @@ func (x *exchange) pushedManifest(body []byte, resp *reply) {
 	x.stats.pushed.Add(1)
 	x.prove(rights.Vantage{Repository: repo}, d, resp.at)
 	if x.target.tag != "" && mediaTypeOf(body) != "" {
-		x.setTag(d)
+		x.setTag(rights.Tagged{Digest: d, Read: true})
 	}
 }

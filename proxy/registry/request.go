@@ -140,6 +140,32 @@ func accepts(r *http.Request, mediaType string) bool {
 	return false
 }
 
+// noAccept is the bit of unaccepted for requests that say nothing of media types.
+const noAccept = 1 << 7
+
+// unaccepted is which of the media types of manifests a request doesn't name, as bits:
+// what a registry has for a tag depends on that. They are kept over restarts.
+func unaccepted(r *http.Request) (bits uint8) {
+	for i, mediaType := range []string{
+		"application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json",
+		"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
+	} {
+		named := slices.ContainsFunc(r.Header.Values("Accept"), func(v string) bool {
+			return slices.ContainsFunc(strings.Split(v, ","), func(part string) bool {
+				mt, _, _ := strings.Cut(part, ";")
+				return strings.EqualFold(strings.TrimSpace(mt), mediaType)
+			})
+		})
+		if !named {
+			bits |= 1 << i
+		}
+	}
+	if len(r.Header.Values("Accept")) == 0 {
+		bits |= noAccept
+	}
+	return bits
+}
+
 func conditional(r *http.Request) bool {
 	return slices.ContainsFunc([]string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range"},
 		func(h string) bool { return r.Header.Get(h) != "" })

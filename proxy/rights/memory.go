@@ -135,8 +135,9 @@ func (r *Rights) Merge(m Memory, repo Repository) {
 			slices.SortStableFunc(all, func(a, b Tagged) int { return a.When.Compare(b.When) })
 			for _, t := range all[max(len(all)-maxTagged, 0):] {
 				own := r.Tag(repo, name)
+				t.Read = t.Differs // else it would count while the registry gives answers
 				if t.Digest.Validate() == nil && r.Fresh(t.When) && (len(own) == 0 || own[0].When.Before(t.When)) {
-					r.SetTag(repo, name, t.Digest, t.When)
+					r.SetTag(repo, name, t)
 				}
 			}
 		}
@@ -199,7 +200,7 @@ func (r *Rights) Load(file string) error {
 	}
 	for _, t := range m.Tags {
 		if t.Digest.Validate() == nil {
-			r.SetTag(Repository{Registry: t.Registry, Name: t.Repository}, t.Tag, t.Digest, t.When)
+			r.SetTag(Repository{Registry: t.Registry, Name: t.Repository}, t.Tag, Tagged{Digest: t.Digest, When: t.When})
 		}
 	}
 	for _, k := range m.Repositories {
@@ -207,7 +208,7 @@ func (r *Rights) Load(file string) error {
 		for name, all := range k.Tags {
 			for _, t := range slices.Backward(all) {
 				if t.Digest.Validate() == nil {
-					r.SetTag(repo, name, t.Digest, t.When)
+					r.SetTag(repo, name, t)
 				}
 			}
 		}

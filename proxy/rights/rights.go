@@ -90,6 +90,14 @@ type Vantage struct {
 type Tagged struct {
 	Digest digest.Digest
 	When   time.Time
+	// Read says that GET of the tag was answered with it. Otherwise only HEAD was,
+	// whose answer may be another.
+	Read bool `json:",omitempty"`
+	// Differs says that HEAD was answered with another one at the time.
+	Differs bool `json:",omitempty"`
+	// Without is which media types the client didn't accept, as bits: to others, the
+	// tag may be another digest.
+	Without uint8 `json:",omitempty"`
 }
 
 // ContentTTL is how long content is taken to be in a repository after that was
@@ -106,6 +114,9 @@ const (
 	// maxTagged is how many digests of a tag are remembered: it may be another
 	// one for clients that accept other media types.
 	maxTagged = 4
+	// differTime is how long before GET HEAD was answered for a difference to be one
+	// between the two, and not of a tag that has moved.
+	differTime = 10 * time.Second
 )
 
 // Bounds of the tables, in entries.
@@ -383,20 +394,30 @@ func (r *Rights) Tag(repo Repository, name string) []Tagged {
 	return all
 }
 
-// SetTag records what a registry said that a tag is.
-func (r *Rights) SetTag(repo Repository, name string, d digest.Digest, when time.Time) {
+// SetTag records what a registry said that a tag is. What GET is answered with counts
+// more than what HEAD was shortly before.
+func (r *Rights) SetTag(repo Repository, name string, t Tagged) {
 	r.tagMu.Lock()
 	defer r.tagMu.Unlock()
-	all := []Tagged{{d, when}}
+	all := []Tagged{t}
 	for _, o := range r.Tag(repo, name) {
-		if o.Digest != d && len(all) < maxTagged {
+		switch alike := o.Without == t.Without; {
+		case alike && o.Digest == t.Digest:
+			all[0].Read = t.Read || o.Read
+			all[0].Differs = t.Read && (t.Differs || o.Differs)
+			continue
+		case alike && t.Read && !o.Read:
+			all[0].Differs = all[0].Differs || t.When.Sub(o.When) < differTime
+			continue
+		}
+		if len(all) < maxTagged {
 			all = append(all, o)
 		}
 	}
 	r.tags.put(repo.share(), tag{repo, name}, all)
 	repo.Name = ""
-	if last, _ := r.tagged.get(repo.share(), repo); when.After(last) {
-		r.tagged.put(repo.share(), repo, when)
+	if last, _ := r.tagged.get(repo.share(), repo); t.When.After(last) {
+		r.tagged.put(repo.share(), repo, t.When)
 	}
 	r.changed.Store(true)
 }

@@ -183,11 +183,11 @@ func TestTags(t *testing.T) {
 	repo := Repository{Registry: "r", Name: "a"}
 	ds := []digest.Digest{digest.FromString("0"), digest.FromString("1"), digest.FromString("2"), digest.FromString("3"), digest.FromString("4")}
 	for _, d := range ds {
-		r.SetTag(repo, "1", d, r.Now())
+		r.SetTag(repo, "1", Tagged{Digest: d, When: r.Now()})
 		later(time.Second)
 	}
-	r.SetTag(repo, "1", ds[2], r.Now())
-	r.SetTag(repo, "2", ds[2], r.Now())
+	r.SetTag(repo, "1", Tagged{Digest: ds[2], When: r.Now()})
+	r.SetTag(repo, "2", Tagged{Digest: ds[2], When: r.Now()})
 	var got []digest.Digest
 	for _, was := range r.Tag(repo, "1") {
 		got = append(got, was.Digest)
@@ -208,6 +208,37 @@ func TestTags(t *testing.T) {
 	}
 }
 
+// HEAD and GET of a tag may be answered with different digests, and clients that
+// accept different media types.
+func TestTagsThatDiffer(t *testing.T) {
+	r, later := clocked()
+	repo := Repository{Registry: "r", Name: "a"}
+	index, manifest, moved := digest.FromString("index"), digest.FromString("manifest"), digest.FromString("moved")
+	now := func() Tagged { return r.Tag(repo, "1")[0] }
+	say := func(d digest.Digest, read bool, without uint8) {
+		r.SetTag(repo, "1", Tagged{Digest: d, When: r.Now(), Read: read, Without: without})
+	}
+	say(manifest, false, 0)
+	say(index, true, 0)
+	if got := now(); got.Digest != index || !got.Read || !got.Differs || len(r.Tag(repo, "1")) != 1 {
+		t.Errorf("after HEAD and GET: %+v", r.Tag(repo, "1"))
+	}
+	if say(index, false, 0); !now().Read || now().Differs {
+		t.Errorf("HEAD has agreed: %+v", now())
+	}
+	later(time.Minute)
+	if say(moved, false, 0); now().Digest != moved || now().Read {
+		t.Errorf("HEAD says that it has moved: %+v", now())
+	}
+	later(time.Minute)
+	if say(index, true, 0); now().Differs {
+		t.Errorf("it has moved back: %+v", now())
+	}
+	if say(manifest, true, 1); now().Without != 1 || len(r.Tag(repo, "1")) != 2 || now().Differs {
+		t.Errorf("to a client that accepts less: %+v", r.Tag(repo, "1"))
+	}
+}
+
 // Neither a registry nor a network can wash out what is known of others.
 func TestSharesAreFair(t *testing.T) {
 	r, _ := clocked()
@@ -215,7 +246,7 @@ func TestSharesAreFair(t *testing.T) {
 	victim := Repository{Registry: "docker.io", Name: "library/debian"}
 	pod := Repository{Registry: "http://a@10.0.0.1:5000#pod", Name: "a", Network: UnauthenticatedNetwork("pod")}
 	for _, repo := range []Repository{victim, pod} {
-		r.SetTag(repo, "12", d, r.Now())
+		r.SetTag(repo, "12", Tagged{Digest: d, When: r.Now()})
 		r.Prove(Vantage{Repository: repo}, d, r.Now())
 		r.Grant(Principal{repo, Client{1}}, r.Now())
 		r.SetPublic(Vantage{Repository: repo}, true, "12", false)
@@ -229,7 +260,7 @@ func TestSharesAreFair(t *testing.T) {
 			e := digest.FromString(fmt.Sprint(i))
 			r.Prove(Vantage{Repository: repo}, e, r.Now())
 			if i < 2*maxTags {
-				r.SetTag(repo, "1", e, r.Now())
+				r.SetTag(repo, "1", Tagged{Digest: e, When: r.Now()})
 				r.Grant(Principal{repo, Client{byte(i), byte(i >> 8), byte(i >> 16)}}, r.Now())
 				r.SetPublic(Vantage{Repository: repo}, true, "1", false)
 			}
@@ -276,7 +307,7 @@ func TestSave(t *testing.T) {
 	}
 	for _, repo := range repos {
 		for _, x := range []string{"old", "new"} {
-			r.SetTag(repo, "1", digest.FromString(x), r.Now())
+			r.SetTag(repo, "1", Tagged{Digest: digest.FromString(x), When: r.Now()})
 		}
 		r.Prove(Vantage{Repository: repo}, d, r.Now())
 		r.SetPublic(Vantage{repo, "here"}, true, "1", false)
@@ -349,9 +380,9 @@ func TestMergeOnlyTheRepository(t *testing.T) {
 	d := digest.FromString("x")
 	now := r.Now()
 	r.Merge(Memory{Repositories: []Known{
-		{Registry: "r.example", Name: "b", Tags: map[string][]Tagged{"1": {{d, now}}}, Content: map[digest.Digest]time.Time{d: now}},
+		{Registry: "r.example", Name: "b", Tags: map[string][]Tagged{"1": {{Digest: d, When: now}}}, Content: map[digest.Digest]time.Time{d: now}},
 		{Registry: "r.example", Name: "a", Content: map[digest.Digest]time.Time{d: now, "nonsense": now}, Public: map[string]Confirmed{"": {now, "1", false}},
-			Tags: map[string][]Tagged{"bad": {{"nonsense", now}}, "future": {{d, now.Add(time.Hour)}}, "old": {{d, now.Add(-2 * time.Hour)}}, "good": {{d, now}}}},
+			Tags: map[string][]Tagged{"bad": {{Digest: "nonsense", When: now}}, "future": {{Digest: d, When: now.Add(time.Hour)}}, "old": {{Digest: d, When: now.Add(-2 * time.Hour)}}, "good": {{Digest: d, When: now}}}},
 	}, Tags: []oldTag{{"r.example", "a", "other", d, now}}}, repo)
 	for name, want := range map[string]int{"bad": 0, "future": 0, "old": 0, "good": 1, "other": 0} {
 		if got := r.Tag(repo, name); len(got) != want {
@@ -371,7 +402,7 @@ func TestMergeOnlyTheRepository(t *testing.T) {
 func FuzzLoad(f *testing.F) {
 	d := digest.FromString("x")
 	whole, _ := json.Marshal(Memory{Version: 1, Tags: []oldTag{{"r", "a/b", "1", d, time.Unix(1, 0)}}, Repositories: []Known{{Registry: "r", Name: "a/b",
-		Tags: map[string][]Tagged{"1": {{d, time.Now()}}}, Content: map[digest.Digest]time.Time{d: time.Now()}, Public: map[string]Confirmed{"": {time.Now(), "1", false}}}}})
+		Tags: map[string][]Tagged{"1": {{Digest: d, When: time.Now()}}}, Content: map[digest.Digest]time.Time{d: time.Now()}, Public: map[string]Confirmed{"": {time.Now(), "1", false}}}}})
 	f.Add(whole)
 	f.Add(whole[:len(whole)-9])
 	f.Add([]byte(`{"repositories":[{"registry":"","tags":{"":[{"Digest":"sha256:1","When":"9999-12-31T23:59:59Z"}]},"content":{"":"0001-01-01T00:00:00Z"}}]}`))
@@ -396,9 +427,9 @@ func FuzzMerge(f *testing.F) {
 		f.Add(b)
 	}
 	content := map[digest.Digest]time.Time{d: time.Now()}
-	say(Known{Registry: "r", Name: "a/b", Tags: map[string][]Tagged{"1": {{d, time.Now()}}}, Content: content})
-	say(Known{Registry: "r", Name: "else", Tags: map[string][]Tagged{"1": {{d, time.Now()}}}, Content: content})
-	say(Known{Registry: "r", Name: "a/b", Tags: map[string][]Tagged{"1": {{d, time.Now().Add(24 * 365 * time.Hour)}}}, Public: map[string]Confirmed{"": {time.Now(), "1", false}}})
+	say(Known{Registry: "r", Name: "a/b", Tags: map[string][]Tagged{"1": {{Digest: d, When: time.Now()}}}, Content: content})
+	say(Known{Registry: "r", Name: "else", Tags: map[string][]Tagged{"1": {{Digest: d, When: time.Now()}}}, Content: content})
+	say(Known{Registry: "r", Name: "a/b", Tags: map[string][]Tagged{"1": {{Digest: d, When: time.Now().Add(24 * 365 * time.Hour)}}}, Public: map[string]Confirmed{"": {time.Now(), "1", false}}})
 	repo := Repository{Registry: "r", Name: "a/b"}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var m Memory

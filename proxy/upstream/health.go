@@ -18,7 +18,7 @@ type Health struct {
 
 type health struct {
 	answered, failed, tried time.Time // the last times
-	slowest                 time.Duration
+	last, slowest           time.Duration
 }
 
 const (
@@ -29,7 +29,7 @@ const (
 	// freshTTL is how long a host that has answered is known to answer, for those that
 	// come at the same time.
 	freshTTL = 100 * time.Millisecond
-	// slack is how much longer than its slowest answer a host may take.
+	// slack is how many times as long as its slowest answers a host may take.
 	slack = 3
 )
 
@@ -48,12 +48,19 @@ func (h *Health) with(host string, f func(*health)) {
 	h.lru.Add(host, x)
 }
 
-// Answered records that a host has answered, and how long that took.
+// Answered records that a host has answered, and how long that took. One answer that
+// took long says nothing: it may have come because an outage has ended.
 func (h *Health) Answered(host string, took time.Duration) {
 	h.with(host, func(x *health) {
 		x.answered, x.failed = time.Now(), time.Time{}
-		x.slowest = max(took, x.slowest/2)
+		x.slowest, x.last = max(min(took, x.last), x.slowest/2), took
 	})
+}
+
+// Back records that a host has answered what it was asked while it failed: how long
+// that took says nothing.
+func (h *Health) Back(host string) {
+	h.with(host, func(x *health) { x.answered, x.failed = time.Now(), time.Time{} })
 }
 
 // Failed records that a host has failed to answer.

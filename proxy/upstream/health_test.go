@@ -33,12 +33,21 @@ func TestHealth(t *testing.T) {
 	if h.Failing("a") || !h.Fresh("a") {
 		t.Error("it has answered, and fails")
 	}
+	if got := h.Timeout("a", time.Second); got != time.Second {
+		t.Errorf("after one slow answer it has %v", got)
+	}
+	h.Failed("a")
+	if h.Back("a"); h.Failing("a") || h.Timeout("a", time.Second) != time.Second {
+		t.Errorf("it is back, and has %v", h.Timeout("a", time.Second))
+	}
+	h.Answered("a", 3*time.Second)
 	for _, want := range []time.Duration{6, 3, 1, 1} {
 		if got := h.Timeout("a", time.Second).Truncate(time.Second); got != want*time.Second {
 			t.Errorf("it has %v, want %v s", got, want)
 		}
 		h.Answered("a", time.Millisecond)
 	}
+	h.Answered("a", time.Hour)
 	h.Answered("a", time.Hour)
 	if got := h.Timeout("a", time.Second); got != 10*time.Second {
 		t.Errorf("it has %v", got)

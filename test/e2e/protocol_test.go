@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strconv"
@@ -602,14 +603,16 @@ func TestPodman(t *testing.T) {
 	w.nothingFetched(t)
 }
 
-// A node whose only way out is a proxy: the mirror goes through it.
+// A node whose only way out is a proxy: the mirror and the forward proxy go through
+// it. While it gives no answer, what is stored and public is pulled all the same, and
+// waits for it once.
 func TestHTTPSProxy(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	tunnels := w.Proxy("proxy.corp", 3128)
 	proxy, _ := w.Host("proxy.corp")
 	node := w.Node()
-	agent := node.Agent("--mirror-listen", ":5051", "--cgroup", node.EmptyCgroup())
+	agent := node.Agent("--mirror-listen", ":5051", "--proxy-listen", ":5052", "--cgroup", node.EmptyCgroup())
 	agent.Stop()
 	agent.Env = []string{"HTTPS_PROXY=http://" + proxy.String() + ":3128"}
 	agent.Start()
@@ -618,18 +621,59 @@ func TestHTTPSProxy(t *testing.T) {
 		node.Run("ip", "route", "add", "unreachable", v4.String())
 		node.Run("ip", "-6", "route", "add", "unreachable", v6.String())
 	}
+	node.Run("cp", "/var/lib/weir/ca/ca.crt", "/etc/ssl/certs/weir.pem") // what its user would do
 	docker := node.Docker("--registry-mirror=http://127.0.0.1:5051")
-	for range 2 {
-		docker.Pull(flyway)
-		docker.Same(flyway, w.flyway)
-		docker.Remove(flyway)
+	clients := []struct {
+		name string
+		pull func(ref string, im lab.Pushed)
+	}{
+		{"dockerd", func(ref string, im lab.Pushed) {
+			docker.Pull(ref)
+			docker.Same(ref, im)
+			docker.Remove(ref)
+		}},
+		{"skopeo", func(ref string, _ lab.Pushed) {
+			node.Run("env", "HTTPS_PROXY=http://127.0.0.1:5052", "skopeo", "copy", "--all", "docker://docker.io/"+ref, "dir:/var/lib/home/copy")
+		}},
 	}
+	// all has each client pull an image, and returns how long the slowest took.
+	all := func(what, ref string, im lab.Pushed) (longest time.Duration) {
+		for _, c := range clients {
+			start := time.Now()
+			c.pull(ref, im)
+			took := time.Since(start)
+			t.Logf("%s: %s took %v", what, c.name, took.Round(time.Millisecond))
+			longest = max(longest, took)
+		}
+		return longest
+	}
+	all("cold", flyway, w.flyway)
 	if tunnels.Load() == 0 {
 		t.Error("nothing went through the proxy")
 	}
+	public(t, w.hub, "flyway/flyway")
 	w.forget()
-	docker.Pull(flyway)
+	usual := all("stored", flyway, w.flyway)
 	w.nothingFetched(t)
+	for i, fault := range []struct {
+		name string
+		set  func() (mend func())
+	}{
+		{"down", func() func() { w.Break("proxy.corp", lab.Down); return func() { w.Break("proxy.corp", nil) } }},
+		{"silent", func() func() { w.Break("proxy.corp", lab.Silent); return func() { w.Break("proxy.corp", nil) } }},
+		{"dropping packets", func() func() { return node.Drop(netip.PrefixFrom(proxy, 32)) }},
+	} {
+		ref := fmt.Sprintf("acme/cold%d:1", i)
+		cold := w.hub.Push(ref, lab.Image{Layers: []int{100_000}, Seed: uint64(100 + i)})
+		mend := fault.set()
+		for range 2 {
+			if took := all("the proxy is "+fault.name, flyway, w.flyway); took > usual+5*time.Second {
+				t.Errorf("the proxy is %s: a pull took %v, usually %v", fault.name, took, usual)
+			}
+		}
+		mend()
+		all("the proxy is back", ref, cold)
+	}
 }
 
 // skopeo with weir as its HTTPS_PROXY, where weir redirects nothing.
