@@ -50,6 +50,15 @@ const (
 // isn't known.
 const reserveStep = 1 << 20
 
+// accounts are who has which part of the room. They are guarded by the store's mutex.
+type accounts struct {
+	owners      map[string]*owned
+	owned       int64      // bytes of all owners but the one without a name
+	waiting     *list.List // of *room: the provisional ones, the oldest first
+	provisional int64      // bytes of those
+	promised    int64      // bytes of running transfers that are not on the disk yet
+}
+
 // owned is what an owner has in the store.
 type owned struct {
 	blobs       *list.List // of *entry, the most recently used first

@@ -106,14 +106,8 @@ type Store struct {
 	index   map[digest.Digest]*list.Element // of *entry
 	recent  *list.List                      // most recently used first
 	running map[running]*Transfer
-	owners  map[string]*owned
-	owned   int64      // bytes of all owners but the one without a name
-	waiting *list.List // of *room: the provisional ones, the oldest first
-	// provisional are the bytes of those.
-	provisional int64
-	foreign     []*disk
-	// promised are the bytes of running transfers that are not on the disk yet.
-	promised int64
+	foreign []*disk
+	accounts
 }
 
 // running names a running transfer: that of a blob from one repository.
@@ -149,14 +143,13 @@ type Stats struct {
 // process has it open.
 func Open(dir string, opts Options) (*Store, error) {
 	s := &Store{
-		dir:     dir,
-		opts:    opts,
-		log:     opts.Log,
-		index:   make(map[digest.Digest]*list.Element),
-		recent:  list.New(),
-		running: make(map[running]*Transfer),
-		owners:  make(map[string]*owned),
-		waiting: list.New(),
+		dir:      dir,
+		opts:     opts,
+		log:      opts.Log,
+		index:    make(map[digest.Digest]*list.Element),
+		recent:   list.New(),
+		running:  make(map[running]*Transfer),
+		accounts: accounts{owners: make(map[string]*owned), waiting: list.New()},
 	}
 	if s.log == nil {
 		s.log = slog.Default()
