@@ -41,6 +41,9 @@ type Flow struct {
 	NetworkID string
 	// Egress is the way out of the client's network namespace.
 	Egress *upstream.Egress
+	// tunnelled is where the client goes through the proxy at Dst, and through is how.
+	tunnelled upstream.Host
+	through   upstream.Tunnel
 	// Client names the client in logs.
 	Client string
 	// Direct says that the connection is passed through unseen.
@@ -294,6 +297,9 @@ func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bo
 	if o.registry != "" {
 		return p.interceptPlain(ctx, conn, f, o)
 	}
+	if o.connect != "" {
+		return p.carryTunnel(ctx, conn, f, o)
+	}
 	if o.protocol != tlsHello {
 		p.leave(f)
 		p.pass(ctx, conn, f, o)
@@ -315,12 +321,12 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	if name == "" { // clients name no IP addresses, RFC 6066 section 3
 		name = f.Dst.Addr().String()
 	}
-	t = upstream.Target{Host: upstream.ParseHost(net.JoinHostPort(name, portOf(f.Dst))), Addr: f.Dst}
+	t = f.target(name)
 	host := t.Host.String()
 	known, ok := p.opts.Hosts.Find(host)
 	spelled := host
 	if h.spelled != strings.ToLower(h.spelled) {
-		spelled = net.JoinHostPort(h.spelled, portOf(f.Dst))
+		spelled = net.JoinHostPort(h.spelled, f.port())
 	}
 	if ok {
 		p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})
@@ -500,6 +506,9 @@ func (p *Proxy) pass(ctx context.Context, conn *net.TCPConn, f Flow, o opening) 
 		if o.server, err = f.Egress.Dial(ctx, f.Dst, alternative); err != nil {
 			p.failed.Add(1)
 			p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
+			if o.connect != "" && f.Leave != nil {
+				f.Leave(leaveTime) // the client may know more of the proxy's addresses
+			}
 			abort(conn)
 			return
 		}

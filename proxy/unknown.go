@@ -167,7 +167,7 @@ func (p *Proxy) Registry(dst netip.AddrPort, said []byte) (host string, known bo
 func (p *Proxy) Look(ctx context.Context, f Flow, said []byte) {
 	h := peek(bytes.NewReader(said))
 	switch {
-	case h.registry != "":
+	case h.registry != "", h.connect != "":
 		if f.Want != nil {
 			f.Want()
 		}
@@ -196,6 +196,9 @@ func (p *Proxy) speaksDistribution(ctx context.Context, host string, f Flow) (is
 		}
 	}
 	target := upstream.Target{Host: upstream.ParseHost(host), Addr: f.Dst, Settings: s.WithoutRoots()}
+	if f.through.ID() != "" {
+		target.Addr, target.Tunnel = netip.AddrPort{}, f.through
+	}
 	err = f.Egress.Verify(ctx, target)
 	if err != nil && s.Roots != nil && upstream.Refused(err) {
 		ownRoots, target.Settings = true, s
