@@ -49,12 +49,12 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	if name == "" { // clients name no IP addresses, RFC 6066 section 3
 		name = f.Dst.Addr().String()
 	}
-	t = upstream.Target{Host: upstream.ParseHost(net.JoinHostPort(name, portOf(f.Dst))), Addr: f.Dst}
+	t = f.target(name)
 	host := t.Host.String()
 	known, ok := p.opts.Hosts.Find(host)
 	spelled := host
 	if h.spelled != strings.ToLower(h.spelled) {
-		spelled = net.JoinHostPort(h.spelled, portOf(f.Dst))
+		spelled = net.JoinHostPort(h.spelled, f.port())
 	}
 	if ok {
 		p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})

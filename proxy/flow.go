@@ -19,6 +19,9 @@ type Flow struct {
 	NetworkID string
 	// Egress dials from the client's network namespace.
 	Egress *upstream.Egress
+	// tunnelled is where the client goes through the proxy at Dst, and through is how.
+	tunnelled upstream.Host
+	through   upstream.Tunnel
 	// Client names the client in logs.
 	Client string
 	// Direct says that the connection is passed through unseen.

@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -35,7 +36,11 @@ type hello struct {
 	// registry is the Host header, in canonical form, of a request to the
 	// distribution API without TLS; empty for all else.
 	registry string
-	// spelled is the TLS server name as the client wrote it.
+	// connect is the HOST:PORT that a proxy is asked to connect to, in canonical form,
+	// and asked the header of that request; empty for all else.
+	connect string
+	asked   http.Header
+	// spelled is the TLS server name, or the host to connect to, as the client wrote it.
 	spelled string
 	// http1 says that the client can speak HTTP/1.1 over this TLS connection.
 	http1 bool
@@ -102,6 +107,15 @@ func peekHTTP(rec *recorder) hello {
 	req, err := http.ReadRequest(bufio.NewReader(rec))
 	if err != nil {
 		return hello{}
+	}
+	if req.Method == http.MethodConnect {
+		h := hello{protocol: plainHTTP}
+		// What follows is said to who is at the other end of the tunnel. It is too early.
+		if len(req.URL.Host) <= maxAuthority && req.ContentLength == 0 && bytes.HasSuffix(rec.bytes, []byte("\r\n\r\n")) {
+			h.connect, h.asked = registry.Canonical(req.URL.Host), req.Header
+			h.spelled = req.URL.Hostname()
+		}
+		return h
 	}
 	host := req.Host
 	if h, _, err := net.SplitHostPort(host); err == nil {

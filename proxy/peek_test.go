@@ -64,19 +64,29 @@ func TestPeek(t *testing.T) {
 		"HTTP":           {[]byte("GET /v2/ HTTP/1.1\r\nHost: Reg.test:5000\r\n\r\nbody"), hello{protocol: plainHTTP, host: "reg.test"}},
 		"HTTP no host":   {[]byte("GET /v2/ HTTP/1.0\r\n\r\n"), hello{protocol: plainHTTP}},
 		"HTTP half":      {[]byte("GET /v2/ HTTP/1.1\r\nHo"), hello{}},
+		"CONNECT":        {[]byte("CONNECT Reg.test:443 HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic eA==\r\n\r\n"), hello{protocol: plainHTTP, connect: "reg.test", spelled: "Reg.test"}},
+		"CONNECT, body":  {[]byte("CONNECT reg.test:443 HTTP/1.1\r\nContent-Length: 4\r\n\r\n"), hello{protocol: plainHTTP}},
+		"CONNECT, half":  {[]byte("CONNECT reg.test:443 HTTP/1.1\r\nHost:"), hello{}},
 		"h2 preface":     {[]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), hello{protocol: plainHTTP}},
 		"other":          {[]byte("SSH-2.0-x\r\n"), hello{}},
 		"long name":      {clientHello(t, &tls.Config{ServerName: strings.Repeat("a.", maxName/2) + "gcr.io"}), hello{}},
 	} {
 		for how, r := range map[string]io.Reader{"at once": bytes.NewReader(tt.in), "by bytes": iotest.OneByteReader(bytes.NewReader(tt.in))} {
 			got := peek(r)
-			if got.protocol != tt.want.protocol || got.host != tt.want.host || got.http1 != tt.want.http1 {
-				t.Errorf("%s %s: %d %q %v", name, how, got.protocol, got.host, got.http1)
+			if got.protocol != tt.want.protocol || got.host != tt.want.host || got.http1 != tt.want.http1 || got.connect != tt.want.connect {
+				t.Errorf("%s %s: %d %q %v %q", name, how, got.protocol, got.host, got.http1, got.connect)
 			}
 			if !bytes.HasPrefix(tt.in, got.bytes) {
 				t.Errorf("%s %s: what is replayed is not what was said", name, how)
 			}
 		}
+	}
+}
+
+// Who says more than its CONNECT before it is answered has the proxy hear it.
+func TestPeekEarly(t *testing.T) {
+	if got := peek(strings.NewReader("CONNECT reg.test:443 HTTP/1.1\r\n\r\nmore")); got.protocol != plainHTTP || got.connect != "" {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -176,6 +176,9 @@ func (p *Proxy) carry(ctx context.Context, conn *net.TCPConn, f Flow) (handed bo
 	if o.registry != "" {
 		return p.interceptPlain(ctx, conn, f, o)
 	}
+	if o.connect != "" {
+		return p.carryTunnel(ctx, conn, f, o)
+	}
 	if o.protocol != tlsHello {
 		p.leave(f)
 		p.pass(ctx, conn, f, o)
@@ -203,6 +206,9 @@ func (p *Proxy) pass(ctx context.Context, conn *net.TCPConn, f Flow, o opening) 
 		if o.server, err = f.Egress.Dial(ctx, f.Dst, alternative); err != nil {
 			p.failed.Add(1)
 			p.log.Debug("the destination can't be reached", "client", f.Client, "dst", f.Dst, "err", err)
+			if o.connect != "" && f.Leave != nil {
+				f.Leave(leaveTime) // the client may know more of the proxy's addresses
+			}
 			abort(conn)
 			return
 		}

@@ -162,12 +162,19 @@ func (p *Proxy) Registry(dst netip.AddrPort, said []byte) (host string, known bo
 	return host, known
 }
 
+// isCut says whether a client's first words are the beginning of a TLS record that is
+// longer: the rest was in another packet. The client has to say it all here.
+func isCut(said []byte) bool {
+	const header = 5 // RFC 8446, section 5.1
+	return len(said) > 0 && said[0] == 22 && (len(said) < header || len(said) < header+int(said[3])<<8+int(said[4]))
+}
+
 // Look takes what a client has said first to a destination that it is connected to
 // without weir, as much as is known of it, and finds out whether a registry is there.
 func (p *Proxy) Look(ctx context.Context, f Flow, said []byte) {
 	h := peek(bytes.NewReader(said))
 	switch {
-	case h.registry != "":
+	case h.registry != "", h.connect != "", h.protocol == opaque && isCut(said):
 		if f.Want != nil {
 			f.Want()
 		}
@@ -196,6 +203,9 @@ func (p *Proxy) speaksDistribution(ctx context.Context, host string, f Flow) (is
 		}
 	}
 	target := upstream.Target{Host: upstream.ParseHost(host), Addr: f.Dst, Settings: s.WithoutRoots()}
+	if f.through.ID() != "" {
+		target.Addr, target.Tunnel = netip.AddrPort{}, f.through
+	}
 	err = f.Egress.Verify(ctx, target)
 	if err != nil && s.Roots != nil && upstream.Refused(err) {
 		ownRoots, target.Settings = true, s

@@ -91,8 +91,8 @@ func (d *doctor) runtimes(ctx context.Context) {
 	for _, rt := range all {
 		what, found := fmt.Sprintf("%s (process %d)", rt.Name(), rt.PID), len(d.findings)
 		if slices.ContainsFunc(weirproc.Strings(rt.PID, "environ"), proxied) {
-			d.warn(what, "it has a proxy set in its environment, so its pulls don't go to registries directly and are passed through",
-				"exempt its registries with NO_PROXY, or leave it so")
+			d.warn(what, "the proxy in its environment is spoken to with TLS, so its pulls can't be seen and are passed through",
+				"name the proxy as http://, if it speaks that too, exempt its registries with NO_PROXY, or leave it so")
 		}
 		if mirrors := rt.Mirrors(); len(mirrors) > 0 {
 			d.warn(what, "it has mirrors configured, which it asks first and weir doesn't know: "+strings.Join(mirrors, ", "),
@@ -113,9 +113,11 @@ func (d *doctor) runtimes(ctx context.Context) {
 	}
 }
 
+// proxied says whether a variable of the environment names a proxy that TLS is spoken
+// to.
 func proxied(kv string) bool {
 	name, value, _ := strings.Cut(kv, "=")
-	return (name == "HTTPS_PROXY" || name == "https_proxy") && value != ""
+	return strings.EqualFold(name, "HTTPS_PROXY") && strings.HasPrefix(strings.ToLower(value), "https://")
 }
 
 // clock compares the clock with the CA's time: it may have been wrong when the

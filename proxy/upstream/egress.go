@@ -241,7 +241,7 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 	}
 	budget, _ := ctx.Value(budgetKey{}).(time.Duration)
 	if budget == 0 || k == t.key() {
-		c, err := e.connect(ctx, k, t.Settings, false)
+		c, err := e.connect(ctx, k, t, false)
 		if err == nil {
 			p.found(nil)
 		}
@@ -256,7 +256,7 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 	attempt := func(long time.Duration) {
 		actx, cancel := context.WithTimeout(context.WithoutCancel(ctx), long)
 		defer cancel()
-		c, err := e.connect(actx, k, t.Settings, false)
+		c, err := e.connect(actx, k, t, false)
 		if err != nil {
 			err = fmt.Errorf("%s: %w: %w", k.hostport, ErrUnreachable, err)
 		}
@@ -295,9 +295,16 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 }
 
 // connect opens a connection: to the address that was dialled, or else to another
-// of the host's. With strict, a certificate that is shown there and can't be
+// of the host's; or through the client's proxy. With strict, a certificate that is shown there and can't be
 // verified is the answer.
-func (e *Egress) connect(ctx context.Context, k key, s Settings, strict bool) (net.Conn, error) {
+func (e *Egress) connect(ctx context.Context, k key, t Target, strict bool) (net.Conn, error) {
+	if k.tunnel != "" {
+		c, err := e.Tunnel(ctx, t.Tunnel, k.hostport)
+		if err != nil || k.scheme != "https" {
+			return c, err
+		}
+		return e.secure(ctx, k.hostport, t.Settings, c)
+	}
 	r := race{egress: e, names: k.hostport, strict: strict}
 	r.open = func(ctx context.Context, addr netip.AddrPort, accepted func()) (net.Conn, error) {
 		c, err := e.tcp(ctx, addr)
@@ -308,7 +315,7 @@ func (e *Egress) connect(ctx context.Context, k key, s Settings, strict bool) (n
 			return c, nil
 		}
 		accepted()
-		return e.secure(ctx, k.hostport, s, c)
+		return e.secure(ctx, k.hostport, t.Settings, c)
 	}
 	return r.run(ctx, k.addr)
 }
@@ -319,10 +326,10 @@ var errClientCert = errors.New("the registry asks for a client certificate")
 
 // Refused says whether an error of [Egress.Verify] means that there is somebody
 // to speak to, who isn't who it should be or wants to know who weir is. A client
-// may know better.
+// may know better. So does a proxy's refusal.
 func Refused(err error) bool {
 	var verification *tls.CertificateVerificationError
-	return errors.As(err, &verification) || errors.Is(err, errClientCert)
+	return errors.As(err, &verification) || errors.Is(err, errClientCert) || errors.Is(err, errTunnel)
 }
 
 // secure speaks TLS with a host on a connection, which it takes over.

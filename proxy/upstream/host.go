@@ -69,6 +69,9 @@ type Target struct {
 	// Addr is the address that the client dialled. Where it dialled none, the name
 	// is resolved.
 	Addr netip.AddrPort
+	// Tunnel is the proxy that the client reaches it through, and other hosts too. Addr
+	// is invalid then.
+	Tunnel Tunnel
 	// Settings verify the registry.
 	Settings Settings
 }
@@ -78,14 +81,14 @@ func (t Target) key() key {
 	if t.Host == (Host{}) {
 		return key{scheme: "http", hostport: t.Addr.String(), settings: t.Settings.Key}
 	}
-	return key{"https", t.Host.HostPort(), t.Addr, t.Settings.Key}
+	return key{"https", t.Host.HostPort(), t.Addr, t.Settings.Key, t.Tunnel.id}
 }
 
 // keyFor returns the pool for a URL: the target's own, or that of another host,
 // which is resolved by name.
 func (t Target) keyFor(u *url.URL) key {
 	own := t.key()
-	k := key{scheme: u.Scheme, hostport: ParseHost(u.Host).HostPort(), settings: own.settings}
+	k := key{scheme: u.Scheme, hostport: ParseHost(u.Host).HostPort(), settings: own.settings, tunnel: own.tunnel}
 	if u.Scheme == "http" && u.Port() == "" {
 		k.hostport = net.JoinHostPort(u.Hostname(), "80")
 	}
@@ -100,4 +103,5 @@ type key struct {
 	scheme, hostport string
 	addr             netip.AddrPort // where it was dialled; invalid when by name
 	settings         string
+	tunnel           string
 }

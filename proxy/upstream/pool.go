@@ -191,9 +191,9 @@ func (e *Egress) Verify(ctx context.Context, t Target) error {
 		return err
 	}
 	var err error
-	if k.addr.IsValid() {
+	if k.addr.IsValid() || k.tunnel != "" {
 		var c net.Conn
-		if c, err = e.connect(ctx, k, t.Settings, true); err == nil {
+		if c, err = e.connect(ctx, k, t, true); err == nil {
 			p.keep(c)
 		}
 	} else {

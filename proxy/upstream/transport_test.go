@@ -89,7 +89,7 @@ func TestForgottenReady(t *testing.T) {
 	target := s.target()
 	p := w.egress.pool(target.key())
 	for range 2 {
-		c, err := w.egress.connect(t.Context(), target.key(), target.Settings, true)
+		c, err := w.egress.connect(t.Context(), target.key(), target, true)
 		if err != nil {
 			t.Fatal(err)
 		}

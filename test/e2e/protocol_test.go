@@ -677,6 +677,76 @@ func TestHTTPSProxy(t *testing.T) {
 	}
 }
 
+// Runtimes behind a company's proxy, which wants a name and a password, and without any
+// other way out: what they pull is kept, and given to those alone who may have it.
+func TestBehindProxy(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.hub.User("alice", "wonderland")
+	secret := w.hub.Push("acme/secret:1", lab.Image{Layers: []int{1 << 20}, Seed: 97})
+	w.hub.Private("acme/secret", "alice")
+	tunnels := w.Proxy("proxy.corp", 3128, "ci:secret")
+	proxy, _ := w.Host("proxy.corp")
+	node := w.Node()
+	agent := node.Agent()
+	for _, r := range []string{"registry-1.docker.io", "auth.docker.io", "production.cloudflare.docker.com", "ghcr.io"} {
+		v4, v6 := w.Host(r)
+		node.Run("ip", "route", "add", "unreachable", v4.String())
+		node.Run("ip", "-6", "route", "add", "unreachable", v6.String())
+	}
+	env := []string{"HTTPS_PROXY=http://ci:secret@" + proxy.String() + ":3128"}
+	containerd := node.Containerd()
+	containerd.Stop()
+	containerd.Env = append(containerd.Env, env...)
+	containerd.Start()
+	docker := node.Docker()
+	docker.Stop()
+	docker.Env = env
+	docker.Start()
+
+	// The proxy is seen in the first pull, and what goes there intercepted from then on.
+	docker.Pull(renovate)
+	docker.Remove(renovate)
+	for range 2 {
+		docker.Pull(flyway)
+		docker.Same(flyway, w.flyway)
+		docker.Remove(flyway)
+	}
+	docker.Pull("acme/secret:1", "alice", "wonderland")
+	docker.Remove("acme/secret:1")
+	if s := agent.Status().Connections; s.Intercepted == 0 || tunnels.Load() == 0 {
+		t.Errorf("%+v, %d tunnels", s, tunnels.Load())
+	}
+	w.forget()
+	docker.Pull(flyway)
+	docker.Same(flyway, w.flyway)
+	docker.Pull("acme/secret:1", "alice", "wonderland")
+	docker.Same("acme/secret:1", secret)
+	containerd.Pull(flyway)
+	if n := w.hub.Log.BlobGETs(); n > 0 {
+		t.Errorf("%d blobs were fetched:\n%s", n, w.hub.Log)
+	}
+	for who, login := range map[string][]string{"a wrong password": {"alice", "rabbit"}, "nobody": nil} {
+		if docker.TryPull("acme/secret:1", login...) == nil || containerd.TryPull("acme/secret:1", login...) == nil {
+			t.Errorf("%s has pulled a private image", who)
+		}
+	}
+	docker.Push(flyway, "docker.io/acme/pushed:1")
+	containerd.Pull("docker.io/acme/pushed:1")
+
+	// With the wrong password for the proxy it is as without weir.
+	docker.Stop()
+	docker.Env = []string{"HTTPS_PROXY=http://ci:wrong@" + proxy.String() + ":3128"}
+	docker.Start()
+	docker.Remove(flyway)
+	if err := docker.TryPull(flyway); err == nil || !strings.Contains(err.Error(), "Proxy Authentication Required") {
+		t.Errorf("with a wrong password for the proxy: %v", err)
+	}
+	if log := agent.Log(1 << 20); strings.Contains(log, "Y2k6c2VjcmV0") || strings.Contains(log, "ci:secret") {
+		t.Error("the log has the password for the proxy")
+	}
+}
+
 // skopeo with weir as its HTTPS_PROXY, where weir redirects nothing.
 func TestForwardProxy(t *testing.T) {
 	t.Parallel()

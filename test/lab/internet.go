@@ -60,8 +60,8 @@ func (in *Internet) secrets() (all []string) {
 }
 
 // Proxy makes a host a forward proxy, which tunnels to other hosts, and counts
-// how often.
-func (in *Internet) Proxy(name string, port int) *atomic.Int64 {
+// how often. With a user's NAME:PASSWORD it tunnels for that user alone.
+func (in *Internet) Proxy(name string, port int, user ...string) *atomic.Int64 {
 	in.t.Helper()
 	var n atomic.Int64
 	in.TCP(name, port, func(c net.Conn) {
@@ -69,6 +69,12 @@ func (in *Internet) Proxy(name string, port int) *atomic.Int64 {
 		r, err := http.ReadRequest(br)
 		if err != nil || r.Method != http.MethodConnect {
 			return
+		}
+		for _, u := range user {
+			if r.Header.Get("Proxy-Authorization") != "Basic "+base64([]byte(u)) {
+				fmt.Fprint(c, "HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=\"company\"\r\nContent-Length: 0\r\n\r\n")
+				return
+			}
 		}
 		host, port, _ := net.SplitHostPort(r.Host)
 		in.mu.Lock()

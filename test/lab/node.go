@@ -539,6 +539,7 @@ type Docker struct {
 	*Process
 	node *Node
 	API  *client.Client
+	Env  []string // more of its environment, from its next start on
 	args []string
 }
 
@@ -612,7 +613,7 @@ func (n *Node) dockerd(path string, flags ...string) *Docker {
 // Start starts dockerd again.
 func (d *Docker) Start() {
 	d.node.t.Helper()
-	d.Process = d.node.start("dockerd", nil, d.args...)
+	d.Process = d.node.start("dockerd", d.Env, d.args...)
 	d.until("answering", func(ctx context.Context) error {
 		_, err := d.API.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true})
 		return err
@@ -764,7 +765,7 @@ type Containerd struct {
 	conn   *grpc.ClientConn
 	images cri.ImageServiceClient
 	args   []string
-	env    []string
+	Env    []string // more of its environment, from its next start on
 }
 
 // Containerd starts Debian's containerd with no configuration.
@@ -791,7 +792,7 @@ func (n *Node) OlderContainerd() *Containerd {
 func (n *Node) containerd(path string, env ...string) *Containerd {
 	n.t.Helper()
 	const socket = "/run/containerd/containerd.sock"
-	c := &Containerd{node: n, args: []string{path}, env: env}
+	c := &Containerd{node: n, args: []string{path}, Env: env}
 	conn, err := grpc.NewClient("passthrough:///containerd", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", n.root(socket))
@@ -808,7 +809,7 @@ func (n *Node) containerd(path string, env ...string) *Containerd {
 // Start starts containerd again.
 func (c *Containerd) Start() {
 	c.node.t.Helper()
-	c.Process = c.node.start("containerd", c.env, c.args...)
+	c.Process = c.node.start("containerd", c.Env, c.args...)
 	c.until("answering", func(ctx context.Context) error {
 		_, err := c.images.ListImages(ctx, &cri.ListImagesRequest{})
 		return err
