@@ -45,8 +45,8 @@ func (h *Handler) parse(r *http.Request, up Upstream) request {
 	q.who = rights.Principal{Repository: up.repository(q.target.repo), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
 	q.vantage = up.vantage(q.who.Repository)
 	// Who asks whether a blob is there is about to push, and needs a token anyway.
-	asksFor := q.reading() && q.target.repo != "" && !(q.target.kind == blob && r.Method == http.MethodHead)
-	if _, is := up.Transport.(*anonymous); !is && asksFor && up.authenticated() && up.ClientIdentity == "" &&
+	pulls := q.reading() && q.target.repo != "" && (q.target.kind != blob || r.Method != http.MethodHead)
+	if _, is := up.Transport.(*anonymous); !is && pulls && up.authenticated() && up.ClientIdentity == "" &&
 		rights.Anonymous(r.Header) && h.rights.Public(q.vantage) && !h.asking.paused(up.ID()) {
 		q.via, q.stead = &anonymous{h, up}, true
 	}
