@@ -156,7 +156,7 @@ func (c *freezing) Close() error {
 }
 
 // A source that is silent has the next one tried beside it, and isn't tried again
-// for a while. When all are silent, they cost a pull openTime together.
+// for a while. When all are silent, they cost a pull silentTime together.
 func TestSilentSources(t *testing.T) {
 	a := newMember(t, nil)
 	blob := random(100 << 10)
