@@ -285,6 +285,25 @@ func TestWaitingSource(t *testing.T) {
 	}
 }
 
+// A steward that answers late is passed over only until it has.
+func TestLateSteward(t *testing.T) {
+	f := &freezer{make(chan struct{}), make(chan struct{})}
+	a := newMember(t, nil)
+	steward := newMember(t, func(o *Options) { o.Wrap = f.wrap }, a.addr())
+	until(t, "all known", func() bool { return a.dht.RoutingTable().Size() == 1 && steward.dht.RoutingTable().Size() == 1 })
+	close(f.frozen)
+	answered := make(chan error, 1)
+	go func() {
+		_, err := a.ask(t.Context(), steward.host.ID(), question{Op: opFind, Key: nameKey("something")})
+		answered <- err
+	}()
+	until(t, "it is passed over", func() bool { return a.peers.isDown(steward.host.ID()) })
+	close(f.thawed)
+	if err := <-answered; err != nil || a.peers.isDown(steward.host.ID()) {
+		t.Errorf("it has answered: %v, and is passed over: %v", err, a.peers.isDown(steward.host.ID()))
+	}
+}
+
 // Peers whose disks hang don't have a pull wait for each of them, nor for each
 // blob.
 func TestHangingPeers(t *testing.T) {
