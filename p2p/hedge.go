@@ -22,10 +22,13 @@ type answers struct {
 }
 
 const (
+	// silentTime is how long peers may say nothing, all together, before what they are
+	// asked for is had elsewhere, where they don't take their time.
+	silentTime = time.Second
 	// answersTTL is how long an answer says how long others take.
 	answersTTL = 30 * time.Second
 	// answersSlack is how many times as long as the slowest answer another may take,
-	// and maxAnswers how many times as long as without.
+	// and maxAnswers how many times as long as silentTime at most.
 	answersSlack, maxAnswers = 3, 3
 )
 
@@ -36,14 +39,14 @@ func (a *answers) took(long time.Duration) {
 	a.slowest, a.when = max(long, a.slowest*7/8), time.Now()
 }
 
-// enough is how long a peer is waited for, at least for as long as given.
-func (a *answers) enough(least time.Duration) time.Duration {
+// enough is how long peers are waited for.
+func (a *answers) enough() time.Duration {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if time.Since(a.when) > answersTTL {
-		return least
+		return silentTime
 	}
-	return min(max(least, answersSlack*a.slowest), maxAnswers*least)
+	return min(max(silentTime, answersSlack*a.slowest), maxAnswers*silentTime)
 }
 
 // firstOf asks one after another, and returns the first answer and whose it is. The

@@ -30,9 +30,6 @@ const leaseProtocol protocol.ID = "/weir/lease/1"
 const (
 	// maxMessage bounds a question and an answer, in bytes.
 	maxMessage = 64 << 10
-	// askTime is how long stewards are waited for, all together, where peers don't
-	// take their time (see answers).
-	askTime = time.Second
 	// secondTime is how long the other stewards may take to say that they know
 	// more than the first one.
 	secondTime = 200 * time.Millisecond
@@ -379,7 +376,7 @@ func (n *Node) ask(ctx context.Context, steward peer.ID, q question) (answer, er
 	own, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	start := time.Now()
-	silent := time.AfterFunc(n.answers.enough(askTime), func() { n.peers.down(steward) })
+	silent := time.AfterFunc(n.answers.enough(), func() { n.peers.down(steward) })
 	a, err := n.exchange(own, steward, q)
 	if err == nil && steward != n.host.ID() {
 		n.answers.took(time.Since(start))
@@ -424,12 +421,12 @@ func (n *Node) exchange(ctx context.Context, to peer.ID, q question) (answer, er
 
 // consult asks the closest steward that answers, and sends the others the same in
 // the background. It returns false when no other node answers. Stewards that are
-// silent cost askTime, all together, and nothing for a while then.
+// silent cost silentTime, all together, and nothing for a while then.
 func (n *Node) consult(ctx context.Context, q question) (answer, bool) {
 	if !n.Ready() || n.ctx.Err() != nil {
 		return answer{}, false
 	}
-	ctx, cancel := context.WithTimeout(ctx, n.answers.enough(askTime))
+	ctx, cancel := context.WithTimeout(ctx, n.answers.enough())
 	defer cancel()
 	// Those that don't answer make room for the next. That one knows of nobody counts
 	// when those before it have no answer: they may have sent others to fetch.

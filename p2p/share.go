@@ -23,9 +23,6 @@ const (
 	// peer has to say how far it is. lookTime is how often before it has begun.
 	watchTime = time.Second / 2
 	lookTime  = 300 * time.Millisecond
-	// openTime is how long a blob's sources may say nothing, all together, before it
-	// is had elsewhere, where peers don't take their time (see answers).
-	openTime = time.Second
 	// The following are counts of looks in a row.
 	//
 	// maxIdleTicks is how many may show a source that answers to send nothing, and to be
@@ -213,7 +210,7 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 		}()
 		return true
 	}
-	silence := time.NewTimer(s.n.answers.enough(openTime))
+	silence := time.NewTimer(s.n.answers.enough())
 	defer silence.Stop()
 	for {
 		if running == 0 && !begin(s.next(ctx, true)) {
@@ -242,7 +239,7 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 					}
 				}()
 			}
-			silence.Reset(s.n.answers.enough(openTime))
+			silence.Reset(s.n.answers.enough())
 		case f := <-found:
 			if !begin(f.source, f.err) && s.Mine() {
 				return nil, 0, ErrNoPeer
@@ -392,7 +389,7 @@ func (b *body) await(ctx context.Context, tell func(sign)) bool {
 			}
 			asking = true
 			go func() {
-				st, err := b.ask(ctx, b.s.n.answers.enough(openTime))
+				st, err := b.ask(ctx, b.s.n.answers.enough())
 				answers <- answer{st, err}
 			}()
 		case a := <-answers:
@@ -553,7 +550,7 @@ func (n *Node) goodOf(all []source) []source {
 // small reads something small from a peer. One that doesn't give it in time is left
 // out for a while.
 func (n *Node) small(ctx context.Context, src source, path string, limit int64) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, openTime)
+	ctx, cancel := context.WithTimeout(ctx, silentTime)
 	defer cancel()
 	resp, err := n.get(ctx, src, path, 0)
 	if err != nil {

@@ -156,7 +156,7 @@ func (c *freezing) Close() error {
 }
 
 // A source that is silent has the next one tried beside it, and isn't tried again
-// for a while. When all are silent, they cost a pull openTime together.
+// for a while. When all are silent, they cost a pull silentTime together.
 func TestSilentSources(t *testing.T) {
 	a := newMember(t, nil)
 	blob := random(100 << 10)
@@ -282,6 +282,25 @@ func TestWaitingSource(t *testing.T) {
 	})
 	if _, body, err := open(); err != nil || !bytes.Equal(readAll(t, body), blob) {
 		t.Errorf("where another has it: %v", err)
+	}
+}
+
+// A steward that answers late is passed over only until it has.
+func TestLateSteward(t *testing.T) {
+	f := &freezer{make(chan struct{}), make(chan struct{})}
+	a := newMember(t, nil)
+	steward := newMember(t, func(o *Options) { o.Wrap = f.wrap }, a.addr())
+	until(t, "all known", func() bool { return a.dht.RoutingTable().Size() == 1 && steward.dht.RoutingTable().Size() == 1 })
+	close(f.frozen)
+	answered := make(chan error, 1)
+	go func() {
+		_, err := a.ask(t.Context(), steward.host.ID(), question{Op: opFind, Key: nameKey("something")})
+		answered <- err
+	}()
+	until(t, "it is passed over", func() bool { return a.peers.isDown(steward.host.ID()) })
+	close(f.thawed)
+	if err := <-answered; err != nil || a.peers.isDown(steward.host.ID()) {
+		t.Errorf("it has answered: %v, and is passed over: %v", err, a.peers.isDown(steward.host.ID()))
 	}
 }
 

@@ -123,7 +123,8 @@ func (x *exchange) base() {
 	}
 	known, ok := x.h.logins.Get(x.up.way())
 	if ok && known.elsewhere(x.up) && time.Since(known.when) < loginTTL {
-		x.answer(known, !x.givesTokens(known))
+		// Without the registry tokens are of no use.
+		x.answer(known, x.h.outages.Failing(x.up.way()) || !x.givesTokens(known))
 		return
 	}
 	resp, err := x.ask(question{method: x.r.Method, stale: func() bool { return true }})
@@ -198,6 +199,15 @@ func (x *exchange) givesTokens(l login) bool {
 		}
 	}
 	u.RawQuery = q.Encode()
+	answered, looked := make(chan struct{}), make(chan struct{})
+	x.h.wg.Go(func() {
+		defer close(looked)
+		select {
+		case <-time.After(x.h.outages.first * 3 / 10):
+			x.look()
+		case <-answered:
+		}
+	})
 	resp, err := x.h.attempt(x.r.Context(), way, func() bool { return true }, func(ctx context.Context) (*http.Response, error) {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 		if err != nil {
@@ -206,12 +216,26 @@ func (x *exchange) givesTokens(l login) bool {
 		req.Header.Set("User-Agent", "weir")
 		return x.h.together(ctx, way, func(ctx context.Context) (*http.Response, error) { return x.tokens(req.WithContext(ctx)) })
 	})
+	close(answered)
 	if err != nil {
+		<-looked
 		x.h.log.Warn("the token server gives no answer; clients get what is public without", "registry", x.up.ID(), "server", l.realm.Host, "err", scrub(err))
 		return false
 	}
 	resp.Body.Close()
 	return true
+}
+
+// look finds out whether the registry answers, beside a token server that is silent:
+// if all of the outside is, what the client wants next doesn't wait for that again.
+func (x *exchange) look() {
+	resp, err := x.ask(question{method: http.MethodGet, base: true, stale: func() bool { return true }})
+	switch {
+	case err == nil:
+		resp.Body.Close()
+	case x.h.outages.Failing(x.up.way()): // and it isn't that the client has gone
+		x.h.Unreachable(x.up)
+	}
 }
 
 // errTokens says that a token server has answered, and given nothing.
@@ -275,7 +299,10 @@ func (x *exchange) token(realm *url.URL) {
 	public := x.arePublic(asked["scope"])
 	var resp *http.Response
 	err = errors.New("it isn't known who gives the registry's tokens")
-	if realm != nil {
+	switch {
+	case public && x.h.outages.Failing(x.up.way()):
+		err = errors.New("the registry, which they would be for, gives no answer")
+	case realm != nil:
 		resp, err = x.h.attempt(x.r.Context(), x.up.tokenWay(realm.Host), func() bool { return public }, func(ctx context.Context) (*http.Response, error) { //nolint:bodyclose // relay closes it
 			req := x.outgoing(ctx, x.r.Method, nil)
 			u := *realm
