@@ -136,7 +136,7 @@ func (r *Rights) Merge(m Memory, repo Repository) {
 			for _, t := range all[max(len(all)-maxTagged, 0):] {
 				own := r.Tag(repo, name)
 				t.Read = t.Differs // else it would count while the registry gives answers
-				if t.Digest.Validate() == nil && r.Fresh(t.When) && (len(own) == 0 || own[0].When.Before(t.When)) {
+				if t.Digest.Validate() == nil && r.Fresh(t.When) && (len(own) == 0 || own[0].When.Before(t.When) || !r.Fresh(own[0].When)) {
 					r.SetTag(repo, name, t)
 				}
 			}

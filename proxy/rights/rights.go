@@ -280,7 +280,7 @@ func (r *Rights) Now() time.Time { return r.opts.Now() }
 // Grant records that the registry then answered a client with content of the
 // repository. Grants that are over make room: each pull comes with a new token.
 func (r *Rights) Grant(p Principal, when time.Time) {
-	if was, ok := r.grants.get(p.share(), p); ok && was.After(when) {
+	if was, ok := r.grants.get(p.share(), p); ok && was.After(when) && r.Within(was, r.opts.GrantTTL) {
 		return
 	}
 	r.grants.put(p.share(), p, when)
@@ -416,7 +416,7 @@ func (r *Rights) SetTag(repo Repository, name string, t Tagged) {
 	}
 	r.tags.put(repo.share(), tag{repo, name}, all)
 	repo.Name = ""
-	if last, _ := r.tagged.get(repo.share(), repo); t.When.After(last) {
+	if last, _ := r.tagged.get(repo.share(), repo); t.When.After(last) || !r.Fresh(last) { // the clock may have been ahead
 		r.tagged.put(repo.share(), repo, t.When)
 	}
 	r.changed.Store(true)
@@ -440,7 +440,7 @@ func (r *Rights) ForgetTag(repo Repository, reference string) {
 			}
 			all = left
 		}
-		if k.Registry == repo.Registry && len(all) > 0 && all[0].When.After(last) {
+		if k.Registry == repo.Registry && len(all) > 0 && all[0].When.After(last) && r.Fresh(all[0].When) {
 			last = all[0].When
 		}
 	}

@@ -479,3 +479,31 @@ func (s *shares[K, V]) size() int {
 	defer s.mu.Unlock()
 	return s.n
 }
+
+// The clock was a month ahead, and is right again: what is recorded from then on
+// counts, and not what is said to be of then.
+func TestClockWasAhead(t *testing.T) {
+	r, pass := clocked()
+	repo := Repository{Registry: "r.example", Name: "a"}
+	p := Principal{Repository: repo, Client: Client{1}}
+	d := digest.FromString("a")
+	pull := func() {
+		r.Grant(p, r.Now())
+		r.SetTag(repo, "1", Tagged{Digest: d, When: r.Now()})
+		r.SetPublic(Vantage{Repository: repo}, true, "1", false)
+	}
+	pass(30 * 24 * time.Hour)
+	pull()
+	pass(-30 * 24 * time.Hour)
+	if r.Granted(p) || r.HasStale(repo) || r.Public(Vantage{Repository: repo}) {
+		t.Error("what is yet to come counts")
+	}
+	pull()
+	if !r.Granted(p) || !r.HasStale(repo) || !r.Public(Vantage{Repository: repo}) {
+		t.Errorf("granted %v, stale %v, public %v", r.Granted(p), r.HasStale(repo), r.Public(Vantage{Repository: repo}))
+	}
+	r.ForgetTag(repo, "1")
+	if r.HasStale(repo) {
+		t.Error("its only tag was forgotten")
+	}
+}

@@ -482,12 +482,15 @@ func (c *chaos) run(b breakage) {
 			begun(t, c.agent)
 			someTime()
 		}
-		mend := b.set()
-		c.added = nil
 		kept := flyway
 		if b.kept != "" {
 			kept = b.kept
+			for _, p := range c.runtimes { // what was known of it is of another time: the clock was set, the disk failed
+				c.pull(p, kept, c.kept[kept])
+			}
 		}
+		mend := b.set()
+		c.added = nil
 		c.all(kept, b.offline)
 		added := c.added
 		if mend != nil {
