@@ -6,7 +6,9 @@ import (
 	"context"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -47,6 +49,15 @@ func (f Flow) into(h hello) Flow {
 	return f
 }
 
+// repeatable says whether a proxy can be asked with the same header again, for another
+// connection and another host. With Negotiate, NTLM and Digest it can't.
+func repeatable(asked http.Header) bool {
+	return !slices.ContainsFunc(asked.Values("Proxy-Authorization"), func(v string) bool {
+		scheme, _, _ := strings.Cut(v, " ")
+		return !strings.EqualFold(scheme, "Basic") && !strings.EqualFold(scheme, "Bearer")
+	})
+}
+
 // carryTunnel carries a connection to a proxy that is asked for one to a host. If the
 // host is a registry that is intercepted, the client gets its answer from here, and the
 // registry is reached through the same proxy, asked in the same way. Otherwise
@@ -59,7 +70,7 @@ func (p *Proxy) carryTunnel(ctx context.Context, conn *net.TCPConn, f Flow, o op
 	}
 	in := f.into(o.hello)
 	name, _, err := net.SplitHostPort(in.tunnelled.HostPort())
-	if err != nil || name == "" {
+	if err != nil || name == "" || !repeatable(o.asked) {
 		p.pass(ctx, conn, f, o)
 		return false
 	}

@@ -219,6 +219,41 @@ func TestTunnelIsBrokenOpen(t *testing.T) {
 	}
 }
 
+// What a client has authenticated one connection with isn't used for another.
+func TestTunnelIsNotRepeated(t *testing.T) {
+	for auth, want := range map[string]bool{"": true, "Basic eA==": true, "bearer x": true, "Negotiate YII=": false, "NTLM TlRM": false, `Digest username="x"`: false} {
+		asked := http.Header{}
+		if auth != "" {
+			asked.Set("Proxy-Authorization", auth)
+		}
+		if got := repeatable(asked); got != want {
+			t.Errorf("%s: %v", auth, got)
+		}
+	}
+	at := listen(t)
+	s := newStage(t, at)
+	said := make(chan string, 2)
+	go func() {
+		for {
+			c, err := at.Accept()
+			if err != nil {
+				return
+			}
+			b := make([]byte, 4096)
+			n, _ := c.Read(b)
+			said <- string(b[:n])
+			c.Close()
+		}
+	}()
+	c := s.dial()
+	defer c.Close()
+	head := fmt.Sprintf("CONNECT registry.test:%d HTTP/1.1\r\nHost: x\r\nX: y\r\nProxy-Authorization: Negotiate YII=\r\n\r\n", s.dst.Port())
+	fmt.Fprint(c, head)
+	if got := <-said; got != head {
+		t.Errorf("the proxy got %q", got)
+	}
+}
+
 // What isn't TLS, or is for another host, after a tunnel to a registry was given, goes
 // where it would have.
 func TestTunnelToElsewhere(t *testing.T) {

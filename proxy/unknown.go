@@ -175,6 +175,9 @@ func (p *Proxy) Look(ctx context.Context, f Flow, said []byte) {
 	h := peek(bytes.NewReader(said))
 	switch {
 	case h.registry != "", h.connect != "", h.protocol == opaque && isCut(said):
+		if h.connect != "" {
+			p.serving.Add(place{f.NetworkID, f.Dst}, struct{}{})
+		}
 		if f.Want != nil {
 			f.Want()
 		}

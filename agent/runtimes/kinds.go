@@ -69,7 +69,7 @@ type kind struct {
 // the two it comes from.
 //
 // kaniko reads its roots as it starts (pkg/util/transport_util.go). The strace
-// of podman, buildah, skopeo, crane and oras shows none read before the first
+// of podman, buildah, skopeo, crane, oras and ko shows none read before the first
 // connection.
 //
 // ownRoots: ctr (cmd/ctr/commands/resolver.go, resolverDefaultTLS), oras
@@ -91,7 +91,7 @@ type kind struct {
 // go-containerregistry's transport; the lifecycle has kaniko
 // built in, which reads the roots as it starts. grype and syft (stereoscope,
 // pkg/image/oci/registry_provider.go) have net/http's, and add what their settings
-// name. When these four read their roots first was not seen.
+// name. When pack, grype and syft read theirs first was not seen.
 //
 // Not here: nydusd, whose OpenSSL reads the bundle alone (storage/Cargo.toml:
 // reqwest with native-tls), where weir adds nothing; docker, docker-buildx and
@@ -128,7 +128,7 @@ var kinds = []*kind{
 	{name: "trivy", programs: []string{"trivy"}, oneShot: true, eager: true},
 	{name: "soci-snapshotter", programs: []string{"soci-snapshotter-grpc"}},
 	{name: "stargz-snapshotter", programs: []string{"containerd-stargz-grpc"}},
-	{name: "ko", programs: []string{"ko"}, oneShot: true, eager: true},
+	{name: "ko", programs: []string{"ko"}, oneShot: true},
 	{name: "pack", programs: []string{"pack"}, oneShot: true, eager: true},
 	{name: lifecycle, programs: []string{"lifecycle"}, oneShot: true, eager: true},
 	{name: "grype", programs: []string{"grype"}, oneShot: true, eager: true},

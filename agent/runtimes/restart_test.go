@@ -201,3 +201,28 @@ func TestRestartDocker(t *testing.T) {
 		srv.Close()
 	}
 }
+
+// What a pod runs, and what ends by itself, is not restarted, nor said to need it.
+func TestRestartIsOfNode(t *testing.T) {
+	f := &fakeServices{service: systemd.Service{Name: "x.service", KeepsOthers: true}}
+	rs := &Runtimes{o: Options{Restarter: newRestarter(t, f, filepath.Join(t.TempDir(), "restarts.json")), Log: slog.New(slog.DiscardHandler)}}
+	for _, c := range []struct {
+		program       string
+		onNode, helps bool
+		ended         bool
+	}{{"containerd", false, false, false}, {"crane", true, false, false}, {"containerd", true, true, true}} {
+		rt := runtimeOf(c.program)
+		rt.onNode, rt.reach = c.onNode, ReachPassthrough
+		var end context.CancelFunc
+		rt.ctx, end = context.WithCancel(t.Context())
+		if c.ended {
+			end()
+		}
+		rs.restartLater(rt, "because")
+		rs.wg.Wait()
+		end()
+		if rt.restartHelps != c.helps || len(f.restarted) > 0 {
+			t.Errorf("%+v: %v, %q were restarted", c, rt.restartHelps, f.restarted)
+		}
+	}
+}

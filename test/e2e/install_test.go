@@ -144,22 +144,25 @@ func TestInstall(t *testing.T) {
 	node.Run(lab.Weir(t), "uninstall") // again: nothing to do
 }
 
-// A containerd that systemd runs, that has verified certificates before weir came, and
-// that reads none anew: it is restarted where an operator has asked for that, once, and
-// left alone where not. The doctor says what would be done.
+// A containerd and a dockerd that systemd runs, that have verified certificates before
+// weir came, and read none anew: they are restarted where an operator has asked for that,
+// once each, and left alone where not. The doctor says what would be done.
 func TestRestartRuntimes(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
 	node.Systemd()
-	containerd := node.Containerd()
+	containerd, docker := node.Containerd(), node.Docker()
+	docker.Stop()
 	containerd.Stop()
 	node.WriteFile("/etc/systemd/system/containerd.service", "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nKillMode=process\nDelegate=yes\nExecStart="+lab.Debian(t, "/usr/bin/containerd", "containerd")+"\n")
+	node.WriteFile("/etc/systemd/system/docker.service", "[Unit]\nDefaultDependencies=no\nWants=containerd.service\n[Service]\nType=notify\nKillMode=process\nExecStart="+
+		lab.Debian(t, "/usr/sbin/dockerd", "docker.io")+" --bridge=none --iptables=false --ip6tables=false --containerd=/run/containerd/containerd.sock\n")
 	node.Run("systemctl", "daemon-reload")
-	node.Run("systemctl", "start", "containerd")
-	service := func() int {
+	node.Run("systemctl", "start", "containerd", "docker")
+	mainOf := func(name string) int {
 		t.Helper()
-		pid, err := strconv.Atoi(strings.TrimSpace(node.Run("systemctl", "show", "-P", "MainPID", "containerd")))
+		pid, err := strconv.Atoi(strings.TrimSpace(node.Run("systemctl", "show", "-P", "MainPID", name)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -169,25 +172,37 @@ func TestRestartRuntimes(t *testing.T) {
 		t.Helper()
 		containerd.Pull(renovate)
 		containerd.Remove(renovate, w.renovate)
+		docker.Pull(renovate)
+		docker.Remove(renovate)
 	}
 	pull()
+	service := func() [2]int { return [2]int{mainOf("containerd"), mainOf("docker")} }
 	was := service()
 	cgroup := "--cgroup=/sys/fs/cgroup/" + filepath.Base(node.Cgroup())
 	agent := node.Agent(cgroup)
-	if rt := agent.Runtime(was); rt.Reach != "passthrough" || !rt.RestartHelps {
-		t.Errorf("%+v", rt)
+	for _, pid := range was {
+		if rt := agent.Runtime(pid); rt.Reach != "passthrough" || !rt.RestartHelps {
+			t.Errorf("%+v", rt)
+		}
 	}
-	if out, _ := node.Output(lab.Weir(t), "doctor", cgroup); !strings.Contains(out, "would restart containerd.service once") {
-		t.Errorf("the doctor says\n%s", out)
+	out, _ := node.Output(lab.Weir(t), "doctor", cgroup)
+	for _, want := range []string{"would restart containerd.service once", "would restart docker.service once"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the doctor doesn't say %q:\n%s", want, out)
+		}
 	}
 	if now := service(); now != was {
-		t.Fatal("containerd was restarted, and nobody has asked for that")
+		t.Fatal("something was restarted, and nobody has asked for that")
 	}
 	agent.Stop()
 	agent = node.Agent(cgroup, "--restart-runtimes")
 	if err := lab.Eventually(agent.Ended(), func(context.Context) error {
 		s := agent.Status()
-		if len(s.Restarts) != 1 || !s.Restarts[0].Done || s.Restarts[0].Service != "containerd.service" || s.Restarts[0].Reason == "" {
+		done := make(map[string]bool)
+		for _, r := range s.Restarts {
+			done[r.Service] = r.Done && r.Reason != ""
+		}
+		if len(s.Restarts) != 2 || !done["containerd.service"] || !done["docker.service"] {
 			return fmt.Errorf("restarted were %+v; %+v", s.Restarts, s.Runtimes)
 		}
 		return nil
@@ -195,8 +210,10 @@ func TestRestartRuntimes(t *testing.T) {
 		t.Fatalf("%v\n%s", err, agent.Log(4000))
 	}
 	now := service()
-	if rt := agent.Runtime(now); now == was || rt.Reach != "intercepted" {
-		t.Errorf("process %d, before %d: %+v", now, was, rt)
+	for i, pid := range now {
+		if rt := agent.Runtime(pid); pid == was[i] || rt.Reach != "intercepted" {
+			t.Errorf("process %d, before %d: %+v", pid, was[i], rt)
+		}
 	}
 	pull()
 	w.forget()
@@ -208,9 +225,11 @@ func TestRestartRuntimes(t *testing.T) {
 	// Once.
 	agent.Stop()
 	agent.Start()
-	agent.Runtime(now)
+	for _, pid := range now {
+		agent.Runtime(pid)
+	}
 	pull()
-	if pid := service(); pid != now || len(agent.Status().Restarts) != 1 {
-		t.Errorf("process %d, before %d: %+v", pid, now, agent.Status().Restarts)
+	if pids := service(); pids != now || len(agent.Status().Restarts) != 2 {
+		t.Errorf("processes %v, before %v: %+v", pids, now, agent.Status().Restarts)
 	}
 }

@@ -311,7 +311,10 @@ func TestPrograms(t *testing.T) {
 	if now := agent.Status().Connections; now != before {
 		t.Errorf("%+v, before %+v", now, before)
 	}
-	if out := node.Run(lab.Weir(t), "status"); !strings.Contains(out, "a-puller-that-nobody-knows") {
-		t.Error(out)
+	out := node.Run(lab.Weir(t), "status")
+	for _, want := range []string{"a-puller-that-nobody-knows", "token server of docker.io"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
 	}
 }
