@@ -61,7 +61,7 @@ const maxPools = 1024
 
 // times are how long things may take; see the defaults.
 type times struct {
-	connect, fallback, handshake, guess, idle, relay, retry time.Duration
+	connect, fallback, handshake, guess, idle, relay, retry, least time.Duration
 }
 
 var defaultTimes = times{
@@ -91,6 +91,9 @@ var defaultTimes = times{
 	// How often a host that could not be reached is tried again, which none waits
 	// for.
 	retry: 500 * time.Millisecond,
+	// A host that may be reached has at least so long, when a forgotten connection has
+	// taken the rest.
+	least: 200 * time.Millisecond,
 }
 
 // NewEgress returns a way out that dials with dial. Close it when its namespace
@@ -239,8 +242,8 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 	if c := p.take(); c != nil {
 		return c, nil
 	}
-	budget, _ := ctx.Value(budgetKey{}).(time.Duration)
-	if budget == 0 || k == t.key() {
+	until, _ := ctx.Value(untilKey{}).(time.Time)
+	if until.IsZero() {
 		c, err := e.connect(ctx, k, t, false)
 		if err == nil {
 			p.found(nil)
@@ -276,6 +279,7 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 		return nil, err
 	}
 	go attempt(e.times.connect)
+	budget := max(time.Until(until), e.times.least)
 	timer := time.NewTimer(budget)
 	defer timer.Stop()
 	select {

@@ -59,11 +59,14 @@ func (t *Transport) Close() {
 
 // RoundTrip implements http.RoundTripper.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	k := t.target.keyFor(req.URL)
+	if d, ok := req.Context().Value(budgetKey{}).(time.Duration); ok && k != t.target.key() {
+		// What a kept connection takes until it is known to be forgotten is of it too.
+		req = req.WithContext(context.WithValue(req.Context(), untilKey{}, time.Now().Add(d)))
+	}
 	if repeatable(req) {
-		k := t.target.keyFor(req.URL)
 		return t.egress.pool(k).roundTrip(req, t.egress.times, func() *http.Transport { return t.egress.newHTTP(t.target, userTimeout) })
 	}
-	k := t.target.keyFor(req.URL)
 	p := t.egress.pool(k)
 	t.mu.Lock()
 	if t.own == nil {
@@ -108,7 +111,10 @@ func repeatable(req *http.Request) bool {
 // [WithDialBudget] gave.
 var ErrUnreachable = errors.New("the host can't be reached from here")
 
+// budgetKey is for what [WithDialBudget] gives, and untilKey for when it is over.
 type budgetKey struct{}
+
+type untilKey struct{}
 
 // WithDialBudget bounds the time to connect to hosts other than the registry
 // itself, for requests that something can be done without: the client can be left

@@ -486,6 +486,37 @@ func TestDialBudget(t *testing.T) {
 	}
 }
 
+// What it takes until a kept connection is known to be forgotten is of the same time.
+func TestDialBudgetAfterForgotten(t *testing.T) {
+	w := newWorld(t)
+	w.egress.times.guess = 100 * time.Millisecond
+	w.name("127.0.0.2")
+	cdn := w.serve("127.0.0.2", 0, w.ca, func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, "here") })
+	target := Target{Host: ParseHost("registry.test")}
+	url := fmt.Sprintf("https://cdn.test:%d/blob", cdn.addr.Port())
+	const budget = time.Minute
+	get := func() (string, error) {
+		req, _ := http.NewRequestWithContext(WithDialBudget(t.Context(), budget), "GET", url, nil)
+		resp, err := w.egress.Transport(target).RoundTrip(req)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		return string(b), err
+	}
+	if _, err := get(); err != nil {
+		t.Fatal(err)
+	}
+	cdn.idle()
+	cdn.drop()
+	var left time.Duration
+	w.watch(func(ctx context.Context, _ netip.AddrPort) { left = time.Until(ctx.Value(untilKey{}).(time.Time)) })
+	if got, err := get(); err != nil || got != "here" || left > budget-w.egress.times.guess {
+		t.Errorf("%q, %v, and %v were left to connect", got, err, left)
+	}
+}
+
 // A host that could not be reached is tried again beside those who don't wait for it,
 // so that it is known when it is back.
 func TestUnreachableIsBack(t *testing.T) {
