@@ -60,8 +60,9 @@ func (x *exchange) blob(retry bool) {
 	start, ranged := rangeStart(x.r.Header.Get("Range"))
 	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	switch {
-	case leader && ranged && start > 0:
-		// Part of a blob can't be verified, so it isn't kept.
+	case leader && ranged && (start > 0 || !strings.HasSuffix(x.r.Header.Get("Range"), "-")):
+		// Part of a blob can't be verified, so it isn't kept; and all of it, for a
+		// client that wants its beginning, would hold up what that wants next.
 		t.Abandon(errNotLed)
 		x.miss()
 	case leader:
