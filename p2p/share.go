@@ -166,6 +166,7 @@ func (s *Share) fail(id peer.ID) {
 func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, int64, error) {
 	type opened struct {
 		*body
+		by  peer.ID
 		err error
 	}
 	type told struct {
@@ -178,12 +179,13 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 	}
 	results, signs, found, over := make(chan opened), make(chan told), make(chan another), make(chan struct{})
 	defer close(over)
-	running := 0
+	running, mute := 0, make(map[peer.ID]bool) // those that have shown nothing of themselves
 	begin := func(src source, err error) bool {
 		if err != nil {
 			return false
 		}
 		running++
+		mute[src.ID] = true
 		go func() {
 			b, err := s.open(ctx, src, offset, size, func(what sign) {
 				select {
@@ -201,7 +203,7 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 				}
 			}
 			select {
-			case results <- opened{b, err}:
+			case results <- opened{b, src.ID, err}:
 			case <-over:
 				if err == nil {
 					b.Close()
@@ -221,15 +223,17 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 			if running--; r.err == nil {
 				return r.body, r.total, nil
 			}
+			delete(mute, r.by)
 			if ctx.Err() != nil {
 				return nil, 0, ctx.Err()
 			}
 		case t := <-signs:
-			switch t.sign {
-			case unanswered:
+			if t.sign == unanswered {
 				begin(s.next(ctx, false))
 				continue
-			case waits:
+			}
+			delete(mute, t.by)
+			if t.sign == waits {
 				s.fail(t.by) // it need not be named again
 				go func() {
 					src, err := s.next(ctx, true)
@@ -245,6 +249,9 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 				return nil, 0, ErrNoPeer
 			}
 		case <-silence.C:
+			for id := range mute {
+				s.n.peers.mute(id)
+			}
 			return nil, 0, ErrNoPeer
 		case <-ctx.Done():
 			return nil, 0, ctx.Err()

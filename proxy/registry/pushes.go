@@ -152,7 +152,8 @@ func (x *exchange) write() {
 		switch {
 		case p.manifest != nil || p.session != nil:
 			p.answered(x, resp)
-		case r.Method == http.MethodDelete && resp.StatusCode/100 == 2 && x.target.repo != "":
+		case r.Method == http.MethodDelete && (resp.StatusCode/100 == 2 || redirects(resp.StatusCode)) && x.target.repo != "":
+			// Where it is redirected to, it is not seen what it comes to.
 			if x.target.digest != "" {
 				x.h.rights.Remove(x.who.Repository, x.target.digest)
 			}

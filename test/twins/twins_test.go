@@ -439,7 +439,23 @@ func compare(without, with *play) *result {
 	if without.err == nil && with.err == nil && !cut && !without.way.any {
 		r.faults = append(r.faults, asked(without, with)...)
 	}
+	for _, p := range []*play{without, with} {
+		if len(r.faults) > 0 {
+			r.faults = append(r.faults, fmt.Sprintf("asked with weir: %v:\n%s", p.agent != nil, p.whatWasAsked()))
+		}
+	}
 	return r
+}
+
+// whatWasAsked is for whoever looks for the reason of a fault.
+func (p *play) whatWasAsked() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []string
+	for _, q := range p.asked {
+		all = append(all, fmt.Sprintf("%v, by %s %s", q, q.agent, q.rng))
+	}
+	return strings.Join(all, "\n")
 }
 
 var digestHeaderRE = regexp.MustCompile(` Docker-Content-Digest=\["sha256:D"\]`)
@@ -482,15 +498,6 @@ func asked(without, with *play) (faults []string) {
 			faults = append(faults, fmt.Sprintf("%s: %d times, without weir %d", q, b, a))
 		case read[q] && b > 2*(a+explained(q, n[0]))+2, read[q] && b > 0 && a+explained(q, n[0]) == 0:
 			faults = append(faults, fmt.Sprintf("%s: %d times, without weir %d", q, b, a))
-		}
-	}
-	if len(faults) > 0 {
-		for _, p := range []*play{without, with} {
-			var all []string
-			for _, q := range p.asked {
-				all = append(all, fmt.Sprintf("%v, by %s %s", q, q.agent, q.rng))
-			}
-			faults = append(faults, fmt.Sprintf("asked with weir: %v:\n%s", p.agent != nil, strings.Join(all, "\n")))
 		}
 	}
 	return faults
