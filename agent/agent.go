@@ -277,6 +277,9 @@ func (a *Agent) serve(l *redirect.Listener, c *net.TCPConn, t redirect.Admission
 	}
 	f := a.flow(l, origin.PID, origin.Netns, origin.Dst)
 	f.Direct, f.Closed = t.Direct, t.Closed
+	if rt := a.runtimes.Find(origin.PID); rt != nil {
+		a.runtimes.Settle(rt)
+	}
 	a.proxy.Serve(a.ctx, c, f)
 }
 

@@ -70,7 +70,7 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 		case seeded && rs.state.refusedBefore(rt):
 			rs.passThrough(rt, "it refused weir's certificate before the agent's own restart", rt.restartStep())
 			return
-		case !seeded && rs.o.Kernel.Early(rt.PID):
+		case !seeded && (rs.o.Kernel.Early(rt.PID) || rt.wasCarried()):
 			why = "it connected somewhere before the CA was installed"
 		case !seeded && mayHaveRead(rt, root, res.Since):
 			why = "it may have read its roots as it started, just before the CA was installed"

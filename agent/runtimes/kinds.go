@@ -69,8 +69,8 @@ type kind struct {
 // the two it comes from.
 //
 // kaniko reads its roots as it starts (pkg/util/transport_util.go). The strace
-// of podman, buildah, skopeo, crane, oras and ko shows none read before the first
-// connection.
+// of podman, buildah, skopeo, crane, oras, ko and syft shows none read before the
+// first connection.
 //
 // ownRoots: ctr (cmd/ctr/commands/resolver.go, resolverDefaultTLS), oras
 // (cmd/oras/internal/option/remote.go, tlsConfig), helm (internal/tlsutil/tls.go,
@@ -91,7 +91,7 @@ type kind struct {
 // go-containerregistry's transport; the lifecycle has kaniko
 // built in, which reads the roots as it starts. grype and syft (stereoscope,
 // pkg/image/oci/registry_provider.go) have net/http's, and add what their settings
-// name. When pack, grype and syft read theirs first was not seen.
+// name. When pack and grype read theirs first was not seen.
 //
 // Not here: nydusd, whose OpenSSL reads the bundle alone (storage/Cargo.toml:
 // reqwest with native-tls), where weir adds nothing; docker, docker-buildx and
@@ -132,7 +132,7 @@ var kinds = []*kind{
 	{name: "pack", programs: []string{"pack"}, oneShot: true, eager: true},
 	{name: lifecycle, programs: []string{"lifecycle"}, oneShot: true, eager: true},
 	{name: "grype", programs: []string{"grype"}, oneShot: true, eager: true},
-	{name: "syft", programs: []string{"syft"}, oneShot: true, eager: true},
+	{name: "syft", programs: []string{"syft"}, oneShot: true},
 }
 
 // lifecycle is that of Cloud Native Buildpacks, whose phases are links to one file.

@@ -38,6 +38,8 @@ type Runtime struct {
 	// settled is closed when it is first known how to treat it.
 	settled chan struct{}
 	once    sync.Once
+	// carried says that a connection was carried before that. Guarded by mu.
+	carried bool
 
 	// files bounds what looks at its files.
 	files fileAccess

@@ -11,13 +11,40 @@ import (
 	"weir/proxy/registry"
 )
 
-// Trusts says whether a runtime trusts the CA for a registry. It waits until
-// that is known, so that a client gets its certificate only after the CA is in
-// place.
-func (rs *Runtimes) Trusts(rt *Runtime, name string) bool {
+// settleTime is how long a connection waits until it is known how its runtime is
+// treated.
+const settleTime = 2 * time.Second
+
+// Settle waits until it is known how a runtime is treated. By then the CA is where it
+// reads its roots, which a program does when it verifies the first certificate,
+// whoever sends that: so no connection of a runtime may be carried before. It returns
+// false when that took too long, for this connection or one before, and the runtime may
+// have read them.
+func (rs *Runtimes) Settle(rt *Runtime) bool {
+	long := settleTime
+	if rt.wasCarried() {
+		long = 0
+	}
 	select {
 	case <-rt.settled:
-	case <-time.After(2 * time.Second):
+		return true
+	case <-time.After(long):
+	}
+	rt.mu.Lock()
+	rt.carried = true
+	rt.mu.Unlock()
+	return false
+}
+
+func (rt *Runtime) wasCarried() bool {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	return rt.carried
+}
+
+// Trusts says whether a runtime trusts the CA for a registry, once that is known.
+func (rs *Runtimes) Trusts(rt *Runtime, name string) bool {
+	if !rs.Settle(rt) {
 		return false
 	}
 	host := registry.Canonical(name)

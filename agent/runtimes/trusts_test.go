@@ -76,3 +76,34 @@ func TestUnsureLingers(t *testing.T) {
 	rs.Unsure(rt, "third.example.com", true)
 	passed("tokens.example.com", false)
 }
+
+// A connection waits until it is known how its runtime is treated; where that takes too
+// long only the first one does, and the runtime is then taken to have read its roots.
+func TestSettle(t *testing.T) {
+	rs := &Runtimes{}
+	rt := &Runtime{settled: make(chan struct{})}
+	done := make(chan bool)
+	go func() { done <- rs.Settle(rt) }()
+	select {
+	case <-done:
+		t.Error("nothing was waited for")
+	case <-time.After(settleTime / 20):
+	}
+	rt.settle()
+	if !<-done || !rs.Settle(rt) || rt.wasCarried() {
+		t.Error("it was known, and not waited for")
+	}
+	stuck := &Runtime{settled: make(chan struct{})}
+	if rs.Settle(stuck) || !stuck.wasCarried() {
+		t.Error("it isn't noted that a connection was carried")
+	}
+	start := time.Now()
+	for range 10 {
+		if rs.Settle(stuck) {
+			t.Error("it is known")
+		}
+	}
+	if took := time.Since(start); took > settleTime {
+		t.Errorf("ten more connections waited for %s", took)
+	}
+}

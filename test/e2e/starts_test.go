@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -163,14 +164,16 @@ func why(agent *lab.Agent) string {
 }
 
 // While the agent gets hardly any processor time, programs that start succeed,
-// also those that read their roots before they connect.
+// also those that read their roots before they connect, and those that first connect
+// to what is no registry.
 func TestStartsWithSlowAgent(t *testing.T) {
 	t.Parallel()
 	count := fromEnv(t, "WEIR_STARTS", 40)
 	w := newWorld(t)
+	w.HTTPS("web.example", false, http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, "a web page") }))
 	node := w.Node()
-	crane, executor := node.As(lab.Tool(t, "crane"), "crane"), clientNamed(t, "executor")
-	fresh := newContainers(node, crane, executor)
+	crane, executor, ko := node.As(lab.Tool(t, "crane"), "crane"), clientNamed(t, "executor"), clientNamed(t, "ko")
+	fresh := newContainers(node, crane, executor, ko)
 	agent := node.Agent()
 	slow, end := context.WithCancel(t.Context())
 	var wg, slowing sync.WaitGroup
@@ -187,7 +190,8 @@ func TestStartsWithSlowAgent(t *testing.T) {
 			}
 		}
 	})
-	for _, args := range [][]string{{"/crane", "pull", flyway, "/dev/null"}, {"/executor", "client", "eager", "https://registry-1.docker.io/v2/"}} {
+	for _, args := range [][]string{{"/crane", "pull", flyway, "/dev/null"}, {"/executor", "client", "eager", "https://registry-1.docker.io/v2/"},
+		{"/ko", "client", "each", "https://web.example/", "https://registry-1.docker.io/v2/"}} {
 		wg.Go(func() {
 			for i := range count / 2 {
 				if out, err := fresh.run(args...); err != nil {
