@@ -3,11 +3,13 @@
 package p2p
 
 import (
+	"slices"
 	"sync"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -118,4 +120,20 @@ func (r *reputation) provides(p peer.ID, records int) (ok bool) {
 		ok = x.provided <= maxProvided
 	})
 	return ok
+}
+
+// penalize records that a peer sent what it should not have.
+func (n *Node) penalize(id peer.ID, d digest.Digest, verified bool) {
+	if n.peers.wrong(id, verified) {
+		n.log.Warn("a peer sent wrong bytes; nothing is read from it for a while", "peer", id, "digest", d, "for", shunTime)
+	}
+}
+
+// good says whether something may be read from a source, and goodOf are those.
+func (n *Node) good(x source) bool {
+	return x.ID != n.host.ID() && !n.peers.shunned(x.ID) && !n.peers.isMute(x.ID)
+}
+
+func (n *Node) goodOf(all []source) []source {
+	return slices.DeleteFunc(all, func(x source) bool { return !n.good(x) })
 }
