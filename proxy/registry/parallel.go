@@ -130,7 +130,7 @@ type opener func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCl
 // what bounds it, it stays with one connection.
 //
 // What fails is asked for once more over a connection of its own. When that fails too,
-// the body is taken up again where it rests: a registry that gives no more parts has
+// or breaks off, the body is taken up again where it rests: a registry that gives no more parts has
 // already agreed to give all of it.
 type parallel struct {
 	ws   *widths
@@ -159,7 +159,7 @@ type parallel struct {
 	// the first, brought is what came in the time that it was waited for.
 	least, brought int64
 	waited         time.Duration
-	tooSlow        bool // it was, and the first is taken up again
+	onlyFirst      bool // it failed, or was too slow, and the first is taken up again
 }
 
 // part is a part that is on its way.
@@ -379,7 +379,9 @@ func (p *parallel) Read(b []byte) (int, error) {
 				return 0, err
 			}
 		default:
-			return p.fromBody(b[:min(int64(len(b)), end-p.pos)])
+			if n, err := p.fromBody(b[:min(int64(len(b)), end-p.pos)]); n > 0 || err != nil {
+				return n, err
+			}
 		}
 	}
 }
@@ -431,11 +433,11 @@ func (p *parallel) reopen(end int64) error {
 	from, rests := p.pos, p.rests
 	p.opening = true
 	var body io.ReadCloser
-	err := errTooSlow
-	tooSlow := p.tooSlow
-	p.brought, p.waited, p.tooSlow = 0, 0, false
+	err := errNotTheRest
+	onlyFirst := p.onlyFirst
+	p.brought, p.waited, p.onlyFirst = 0, 0, false
 	p.mu.Unlock()
-	if !tooSlow {
+	if !onlyFirst {
 		body, err = p.begun(from, end-1)
 	}
 	if err != nil {
@@ -444,13 +446,18 @@ func (p *parallel) reopen(end int64) error {
 		}
 	}
 	p.mu.Lock()
-	if p.opening = false; err == nil {
-		p.body = body
+	p.opening = false
+	switch {
+	case err != nil:
+		return err
+	case p.closed:
+		body.Close()
 	}
-	return err
+	p.body = body
+	return nil
 }
 
-var errTooSlow = errors.New("the registry gives the rest of a blob far more slowly than its beginning")
+var errNotTheRest = errors.New("the registry doesn't give the rest of a blob, or far more slowly than its beginning")
 
 // begun opens the bytes from first to last, of which some have come.
 func (p *parallel) begun(first, last int64) (io.ReadCloser, error) {
@@ -480,6 +487,9 @@ func (p *parallel) fromBody(b []byte) (int, error) {
 	body := p.body
 	p.reading = p.pos + int64(len(b))
 	p.mu.Unlock()
+	if body != p.first {
+		defer time.AfterFunc(p.ws.stall, func() { body.Close() }).Stop()
+	}
 	start := time.Now()
 	n, err := body.Read(b)
 	in := time.Since(start)
@@ -490,13 +500,13 @@ func (p *parallel) fromBody(b []byte) (int, error) {
 		err = nil // it comes again
 	}
 	p.brought, p.waited = p.brought+int64(n), p.waited+in
-	switch {
-	case p.waited < p.ws.stall:
-	case body != p.first && p.brought < p.least && n > 0:
+	long := p.waited >= p.ws.stall
+	if body != p.first && !p.closed && (err != nil || long && p.brought < p.least) {
 		body.Close()
-		p.body, p.tooSlow = nil, true
+		p.body, p.onlyFirst, err = nil, true, nil
 		p.w.refuse()
-	default:
+	}
+	if long {
 		p.brought, p.waited = 0, 0
 	}
 	if errors.Is(err, io.EOF) {

@@ -19,6 +19,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -121,6 +122,9 @@ func TestParallelStories(t *testing.T) {
 			leaves = int64(roll(int(size)))
 		}
 		var err error
+		if leaves >= 0 && roll(2) == 0 { // while it is read
+			go p.Close()
+		}
 		for err == nil && (leaves < 0 || int64(got.Len()) < leaves) {
 			var n int
 			n, err = p.Read(buf)
@@ -132,7 +136,7 @@ func TestParallelStories(t *testing.T) {
 		switch {
 		case errors.Is(err, io.EOF) && int64(got.Len()) != size:
 			t.Errorf("story %d: an end after %d of %d bytes", story, got.Len(), size)
-		case err != nil && !errors.Is(err, io.EOF) && !faulty:
+		case err != nil && !errors.Is(err, io.EOF) && !faulty && leaves < 0:
 			t.Errorf("story %d: %v", story, err)
 		case errors.Is(err, io.EOF):
 			whole++
@@ -275,6 +279,28 @@ func TestSeveralConnections(t *testing.T) {
 			}
 			eventually(t, "memory is given back", func() bool { return len(s.h.widths.parts) == 0 })
 		})
+	}
+}
+
+// Where all that is asked for beside a blob's first connection breaks off, that gives
+// the blob.
+func TestPartsThatBreakOff(t *testing.T) {
+	t.Parallel()
+	want := bytesOf(4, 2<<20)
+	ws := eager(newWidths(4))
+	var parts atomic.Int64
+	begun := make(chan struct{})
+	first := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
+	p := ws.parallel("registry", io.NopCloser(first), int64(len(want)), func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		if parts.Add(1) == 1 {
+			close(begun)
+		}
+		cut := io.MultiReader(bytes.NewReader(want[first:first+1<<10]), iotest.ErrReader(io.ErrUnexpectedEOF))
+		return io.NopCloser(cut), nil, nil
+	})
+	defer p.Close()
+	if got, err := io.ReadAll(p); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d of %d bytes, %v", len(got), len(want), err)
 	}
 }
 
