@@ -4,7 +4,6 @@ package proxy
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -104,14 +103,15 @@ func peekTLS(rec *recorder) (h hello) {
 func peekHTTP(rec *recorder) hello {
 	// One byte at a time would be slow and many could be the next request's,
 	// so the buffer is small; all that is read is recorded anyway.
-	req, err := http.ReadRequest(bufio.NewReader(rec))
+	br := bufio.NewReader(rec)
+	req, err := http.ReadRequest(br)
 	if err != nil {
 		return hello{}
 	}
 	if req.Method == http.MethodConnect {
 		h := hello{protocol: plainHTTP}
 		// What follows is said to who is at the other end of the tunnel. It is too early.
-		if len(req.URL.Host) <= maxAuthority && req.ContentLength == 0 && bytes.HasSuffix(rec.bytes, []byte("\r\n\r\n")) {
+		if len(req.URL.Host) <= maxAuthority && req.ContentLength == 0 && br.Buffered() == 0 {
 			h.connect, h.asked = registry.Canonical(req.URL.Host), req.Header
 			h.spelled = req.URL.Hostname()
 		}

@@ -297,3 +297,64 @@ func TestTunnelProxyIsDown(t *testing.T) {
 	}
 	<-left
 }
+
+// A proxy that no longer lets a client through is no outage of the registry: the client
+// gets nothing of what is kept, and hears it from the proxy.
+func TestTunnelIsRefusedLater(t *testing.T) {
+	at, l := listen(t), listen(t)
+	s := newStage(t, at)
+	host := fmt.Sprintf("registry.test:%d", s.dst.Port())
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Connection", "close") // each request has a tunnel of its own
+		giveManifest(w, r)
+	}))
+	c := &company{hosts: map[string]string{host: l.Addr().String()}}
+	srv := &http.Server{Handler: c}
+	go func() { _ = srv.Serve(at) }()
+	t.Cleanup(func() { srv.Close() })
+	ci := url.UserPassword("ci", "secret")
+	tag := "https://" + host + "/v2/a/manifests/1"
+	first, err := through(t, s, ci, s.weir.Pool, tag)
+	if err != nil || first == "" {
+		t.Fatalf("%q, %v", first, err)
+	}
+	// One that can't reach the registry is: the proxy answers with 502.
+	c.mu.Lock()
+	c.hosts[host] = "127.0.0.1:1"
+	c.mu.Unlock()
+	for range 2 {
+		if got, err := through(t, s, ci, s.weir.Pool, tag); err != nil || got != first {
+			t.Errorf("while the registry is away: %q, %v", got, err)
+		}
+		s.change(func(f *Flow) { f.Egress = s.newEgress(s.world.Pool) })
+	}
+	s.change(func(*Flow) {})
+	c.mu.Lock()
+	c.refuses = host
+	c.mu.Unlock()
+	if got, err := through(t, s, ci, s.weir.Pool, tag); err == nil || got != "" {
+		t.Errorf("%q was given", got)
+	}
+	if _, err := through(t, s, ci, s.weir.Pool, tag); err == nil || !strings.Contains(err.Error(), "Forbidden") {
+		t.Errorf("the next request: %v", err)
+	}
+}
+
+// What a client sends together with its CONNECT is not lost, whatever it is.
+func TestTunnelIsSpokenIntoEarly(t *testing.T) {
+	at, l := listen(t), listen(t)
+	s := newStage(t, at)
+	host := fmt.Sprintf("registry.test:%d", s.dst.Port())
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(giveManifest))
+	srv := &http.Server{Handler: &company{hosts: map[string]string{host: l.Addr().String()}}}
+	go func() { _ = srv.Serve(at) }()
+	t.Cleanup(func() { srv.Close() })
+	conn := s.dial()
+	// Go's server answers a request without TLS with 400.
+	fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\nProxy-Authorization: %s\r\n\r\nGET / HTTP/1.1\r\nHost: %s\r\n\r\n", host, host, password, host)
+	_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	got, _ := io.ReadAll(conn)
+	if !strings.Contains(string(got), "400 Bad Request") {
+		t.Errorf("%q", got)
+	}
+}

@@ -61,7 +61,7 @@ func (x *exchange) ask(q question) (*reply, error) {
 		return resp.Response, nil
 	})
 	switch {
-	case errors.Is(err, errOutage), x.r.Context().Err() != nil:
+	case errors.Is(err, errOutage), x.r.Context().Err() != nil, errors.Is(err, upstream.ErrTunnel):
 		return nil, err
 	case err != nil && q.stale():
 		return nil, fmt.Errorf("%w: %w", errOutage, scrub(err))

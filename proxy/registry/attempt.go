@@ -68,7 +68,7 @@ func (h *Handler) attempt(ctx context.Context, host string, otherwise func() boo
 	end := func(r result) (*http.Response, error) {
 		if r.err != nil {
 			cancel()
-			if !errors.Is(r.err, errElsewhere) {
+			if !errors.Is(r.err, errElsewhere) && !errors.Is(r.err, upstream.ErrTunnel) {
 				h.outages.Failed(host)
 			}
 			return nil, r.err

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"weir/proxy/upstream"
 )
 
 // forward sends the client's request to the upstream and its answer back,
@@ -159,7 +160,8 @@ func (x *exchange) unreachable(err error) {
 	err = scrub(err)
 	x.stats.errors.Add(1)
 	x.h.log.Warn("no answer from the upstream", "registry", x.up.ID(), "method", x.r.Method, "path", x.r.URL.Path, "err", err)
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
+	if errors.Is(err, upstream.ErrTunnel) || // the proxy tells it why
+		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
 		// The client sees the same, and tries again; a 502 it would take for the
 		// answer (containerd).
 		panic(http.ErrAbortHandler)

@@ -36,6 +36,10 @@ const (
 	// growth is how many times as fast twice the connections have to be.
 	growth    = 1.3
 	stallTime = 5 * time.Second
+	// slowPart is how many times slower than the blob's first connection, when that was
+	// alone, another one stands still. Eight have each a quarter of it, where each
+	// doubling has brought no more than growth.
+	slowPart = 16
 )
 
 // widths are the registries, of which more than one connection may bring a large
@@ -48,6 +52,7 @@ type widths struct {
 	pace  func(context.Context, *width) int64 // bytes per paceTime, 0 when ctx is done
 	grown func(before, after int64) bool
 	stall time.Duration // how long a part may stand still, before it is asked for again
+	free  sync.Pool     // *[]byte, of parts that were read
 
 	mu sync.Mutex
 	of map[string]*width
@@ -125,7 +130,7 @@ type opener func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCl
 // what bounds it, it stays with one connection.
 //
 // What fails is asked for once more over a connection of its own. When that fails too,
-// the body is taken up again where it rests: a registry that gives no more parts has
+// or breaks off, the body is taken up again where it rests: a registry that gives no more parts has
 // already agreed to give all of it.
 type parallel struct {
 	ws   *widths
@@ -148,8 +153,13 @@ type parallel struct {
 	next    int64         // where the next part begins; 0 before there is one
 	want    int           // connections
 	workers int           // that are there
-	free    [][]byte      // of parts that were read
 	closed  bool
+
+	// least is how many bytes a connection has to bring in ws.stall. Of body, if it isn't
+	// the first, brought is what came in the time that it was waited for.
+	least, brought int64
+	waited         time.Duration
+	onlyFirst      bool // it failed, or was too slow, and the first is taken up again
 }
 
 // part is a part that is on its way.
@@ -168,7 +178,7 @@ func (ws *widths) parallel(registry string, body io.ReadCloser, size int64, open
 	if ws.most < 2 || size < ws.from || w.alone() {
 		return body
 	}
-	p := &parallel{ws: ws, w: w, size: size, open: open, body: body, first: body, want: 1}
+	p := &parallel{ws: ws, w: w, size: size, open: open, body: body, first: body, want: 1, least: 1}
 	p.change = sync.NewCond(&p.mu)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	go p.grow()
@@ -177,11 +187,15 @@ func (ws *widths) parallel(registry string, body io.ReadCloser, size int64, open
 
 // grow adds connections for as long as that makes the registry faster.
 func (p *parallel) grow() {
+	start := time.Now()
 	before := p.ws.pace(p.ctx, p.w)
 	for n := 1; n < p.ws.most && !p.ending(); {
 		if before == 0 || !p.w.growing.TryLock() {
 			before = p.ws.pace(p.ctx, p.w)
 			continue
+		}
+		if n == 1 {
+			p.expect(time.Since(start))
 		}
 		more := min(2*n, p.ws.most)
 		p.use(more)
@@ -200,6 +214,14 @@ func (p *parallel) grow() {
 		}
 		before, n = after, more
 	}
+}
+
+// expect records what one connection has brought in a time. If it was read more slowly
+// than it could have come, less is asked of the others.
+func (p *parallel) expect(in time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.least = int64(max(1, min(float64(p.pos)*float64(p.ws.stall)/float64(max(in, 1))/slowPart, float64(p.ws.part))))
 }
 
 // ending says whether there is nothing to ask for any more.
@@ -268,8 +290,8 @@ func (p *parallel) take() *part {
 		return nil
 	}
 	t := &part{off: p.next, end: min(p.next+p.ws.part, p.size)}
-	if n := len(p.free); n > 0 {
-		t.bytes, p.free = p.free[n-1], p.free[:n-1]
+	if b, ok := p.ws.free.Get().(*[]byte); ok {
+		t.bytes = *b
 	} else {
 		t.bytes = make([]byte, 0, p.ws.part)
 	}
@@ -293,9 +315,13 @@ func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
 	defer body.Close()
 	stop := context.AfterFunc(ctx, func() { body.Close() })
 	defer stop()
+	missing := p.least
 	for to := t.bytes[:size]; len(t.bytes) < size; {
 		n, err := body.Read(to[len(t.bytes):])
-		stalled.Reset(p.ws.stall)
+		if missing -= int64(n); missing <= 0 {
+			stalled.Reset(p.ws.stall)
+			missing = p.least
+		}
 		p.w.received.Add(int64(n))
 		p.mu.Lock()
 		t.bytes = to[:len(t.bytes)+n]
@@ -310,6 +336,7 @@ func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
 			return nil, err
 		}
 	}
+	stalled.Reset(p.ws.stall)
 	_, _ = body.Read(make([]byte, 1)) // its end, so that the connection is used again
 	return at, nil
 }
@@ -352,7 +379,9 @@ func (p *parallel) Read(b []byte) (int, error) {
 				return 0, err
 			}
 		default:
-			return p.fromBody(b[:min(int64(len(b)), end-p.pos)])
+			if n, err := p.fromBody(b[:min(int64(len(b)), end-p.pos)]); n > 0 || err != nil {
+				return n, err
+			}
 		}
 	}
 }
@@ -387,9 +416,11 @@ func (p *parallel) fromPart(b []byte) int {
 	p.pos += int64(n)
 	t.off = p.pos
 	if p.pos == t.end || n == 0 {
+		p.parts[0] = nil // its bytes may be another's now
 		p.parts = p.parts[1:]
 		if n > 0 {
-			p.free = append(p.free, t.bytes[:0])
+			free := t.bytes[:0]
+			p.ws.free.Put(&free)
 		}
 		p.ws.give()
 		p.change.Broadcast()
@@ -401,19 +432,32 @@ func (p *parallel) fromPart(b []byte) int {
 func (p *parallel) reopen(end int64) error {
 	from, rests := p.pos, p.rests
 	p.opening = true
+	var body io.ReadCloser
+	err := errNotTheRest
+	onlyFirst := p.onlyFirst
+	p.brought, p.waited, p.onlyFirst = 0, 0, false
 	p.mu.Unlock()
-	body, err := p.begun(from, end-1)
+	if !onlyFirst {
+		body, err = p.begun(from, end-1)
+	}
 	if err != nil {
 		if _, skipErr := io.CopyN(io.Discard, p.first, from-rests); skipErr == nil {
 			body, err = p.first, nil
 		}
 	}
 	p.mu.Lock()
-	if p.opening = false; err == nil {
-		p.body = body
+	p.opening = false
+	switch {
+	case err != nil:
+		return err
+	case p.closed:
+		body.Close()
 	}
-	return err
+	p.body = body
+	return nil
 }
+
+var errNotTheRest = errors.New("the registry doesn't give the rest of a blob, or far more slowly than its beginning")
 
 // begun opens the bytes from first to last, of which some have come.
 func (p *parallel) begun(first, last int64) (io.ReadCloser, error) {
@@ -443,12 +487,27 @@ func (p *parallel) fromBody(b []byte) (int, error) {
 	body := p.body
 	p.reading = p.pos + int64(len(b))
 	p.mu.Unlock()
+	if body != p.first {
+		defer time.AfterFunc(p.ws.stall, func() { body.Close() }).Stop()
+	}
+	start := time.Now()
 	n, err := body.Read(b)
+	in := time.Since(start)
 	p.mu.Lock()
 	p.pos += int64(n)
 	p.w.received.Add(int64(n))
 	if n > 0 {
 		err = nil // it comes again
+	}
+	p.brought, p.waited = p.brought+int64(n), p.waited+in
+	long := p.waited >= p.ws.stall
+	if body != p.first && !p.closed && (err != nil || long && p.brought < p.least) {
+		body.Close()
+		p.body, p.onlyFirst, err = nil, true, nil
+		p.w.refuse()
+	}
+	if long {
+		p.brought, p.waited = 0, 0
 	}
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF

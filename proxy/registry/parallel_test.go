@@ -12,12 +12,14 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -120,6 +122,9 @@ func TestParallelStories(t *testing.T) {
 			leaves = int64(roll(int(size)))
 		}
 		var err error
+		if leaves >= 0 && roll(2) == 0 { // while it is read
+			go p.Close()
+		}
 		for err == nil && (leaves < 0 || int64(got.Len()) < leaves) {
 			var n int
 			n, err = p.Read(buf)
@@ -131,7 +136,7 @@ func TestParallelStories(t *testing.T) {
 		switch {
 		case errors.Is(err, io.EOF) && int64(got.Len()) != size:
 			t.Errorf("story %d: an end after %d of %d bytes", story, got.Len(), size)
-		case err != nil && !errors.Is(err, io.EOF) && !faulty:
+		case err != nil && !errors.Is(err, io.EOF) && !faulty && leaves < 0:
 			t.Errorf("story %d: %v", story, err)
 		case errors.Is(err, io.EOF):
 			whole++
@@ -274,5 +279,131 @@ func TestSeveralConnections(t *testing.T) {
 			}
 			eventually(t, "memory is given back", func() bool { return len(s.h.widths.parts) == 0 })
 		})
+	}
+}
+
+// Where all that is asked for beside a blob's first connection breaks off, that gives
+// the blob.
+func TestPartsThatBreakOff(t *testing.T) {
+	t.Parallel()
+	want := bytesOf(4, 2<<20)
+	ws := eager(newWidths(4))
+	var parts atomic.Int64
+	begun := make(chan struct{})
+	first := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
+	p := ws.parallel("registry", io.NopCloser(first), int64(len(want)), func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		if parts.Add(1) == 1 {
+			close(begun)
+		}
+		cut := io.MultiReader(bytes.NewReader(want[first:first+1<<10]), iotest.ErrReader(io.ErrUnexpectedEOF))
+		return io.NopCloser(cut), nil, nil
+	})
+	defer p.Close()
+	if got, err := io.ReadAll(p); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d of %d bytes, %v", len(got), len(want), err)
+	}
+}
+
+// drip gives a byte at a time, slowly, and counts what it has given.
+type drip struct {
+	io.ReadCloser
+	done <-chan struct{}
+}
+
+func (d drip) Read(p []byte) (int, error) {
+	select {
+	case <-time.After(20 * time.Millisecond): // that is what it is
+		return d.ReadCloser.Read(p[:1])
+	case <-d.done:
+		return 0, context.Canceled
+	}
+}
+
+// A registry that gives parts far slower than the connection that there was is read
+// over that.
+func TestPartsThatDrip(t *testing.T) {
+	t.Parallel()
+	want := bytesOf(2, 2<<20)
+	size := int64(len(want))
+	ws := eager(newWidths(4))
+	ws.stall = 200 * time.Millisecond
+	ws.pace = func(ctx context.Context, w *width) int64 {
+		for w.received.Load() == 0 && ctx.Err() == nil {
+			time.Sleep(time.Millisecond)
+		}
+		return w.received.Load()
+	}
+	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		return drip{io.NopCloser(bytes.NewReader(want[first : last+1])), ctx.Done()}, nil, nil
+	})
+	defer p.Close()
+	// What comes without parts is as much as a part has, so that they begin soon.
+	time.AfterFunc(30*time.Second, func() { p.Close() })
+	var got bytes.Buffer
+	buf := make([]byte, 4<<10)
+	for {
+		n, err := p.Read(buf)
+		got.Write(buf[:n])
+		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				t.Errorf("after %d of %d bytes: %v", got.Len(), size, err)
+			}
+			break
+		}
+		if got.Len() < 64<<10 {
+			time.Sleep(time.Millisecond) // the network's pace
+		}
+	}
+	if !bytes.Equal(got.Bytes(), want) && int64(got.Len()) == size {
+		t.Error("other bytes")
+	}
+	if !ws.registry("registry").refuses() {
+		t.Error("parts are still asked for")
+	}
+}
+
+// after has nothing to give, and that not before something has happened.
+type after struct{ is <-chan struct{} }
+
+func (a after) Read([]byte) (int, error) {
+	<-a.is
+	return 0, io.EOF
+}
+
+// The memory of parts that were read is not each blob's until its end: a registry
+// that gives some and then keeps many open has no more of it.
+func TestMemoryOfParts(t *testing.T) {
+	want := bytesOf(3, 4<<20)
+	size := int64(len(want))
+	heap := func() uint64 {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	const blobs = 100
+	ws := eager(newWidths(8))
+	ws.part = 256 << 10
+	for i := range blobs {
+		var parts atomic.Int64
+		begun := make(chan struct{})
+		body := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
+		p := ws.parallel(fmt.Sprint(i), io.NopCloser(body), size, func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+			if n := parts.Add(1); n > 10 {
+				return nil, nil, errors.New("429 Too Many Requests")
+			} else if n == 8 {
+				close(begun)
+			}
+			return io.NopCloser(bytes.NewReader(want[first : last+1])), nil, nil
+		})
+		defer p.Close()
+		if _, err := io.CopyN(io.Discard, p, size-1); err != nil { // and there it stays
+			t.Fatal(i, err)
+		}
+	}
+	if after := heap(); after > before+blobs*256<<10 {
+		t.Errorf("%d KiB for each blob", (after-before)>>10/blobs)
 	}
 }

@@ -304,6 +304,9 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 func (e *Egress) connect(ctx context.Context, k key, t Target, strict bool) (net.Conn, error) {
 	if k.tunnel != "" {
 		c, err := e.Tunnel(ctx, t.Tunnel, k.hostport)
+		if errors.Is(err, ErrTunnel) && k == t.key() {
+			e.pool(k).judge(err) // it may have let the client there before
+		}
 		if err != nil || k.scheme != "https" {
 			return c, err
 		}
@@ -333,7 +336,7 @@ var errClientCert = errors.New("the registry asks for a client certificate")
 // may know better. So does a proxy's refusal.
 func Refused(err error) bool {
 	var verification *tls.CertificateVerificationError
-	return errors.As(err, &verification) || errors.Is(err, errClientCert) || errors.Is(err, errTunnel)
+	return errors.As(err, &verification) || errors.Is(err, errClientCert) || errors.Is(err, ErrTunnel)
 }
 
 // secure speaks TLS with a host on a connection, which it takes over.

@@ -54,11 +54,12 @@ func (t Tunnel) ID() string { return t.id }
 // maxTunnelHead bounds the head of a proxy's answer.
 const maxTunnelHead = 64 << 10
 
-// errTunnel is a proxy's answer that isn't a tunnel.
-var errTunnel = errors.New("the proxy gives no connection")
+// ErrTunnel says that a proxy refuses to connect its client to a host. It doesn't say
+// so when it can't, or not now.
+var ErrTunnel = errors.New("the proxy gives no connection")
 
-// open asks the proxy at c for a connection to HOST:PORT. The error is errTunnel if it
-// answers with something else. It closes c with an error.
+// open asks the proxy at c for a connection to HOST:PORT. The error is [ErrTunnel] if it
+// refuses that. It closes c with an error.
 func (t Tunnel) open(ctx context.Context, c net.Conn, hostport string, long time.Duration) error {
 	_ = c.SetDeadline(time.Now().Add(long))
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
@@ -66,8 +67,12 @@ func (t Tunnel) open(ctx context.Context, c net.Conn, hostport string, long time
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
-	if err == nil && resp.StatusCode/100 != 2 {
-		err = fmt.Errorf("%w to %s: %s", errTunnel, hostport, resp.Status)
+	switch {
+	case err != nil || resp.StatusCode/100 == 2:
+	case resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests: // 503 where it can't reach the host, say
+		err = fmt.Errorf("no connection to %s: %s", hostport, resp.Status)
+	default:
+		err = fmt.Errorf("%w to %s: %s", ErrTunnel, hostport, resp.Status)
 	}
 	if err != nil {
 		c.Close()
