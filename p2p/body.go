@@ -116,7 +116,7 @@ func (b *body) await(ctx context.Context, tell func(sign)) bool {
 				b.leave("it doesn't have it any more", a.err)
 				return false
 			case a.err != nil:
-				b.s.n.peers.mute(b.src.ID)
+				b.s.n.mute(b.src)
 				b.leave("it doesn't answer", a.err)
 				return false
 			case a.Arrived-b.at.Load() > 1:
@@ -174,7 +174,7 @@ func (b *body) watch(ctx context.Context, tell func(sign)) {
 		switch {
 		case err != nil && !errors.Is(err, ErrNotHere):
 			if b.at.Load() == now {
-				b.s.n.peers.mute(b.src.ID)
+				b.s.n.mute(b.src)
 				b.leave("it doesn't answer", err)
 				return
 			}

@@ -45,7 +45,7 @@ func (n *Node) small(ctx context.Context, src source, path string, limit int64) 
 	resp, err := n.get(ctx, src, path, 0)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) {
-			n.peers.mute(src.ID)
+			n.mute(src)
 		}
 		return nil, err
 	}

@@ -3,6 +3,8 @@
 package p2p
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -66,11 +68,11 @@ func (r *reputation) slow(p peer.ID) {
 	r.with(p, func(x *record) { x.slowUntil = r.now().Add(slowTime) })
 }
 
-// mute notes that a peer answers nothing. Nothing is read from it for a while:
-// finding that out again would take seconds of each blob.
 func (r *reputation) mute(p peer.ID) {
 	r.with(p, func(x *record) { x.muteUntil = r.now().Add(slowTime) })
 }
+
+func (r *reputation) heard(p peer.ID) { r.with(p, func(x *record) { x.muteUntil = time.Time{} }) }
 
 func (r *reputation) isMute(p peer.ID) (is bool) {
 	r.with(p, func(x *record) { is = r.now().Before(x.muteUntil) })
@@ -127,6 +129,30 @@ func (n *Node) penalize(id peer.ID, d digest.Digest, verified bool) {
 	if n.peers.wrong(id, verified) {
 		n.log.Warn("a peer sent wrong bytes; nothing is read from it for a while", "peer", id, "digest", d, "for", shunTime)
 	}
+}
+
+// mute has nothing read from a source that answers nothing, until it answers, or for a
+// while: finding that out again would take a second of each blob.
+func (n *Node) mute(src source) {
+	if n.peers.isMute(src.ID) {
+		return
+	}
+	n.peers.mute(src.ID)
+	go func() {
+		for n.peers.isMute(src.ID) {
+			select {
+			case <-time.After(silentTime):
+			case <-n.ctx.Done():
+				return
+			}
+			ctx, cancel := context.WithTimeout(n.ctx, silentTime)
+			_, err := n.stateAt(ctx, src, digest.FromString("")) // whatever it has
+			cancel()
+			if err == nil || errors.Is(err, ErrNotHere) {
+				n.peers.heard(src.ID)
+			}
+		}
+	}()
 }
 
 // good says whether something may be read from a source, and goodOf are those.

@@ -154,13 +154,13 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 	}
 	results, signs, found, over := make(chan opened), make(chan told), make(chan another), make(chan struct{})
 	defer close(over)
-	running, mute := 0, make(map[peer.ID]bool) // those that have shown nothing of themselves
+	running, mute := 0, make(map[peer.ID]source) // those that have shown nothing of themselves
 	begin := func(src source, err error) bool {
 		if err != nil {
 			return false
 		}
 		running++
-		mute[src.ID] = true
+		mute[src.ID] = src
 		go func() {
 			b, err := s.open(ctx, src, offset, size, func(what sign) {
 				select {
@@ -224,8 +224,8 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 				return nil, 0, ErrNoPeer
 			}
 		case <-silence.C:
-			for id := range mute {
-				s.n.peers.mute(id)
+			for _, src := range mute {
+				s.n.mute(src)
 			}
 			return nil, 0, ErrNoPeer
 		case <-ctx.Done():

@@ -395,3 +395,33 @@ func TestSmallComesWrong(t *testing.T) {
 		}
 	}
 }
+
+// A peer that was silent is read from again as soon as it answers.
+func TestSilentIsBack(t *testing.T) {
+	a := newMember(t, nil)
+	f := &freezer{make(chan struct{}), make(chan struct{})}
+	b := newMember(t, func(o *Options) { o.Wrap = f.wrap }, a.addr())
+	thaw := sync.OnceFunc(func() { close(f.thawed) })
+	t.Cleanup(thaw)
+	d := b.put([]byte("a blob"))
+	b.Provide(d)
+	src := source{ID: b.host.ID()}
+	until(t, "it is known", func() bool {
+		s := a.Want(t.Context(), d, 0)
+		if s == nil {
+			return false
+		}
+		defer s.Close(false)
+		if len(s.sources) == 1 {
+			src = s.sources[0]
+		}
+		return len(s.sources) == 1
+	})
+	close(f.frozen)
+	a.mute(src)
+	if a.good(src) {
+		t.Error("it is read from")
+	}
+	thaw()
+	until(t, "it is read from again", func() bool { return a.good(src) })
+}
