@@ -99,7 +99,8 @@ func (u *scripted) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	cdn := strings.HasPrefix(r.URL.Path, "/cdn/")
 	t := parsePath(strings.TrimPrefix(r.URL.Path, "/cdn"))
 	u.mu.Lock()
-	defer u.mu.Unlock()
+	unlock := sync.OnceFunc(u.mu.Unlock)
+	defer unlock()
 	if t.kind != blob && t.kind != manifest || r.Method != http.MethodGet && r.Method != http.MethodHead {
 		body, _ := io.ReadAll(r.Body)
 		w.Header().Set("X-Echo", r.Method+" "+r.URL.RequestURI())
@@ -141,6 +142,7 @@ func (u *scripted) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if mt := u.types[d]; mt != "" {
 		w.Header().Set("Content-Type", mt)
 	}
+	unlock() // some clients take for ever
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content))
 }
 
