@@ -50,21 +50,26 @@ func (c *company) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case refused || !ok:
 		http.Error(w, "not from here", http.StatusForbidden)
 	default:
-		server, err := net.Dial("tcp", to)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadGateway)
-			return
-		}
-		w.WriteHeader(http.StatusOK)
-		client, said, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			server.Close()
-			return
-		}
-		go func() { _, _ = io.Copy(server, said); server.Close() }()
-		_, _ = io.Copy(client, server)
-		client.Close()
+		tunnel(w, to)
 	}
+}
+
+// tunnel answers CONNECT with a connection to an address.
+func tunnel(w http.ResponseWriter, to string) {
+	server, err := net.Dial("tcp", to)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadGateway)
+		return
+	}
+	w.WriteHeader(http.StatusOK)
+	client, said, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		server.Close()
+		return
+	}
+	go func() { _, _ = io.Copy(server, said); server.Close() }()
+	_, _ = io.Copy(client, server)
+	client.Close()
 }
 
 // requests empties what was asked, and returns it.
@@ -321,5 +326,58 @@ func TestTunnelIsSpokenIntoEarly(t *testing.T) {
 	got, _ := io.ReadAll(conn)
 	if !strings.Contains(string(got), "400 Bad Request") {
 		t.Errorf("%q", got)
+	}
+}
+
+// leadingBy is a proxy that leads to another registry for each user, as one that breaks
+// TLS open does which doesn't let all users have the same.
+type leadingBy map[string]string
+
+func (l leadingBy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	tunnel(w, l[r.Header.Get("Proxy-Authorization")])
+}
+
+// What is public at a registry is so for those who reach it without a proxy, or through
+// the same proxy. Another may answer in its stead.
+func TestPublicThroughAProxy(t *testing.T) {
+	at, open, closed := listen(t), listen(t), listen(t)
+	s := newStage(t, at)
+	const host = "quay.io" // which answers alike in each network
+	blob := bytes.Repeat([]byte("blob"), 1000)
+	path := "/v2/a/blobs/" + digest.FromBytes(blob).String()
+	checked := make(chan struct{}, 100)
+	s.serveTLS(open, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+		switch {
+		case r.URL.Path == path:
+			_, _ = w.Write(blob)
+		default:
+			giveManifest(w, r)
+			if r.UserAgent() == "weir" {
+				checked <- struct{}{}
+			}
+		}
+	}))
+	s.serveTLS(closed, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprint(w, "<p>not from here</p>")
+	}))
+	srv := &http.Server{Handler: leadingBy{"Basic YTph": open.Addr().String(), "Basic Yjpi": closed.Addr().String()}}
+	go func() { _ = srv.Serve(at) }()
+	t.Cleanup(func() { srv.Close() })
+	a, b := url.UserPassword("a", "a"), url.UserPassword("b", "b")
+	s.change(func(f *Flow) { f.Trusts = func(registry.Known, string) bool { return true } })
+	if _, err := through(t, s, a, s.weir.Pool, "https://"+host+"/v2/a/manifests/1"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := through(t, s, a, s.weir.Pool, "https://"+host+path); err != nil || got != string(blob) {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+	<-checked
+	for range 20 { // it may be recorded only now
+		if got, err := through(t, s, b, s.weir.Pool, "https://"+host+path); err != nil || !strings.Contains(got, "not from here") {
+			t.Fatalf("%d bytes, %v", len(got), err)
+		}
 	}
 }
