@@ -381,3 +381,35 @@ func TestPublicThroughAProxy(t *testing.T) {
 		}
 	}
 }
+
+// Of a proxy that was there, and is down, the client is told as without weir: it may know
+// another of its addresses.
+func TestTunnelProxyGoesDown(t *testing.T) {
+	at, l := listen(t), listen(t)
+	s := newStage(t, at)
+	host := fmt.Sprintf("registry.test:%d", s.dst.Port())
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Connection", "close")
+		giveManifest(w, r)
+	}))
+	srv := &http.Server{Handler: &company{hosts: map[string]string{host: l.Addr().String()}}}
+	go func() { _ = srv.Serve(at) }()
+	t.Cleanup(func() { srv.Close() })
+	left := make(chan struct{}, 8)
+	s.change(func(f *Flow) { f.Leave = func(_ time.Duration) { left <- struct{}{} } })
+	ci := url.UserPassword("ci", "secret")
+	if got, err := through(t, s, ci, s.weir.Pool, "https://"+host+"/v2/a/manifests/1"); err != nil || got == "" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	srv.Close()
+	for range 2 { // the first may be in a tunnel that weir believed to have
+		if got, err := through(t, s, ci, s.weir.Pool, "https://"+host+"/v2/a/manifests/2"); err == nil {
+			t.Errorf("%q is the answer", got)
+		}
+	}
+	select {
+	case <-left:
+	case <-time.After(10 * time.Second):
+		t.Error("the proxy's address is not left alone")
+	}
+}
