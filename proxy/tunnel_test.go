@@ -348,14 +348,13 @@ func TestPublicThroughAProxy(t *testing.T) {
 	checked := make(chan struct{}, 100)
 	s.serveTLS(open, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
-		switch {
-		case r.URL.Path == path:
+		if r.URL.Path == path {
 			_, _ = w.Write(blob)
-		default:
-			giveManifest(w, r)
-			if r.UserAgent() == "weir" {
-				checked <- struct{}{}
-			}
+			return
+		}
+		giveManifest(w, r)
+		if r.UserAgent() == "weir" {
+			checked <- struct{}{}
 		}
 	}))
 	s.serveTLS(closed, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
