@@ -515,6 +515,13 @@ func (p *parallel) fromBody(b []byte) (int, error) {
 	return n, err
 }
 
+// inParts says whether all of the blob was read, and parts among it.
+func (p *parallel) inParts() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pos == p.size && p.next > 0
+}
+
 // Close ends all that is under way.
 func (p *parallel) Close() error {
 	p.mu.Lock()
