@@ -84,7 +84,8 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 			return up, t, "the runtime's settings for the registry can't be used"
 		}
 	}
-	up = registry.Upstream{Host: host, NetworkID: f.NetworkID, AnyNetwork: known.AnyNetwork, Client: f.Client}
+	up = registry.Upstream{Host: host, NetworkID: f.NetworkID, Client: f.Client}
+	up.AnyNetwork = known.AnyNetwork && f.through.ID() == "" // a proxy may answer in its stead
 	if len(s.Certificates) > 0 {
 		up.ClientIdentity = s.Key
 	}

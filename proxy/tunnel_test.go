@@ -50,21 +50,26 @@ func (c *company) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case refused || !ok:
 		http.Error(w, "not from here", http.StatusForbidden)
 	default:
-		server, err := net.Dial("tcp", to)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadGateway)
-			return
-		}
-		w.WriteHeader(http.StatusOK)
-		client, said, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			server.Close()
-			return
-		}
-		go func() { _, _ = io.Copy(server, said); server.Close() }()
-		_, _ = io.Copy(client, server)
-		client.Close()
+		tunnel(w, to)
 	}
+}
+
+// tunnel answers CONNECT with a connection to an address.
+func tunnel(w http.ResponseWriter, to string) {
+	server, err := net.Dial("tcp", to)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadGateway)
+		return
+	}
+	w.WriteHeader(http.StatusOK)
+	client, said, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		server.Close()
+		return
+	}
+	go func() { _, _ = io.Copy(server, said); server.Close() }()
+	_, _ = io.Copy(client, server)
+	client.Close()
 }
 
 // requests empties what was asked, and returns it.
@@ -356,5 +361,89 @@ func TestTunnelIsSpokenIntoEarly(t *testing.T) {
 	got, _ := io.ReadAll(conn)
 	if !strings.Contains(string(got), "400 Bad Request") {
 		t.Errorf("%q", got)
+	}
+}
+
+// leadingBy is a proxy that leads to another registry for each user, as one that breaks
+// TLS open does which doesn't let all users have the same.
+type leadingBy map[string]string
+
+func (l leadingBy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	tunnel(w, l[r.Header.Get("Proxy-Authorization")])
+}
+
+// What is public at a registry is so for those who reach it without a proxy, or through
+// the same proxy. Another may answer in its stead.
+func TestPublicThroughAProxy(t *testing.T) {
+	at, open, closed := listen(t), listen(t), listen(t)
+	s := newStage(t, at)
+	const host = "quay.io" // which answers alike in each network
+	blob := bytes.Repeat([]byte("blob"), 1000)
+	path := "/v2/a/blobs/" + digest.FromBytes(blob).String()
+	checked := make(chan struct{}, 100)
+	s.serveTLS(open, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+		if r.URL.Path == path {
+			_, _ = w.Write(blob)
+			return
+		}
+		giveManifest(w, r)
+		if r.UserAgent() == "weir" {
+			checked <- struct{}{}
+		}
+	}))
+	s.serveTLS(closed, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprint(w, "<p>not from here</p>")
+	}))
+	srv := &http.Server{Handler: leadingBy{"Basic YTph": open.Addr().String(), "Basic Yjpi": closed.Addr().String()}}
+	go func() { _ = srv.Serve(at) }()
+	t.Cleanup(func() { srv.Close() })
+	a, b := url.UserPassword("a", "a"), url.UserPassword("b", "b")
+	s.change(func(f *Flow) { f.Trusts = func(registry.Known, string) bool { return true } })
+	if _, err := through(t, s, a, s.weir.Pool, "https://"+host+"/v2/a/manifests/1"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := through(t, s, a, s.weir.Pool, "https://"+host+path); err != nil || got != string(blob) {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+	<-checked
+	for range 20 { // it may be recorded only now
+		if got, err := through(t, s, b, s.weir.Pool, "https://"+host+path); err != nil || !strings.Contains(got, "not from here") {
+			t.Fatalf("%d bytes, %v", len(got), err)
+		}
+	}
+}
+
+// Of a proxy that was there, and is down, the client is told as without weir: it may know
+// another of its addresses.
+func TestTunnelProxyGoesDown(t *testing.T) {
+	at, l := listen(t), listen(t)
+	s := newStage(t, at)
+	host := fmt.Sprintf("registry.test:%d", s.dst.Port())
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Connection", "close")
+		giveManifest(w, r)
+	}))
+	srv := &http.Server{Handler: &company{hosts: map[string]string{host: l.Addr().String()}}}
+	go func() { _ = srv.Serve(at) }()
+	t.Cleanup(func() { srv.Close() })
+	left := make(chan struct{}, 8)
+	s.change(func(f *Flow) { f.Leave = func(_ time.Duration) { left <- struct{}{} } })
+	ci := url.UserPassword("ci", "secret")
+	if got, err := through(t, s, ci, s.weir.Pool, "https://"+host+"/v2/a/manifests/1"); err != nil || got == "" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	srv.Close()
+	for range 2 { // the first may be in a tunnel that weir believed to have
+		if got, err := through(t, s, ci, s.weir.Pool, "https://"+host+"/v2/a/manifests/2"); err == nil {
+			t.Errorf("%q is the answer", got)
+		}
+	}
+	select {
+	case <-left:
+	case <-time.After(10 * time.Second):
+		t.Error("the proxy's address is not left alone")
 	}
 }

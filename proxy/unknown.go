@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -36,7 +37,8 @@ type Unknown struct {
 }
 
 const (
-	// maxUnknown bounds the table of unknown hosts.
+	// maxUnknown bounds the table of unknown hosts. Those that have not been seen for
+	// longest go first: clients name what they like.
 	maxUnknown = 256
 	// askAgain is when an unknown host is asked again whether it is a
 	// registry.
@@ -99,7 +101,7 @@ func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	u, ok := p.unknown.all[host]
 	if !ok {
 		if len(p.unknown.all) >= maxUnknown {
-			return
+			delete(p.unknown.all, slices.MinFunc(slices.Collect(maps.Values(p.unknown.all)), func(a, b *unknownHost) int { return a.LastSeen.Compare(b.LastSeen) }).Host)
 		}
 		u = &unknownHost{Unknown: Unknown{Host: host}, asked: make(map[string]asked)}
 		p.unknown.all[host] = u

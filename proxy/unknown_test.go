@@ -7,7 +7,32 @@ import (
 	"fmt"
 	"net/http"
 	"testing"
+	"time"
 )
+
+// A registry is found after any number of other hosts.
+func TestRecognisedAfterMany(t *testing.T) {
+	l := listen(t)
+	s := newStage(t, l)
+	s.serveTLS(l, &tls.Config{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+	}))
+	for i := range maxUnknown {
+		host := fmt.Sprintf("%d.test", i)
+		s.proxy.unknown.all[host] = &unknownHost{Unknown: Unknown{Host: host, LastSeen: time.Now()}, asked: make(map[string]asked)}
+	}
+	learned := make(chan string, 1)
+	s.change(func(f *Flow) { f.Learn = func(host string, _ bool) error { learned <- host; return nil } })
+	s.issuer("new.test")
+	select {
+	case <-learned:
+	case <-time.After(10 * time.Second):
+		t.Error("it is not learned")
+	}
+	if n := len(s.proxy.Unknowns()); n > maxUnknown {
+		t.Errorf("%d hosts are remembered", n)
+	}
+}
 
 // A host that speaks the distribution API is recognised as a registry.
 func TestRecognised(t *testing.T) {

@@ -257,6 +257,7 @@ const quietTime = 5 * time.Second
 // pull reads certs.d when it begins, and makes connections until it ends. It
 // returns false when the runtime has ended.
 func (rs *Runtimes) quiet(rt *Runtime, ports []uint16) bool {
+	ports = append(slices.Clone(ports), proxyPorts(rt)...)
 	t := time.NewTicker(quietTime / 10)
 	defer t.Stop()
 	for since := time.Now(); time.Since(since) < quietTime; {

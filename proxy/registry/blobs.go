@@ -5,6 +5,7 @@ package registry
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"net/url"
 	"strings"
@@ -198,14 +199,15 @@ func (x *exchange) detachable() (ctx context.Context, detach func() bool, cancel
 func (x *exchange) lead(t *store.Transfer) {
 	x.stats.misses.Add(1)
 	share := x.share()
-	var at time.Time // the registry answered with the blob
+	var at time.Time       // the registry answered with the blob
+	var body io.ReadCloser // what the transfer reads
 	t.OnEnd(func(kept bool) {
 		if share != nil {
 			share.Close(kept)
 		}
 		_, fromRegistry := x.h.leaders.LoadAndDelete(t)
-		if fromRegistry && !kept {
-			x.h.widths.registry(x.up.ID()).rest() // it may be the parts that were wrong
+		if p, ok := body.(*parallel); ok && fromRegistry && !kept && p.inParts() {
+			p.w.refuse() // it may be the parts that were wrong
 		}
 		if kept && fromRegistry {
 			x.grant(at)
@@ -243,7 +245,8 @@ func (x *exchange) lead(t *store.Transfer) {
 	}
 	at = resp.at
 	x.h.leaders.Store(t, x.who.Client)
-	resp.Body = &cancelBody{x.parallel(resp), cancel}
+	body = x.parallel(resp)
+	resp.Body = &cancelBody{body, cancel}
 	r, err := t.Begin(resp.ContentLength, resp.Body, x.source)
 	if err != nil {
 		defer context.AfterFunc(x.r.Context(), cancel)() // it is the client's again

@@ -515,6 +515,13 @@ func (p *parallel) fromBody(b []byte) (int, error) {
 	return n, err
 }
 
+// inParts says whether all of the blob was read, and parts among it.
+func (p *parallel) inParts() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pos == p.size && p.next > 0
+}
+
 // Close ends all that is under way.
 func (p *parallel) Close() error {
 	p.mu.Lock()
@@ -543,11 +550,12 @@ func (x *exchange) parallel(resp *reply) io.ReadCloser {
 	tag := resp.Header.Get("Etag")
 	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), resp.ContentLength, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		r, err := x.fetchRange(ctx, at, first, last)
-		if at != nil && (err != nil || r.StatusCode == http.StatusForbidden || r.StatusCode == http.StatusUnauthorized) && ctx.Err() == nil {
+		if at != nil && (err != nil || signatureIsOver(r.StatusCode)) && ctx.Err() == nil {
 			// What signs its URL may be over. The registry gives another.
 			if err == nil {
 				r.Body.Close()
 			}
+			at = nil
 			r, err = x.fetchRange(ctx, nil, first, last)
 		}
 		if err != nil {
@@ -564,6 +572,12 @@ func (x *exchange) parallel(resp *reply) io.ReadCloser {
 		}
 		return x.arriving(r.Body), at, nil
 	})
+}
+
+// signatureIsOver says whether an answer may be to a signed URL that is over: 400 is that of
+// Google Cloud Storage, and of Amazon S3 for temporary keys.
+func signatureIsOver(status int) bool {
+	return status == http.StatusForbidden || status == http.StatusUnauthorized || status == http.StatusBadRequest
 }
 
 // fetchRange asks the upstream for a part of the blob: where it has redirected to

@@ -407,3 +407,89 @@ func TestMemoryOfParts(t *testing.T) {
 		t.Errorf("%d KiB for each blob", (after-before)>>10/blobs)
 	}
 }
+
+// A signed URL that is over is asked for anew, however that is said: Amazon S3 and Azure
+// answer with 403, Google Cloud Storage, and S3 for temporary keys, with 400.
+func TestSignedURLEnds(t *testing.T) {
+	for _, status := range []int{http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden} {
+		t.Run(http.StatusText(status), func(t *testing.T) {
+			t.Parallel()
+			blob := bytesOf(5, 4<<20)
+			u := newUpstream(t)
+			u.redirect = true
+			u.allow("a/b", "Bearer 1")
+			path := "/v2/a/b/blobs/" + u.put("a/b", blob).String()
+			s := newSide(t, u, store.Options{})
+			eager(s.h.widths)
+			begun := make(chan struct{})
+			var parts atomic.Int64
+			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+				if r.URL.Path == path {
+					return false
+				}
+				if r.Header.Get("Range") == "" {
+					w.Header().Set("Content-Length", strconv.Itoa(len(blob)))
+					_, _ = w.Write(blob[:64<<10])
+					w.(http.Flusher).Flush()
+					<-begun
+					_, _ = w.Write(blob[64<<10:])
+					return true
+				}
+				n := parts.Add(1)
+				if n == 1 {
+					close(begun)
+				}
+				// Those of the first requests were redirected just now.
+				over := n > 16 && n%32 == 0
+				if over {
+					w.WriteHeader(status)
+				}
+				return over
+			}
+			if a := s.do("GET", path, "Bearer 1"); a.err != nil || !bytes.Equal(a.body, blob) {
+				t.Fatalf("%d bytes, %v", len(a.body), a.err)
+			}
+			if parts.Load() < 32 || s.h.widths.registry(strings.TrimPrefix(u.srv.URL, "https://")).refuses() {
+				t.Errorf("of %d parts some were refused for good", parts.Load())
+			}
+		})
+	}
+}
+
+// A registry that gives other bytes for a part than the blob has there is asked for blobs
+// over one connection.
+func TestPartsThatAreWrong(t *testing.T) {
+	blob := bytesOf(6, 4<<20)
+	u := newUpstream(t)
+	u.allow("a/b", "Bearer 1")
+	path := "/v2/a/b/blobs/" + u.put("a/b", blob).String()
+	s := newSide(t, u, store.Options{})
+	eager(s.h.widths)
+	var wrong atomic.Bool
+	var once sync.Once
+	begun := make(chan struct{})
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Range") == "" {
+			w.Header().Set("Content-Length", strconv.Itoa(len(blob)))
+			_, _ = w.Write(blob[:64<<10])
+			w.(http.Flusher).Flush()
+			if !wrong.Load() {
+				<-begun
+			}
+			_, _ = w.Write(blob[64<<10:])
+			return true
+		}
+		once.Do(func() { close(begun) })
+		wrong.Store(true)
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(make([]byte, len(blob))))
+		return true
+	}
+	if a := s.do("GET", path, "Bearer 1"); bytes.Equal(a.body, blob) || !wrong.Load() {
+		t.Fatalf("no part was wrong: %v", a.err)
+	}
+	w := s.h.widths.registry(strings.TrimPrefix(u.srv.URL, "https://"))
+	eventually(t, "it is asked for no more parts", func() bool { return w.refuses() })
+	if a := s.do("GET", path, "Bearer 1"); a.err != nil || !bytes.Equal(a.body, blob) {
+		t.Errorf("%d bytes, %v", len(a.body), a.err)
+	}
+}

@@ -304,7 +304,7 @@ func (e *Egress) open(ctx context.Context, t Target, k key) (net.Conn, error) {
 func (e *Egress) connect(ctx context.Context, k key, t Target, strict bool) (net.Conn, error) {
 	if k.tunnel != "" {
 		c, err := e.Tunnel(ctx, t.Tunnel, k.hostport)
-		if errors.Is(err, ErrTunnel) && k == t.key() {
+		if errors.Is(err, ErrTunnel) && k == t.key() && ctx.Err() == nil {
 			e.pool(k).judge(err) // it may have let the client there before
 		}
 		if err != nil || k.scheme != "https" {

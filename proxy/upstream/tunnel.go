@@ -54,8 +54,8 @@ func (t Tunnel) ID() string { return t.id }
 // maxTunnelHead bounds the head of a proxy's answer.
 const maxTunnelHead = 64 << 10
 
-// ErrTunnel says that a proxy refuses to connect its client to a host. It doesn't say
-// so when it can't, or not now.
+// ErrTunnel says that a proxy refuses to connect its client to a host, or isn't there.
+// It doesn't say so when the proxy can't connect it, or not now.
 var ErrTunnel = errors.New("the proxy gives no connection")
 
 // open asks the proxy at c for a connection to HOST:PORT. The error is [ErrTunnel] if it
@@ -97,7 +97,7 @@ func (t Tunnel) ask(c net.Conn, hostport string) (*http.Response, error) {
 func (e *Egress) Tunnel(ctx context.Context, t Tunnel, hostport string) (*net.TCPConn, error) {
 	c, err := e.tcp(ctx, t.Addr)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w to %s: %w", ErrTunnel, hostport, err)
 	}
 	if err := t.open(ctx, c, hostport, e.times.connect); err != nil {
 		return nil, err

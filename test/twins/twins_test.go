@@ -503,8 +503,14 @@ func asked(without, with *play) (faults []string) {
 	return faults
 }
 
+var progressRE = regexp.MustCompile(`^(Preparing|Uploading|Copying|Downloading|Exists|Skipped) `)
+
 func lastLines(s string) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
+	// How far a client has come with what it does beside what fails depends on its haste.
+	if told := slices.DeleteFunc(slices.Clone(lines), progressRE.MatchString); len(told) > 0 {
+		lines = told
+	}
 	lines = lines[max(0, len(lines)-3):]
 	slices.Sort(lines) // clients do several things at once
 	return strings.Join(lines, "\n")
