@@ -287,6 +287,55 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 	return resp.Body, nil
 }
 
+// parallel returns what a transfer reads: the body of resp, and what is asked for
+// beside it with the client's credentials.
+func (x *exchange) parallel(resp *reply) io.ReadCloser {
+	tag := resp.Header.Get("Etag")
+	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), resp.ContentLength, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		r, err := x.fetchRange(ctx, at, first, last)
+		if at != nil && (err != nil || signatureIsOver(r.StatusCode)) && ctx.Err() == nil {
+			// What signs its URL may be over. The registry gives another.
+			if err == nil {
+				r.Body.Close()
+			}
+			at = nil
+			r, err = x.fetchRange(ctx, nil, first, last)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		wanted := fmt.Sprintf("bytes %d-%d/%d", first, last, resp.ContentLength)
+		other := r.Header.Get("Etag")
+		if r.StatusCode != http.StatusPartialContent || r.Header.Get("Content-Range") != wanted || encoded(r) || other != "" && tag != "" && other != tag {
+			r.Body.Close()
+			return nil, nil, fmt.Errorf("%s answers a request for a part of a blob with %s, %q", x.up.Host, r.Status, r.Header.Get("Content-Range"))
+		}
+		if r.Request != nil && r.Request.URL.Host != x.up.base().Host {
+			at = r.Request.URL
+		}
+		return x.arriving(r.Body), at, nil
+	})
+}
+
+// signatureIsOver says whether an answer may be to a signed URL that is over: 400 is that of
+// Google Cloud Storage, and of Amazon S3 for temporary keys.
+func signatureIsOver(status int) bool {
+	return status == http.StatusForbidden || status == http.StatusUnauthorized || status == http.StatusBadRequest
+}
+
+// fetchRange asks the upstream for a part of the blob: where it has redirected to
+// before, or at the registry if at is nil.
+func (x *exchange) fetchRange(ctx context.Context, at *url.URL, first, last int64) (*reply, error) {
+	req := x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", first, last)}})
+	if at != nil {
+		for _, field := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
+			req.Header.Del(field)
+		}
+		req.URL, req.Host = at, ""
+	}
+	return x.send(x.up.Transport, req, true)
+}
+
 // source opens the blob for a transfer that broke off. It outlives the client's
 // request, with the client's credentials.
 func (x *exchange) source(ctx context.Context, offset int64) (io.ReadCloser, error) {
