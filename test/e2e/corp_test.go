@@ -148,3 +148,44 @@ func TestCompanysCA(t *testing.T) {
 		t.Errorf("%+v", s.Connections)
 	}
 }
+
+// A private registry of Amazon ECR is known from the start: a cold pull is kept, and the
+// next is served to who has the password, and to nobody else.
+func TestECR(t *testing.T) {
+	t.Parallel()
+	const host = "123456789012.dkr.ecr.eu-central-1.amazonaws.com"
+	const ref = host + "/team/app:1"
+	w := newWorld(t)
+	ecr := w.ECR(host)
+	ecr.User("AWS", "eyJwYXlsb2FkIjoi")
+	im := ecr.Push("team/app:1", lab.Image{Layers: []int{2 << 20, 100_000}, Seed: 170})
+	login := []string{"AWS", "eyJwYXlsb2FkIjoi"}
+	node := w.Node()
+	agent := node.Agent()
+	docker, containerd := node.Docker(), node.Box().Containerd()
+	docker.Pull(ref, login...)
+	docker.Same(ref, im)
+	docker.Remove(ref)
+	fetched(t, ecr)
+	ecr.Log.Reset()
+	docker.Pull(ref, login...)
+	docker.Same(ref, im)
+	docker.Remove(ref)
+	containerd.Pull(ref, login...)
+	containerd.Same(ref, im)
+	if n := ecr.Log.BlobGETs(); n > 0 {
+		t.Errorf("%d blobs were fetched:\n%s", n, ecr.Log)
+	}
+	other := node.Box().Docker()
+	for who, login := range map[string][]string{"nobody": nil, "a wrong password": {"AWS", "expired"}} {
+		if docker.TryPull(ref, login...) == nil || other.TryPull(ref, login...) == nil {
+			t.Errorf("%s has pulled it", who)
+		}
+	}
+	if s := agent.Status(); len(s.UnknownHosts) > 0 || len(s.Registries) != 1 || s.Registries[0].Registry != host {
+		t.Errorf("%+v, %+v", s.Registries, s.UnknownHosts)
+	}
+	if all := knownTo(t.Context(), t, agent); len(all) > 0 {
+		t.Errorf("it was learned: %+v", all)
+	}
+}
