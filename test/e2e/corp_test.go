@@ -26,8 +26,8 @@ func TestCompanysCA(t *testing.T) {
 		im lab.Pushed
 	}
 	rows := []*row{
+		{runtime: "dockerd", host: "harbor.corp", port: 443, certsD: true}, // while it is passed through for all
 		{runtime: "dockerd", host: "registry.corp", port: 8443},
-		{runtime: "dockerd", host: "harbor.corp", port: 443, certsD: true},
 		{runtime: "containerd", host: "registry.corp.example", port: 8443},
 		{runtime: "containerd", host: "harbor.corp.example", port: 8443, certsD: true},
 		{runtime: "dind", host: "dind.corp.example", port: 443},
@@ -63,12 +63,16 @@ func TestCompanysCA(t *testing.T) {
 	node.Run("sh", "-ec", "mkdir -p /var/lib/home/hooks; update-ca-certificates --localcertsdir "+local+" --hooksdir /var/lib/home/hooks")
 	node.WriteFile("/etc/containerd/config.toml", "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \""+certsD+"\"\n")
 	containerd := node.Containerd()
-	containerd.Pull(renovate) // its roots are read
+	docker := node.Docker()
+	containerd.Pull(renovate) // their roots are read
+	docker.Pull(renovate)
 	agent := node.Agent()
+	if rt := agent.Runtime(docker.PID()); rt.Reach != "passthrough" {
+		t.Fatalf("%+v", rt)
+	}
 	if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
 		t.Fatalf("%+v", rt)
 	}
-	docker := node.Docker()
 	box := func() *lab.Node { // its /etc has the node's bundle
 		b := node.Box()
 		write(b, inCertsD)
