@@ -315,7 +315,8 @@ func (a *Agent) remark(err error) {
 }
 
 // look handles what the kernel side has seen said to ports that aren't redirected,
-// and by programs that aren't.
+// and by programs that aren't. A runtime that is passed through teaches registries too:
+// once it trusts the CA, it does for those.
 func (a *Agent) look() {
 	for {
 		said, err := a.kernel.NextSaid()
@@ -325,7 +326,7 @@ func (a *Agent) look() {
 			}
 			return
 		}
-		if said.Untracked {
+		if said.Direct && a.runtimes.Find(said.PID) == nil {
 			if host, known := a.proxy.Registry(said.Dst, said.Data); known {
 				a.others.See(said.PID, said.Comm, host)
 			}

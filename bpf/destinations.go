@@ -78,15 +78,15 @@ type Said struct {
 	Netns uint64 // cookie
 	Dst   netip.AddrPort
 	PID   int // of the client, in the initial PID namespace
-	// Untracked says that the client is no tracked process. It has connected to a port
-	// that is redirected for those.
-	Untracked bool
-	Comm      string // of an untracked client
-	Data      []byte // its beginning
+	// Direct says that the client is no tracked process, or one in [ModeProbe]. It has
+	// connected to a port that is redirected for others.
+	Direct bool
+	Comm   string // of such a client
+	Data   []byte // its beginning
 }
 
 // NextSaid waits for the next destination that was looked at. Each is looked at once in
-// an hour, those of untracked processes at most a hundred times a second. The error is [ErrClosed] once events are stopped. Only one goroutine may call
+// an hour, those that are Direct at most a hundred times a second. The error is [ErrClosed] once events are stopped. Only one goroutine may call
 // it.
 func (k *Kernel) NextSaid() (Said, error) {
 	s, err := read[kernelSaid](k.said)
@@ -95,5 +95,5 @@ func (k *Kernel) NextSaid() (Said, error) {
 	}
 	addr := *(*[16]byte)(unsafe.Pointer(&s.Ip6))
 	data := unsafe.Slice((*byte)(unsafe.Pointer(&s.Data)), len(s.Data))
-	return Said{Netns: s.Netns, PID: int(s.Tgid), Untracked: s.Untracked != 0, Comm: text(s.Comm), Dst: netip.AddrPortFrom(netip.AddrFrom16(addr).Unmap(), uint16(s.Port)), Data: data[:min(int(s.Length), len(data))]}, nil
+	return Said{Netns: s.Netns, PID: int(s.Tgid), Direct: s.Direct != 0, Comm: text(s.Comm), Dst: netip.AddrPortFrom(netip.AddrFrom16(addr).Unmap(), uint16(s.Port)), Data: data[:min(int(s.Length), len(data))]}, nil
 }

@@ -37,7 +37,7 @@ func TestDestinations(t *testing.T) {
 	said := func(addr, what string) {
 		t.Helper()
 		got, err := s.k.NextSaid()
-		if err != nil || got.Untracked || got.Dst != netip.MustParseAddrPort(addr) || got.PID != p.pid() || got.Netns != s.cookie || string(got.Data) != what {
+		if err != nil || got.Direct || got.Dst != netip.MustParseAddrPort(addr) || got.PID != p.pid() || got.Netns != s.cookie || string(got.Data) != what {
 			t.Errorf("%+v (%v), want %s and %.10s", got, err, addr, what)
 		}
 	}
@@ -107,7 +107,7 @@ func TestUntrackedIsLookedAt(t *testing.T) {
 	say("tcp6", "[2001:db8::9]:443", "v6")
 	for _, want := range []struct{ addr, what string }{{"203.0.113.9:443", "first"}, {"[2001:db8::9]:443", "v6"}} {
 		got, err := s.k.NextSaid()
-		if err != nil || !got.Untracked || got.Dst != netip.MustParseAddrPort(want.addr) || got.PID != p.pid() || got.Comm != "some-puller-of-" || string(got.Data) != want.what {
+		if err != nil || !got.Direct || got.Dst != netip.MustParseAddrPort(want.addr) || got.PID != p.pid() || got.Comm != "some-puller-of-" || string(got.Data) != want.what {
 			t.Errorf("%+v, %v, want %+v", got, err, want)
 		}
 	}
@@ -117,4 +117,33 @@ func TestUntrackedIsLookedAt(t *testing.T) {
 	}
 	tracked.redirected("tcp4", "203.0.113.9:443")
 	tracked.redirected("tcp6", "[2001:db8::9]:443")
+}
+
+// So is what a process says that is passed through, at any port; it can be redirected
+// afterwards.
+func TestPassedThroughIsLookedAt(t *testing.T) {
+	s := newStage(t)
+	s.openListener()
+	s.serve("tcp4", "203.0.113.9:443")
+	s.serve("tcp4", "203.0.113.9:8443")
+	p := s.start("dockerd", true)
+	if err := s.k.SetMode(p.pid(), ModeProbe); err != nil {
+		t.Fatal(err)
+	}
+	for addr, direct := range map[string]bool{"203.0.113.9:443": true, "203.0.113.9:8443": false} {
+		if got := p.do("say", "tcp4", addr, "hello"); got != addr {
+			t.Errorf("%s: %s", addr, got)
+		}
+		if d := <-s.direct; d != addr {
+			t.Errorf("%s: it went to %s", addr, d)
+		}
+		got, err := s.k.NextSaid()
+		if err != nil || got.Direct != direct || got.Dst != netip.MustParseAddrPort(addr) || got.PID != p.pid() || string(got.Data) != "hello" {
+			t.Errorf("%+v, %v, want %s", got, err, addr)
+		}
+	}
+	if err := s.k.SetMode(p.pid(), ModeRedirect); err != nil {
+		t.Fatal(err)
+	}
+	p.redirected("tcp4", "203.0.113.9:443")
 }

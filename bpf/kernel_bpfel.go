@@ -45,11 +45,11 @@ type kernelListener struct {
 }
 
 type kernelLook struct {
-	_         structs.HostLayout
-	To        kernelEndpoint
-	Tgid      uint32
-	Untracked uint32
-	Comm      [16]int8
+	_      structs.HostLayout
+	To     kernelEndpoint
+	Tgid   uint32
+	Direct uint32
+	Comm   [16]int8
 }
 
 type kernelOrigin struct {
@@ -65,15 +65,15 @@ type kernelOrigin struct {
 }
 
 type kernelSaid struct {
-	_         structs.HostLayout
-	Netns     uint64
-	Ip6       [4]uint32
-	Port      uint32
-	Tgid      uint32
-	Length    uint32
-	Untracked uint32
-	Comm      [16]int8
-	Data      [4096]int8
+	_      structs.HostLayout
+	Netns  uint64
+	Ip6    [4]uint32
+	Port   uint32
+	Tgid   uint32
+	Length uint32
+	Direct uint32
+	Comm   [16]int8
+	Data   [4096]int8
 }
 
 type kernelVisit struct {

@@ -38,7 +38,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 // How a tracked process's connections are treated. Keep with Mode in Go.
 enum mode {
-	MODE_PROBE = 1, // only those to probe addresses are redirected
+	MODE_PROBE = 1, // only those to probe addresses are redirected; others are looked at
 	MODE_NEW,	// as MODE_REDIRECT, and what goes direct is noted in weir_early
 	MODE_REDIRECT,	// those to weir_ports are redirected, but for those to weir_left
 };
@@ -91,7 +91,7 @@ struct said {
 	__u32 port; // host order
 	__u32 tgid;
 	__u32 length; // of data
-	__u32 untracked; // the process is none that is tracked
+	__u32 direct;	// the process is none that is redirected, at a port that is for others
 	char comm[NAME_LEN];
 	char data[MAX_SAID];
 };
@@ -147,7 +147,7 @@ struct {
 struct look {
 	struct endpoint to;
 	__u32 tgid;
-	__u32 untracked;
+	__u32 direct;
 	char comm[NAME_LEN];
 };
 struct {
@@ -397,7 +397,7 @@ static __always_inline void look(struct bpf_sock *sk, struct endpoint *to, __u32
 	if (!on)
 		return;
 	on->to = *to;
-	on->untracked = 0;
+	on->direct = 0;
 	on->tgid = tgid;
 }
 
@@ -495,7 +495,7 @@ static __always_inline int is_open(struct bpf_sock_addr *ctx, int v6, __u16 port
 	return sk ? is_ready(sk) : 0;
 }
 
-// visit has what a process that is not tracked says first to a port of registries
+// visit has what a process that is not redirected says first to a port of registries
 // reported, once in a while for each of its destinations. It is a look, and no more:
 // the connection is as it would be without.
 static __always_inline void visit(struct bpf_sock_addr *ctx, __u32 tgid, __u32 a, __u32 b, __u32 c, __u32 d)
@@ -534,7 +534,7 @@ static __always_inline void visit(struct bpf_sock_addr *ctx, __u32 tgid, __u32 a
 	on->to.ip6[3] = d;
 	on->to.port = dport;
 	on->tgid = tgid;
-	on->untracked = 1;
+	on->direct = 1;
 	__builtin_memcpy(on->comm, v.comm, sizeof(on->comm));
 }
 
@@ -556,15 +556,18 @@ static __always_inline __u16 redirect(struct bpf_sock_addr *ctx, __u32 tgid, __u
 	}
 	netns = bpf_get_netns_cookie(ctx);
 	if (!(dport == HTTPS && !v6 && is_probe(d))) {
-		if (mode == MODE_PROBE)
+		// It is seen, and not left alone for that: the process may be redirected later.
+		if (mode == MODE_PROBE && is_wanted_port(dport)) {
+			visit(ctx, tgid, a, b, c, d);
 			return 0;
+		}
 		to.netns = netns;
 		to.ip6[0] = a;
 		to.ip6[1] = b;
 		to.ip6[2] = c;
 		to.ip6[3] = d;
 		to.port = dport;
-		if (!is_wanted_port(dport) && !is_wanted(&to)) {
+		if (mode == MODE_PROBE || (!is_wanted_port(dport) && !is_wanted(&to))) {
 			if (sk && ctx->protocol == IPPROTO_TCP && dport != DNS)
 				look(sk, &to, tgid);
 			return 0;
@@ -826,7 +829,7 @@ int weir_egress(struct __sk_buff *skb)
 	if (length <= at)
 		return 1; // it opens or acknowledges
 	length -= at;
-	if (on->untracked && bpf_ringbuf_query(&weir_said, BPF_RB_AVAIL_DATA) > SAID_SIZE / 4)
+	if (on->direct && bpf_ringbuf_query(&weir_said, BPF_RB_AVAIL_DATA) > SAID_SIZE / 4)
 		goto done; // it is for what is tracked
 	s = bpf_ringbuf_reserve(&weir_said, sizeof(*s), 0);
 	if (!s)
@@ -845,14 +848,14 @@ int weir_egress(struct __sk_buff *skb)
 	s->port = on->to.port;
 	s->tgid = on->tgid;
 	s->length = length;
-	s->untracked = on->untracked;
+	s->direct = on->direct;
 	__builtin_memcpy(s->comm, on->comm, sizeof(s->comm));
 	if (bpf_skb_load_bytes(skb, at, s->data, length)) {
 		bpf_ringbuf_discard(s, 0);
 		goto done;
 	}
 	bpf_ringbuf_submit(s, 0);
-	if (!on->untracked) {
+	if (!on->direct) {
 		until = bpf_ktime_get_ns() + LOOK_AGAIN;
 		bpf_map_update_elem(&weir_left, &on->to, &until, BPF_ANY);
 	}

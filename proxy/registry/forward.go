@@ -34,6 +34,7 @@ func (x *exchange) pass(r *http.Request, learn func(*reply) error) {
 			base := x.up.base()
 			pr.Out.URL.Scheme, pr.Out.URL.Host, pr.Out.Host = base.Scheme, base.Host, pr.In.Host
 			pr.Out.URL.RawQuery = pr.In.URL.RawQuery // ReverseProxy drops what it can't parse
+			pr.Out.Trailer = pr.In.Trailer           // its values come with the body's end, and ReverseProxy has a copy
 			if pr.In.URL.IsAbs() {
 				pr.Out.URL.Opaque = absolute(pr.In.URL)
 			}

@@ -92,6 +92,8 @@ func client(what string, args []string) error {
 			return fmt.Errorf("no upgrade: %v, %w", resp, err)
 		}
 		return echoes(c, r)
+	case "forge": // host
+		return forge(args[0])
 	case "server-first": // host:port
 		c, err := net.Dial("tcp", args[0])
 		if err != nil {

@@ -40,7 +40,7 @@ func TestInstall(t *testing.T) {
 	w := newWorld(t)
 	node := w.Node()
 	node.Systemd()
-	node.WriteFile("/etc/weir/weir.env", "# the user's\nWEIR_CGROUP=/sys/fs/cgroup/"+filepath.Base(node.Cgroup())+"\nWEIR_LOG_LEVEL=\"debug\"\n")
+	node.WriteFile("/etc/weir/weir.env", "# the user's\nWEIR_CGROUP="+node.Cgroup()+"\nWEIR_LOG_LEVEL=\"debug\"\n")
 	node.WriteFile("/etc/containerd/config.toml", "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \"/etc/containerd/certs.d\"\n")
 	containerd, docker := node.Containerd(), node.Docker()
 	docker.Stop() // it has made its own files in /etc
@@ -178,14 +178,13 @@ func TestRestartRuntimes(t *testing.T) {
 	pull()
 	service := func() [2]int { return [2]int{mainOf("containerd"), mainOf("docker")} }
 	was := service()
-	cgroup := "--cgroup=/sys/fs/cgroup/" + filepath.Base(node.Cgroup())
-	agent := node.Agent(cgroup)
+	agent := node.Agent()
 	for _, pid := range was {
 		if rt := agent.Runtime(pid); rt.Reach != "passthrough" || !rt.RestartHelps {
 			t.Errorf("%+v", rt)
 		}
 	}
-	out, _ := node.Output(lab.Weir(t), "doctor", cgroup)
+	out, _ := node.Output(lab.Weir(t), "doctor", "--cgroup", node.Cgroup())
 	for _, want := range []string{"would restart containerd.service once", "would restart docker.service once"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the doctor doesn't say %q:\n%s", want, out)
@@ -195,7 +194,7 @@ func TestRestartRuntimes(t *testing.T) {
 		t.Fatal("something was restarted, and nobody has asked for that")
 	}
 	agent.Stop()
-	agent = node.Agent(cgroup, "--restart-runtimes")
+	agent = node.Agent("--restart-runtimes")
 	if err := lab.Eventually(agent.Ended(), func(context.Context) error {
 		s := agent.Status()
 		done := make(map[string]bool)

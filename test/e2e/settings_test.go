@@ -379,7 +379,7 @@ func TestUpdateCACertificates(t *testing.T) {
 	node := w.Node()
 	a := node.Agent()
 	for i, m := range []*lab.Node{node, node.Box()} {
-		m.WriteFile("/var/lib/home/local/lab.crt", w.Roots()[strings.LastIndex(w.Roots(), "-----BEGIN"):])
+		m.WriteFile("/var/lib/home/local/lab.crt", w.CA())
 		docker := m.Docker()
 		if rt := a.Runtime(docker.PID()); rt.Reach != "intercepted" {
 			t.Fatalf("%+v", rt)

@@ -221,6 +221,9 @@ func (in *Internet) caPEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: in.ca.Raw})
 }
 
+// CA is the CA of the internet's hosts, as PEM.
+func (in *Internet) CA() string { return string(in.caPEM()) }
+
 // Roots are those that the machines of this internet trust, as PEM.
 func (in *Internet) Roots() string {
 	in.t.Helper()

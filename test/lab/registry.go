@@ -86,6 +86,17 @@ func (in *Internet) PasswordRegistry(host string) *Registry {
 	return r
 }
 
+// ECR makes a private registry of Amazon ECR: users send their name and password with
+// each request, and blobs are redirected to S3.
+func (in *Internet) ECR(host string) *Registry {
+	in.t.Helper()
+	r := in.newRegistry(host)
+	r.cdn = "prod-layer-bucket.s3.amazonaws.com"
+	in.HTTPS(r.cdn, false, r.Log.logging(r.cdn, http.HandlerFunc(r.signed)))
+	r.serve("", host)
+	return r
+}
+
 // KubernetesBackend is where [Internet.KubernetesRegistry] redirects to.
 const KubernetesBackend = "europe-west3-docker.pkg.dev"
 

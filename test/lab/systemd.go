@@ -11,7 +11,6 @@ const ownServices = `
 mountpoint -q /etc
 mountpoint -q /run
 for dir in /tmp /var/tmp /var/log /usr/local/bin; do mount -t tmpfs tmpfs $dir; done
-mount -t cgroup2 none /sys/fs/cgroup
 rm -rf /etc/systemd
 mkdir -p /etc/systemd/system /run/systemd/system /run/none /var/lib/systemd
 ln -s /etc/systemd/system /var/lib/systemd/user
