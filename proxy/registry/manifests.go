@@ -159,7 +159,8 @@ func (x *exchange) isKept(resp *reply) bool {
 
 // resolved answers GET of a manifest by tag, of which the upstream has said what it
 // is. Some say to HEAD another digest than they give to GET, as that of an index's
-// manifest for some platform: GET has to have been answered with it.
+// manifest for some platform: GET has to have been answered with it, unless it is an index,
+// or the registry one of those that the public uses, of which none does so.
 func (x *exchange) resolved(resp *reply) {
 	d, ok := x.learnTag(resp)
 	var m *keptManifest
@@ -169,7 +170,7 @@ func (x *exchange) resolved(resp *reply) {
 		m = x.keptManifest(d)
 	}
 	defer m.close()
-	if m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.contains(d) || !x.wasRead(d) {
+	if m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.contains(d) || !x.wasRead(d) && !isIndex(m.mediaType) && !x.up.AnyNetwork {
 		x.stats.misses.Add(1)
 		x.forward()
 		return
@@ -177,6 +178,11 @@ func (x *exchange) resolved(resp *reply) {
 	copyHeader(x.w.Header(), resp.Header)
 	x.w.Header().Del("Content-Encoding") // of what it would have sent
 	x.serveManifest(m, provenance{source: sourceOf(m.Blob), resolved: true})
+}
+
+// isIndex says whether a media type is that of a list of manifests for platforms.
+func isIndex(mediaType string) bool {
+	return mediaType == "application/vnd.oci.image.index.v1+json" || mediaType == "application/vnd.docker.distribution.manifest.list.v2+json"
 }
 
 // learnTag records what an upstream's answer to HEAD says that a tag is.
