@@ -76,13 +76,13 @@ func TestParallelStories(t *testing.T) {
 		blob[i] = byte(i>>12) ^ byte(i)
 	}
 	var whole int
+	var mu sync.Mutex
+	roll := func(n int) int { // what is asked for in the last story may be under way still
+		mu.Lock()
+		defer mu.Unlock()
+		return rng.IntN(n)
+	}
 	for story := range 200 {
-		var mu sync.Mutex
-		roll := func(n int) int {
-			mu.Lock()
-			defer mu.Unlock()
-			return rng.IntN(n)
-		}
 		size := int64(1<<20 + roll(len(blob)-1<<20))
 		want := blob[:size]
 		faulty := roll(2) == 0
