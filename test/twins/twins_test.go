@@ -503,7 +503,7 @@ func asked(without, with *play) (faults []string) {
 	return faults
 }
 
-var progressRE = regexp.MustCompile(`^(Preparing|Uploading|Copying|Downloading|Exists|Skipped) `)
+var progressRE = regexp.MustCompile(`^(T )?(Preparing|Uploading|Copying|Downloading|Exists|Skipped) `)
 
 func lastLines(s string) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
