@@ -78,6 +78,9 @@ func (c *companions) add(u *url.URL, role, of string) {
 	}
 }
 
+// sends says whether an answer may send the client to another host. Most don't.
+func sends(status int) bool { return status == http.StatusUnauthorized || status/100 == 3 }
+
 // see records where an answer of a registry sends the client.
 func (c *companions) see(host string, path string, status int, header http.Header) {
 	switch {
@@ -105,7 +108,7 @@ type seeing struct {
 // RoundTrip implements http.RoundTripper.
 func (s seeing) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := s.Transport.RoundTrip(req)
-	if err == nil && upstream.ParseHost(req.URL.Host).String() == s.host {
+	if err == nil && sends(resp.StatusCode) && upstream.ParseHost(req.URL.Host).String() == s.host {
 		s.seen.see(s.host, req.URL.Path, resp.StatusCode, resp.Header)
 	}
 	return resp, err

@@ -241,6 +241,14 @@ func (x *exchange) outgoing(ctx context.Context, method string, extra http.Heade
 	return req
 }
 
+// dropCredentials takes from a request what isn't for another host than the registry, as
+// clients do that follow a redirect (net/http). All else is the client's still.
+func dropCredentials(req *http.Request) {
+	for _, field := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
+		req.Header.Del(field)
+	}
+}
+
 // fetch opens the blob at the upstream, from an offset on, following redirects
 // to where the registry keeps its blobs.
 func (x *exchange) fetch(ctx context.Context, offset int64) (*reply, error) {
@@ -328,9 +336,7 @@ func signatureIsOver(status int) bool {
 func (x *exchange) fetchRange(ctx context.Context, at *url.URL, first, last int64) (*reply, error) {
 	req := x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", first, last)}})
 	if at != nil {
-		for _, field := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
-			req.Header.Del(field)
-		}
+		dropCredentials(req)
 		req.URL, req.Host = at, ""
 	}
 	return x.send(x.up.Transport, req, true)

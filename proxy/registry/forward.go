@@ -116,9 +116,7 @@ func (x *exchange) followRedirect(resp *reply) {
 	}
 	req := x.outgoing(x.r.Context(), x.r.Method, nil)
 	if req.URL.Host != location.Host {
-		for _, field := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
-			req.Header.Del(field) // as clients do (net/http); all else is the client's still
-		}
+		dropCredentials(req)
 	}
 	if ranges := x.r.Header["Range"]; ranges != nil {
 		req.Header["Range"] = ranges

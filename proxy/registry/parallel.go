@@ -58,11 +58,9 @@ type parallel struct {
 
 // part is a part that is on its way.
 type part struct {
-	off   int64 // of what is not read yet
-	end   int64
-	bytes []byte // from its beginning; its length is what has come
-	read  int    // of bytes
-	err   error
+	start, end int64
+	bytes      []byte // what has come of it
+	err        error
 }
 
 // parallel returns body, of which more is asked for by open. It is closed with what
@@ -183,7 +181,7 @@ func (p *parallel) take() *part {
 		p.change.Broadcast()
 		return nil
 	}
-	t := &part{off: p.next, end: min(p.next+p.ws.part, p.size)}
+	t := &part{start: p.next, end: min(p.next+p.ws.part, p.size)}
 	if b, ok := p.ws.free.Get().(*[]byte); ok {
 		t.bytes = *b
 	} else {
@@ -199,10 +197,10 @@ func (p *parallel) take() *part {
 func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
 	ctx, cancel := context.WithCancel(p.ctx)
 	defer cancel()
-	first, size := t.off, int(t.end-t.off) // the reader changes it
+	size := int(t.end - t.start)
 	stalled := time.AfterFunc(p.ws.stall, cancel)
 	defer stalled.Stop()
-	body, at, err := p.open(ctx, at, first, t.end-1)
+	body, at, err := p.open(ctx, at, t.start, t.end-1)
 	if err != nil {
 		return nil, err
 	}
@@ -254,7 +252,7 @@ func (p *parallel) Read(b []byte) (int, error) {
 	for {
 		end := p.size
 		if len(p.parts) > 0 {
-			end = p.parts[0].off
+			end = max(p.parts[0].start, p.pos) // or it is being read
 		}
 		switch {
 		case p.closed:
@@ -299,16 +297,15 @@ func (p *parallel) replaced() {
 // failed, or the reader is closed. It returns 0 then. p.mu is held.
 func (p *parallel) fromPart(b []byte) int {
 	t := p.parts[0]
-	for t.read == len(t.bytes) && t.err == nil && !p.closed {
+	read := int(p.pos - t.start)
+	for read == len(t.bytes) && t.err == nil && !p.closed {
 		p.change.Wait()
 	}
 	if p.closed {
 		return 0
 	}
-	n := copy(b, t.bytes[t.read:])
-	t.read += n
+	n := copy(b, t.bytes[read:])
 	p.pos += int64(n)
-	t.off = p.pos
 	if p.pos == t.end || n == 0 {
 		p.parts[0] = nil // its bytes may be another's now
 		p.parts = p.parts[1:]
