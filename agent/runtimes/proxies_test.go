@@ -5,17 +5,13 @@ package runtimes
 import (
 	"context"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
+	"weir/agent/internal/agenttest"
 	"weir/agent/procfs"
 )
 
@@ -28,27 +24,23 @@ func TestProxyPorts(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	rt := &Runtime{Process: procfs.Process{PID: cmd.Process.Pid}, kind: kindOf("containerd")}
+	hasEnvironment(t, rt.PID)
 	if got := proxyPorts(rt); !slices.Equal(got, []uint16{3128, 8080, 1080}) {
 		t.Errorf("%v", got)
 	}
-	sock := filepath.Join(t.TempDir(), "sock")
-	l, err := net.Listen("unix", sock)
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Api-Version", "1.45")
-		if strings.HasSuffix(r.URL.Path, "/info") {
-			_, _ = io.WriteString(w, `{"HttpsProxy":"http://xxxxx:xxxxx@proxy.corp:3130","HttpProxy":"http://proxy.corp"}`)
-		}
-	})}
-	go func() { _ = srv.Serve(l) }()
-	t.Cleanup(func() { srv.Close() })
-	rt = &Runtime{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
+	rt = fakeDocker(t, `{"HttpsProxy":"http://xxxxx:xxxxx@proxy.corp:3130","HttpProxy":"http://proxy.corp"}`)
 	if got := proxyPorts(rt); !slices.Contains(got, 3130) || !slices.Contains(got, 80) {
 		t.Errorf("%v", got)
 	}
+}
+
+// hasEnvironment waits until a process that was started has its environment: that is a
+// moment after exec.
+func hasEnvironment(t *testing.T, pid int) {
+	t.Helper()
+	agenttest.Until(t, "its environment", func() bool {
+		return slices.ContainsFunc(procfs.Strings(pid, "environ"), func(kv string) bool { return kv != "" })
+	})
 }
 
 // A runtime that pulls through a proxy is not quiet.

@@ -174,20 +174,7 @@ func TestRestartDocker(t *testing.T) {
 		{`no`, systemd.Service{}, false, "asking it"},
 		{`{"ContainersRunning":0}`, systemd.Service{}, true, "sleep"},
 	} {
-		sock := filepath.Join(t.TempDir(), "sock")
-		l, err := net.Listen("unix", sock)
-		if err != nil {
-			t.Fatal(err)
-		}
-		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Content-Type", "application/json")
-			w.Header().Set("Api-Version", "1.45")
-			if strings.HasSuffix(r.URL.Path, "/info") {
-				_, _ = io.WriteString(w, c.info)
-			}
-		})}
-		go func() { _ = srv.Serve(l) }()
-		rt := &Runtime{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
+		rt := fakeDocker(t, c.info)
 		if c.child {
 			cmd := exec.Command("sleep", "1000")
 			if err := cmd.Start(); err != nil {
@@ -198,8 +185,27 @@ func TestRestartDocker(t *testing.T) {
 		if err := keepsContainers(t.Context(), rt, c.service); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s, %+v: %v, want %q", c.info, c.service, err, c.want)
 		}
-		srv.Close()
 	}
+}
+
+// fakeDocker is a dockerd whose API says info of itself.
+func fakeDocker(t *testing.T, info string) *Runtime {
+	t.Helper()
+	sock := filepath.Join(t.TempDir(), "sock")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Api-Version", "1.45")
+		if strings.HasSuffix(r.URL.Path, "/info") {
+			_, _ = io.WriteString(w, info)
+		}
+	})}
+	go func() { _ = srv.Serve(l) }()
+	t.Cleanup(func() { srv.Close() })
+	return &Runtime{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", sockets: []string{sock}}}
 }
 
 // What a pod runs, and what ends by itself, is not restarted, nor said to need it.
