@@ -52,7 +52,7 @@ func TestCompanions(t *testing.T) {
 		}
 	}
 	// As the status shows it.
-	s.proxy.unknown.all["auth.example"] = &unknownHost{Unknown: Unknown{Host: "auth.example"}}
+	s.proxy.unknown.all.Add("auth.example", &unknownHost{Unknown: Unknown{Host: "auth.example"}})
 	if all := s.proxy.Unknowns(); len(all) != 1 || all[0].Companion == nil || all[0].Companion.Of != registry {
 		t.Errorf("%+v", all)
 	}

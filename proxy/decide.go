@@ -49,7 +49,7 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 	if name == "" { // clients name no IP addresses, RFC 6066 section 3
 		name = f.Dst.Addr().String()
 	}
-	t = f.target(name)
+	t = f.target(upstream.ParseHost(net.JoinHostPort(name, f.port())))
 	host := t.Host.String()
 	known, ok := p.opts.Hosts.Find(host)
 	spelled := host

@@ -26,8 +26,8 @@ func (f Flow) port() string {
 }
 
 // target is a host that the client means, the way that it takes there.
-func (f Flow) target(name string) upstream.Target {
-	t := upstream.Target{Host: upstream.ParseHost(net.JoinHostPort(name, f.port())), Addr: f.Dst}
+func (f Flow) target(host upstream.Host) upstream.Target {
+	t := upstream.Target{Host: host, Addr: f.Dst}
 	if f.through.ID() != "" {
 		t.Addr, t.Tunnel = netip.AddrPort{}, f.through
 	}

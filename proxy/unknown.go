@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -18,6 +17,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )
@@ -51,7 +51,7 @@ const (
 
 type unknowns struct {
 	mu  sync.Mutex
-	all map[string]*unknownHost
+	all *simplelru.LRU[string, *unknownHost]
 }
 
 type unknownHost struct {
@@ -68,18 +68,21 @@ type asked struct {
 // errSilent says that a host has not answered.
 var errSilent = errors.New("it gives no answer")
 
-func newUnknowns() unknowns { return unknowns{all: make(map[string]*unknownHost)} }
+func newUnknowns() unknowns {
+	all, _ := simplelru.NewLRU[string, *unknownHost](maxUnknown, nil)
+	return unknowns{all: all}
+}
 
 // Unknowns returns the hosts that were passed through because they aren't
 // known to be registries, those first that are.
 func (p *Proxy) Unknowns() []Unknown {
 	p.unknown.mu.Lock()
 	defer p.unknown.mu.Unlock()
-	all := make([]Unknown, 0, len(p.unknown.all))
-	for host, u := range p.unknown.all {
-		if _, ok := p.opts.Hosts.Find(host); !ok { // it may have become one
+	all := make([]Unknown, 0, p.unknown.all.Len())
+	for _, u := range p.unknown.all.Values() {
+		if _, ok := p.opts.Hosts.Find(u.Host); !ok { // it may have become one
 			shown := u.Unknown
-			if c, ok := p.companions.find(host); ok {
+			if c, ok := p.companions.find(u.Host); ok {
 				shown.Companion = &c
 			}
 			all = append(all, shown)
@@ -98,13 +101,10 @@ func (p *Proxy) Unknowns() []Unknown {
 func (p *Proxy) see(ctx context.Context, host string, f Flow) {
 	p.unknown.mu.Lock()
 	defer p.unknown.mu.Unlock()
-	u, ok := p.unknown.all[host]
+	u, ok := p.unknown.all.Get(host)
 	if !ok {
-		if len(p.unknown.all) >= maxUnknown {
-			delete(p.unknown.all, slices.MinFunc(slices.Collect(maps.Values(p.unknown.all)), func(a, b *unknownHost) int { return a.LastSeen.Compare(b.LastSeen) }).Host)
-		}
 		u = &unknownHost{Unknown: Unknown{Host: host}, asked: make(map[string]asked)}
-		p.unknown.all[host] = u
+		p.unknown.all.Add(host, u)
 	}
 	u.Connections++
 	u.LastSeen = time.Now()
@@ -207,10 +207,8 @@ func (p *Proxy) speaksDistribution(ctx context.Context, host string, f Flow) (is
 			return false, false, fmt.Errorf("the runtime's settings for it can't be used: %w", err)
 		}
 	}
-	target := upstream.Target{Host: upstream.ParseHost(host), Addr: f.Dst, Settings: s.WithoutRoots()}
-	if f.through.ID() != "" {
-		target.Addr, target.Tunnel = netip.AddrPort{}, f.through
-	}
+	target := f.target(upstream.ParseHost(host))
+	target.Settings = s.WithoutRoots()
 	err = f.Egress.Verify(ctx, target)
 	if err != nil && s.Roots != nil && upstream.Refused(err) {
 		ownRoots, target.Settings = true, s

@@ -19,7 +19,7 @@ func TestRecognisedAfterMany(t *testing.T) {
 	}))
 	for i := range maxUnknown {
 		host := fmt.Sprintf("%d.test", i)
-		s.proxy.unknown.all[host] = &unknownHost{Unknown: Unknown{Host: host, LastSeen: time.Now()}, asked: make(map[string]asked)}
+		s.proxy.unknown.all.Add(host, &unknownHost{Unknown: Unknown{Host: host, LastSeen: time.Now()}, asked: make(map[string]asked)})
 	}
 	learned := make(chan string, 1)
 	s.change(func(f *Flow) { f.Learn = func(host string, _ bool) error { learned <- host; return nil } })

@@ -3,11 +3,12 @@
 package runtimes
 
 import (
-	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"weir/agent/procfs"
 )
 
@@ -30,7 +31,7 @@ const (
 // Others are the programs that pull without being known to. The zero value has none.
 type Others struct {
 	mu  sync.Mutex
-	all map[string]*Other
+	all *simplelru.LRU[string, *Other] // nil for none
 }
 
 // See records that a process, which the kernel calls comm, has connected to a
@@ -45,16 +46,13 @@ func (o *Others) See(pid int, comm, host string) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	seen, ok := o.all[program]
+	if o.all == nil {
+		o.all, _ = simplelru.NewLRU[string, *Other](maxOthers, nil)
+	}
+	seen, ok := o.all.Get(program)
 	if !ok {
-		if o.all == nil {
-			o.all = make(map[string]*Other)
-		}
-		if len(o.all) >= maxOthers {
-			delete(o.all, slices.MinFunc(slices.Collect(maps.Values(o.all)), func(a, b *Other) int { return a.LastSeen.Compare(b.LastSeen) }).Program)
-		}
 		seen = &Other{Program: program}
-		o.all[program] = seen
+		o.all.Add(program, seen)
 	}
 	seen.LastSeen = time.Now()
 	if i, found := slices.BinarySearch(seen.Registries, host); !found && len(seen.Registries) < maxOtherHosts {
@@ -66,11 +64,15 @@ func (o *Others) See(pid int, comm, host string) {
 func (o *Others) All() []Other {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	all := make([]Other, 0, len(o.all))
-	for _, program := range slices.Sorted(maps.Keys(o.all)) {
-		seen := *o.all[program]
+	all := []Other{}
+	if o.all == nil {
+		return all
+	}
+	for _, o := range o.all.Values() {
+		seen := *o
 		seen.Registries = slices.Clone(seen.Registries)
 		all = append(all, seen)
 	}
+	slices.SortFunc(all, func(a, b Other) int { return strings.Compare(a.Program, b.Program) })
 	return all
 }
