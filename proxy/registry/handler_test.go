@@ -26,7 +26,7 @@ import (
 // scripted is a registry that a test scripts. It is told apart from a real one
 // only by keeping everything in memory.
 type scripted struct {
-	t   *testing.T
+	t   testing.TB
 	srv *httptest.Server
 
 	mu       sync.Mutex
@@ -39,7 +39,7 @@ type scripted struct {
 	log      []string
 }
 
-func newUpstream(t *testing.T) *scripted {
+func newUpstream(t testing.TB) *scripted {
 	u := &scripted{t: t, readers: map[string]map[string]bool{}, blobs: map[string]map[digest.Digest][]byte{}, types: map[digest.Digest]string{}, tags: map[string]digest.Digest{}}
 	u.srv = httptest.NewTLSServer(u)
 	t.Cleanup(u.srv.Close)
@@ -157,7 +157,7 @@ func (u *scripted) requests() (log []string) {
 // side is a proxy in front of an upstream.
 type side struct {
 	metrics *prometheus.Registry
-	t       *testing.T
+	t       testing.TB
 	up      *scripted
 	h       *Handler
 	store   *store.Store
@@ -192,7 +192,7 @@ func (s *side) restart() {
 	}
 }
 
-func newSide(t *testing.T, u *scripted, o store.Options) *side {
+func newSide(t testing.TB, u *scripted, o store.Options) *side {
 	s := &side{t: t, up: u, dir: t.TempDir()}
 	var err error
 	if s.store, err = store.Open(s.dir, o); err != nil {

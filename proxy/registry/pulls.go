@@ -73,6 +73,7 @@ type pull struct {
 	running  []*delivery
 	arriving *arrivals
 	trace    context.Context // with the span of the pull, of which those of its answers are parts
+	pause    *time.Timer     // for it to be over
 	over     bool            // its span has ended, and how long it took is recorded
 }
 
@@ -153,7 +154,11 @@ func (ps *pulls) begin(x *exchange) (end func(complete bool)) {
 		if p.Blobs+p.Manifests == 0 && p.Reference == "" { // it was refused
 			ps.all = slices.DeleteFunc(ps.all, func(q *pull) bool { return q == p })
 		}
-		time.AfterFunc(pullPause, func() { ps.over(p, pullPause) })
+		if p.pause == nil {
+			p.pause = time.AfterFunc(pullPause, func() { ps.over(p, pullPause) })
+		} else {
+			p.pause.Reset(pullPause)
+		}
 	}
 }
 

@@ -17,6 +17,11 @@ import (
 // smallBlob is a blob whose file of checksums takes as long to read as itself.
 const smallBlob = 1 << 20
 
+// maxHot is how many blobs of one chunk are in memory at most: 16 MiB of them.
+// Clients ask again and again for manifests and configurations, each of which would be
+// opened, read, checked and closed.
+const maxHot = 256
+
 // fileID tells whether a file is still the same one.
 type fileID struct {
 	dev, ino     uint64
@@ -34,6 +39,7 @@ type Blob struct {
 	size    int64
 	id      fileID
 	foreign bool
+	bytes   []byte // all of it, if it is in memory; then there is no file
 
 	once   sync.Once
 	sums   *sums
@@ -76,11 +82,20 @@ func (b *Blob) Size() int64 { return b.size }
 func (b *Blob) Foreign() bool { return b.foreign }
 
 // Close closes the file; readers of the blob fail from then on.
-func (b *Blob) Close() error { return b.file.Close() }
+func (b *Blob) Close() error {
+	if b.bytes != nil {
+		return nil
+	}
+	return b.file.Close()
+}
 
 // Reader returns a reader at the blob's beginning.
 func (b *Blob) Reader() *Reader {
-	return &Reader{store: b.store, digest: b.digest, ctx: context.Background(), from: &filePart{blob: b, chunk: -1}}
+	r := &Reader{store: b.store, digest: b.digest, ctx: context.Background(), from: memoryPart(b.bytes)}
+	if b.bytes == nil {
+		r.from = &filePart{blob: b, chunk: -1}
+	}
+	return r
 }
 
 // checksums returns what the blob is checked against, and makes it by hashing

@@ -3,6 +3,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -258,7 +259,23 @@ func (f *filePart) load(i int64, b []byte) error {
 	if !s.ok(i, b) {
 		return f.blob.corrupt()
 	}
+	if size := int64(len(b)); size > 0 && size == f.blob.size && !f.blob.foreign {
+		f.blob.store.hot.Add(f.blob.digest, bytes.Clone(b))
+	}
 	return nil
+}
+
+// memoryPart reads a kept blob that is in memory.
+type memoryPart []byte
+
+func (m memoryPart) size() int64 { return int64(len(m)) }
+func (m memoryPart) close()      {}
+
+func (m memoryPart) readAt(_ context.Context, p []byte, off int64) (int, error) {
+	if off >= int64(len(m)) {
+		return 0, io.EOF
+	}
+	return copy(p, m[off:]), nil
 }
 
 // arrivingPart reads a transfer. What isn't const of it is guarded by the transfer's

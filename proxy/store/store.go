@@ -94,8 +94,9 @@ type Store struct {
 	wg     sync.WaitGroup
 
 	verifying singleflight.Group
-	memo      *lru.Cache[fileID, *sums] // checksums of files that have none beside them
-	small     *lru.Cache[fileID, *sums] // of small blobs, which are read again and again
+	memo      *lru.Cache[fileID, *sums]         // checksums of files that have none beside them
+	small     *lru.Cache[fileID, *sums]         // of small blobs, which are read again and again
+	hot       *lru.Cache[digest.Digest, []byte] // kept blobs of one chunk, whole and verified
 
 	disk    *disk // that is written to
 	reading *disk // the same, that is read from: a frozen file system can be read
@@ -162,6 +163,9 @@ func Open(dir string, opts Options) (*Store, error) {
 		if *cache, err = lru.New[fileID, *sums](4096); err != nil {
 			return nil, err
 		}
+	}
+	if s.hot, err = lru.New[digest.Digest, []byte](maxHot); err != nil {
+		return nil, err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the store's directory: %w", err)
@@ -311,13 +315,12 @@ func newReading(dir string, log *slog.Logger) *disk {
 // Get opens a blob. The error is [ErrNotFound] when it isn't there. The caller
 // closes the blob.
 func (s *Store) Get(d digest.Digest) (*Blob, error) {
-	if err := d.Validate(); err != nil {
-		return nil, fmt.Errorf("%q: %w", d, err)
-	}
 	s.mu.Lock()
 	el, kept := s.index[d]
 	var touch bool
+	var hot []byte
 	if kept {
+		hot, _ = s.hot.Get(d)
 		s.used(el)
 		// The order has to survive a restart only roughly, so a busy blob's
 		// inode isn't written each time.
@@ -328,13 +331,20 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 	foreign := s.foreign // never changed in place
 	s.mu.Unlock()
 
+	if !kept {
+		if err := d.Validate(); err != nil { // it may be a path that leads elsewhere
+			return nil, fmt.Errorf("%q: %w", d, err)
+		}
+	}
 	if kept {
 		path := s.blobPath(d)
+		if hot != nil {
+			s.touch(path, touch)
+			return &Blob{store: s, digest: d, size: int64(len(hot)), bytes: hot}, nil
+		}
 		b, err := s.open(s.reading, d, path, el.Value.(*entry).size)
 		if err == nil {
-			if touch {
-				s.disk.aside(func() { _ = os.Chtimes(path, time.Time{}, time.Now()) })
-			}
+			s.touch(path, touch)
 			return b, nil
 		}
 		switch {
@@ -352,6 +362,13 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 		}
 	}
 	return nil, fmt.Errorf("%s: %w", d, ErrNotFound)
+}
+
+// touch has a file say that it was used just now, if it is to.
+func (s *Store) touch(path string, now bool) {
+	if now {
+		s.disk.aside(func() { _ = os.Chtimes(path, time.Time{}, time.Now()) })
+	}
 }
 
 // Has says whether Get would find the blob, without opening it.
@@ -429,6 +446,7 @@ func (s *Store) forget(el *list.Element) {
 	e := el.Value.(*entry)
 	s.recent.Remove(el)
 	delete(s.index, e.digest)
+	s.hot.Remove(e.digest)
 	s.stats.Bytes -= e.size
 	s.disown(e)
 }
