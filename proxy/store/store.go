@@ -337,14 +337,14 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 		}
 	}
 	if kept {
-		path := s.blobPath(d)
+		if touch {
+			s.disk.aside(func() { _ = os.Chtimes(s.blobPath(d), time.Time{}, time.Now()) })
+		}
 		if hot != nil {
-			s.touch(path, touch)
 			return &Blob{store: s, digest: d, size: int64(len(hot)), bytes: hot}, nil
 		}
-		b, err := s.open(s.reading, d, path, el.Value.(*entry).size)
+		b, err := s.open(s.reading, d, s.blobPath(d), el.Value.(*entry).size)
 		if err == nil {
-			s.touch(path, touch)
 			return b, nil
 		}
 		switch {
@@ -362,13 +362,6 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 		}
 	}
 	return nil, fmt.Errorf("%s: %w", d, ErrNotFound)
-}
-
-// touch has a file say that it was used just now, if it is to.
-func (s *Store) touch(path string, now bool) {
-	if now {
-		s.disk.aside(func() { _ = os.Chtimes(path, time.Time{}, time.Now()) })
-	}
 }
 
 // Has says whether Get would find the blob, without opening it.
