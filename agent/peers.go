@@ -6,12 +6,8 @@ import (
 	"context"
 	"errors"
 	"io"
-	"maps"
-	"os"
 	"path/filepath"
-	"slices"
 	"sync"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	"weir/agent/service"
@@ -36,14 +32,15 @@ type peers struct {
 	wg      sync.WaitGroup
 }
 
-// change is a blob that came to the store or left it.
+// change is a blob that can be had from now on, or not any more.
 type change struct {
 	digest digest.Digest
-	kept   bool
+	here   bool
 }
 
-// foreignInterval is how often it is looked at what containerd has.
-const foreignInterval = 10 * time.Second
+// manyNew is of how many blobs that come at once stewards aren't told one by one: of
+// those that a containerd had before, for one.
+const manyNew = 64
 
 // joinPeers starts the peer side, if there is a swarm key.
 func (a *Agent) joinPeers() (stop func(), err error) {
@@ -92,13 +89,14 @@ func (p *peers) close() {
 	p.Close()
 }
 
-// changed records that a blob was stored or removed. It is called by the store.
-func (p *peers) changed(d digest.Digest, kept bool) {
+// changed records that a blob can be had from now on, or not any more. It is called by
+// the store.
+func (p *peers) changed(d digest.Digest, here bool) {
 	if p == nil {
 		return
 	}
 	p.mu.Lock()
-	p.changes = append(p.changes, change{d, kept})
+	p.changes = append(p.changes, change{d, here})
 	p.mu.Unlock()
 	select {
 	case p.wake <- struct{}{}:
@@ -106,65 +104,33 @@ func (p *peers) changed(d digest.Digest, kept bool) {
 	}
 }
 
-// follow announces to peers what this node stores and removes.
+// follow announces to peers what this node has from now on, and has no more.
 func (p *peers) follow() {
-	foreign := make(map[string]map[digest.Digest]bool) // by directory
-	t := time.NewTicker(foreignInterval)
-	defer t.Stop()
 	for {
 		p.mu.Lock()
 		changes := p.changes
 		p.changes = nil
 		p.mu.Unlock()
+		var came []digest.Digest
 		for _, c := range changes {
-			if c.kept {
-				p.Provide(c.digest)
-			} else {
+			switch {
+			case !c.here:
+				p.ProvideAll(came) // it may be among them
+				came = nil
 				p.Withdraw(c.digest)
+			case len(changes) < manyNew:
+				p.Provide(c.digest)
+			default:
+				came = append(came, c.digest)
 			}
 		}
+		p.ProvideAll(came)
 		select {
 		case <-p.ctx.Done():
 			return
 		case <-p.wake:
-		case <-t.C:
-			p.provideForeign(foreign)
 		}
 	}
-}
-
-// provideForeign provides what the content stores of others have by now.
-func (p *peers) provideForeign(foreign map[string]map[digest.Digest]bool) {
-	dirs := p.store.Foreign()
-	for _, dir := range dirs {
-		now := make(map[digest.Digest]bool)
-		names, err := os.ReadDir(filepath.Join(dir, digest.SHA256.String()))
-		if err != nil {
-			continue
-		}
-		for _, n := range names {
-			if d := digest.NewDigestFromEncoded(digest.SHA256, n.Name()); d.Validate() == nil {
-				now[d] = true
-			}
-		}
-		before := foreign[dir]
-		foreign[dir] = now
-		var came []digest.Digest
-		for d := range now {
-			if !before[d] {
-				came = append(came, d)
-			}
-		}
-		if len(came) > 0 {
-			p.ProvideAll(came)
-		}
-		for d := range before {
-			if !now[d] && !p.store.Has(d) {
-				p.Withdraw(d)
-			}
-		}
-	}
-	maps.DeleteFunc(foreign, func(dir string, _ map[digest.Digest]bool) bool { return !slices.Contains(dirs, dir) })
 }
 
 // Want implements registry.Peers.

@@ -173,6 +173,9 @@ func (n *Node) ProvideAll(all []digest.Digest) {
 			keys = append(keys, k)
 		}
 	}
+	if len(keys) == 0 {
+		return
+	}
 	n.provided.add(keys...)
 	select {
 	case n.provided.wake <- struct{}{}:

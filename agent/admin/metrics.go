@@ -33,6 +33,7 @@ var (
 	descPeerRefused         = desc("peer_refused_requests_total", "Requests of peers for blobs that were refused because too many were being served.")
 	descPeerUnauthenticated = desc("peer_unauthenticated_connections_total", "Connections to the peers' port without the swarm key.")
 	descStoreBytes          = desc("store_bytes", "Bytes of stored blobs and of running transfers.")
+	descStoreDuplicate      = desc("store_duplicate_bytes", "Bytes of stored blobs that the node's containerd has as well. They are the first to make room.")
 	descStoreMax            = desc("store_max_bytes", "The bound of weir_store_bytes.")
 	descStoreBlobs          = desc("store_blobs", "Stored blobs.")
 	descStoreEvicted        = desc("store_evicted_total", "Blobs evicted to make room for others.")
@@ -87,6 +88,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		count(descPeerUnauthenticated, float64(s.Peers.Unauthenticated))
 	}
 	gauge(descStoreBytes, float64(s.Store.Bytes))
+	gauge(descStoreDuplicate, float64(s.Store.Duplicate))
 	gauge(descStoreMax, float64(s.Store.MaxBytes))
 	gauge(descStoreBlobs, float64(s.Store.Blobs))
 	count(descStoreEvicted, float64(s.Store.Evicted))

@@ -115,6 +115,7 @@ func (s *Store) keepNew(d digest.Digest, r *room, file func() (tmp string, sum *
 		e.own = s.ownedBy(e.owner).blobs.PushFront(e)
 	}
 	s.index[d] = s.recent.PushFront(e)
+	s.twice(e, s.elsewhere(d))
 	s.changed(d, true)
 	return nil
 }

@@ -206,7 +206,8 @@ func (s *Store) forgetOwner(owner string) {
 }
 
 // makeRoom makes room for size bytes more of an owner: it evicts the least
-// recently used blobs until they fit all bounds. The caller holds s.mu.
+// recently used blobs until they fit all bounds, those first that others have as well.
+// The caller holds s.mu.
 func (s *Store) makeRoom(owner string, size int64) bool {
 	if s.opts.MaxBytes > 0 && size > s.opts.MaxBytes || !s.makeOwnerRoom(owner, size) {
 		return false
@@ -214,7 +215,15 @@ func (s *Store) makeRoom(owner string, size int64) bool {
 	if s.fits(size) {
 		return true
 	}
-	for !s.fits(size + s.opts.MaxBytes/spareShare) {
+	enough := size + s.opts.MaxBytes/spareShare
+	for el := s.recent.Back(); el != nil && s.stats.Duplicate > 0 && !s.fits(enough); {
+		before := el.Prev()
+		if el.Value.(*entry).twice {
+			s.evict(el)
+		}
+		el = before
+	}
+	for !s.fits(enough) {
 		el := s.recent.Back()
 		if el == nil {
 			break

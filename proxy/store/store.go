@@ -74,9 +74,10 @@ type Options struct {
 	// MinFree is how many bytes of the file system the store leaves to
 	// others: it evicts, and then stops keeping, rather than go below.
 	MinFree int64
-	// Changed, if it isn't nil, is told of each blob that is kept from now on,
-	// and of each that is kept no more. It must not block, nor call the store.
-	Changed func(d digest.Digest, kept bool)
+	// Changed, if it isn't nil, is told of each blob that can be had from now on, as it
+	// is kept, or others have it, and of each that can't any more. It must not block,
+	// nor call the store.
+	Changed func(d digest.Digest, here bool)
 	// Log gets what an operator should know, such as a damaged blob. Nil
 	// means slog.Default().
 	Log *slog.Logger
@@ -107,7 +108,8 @@ type Store struct {
 	index   map[digest.Digest]*list.Element // of *entry
 	recent  *list.List                      // most recently used first
 	running map[running]*Transfer
-	foreign []*disk
+	foreign []*foreign    // never changed in place
+	look    chan struct{} // receives when there is another one of foreign
 	accounts
 }
 
@@ -122,6 +124,7 @@ type entry struct {
 	size    int64
 	touched time.Time // what the file's mtime says
 	owner   string
+	twice   bool          // others have it as well, and it is read there when it is evicted
 	own     *list.Element // of the owner's blobs; nil for one without a name
 }
 
@@ -131,9 +134,11 @@ type Stats struct {
 	Bytes    int64 `json:"bytes"`     // of kept blobs, and reserved for running transfers
 	MaxBytes int64 `json:"max_bytes"` // as configured; 0 is no bound
 	Running  int   `json:"running"`   // transfers
-	Evicted  int64 `json:"evicted"`   // blobs, since the store was opened
-	Corrupt  int64 `json:"corrupt"`   // blobs found damaged, since the store was opened
-	NotKept  int64 `json:"not_kept"`  // blobs there was no room for, since the store was opened
+	// Duplicate is how many of Bytes are in content stores of others as well.
+	Duplicate int64 `json:"duplicate_bytes"`
+	Evicted   int64 `json:"evicted"`  // blobs, since the store was opened
+	Corrupt   int64 `json:"corrupt"`  // blobs found damaged, since the store was opened
+	NotKept   int64 `json:"not_kept"` // blobs there was no room for, since the store was opened
 	// Hangs is since when the disk does not answer. Until it does, blobs are
 	// served and pushed through without being kept.
 	Hangs time.Time `json:"hangs,omitzero"`
@@ -150,6 +155,7 @@ func Open(dir string, opts Options) (*Store, error) {
 		index:    make(map[digest.Digest]*list.Element),
 		recent:   list.New(),
 		running:  make(map[running]*Transfer),
+		look:     make(chan struct{}, 1),
 		accounts: accounts{owners: make(map[string]*owned), waiting: list.New()},
 	}
 	if s.log == nil {
@@ -185,6 +191,7 @@ func Open(dir string, opts Options) (*Store, error) {
 		return nil, err
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.wg.Go(s.followForeign)
 	return s, nil
 }
 
@@ -244,8 +251,10 @@ func (s *Store) Close() error {
 	s.wg.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, d := range append([]*disk{s.disk, s.reading}, s.foreign...) {
-		d.close()
+	s.disk.close()
+	s.reading.close()
+	for _, f := range s.foreign {
+		f.close()
 	}
 	return s.lock.Close()
 }
@@ -264,39 +273,6 @@ func (s *Store) Stats() Stats {
 	return st
 }
 
-// AddForeign makes the store read blobs from dir too, laid out as
-// ALGORITHM/HEX, which it never changes. It is looked at after the store's own.
-func (s *Store) AddForeign(dir string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !slices.ContainsFunc(s.foreign, func(d *disk) bool { return d.dir == dir }) {
-		s.foreign = append(slices.Clone(s.foreign), newReading(dir, s.log))
-	}
-}
-
-// RemoveForeign undoes [Store.AddForeign].
-func (s *Store) RemoveForeign(dir string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.foreign = slices.DeleteFunc(slices.Clone(s.foreign), func(d *disk) bool {
-		if d.dir == dir {
-			d.close()
-		}
-		return d.dir == dir
-	})
-}
-
-// Foreign returns the directories that were added.
-func (s *Store) Foreign() []string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var dirs []string
-	for _, d := range s.foreign {
-		dirs = append(dirs, d.dir)
-	}
-	return dirs
-}
-
 // probe does what keeping a blob needs of the disk.
 func (s *Store) probe() error {
 	f, err := os.CreateTemp(s.path("ingest"), "probe.")
@@ -305,11 +281,6 @@ func (s *Store) probe() error {
 	}
 	_, err = f.Write([]byte{0})
 	return errors.Join(err, f.Close(), os.Rename(f.Name(), s.path("ingest", "probe")), os.Remove(s.path("ingest", "probe")))
-}
-
-// newReading returns the disk of a directory that is read.
-func newReading(dir string, log *slog.Logger) *disk {
-	return newDisk(dir, "no blobs are read from there", log, func() error { _, err := os.Stat(dir); return err })
 }
 
 // Get opens a blob. The error is [ErrNotFound] when it isn't there. The caller
@@ -328,7 +299,7 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 			e.touched, touch = time.Now(), true
 		}
 	}
-	foreign := s.foreign // never changed in place
+	foreign := s.foreign
 	s.mu.Unlock()
 
 	if !kept {
@@ -354,8 +325,8 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 			s.log.Warn("a kept blob can't be opened", "digest", d, "err", err)
 		}
 	}
-	for _, dir := range foreign {
-		b, err := s.open(dir, d, filepath.Join(dir.dir, d.Algorithm().String(), d.Encoded()), -1)
+	for _, f := range foreign {
+		b, err := s.open(f.disk, d, filepath.Join(f.dir, d.Algorithm().String(), d.Encoded()), -1)
 		if err == nil {
 			b.foreign = true
 			return b, nil
@@ -374,11 +345,16 @@ func (s *Store) Has(d digest.Digest) bool {
 	return true
 }
 
-// Digests returns the digests of the store's own blobs.
+// Digests returns the digests of what can be had, as far as is known. Some may be
+// there twice.
 func (s *Store) Digests() []digest.Digest {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Collect(maps.Keys(s.index))
+	all := slices.Collect(maps.Keys(s.index))
+	for _, f := range s.foreign {
+		all = slices.AppendSeq(all, maps.Keys(f.has))
+	}
+	return all
 }
 
 // kept says whether a blob is among the store's own.
@@ -397,9 +373,9 @@ func (s *Store) used(el *list.Element) {
 	}
 }
 
-func (s *Store) changed(d digest.Digest, kept bool) {
+func (s *Store) changed(d digest.Digest, here bool) {
 	if s.opts.Changed != nil {
-		s.opts.Changed(d, kept)
+		s.opts.Changed(d, here)
 	}
 }
 
@@ -427,8 +403,10 @@ func (s *Store) evict(el *list.Element) {
 // remove takes a blob out. The caller holds s.mu.
 func (s *Store) remove(el *list.Element) {
 	e := el.Value.(*entry)
+	if !e.twice {
+		s.changed(e.digest, false)
+	}
 	s.forget(el)
-	s.changed(e.digest, false)
 	if err := s.disk.remove(s.blobPath(e.digest), s.sumsPath(e.digest)); err != nil {
 		s.log.Warn("can't remove a blob's file", "err", err)
 	}
@@ -441,6 +419,7 @@ func (s *Store) forget(el *list.Element) {
 	delete(s.index, e.digest)
 	s.hot.Remove(e.digest)
 	s.stats.Bytes -= e.size
+	s.twice(e, false)
 	s.disown(e)
 }
 

@@ -272,6 +272,39 @@ func TestContainerdsContent(t *testing.T) {
 	}
 }
 
+// What containerd keeps itself makes room in the store first, and is read there.
+func TestOnceOnDisk(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent("--store-size", "5MiB")
+	node.Containerd().Pull(flyway)
+	docker := node.Docker()
+	agent.Runtime(docker.PID())
+	if err := lab.Eventually(agent.Ended(), func(context.Context) error {
+		if s := agent.Status().Store; s.Duplicate < 4<<20 {
+			return fmt.Errorf("%d bytes of the store are in containerd, want all blobs", s.Duplicate)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	docker.Pull(renovate)
+	w.forget()
+	next := node.Box().Docker()
+	next.Pull(renovate)
+	next.Pull(flyway)
+	next.Same(flyway, w.flyway)
+	for _, r := range []*lab.Registry{w.hub, w.ghcr} {
+		if n := r.Log.BlobGETs(); n > 0 {
+			t.Errorf("%s was asked for %d blobs:\n%s", r.Host, n, r.Log)
+		}
+	}
+	if s := agent.Status().Store; s.Evicted == 0 || s.Bytes > 5<<20 {
+		t.Errorf("no room was made: %+v", s)
+	}
+}
+
 // A dockerd in a box of its own, as in a dind pod.
 func TestDockerInBox(t *testing.T) {
 	t.Parallel()
