@@ -244,9 +244,9 @@ time. The first byte is that of a blob of 512 MiB, over a new connection, TLS an
 		w := newWorld(b, c)
 		agent := w.agent(b, shared)
 		pull := func(program string) sample {
-			before, cpu := w.received(b), cpuTime(b, agent.PID())
+			before, cpu := received(b, w.node), cpuTime(b, agent.PID())
 			r := run(b, w.node, program, shared, "pull", "https://"+known, repo, "1")
-			return sample{seconds: r.Seconds, bytes: w.received(b) - before, cpu: (cpuTime(b, agent.PID()) - cpu) / float64(r.Bytes) * (1 << 30)}
+			return sample{seconds: r.Seconds, bytes: received(b, w.node) - before, cpu: (cpuTime(b, agent.PID()) - cpu) / float64(r.Bytes) * (1 << 30)}
 		}
 		begun := func(program string) sample {
 			r := w.fetch(b, program, shared, "https://"+known, blobPath(large), 1, "cold")
@@ -395,28 +395,5 @@ func BenchmarkAgent(b *testing.B) {
 		agent.Stop()
 	}
 	s.row("start with 20,000 blobs", fmt.Sprintf("%.2f s (%.2f–%.2f)", quantile(starts, 0.5), quantile(starts, 0), quantile(starts, 1)), "< 1 s", reached(quantile(starts, 0.5) < 1))
-	s.report(b)
-}
-
-const boundedTitle = "Cold pulls from a registry that bounds each connection"
-
-// BenchmarkSlowRegistry pulls what weir hasn't from a registry that bounds what one
-// connection gets.
-func BenchmarkSlowRegistry(b *testing.B) {
-	s := section{title: boundedTitle, text: `A client gets an image with one layer from nginx that gives 25 MB/s to each connection (limit_rate); weir's store is empty each
-time. Bound: at most 0.35 times as long as directly.`,
-		head: []string{"what", "through weir, s", "direct, s", "ratio", "received, weir / direct", "≤ 0.35"}}
-	c := newContent(b, part(1<<30))
-	w := newWorldWith(b, c, "25m")
-	agent := w.agent(b, shared)
-	pull := func(program string) sample {
-		before := w.received(b)
-		r := run(b, w.node, program, shared, "pull", "https://"+known, repo, "1")
-		return sample{seconds: r.Seconds, bytes: w.received(b) - before}
-	}
-	r := turns(rounds(3), func() sample { w.restart(agent); return pull(w.crane) }, func() sample { return pull(w.plain) })
-	ratio := compare(r[0], r[1], seconds)
-	s.row(sizeText(c.image.Bytes)+", one layer", f3(median(r[0], seconds)), f3(median(r[1], seconds)), ratio,
-		compare(r[0], r[1], func(s sample) float64 { return float64(s.bytes) }), reached(quantile(ratio, 0.5) <= 0.35))
 	s.report(b)
 }

@@ -448,10 +448,10 @@ func part(n int) int {
 	return n
 }
 
-// received is how many bytes have come to the node over the network.
-func (w *world) received(b *testing.B) (n int64) {
+// received is how many bytes have come to a node over the network.
+func received(b *testing.B, node *lab.Node) (n int64) {
 	b.Helper()
-	for line := range strings.Lines(w.node.Run("cat", "/proc/net/dev")) {
+	for line := range strings.Lines(node.Run("cat", "/proc/net/dev")) {
 		name, counts, ok := strings.Cut(strings.TrimSpace(line), ":")
 		if !ok || name == "lo" {
 			continue
