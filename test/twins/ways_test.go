@@ -56,6 +56,24 @@ func (p *play) first(what string) bool {
 	return p.count[what] == 1
 }
 
+// isConfig says whether a request is for the image's configuration: it is asked for at
+// the same time as the layers, and some clients that try again for those don't for it.
+func (p *play) isConfig(r *http.Request) bool {
+	return isBlob(r) && strings.HasSuffix(r.URL.Path, p.im.Config.String())
+}
+
+// tooManyOnce answers the first of some requests with 429.
+func tooManyOnce(of func(*play, *http.Request) bool) func(*play, *recorded, *http.Request, http.Handler) {
+	return func(p *play, w *recorded, r *http.Request, next http.Handler) {
+		if of(p, r) && authorized(r) && p.first("429") {
+			w.Header().Set("Retry-After", "1")
+			w.WriteHeader(http.StatusTooManyRequests)
+			return
+		}
+		next.ServeHTTP(w, r)
+	}
+}
+
 // slowBlob says whether a blob is the one that is slow, however often it is asked
 // for: the first that was.
 func (p *play) slowBlob(r *http.Request) bool {
@@ -323,14 +341,8 @@ var ways = []way{
 	}},
 	{name: "a challenge page", any: true, serve: answer(func(*http.Request) bool { return true }, http.StatusForbidden, http.Header{"Content-Type": {"text/html"}}, "<html>are you human?</html>")},
 	{name: "429", serve: answer(func(*http.Request) bool { return true }, http.StatusTooManyRequests, http.Header{"Retry-After": {"1"}}, `{"errors":[{"code":"TOOMANYREQUESTS"}]}`), any: true},
-	{name: "429 for the first blob", any: true, serve: func(p *play, w *recorded, r *http.Request, next http.Handler) {
-		if isBlob(r) && authorized(r) && p.first("429") {
-			w.Header().Set("Retry-After", "1")
-			w.WriteHeader(http.StatusTooManyRequests)
-			return
-		}
-		next.ServeHTTP(w, r)
-	}},
+	{name: "429 for the first layer", any: true, serve: tooManyOnce(func(p *play, r *http.Request) bool { return isBlob(r) && !p.isConfig(r) })},
+	{name: "429 for the image configuration", any: true, serve: tooManyOnce((*play).isConfig)},
 	{name: "503 for manifests", serve: answer(func(r *http.Request) bool { return isManifest(r) && authorized(r) }, http.StatusServiceUnavailable, nil, ""), any: true},
 	{name: "the token server fails", serve: answer(func(r *http.Request) bool { return r.URL.Path == "/token" }, http.StatusServiceUnavailable, nil, "out of order"), any: true},
 	{name: "not there", serve: answer(func(r *http.Request) bool { return isManifest(r) && r.Method != http.MethodPut && authorized(r) }, http.StatusNotFound,
@@ -365,8 +377,8 @@ var ways = []way{
 		end.Method, end.URL.Path, end.URL.RawQuery = http.MethodPut, loc.Path, q.Encode()
 		next.ServeHTTP(w, end)
 	}},
-	{name: "cuts the first blob off", any: true, serve: func(p *play, w *recorded, r *http.Request, next http.Handler) {
-		if !isBlob(r) || !authorized(r) || !p.first("cut") {
+	{name: "cuts the first layer off", any: true, serve: func(p *play, w *recorded, r *http.Request, next http.Handler) {
+		if !isBlob(r) || p.isConfig(r) || !authorized(r) || !p.first("cut") {
 			next.ServeHTTP(w, r)
 			return
 		}
