@@ -47,6 +47,7 @@ type parallel struct {
 	next    int64         // where the next part begins; 0 before there is one
 	want    int           // connections
 	workers int           // that are there
+	counted int           // connections, in w.conns
 	closed  bool
 
 	// least is how many bytes a connection has to bring in ws.stall. Of body, if it isn't
@@ -70,50 +71,24 @@ func (ws *widths) parallel(registry string, body io.ReadCloser, size int64, open
 	if ws.most < 2 || size < ws.from || w.alone() {
 		return body
 	}
-	p := &parallel{ws: ws, w: w, size: size, open: open, body: body, first: body, want: 1, least: 1}
+	p := &parallel{ws: ws, w: w, size: size, open: open, body: body, first: body}
 	p.change = sync.NewCond(&p.mu)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
-	go p.grow()
+	ws.join(w, p)
 	return p
 }
 
-// grow adds connections for as long as that makes the registry faster.
-func (p *parallel) grow() {
-	start := time.Now()
-	before := p.ws.pace(p.ctx, p.w)
-	for n := 1; n < p.ws.most && !p.ending(); {
-		if before == 0 || !p.w.growing.TryLock() {
-			before = p.ws.pace(p.ctx, p.w)
-			continue
-		}
-		if n == 1 {
-			p.expect(time.Since(start))
-		}
-		more := min(2*n, p.ws.most)
-		p.use(more)
-		p.ws.pace(p.ctx, p.w) // until they are under way
-		after := p.ws.pace(p.ctx, p.w)
-		p.w.growing.Unlock()
-		switch {
-		case p.w.refuses(), p.ending():
-			return
-		case !p.ws.grown(before, after):
-			p.use(n)
-			if n == 1 {
-				p.w.rest()
-			}
-			return
-		}
-		before, n = after, more
+// count counts the connections that there are now. p.mu is held.
+func (p *parallel) count() {
+	n := p.workers
+	if p.body != nil {
+		n++
 	}
-}
-
-// expect records what one connection has brought in a time. If it was read more slowly
-// than it could have come, less is asked of the others.
-func (p *parallel) expect(in time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.least = int64(max(1, min(float64(p.pos)*float64(p.ws.stall)/float64(max(in, 1))/slowPart, float64(p.ws.part))))
+	if p.closed {
+		n = 0
+	}
+	p.w.conns.Add(int64(n - p.counted))
+	p.counted = n
 }
 
 // ending says whether there is nothing to ask for any more.
@@ -123,11 +98,11 @@ func (p *parallel) ending() bool {
 	return p.closed || p.size-max(p.pos, p.next) < 2*p.ws.part
 }
 
-// use has n connections read.
-func (p *parallel) use(n int) {
+// use has n connections read, of which each has to bring so many bytes in ws.stall.
+func (p *parallel) use(n int, least int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.want = n
+	p.want, p.least = n, least
 	p.hire()
 	p.change.Broadcast()
 }
@@ -141,6 +116,7 @@ func (p *parallel) hire() {
 	for ; p.want > 1 && p.workers+own < p.want && !p.closed; p.workers++ {
 		go p.work()
 	}
+	p.count()
 }
 
 // work asks for parts over one connection, one after the other.
@@ -178,6 +154,7 @@ func (p *parallel) take() *part {
 	}
 	if p.closed || p.workers > p.want || p.want == 1 || p.size-p.next <= 0 || !p.ws.take() {
 		p.workers--
+		p.count()
 		p.change.Broadcast()
 		return nil
 	}
@@ -207,12 +184,15 @@ func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
 	defer body.Close()
 	stop := context.AfterFunc(ctx, func() { body.Close() })
 	defer stop()
-	missing := p.least
+	p.mu.Lock()
+	least := p.least
+	p.mu.Unlock()
+	missing := least
 	for to := t.bytes[:size]; len(t.bytes) < size; {
 		n, err := body.Read(to[len(t.bytes):])
 		if missing -= int64(n); missing <= 0 {
 			stalled.Reset(p.ws.stall)
-			missing = p.least
+			missing = least
 		}
 		p.w.received.Add(int64(n))
 		p.mu.Lock()
@@ -345,6 +325,7 @@ func (p *parallel) reopen(end int64) error {
 		body.Close()
 	}
 	p.body = body
+	p.count()
 	return nil
 }
 
@@ -421,6 +402,7 @@ func (p *parallel) Close() error {
 		return nil
 	}
 	p.closed = true
+	p.count()
 	p.cancel()
 	for range p.parts {
 		p.ws.give()
@@ -429,6 +411,7 @@ func (p *parallel) Close() error {
 	p.change.Broadcast()
 	body := p.body
 	p.mu.Unlock()
+	p.w.leave(p)
 	if body != nil && body != p.first {
 		body.Close()
 	}

@@ -29,13 +29,11 @@ import (
 // eager adds connections without measuring, for blobs that are not so large.
 func eager(ws *widths) *widths {
 	ws.from, ws.part = 1<<20, 64<<10
-	ws.pace = func(ctx context.Context, w *width) int64 {
-		if ctx.Err() != nil {
-			return 0
-		}
-		return 1
+	ws.pace = func(w *width) sample { // each brings the same
+		runtime.Gosched()
+		n := float64(w.conns.Load())
+		return sample{n, n}
 	}
-	ws.grown = func(int64, int64) bool { return true }
 	ws.stall = time.Hour
 	return ws
 }
@@ -327,11 +325,12 @@ func TestPartsThatDrip(t *testing.T) {
 	size := int64(len(want))
 	ws := eager(newWidths(4))
 	ws.stall = 200 * time.Millisecond
-	ws.pace = func(ctx context.Context, w *width) int64 {
-		for w.received.Load() == 0 && ctx.Err() == nil {
+	ws.pace = func(w *width) sample {
+		for w.received.Load() == 0 {
 			time.Sleep(time.Millisecond)
 		}
-		return w.received.Load()
+		n := float64(w.conns.Load())
+		return sample{n * float64(size), n}
 	}
 	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		return drip{io.NopCloser(bytes.NewReader(want[first : last+1])), ctx.Done()}, nil, nil
@@ -359,6 +358,87 @@ func TestPartsThatDrip(t *testing.T) {
 	}
 	if !ws.registry("registry").refuses() {
 		t.Error("parts are still asked for")
+	}
+}
+
+// silent gives nothing until it is closed.
+type silent struct {
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (s *silent) Read([]byte) (int, error) { <-s.closed; return 0, io.EOF }
+
+func (s *silent) Close() error {
+	s.once.Do(func() { close(s.closed) })
+	return nil
+}
+
+// Blobs get more connections for as long as these bring more, beside each other too,
+// and those that come soon afterwards have as many from their beginning.
+func TestConnectionsForEach(t *testing.T) {
+	for _, of := range []struct{ link, blobs, want int }{ // link is how many connections bring something
+		{1, 1, 1}, {2, 1, 2}, {3, 1, 4}, {100, 1, 8}, {3, 3, 1}, {6, 3, 2}, {100, 3, 8},
+	} {
+		t.Run(fmt.Sprintf("%+v", of), func(t *testing.T) {
+			t.Parallel()
+			var measured atomic.Int64
+			ws := newWidths(8)
+			ws.part = 16 // as much memory as it takes
+			ws.parts = make(chan struct{}, 1000)
+			pace := make(chan struct{})
+			ws.pace = func(w *width) sample {
+				<-pace
+				measured.Add(1)
+				n := float64(w.conns.Load())
+				return sample{min(n, float64(of.link)), n}
+			}
+			nothing := func() io.ReadCloser { return &silent{closed: make(chan struct{})} }
+			begin := func() *parallel {
+				return ws.parallel("registry", nothing(), 1<<30, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+					return nothing(), nil, nil
+				}).(*parallel)
+			}
+			has := func(p *parallel) int {
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				return p.want
+			}
+			var all []*parallel
+			for range of.blobs {
+				all = append(all, begin())
+			}
+			close(pace)
+			w := ws.registry("registry")
+			eventually(t, "more bring no more", func() bool {
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				return w.settled && !w.growing
+			})
+			for i, p := range all {
+				if n := has(p); n != of.want {
+					t.Errorf("blob %d has %d connections, want %d", i, n, of.want)
+				}
+			}
+			if of.want == 1 {
+				if !w.alone() {
+					t.Error("it is measured again at once")
+				}
+			} else {
+				before := measured.Load()
+				next := begin()
+				if n := has(next); n != of.want || measured.Load() != before {
+					t.Errorf("the next blob has %d connections from its beginning, want %d", n, of.want)
+				}
+				all = append(all, next)
+			}
+			for _, p := range all {
+				p.Close()
+			}
+			if n := w.conns.Load(); n != 0 {
+				t.Errorf("%d connections are left", n)
+			}
+		})
 	}
 }
 

@@ -3,7 +3,6 @@
 package registry
 
 import (
-	"context"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,12 +22,20 @@ const (
 	// enoughTime for how long one of which more connections got no more.
 	aloneTime  = 10 * time.Minute
 	enoughTime = time.Minute
-	// paceTime is over what time it is measured how fast a registry is. After a
-	// connection was added it takes as long until that counts.
-	paceTime = 200 * time.Millisecond
-	// growth is how many times as fast twice the connections have to be.
-	growth    = 1.3
-	stallTime = 5 * time.Second
+	// paceTime is over what time it is measured how fast a registry is, and longer, if
+	// less than a part has come. After a connection was added it takes as long until that
+	// counts.
+	paceTime    = 100 * time.Millisecond
+	maxPaceTime = 3 * paceTime
+	// growth is how much of what added connections would bring, if each brought as much as
+	// those before, they have to bring. Less than leastGrowth of what there was before
+	// isn't told from chance.
+	growth      = 0.3
+	leastGrowth = 0.1
+	stallTime   = 5 * time.Second
+	// learnedTime is for how long blobs have as many connections as one before them has
+	// grown to. Most layers have come before it is measured what more would bring.
+	learnedTime = time.Minute
 	// slowPart is how many times slower than the blob's first connection, when that was
 	// alone, another one stands still. Eight have each a quarter of it, where each
 	// doubling has brought no more than growth.
@@ -38,42 +45,163 @@ const (
 // widths are the registries, of which more than one connection may bring a large
 // blob sooner.
 type widths struct {
-	most  int                                 // connections for a blob
-	from  int64                               // of how many bytes it is, at least
-	part  int64                               // bytes of a part
-	parts chan struct{}                       // that there may be more
-	pace  func(context.Context, *width) int64 // bytes per paceTime, 0 when ctx is done
-	grown func(before, after int64) bool
-	stall time.Duration // how long a part may stand still, before it is asked for again
-	free  sync.Pool     // *[]byte, of parts that were read
+	most  int                 // connections for a blob
+	from  int64               // of how many bytes it is, at least
+	part  int64               // bytes of a part
+	parts chan struct{}       // that there may be more
+	pace  func(*width) sample // measures a registry
+	stall time.Duration       // how long a part may stand still, before it is asked for again
+	free  sync.Pool           // *[]byte, of parts that were read
 
 	mu sync.Mutex
 	of map[string]*width
 }
 
-// width is what is known of one registry.
+// width is what is known of one registry: how many connections each large blob is to
+// have. Where twice as many for all that are on their way bring more, they keep them,
+// and those that come soon afterwards have as many from their beginning.
 type width struct {
 	received atomic.Int64 // bytes of large blobs
-	growing  sync.Mutex   // by one blob at a time, or each would take the other's for its own
+	conns    atomic.Int64 // for those
 	// Until then blobs have one connection (in Unix nanoseconds): since it has refused
 	// a part, or since more connections have brought no more.
 	refused, enough atomic.Int64
+
+	mu      sync.Mutex
+	blobs   map[*parallel]struct{} // that are on their way
+	each    int                    // connections for each
+	least   int64                  // bytes that each connection has to bring in widths.stall
+	settled bool                   // more would bring no more
+	until   time.Time              // when that is to be found out anew
+	growing bool                   // it is being found out
 }
+
+// sample is how much a registry gives.
+type sample struct {
+	rate  float64 // bytes per second
+	conns float64 // over how many connections
+}
+
+// grown says whether added connections bring what they should.
+func (after sample) grown(before sample) bool {
+	return after.rate >= before.rate*(1+max(leastGrowth, growth*(after.conns/before.conns-1)))
+}
+
+// alike says whether there are not more connections than before, so that nothing can be
+// told.
+func (after sample) alike(before sample) bool { return after.conns < (1+leastGrowth)*before.conns }
 
 func newWidths(most int) *widths {
 	return &widths{
-		most: most, from: largeBlob, part: partSize, parts: make(chan struct{}, maxParts), of: make(map[string]*width), stall: stallTime,
-		pace: func(ctx context.Context, w *width) int64 {
-			before := w.received.Load()
-			select {
-			case <-time.After(paceTime):
-				return w.received.Load() - before
-			case <-ctx.Done():
-				return 0
-			}
-		},
-		grown: func(before, after int64) bool { return float64(after) >= growth*float64(before) },
+		most: most, from: largeBlob, part: partSize, parts: make(chan struct{}, maxParts), of: make(map[string]*width), stall: stallTime, pace: measure,
 	}
+}
+
+// measure measures how much a registry gives.
+func measure(w *width) sample {
+	start, before, conns := time.Now(), w.received.Load(), w.conns.Load()
+	for {
+		time.Sleep(paceTime)
+		took, came := time.Since(start), w.received.Load()-before
+		if came >= partSize || took >= maxPaceTime {
+			return sample{float64(came) / took.Seconds(), float64(conns+w.conns.Load()) / 2}
+		}
+	}
+}
+
+// join has a blob have as many connections as others have, and finds out whether more
+// would bring more.
+func (ws *widths) join(w *width, p *parallel) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if time.Now().After(w.until) || w.refuses() {
+		w.each, w.least, w.settled = 1, 1, false
+	}
+	w.blobs[p] = struct{}{}
+	p.use(w.each, w.least)
+	if !w.growing && !w.settled {
+		w.growing = true
+		go ws.grow(w)
+	}
+}
+
+func (w *width) leave(p *parallel) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.blobs, p)
+}
+
+// use has all blobs have n connections each.
+func (w *width) use(n int, settled bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.each, w.settled, w.until = n, settled, time.Now().Add(learnedTime)
+	for p := range w.blobs {
+		p.use(n, w.least)
+	}
+}
+
+// more says whether there is a blob for which more connections could be of use.
+func (w *width) more() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for p := range w.blobs {
+		if !p.ending() {
+			return !w.refuses()
+		}
+	}
+	return false
+}
+
+// grow adds connections for as long as that makes the registry faster, and there are
+// blobs.
+func (ws *widths) grow(w *width) {
+	defer func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.growing = false
+	}()
+	w.mu.Lock()
+	n := w.each
+	w.mu.Unlock()
+	for n < ws.most {
+		before := ws.pace(w)
+		switch {
+		case !w.more():
+			return
+		case before.rate == 0 || before.conns == 0:
+			continue
+		case n == 1:
+			w.expect(before, ws)
+		}
+		twice := min(2*n, ws.most)
+		w.use(twice, false)
+		ws.pace(w) // until they are under way
+		after := ws.pace(w)
+		switch {
+		case w.refuses():
+			return
+		case after.alike(before): // blobs have come to their ends
+			w.use(n, false)
+		case after.grown(before):
+			n = twice
+			w.use(n, n == ws.most)
+		case n == 1:
+			w.use(n, true)
+			w.rest()
+			return
+		default:
+			w.use(n, true)
+			return
+		}
+	}
+}
+
+// expect records what one connection brings.
+func (w *width) expect(s sample, ws *widths) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.least = int64(max(1, min(s.rate/s.conns*ws.stall.Seconds()/slowPart, float64(ws.part))))
 }
 
 // maxWidths bounds the registries that are remembered.
@@ -87,7 +215,7 @@ func (ws *widths) registry(name string) *width {
 		if len(ws.of) >= maxWidths {
 			clear(ws.of) // those that are in use go on
 		}
-		w = &width{}
+		w = &width{blobs: make(map[*parallel]struct{})}
 		ws.of[name] = w
 	}
 	return w
