@@ -34,6 +34,7 @@ var (
 	descPeerUnauthenticated = desc("peer_unauthenticated_connections_total", "Connections to the peers' port without the swarm key.")
 	descStoreBytes          = desc("store_bytes", "Bytes of stored blobs and of running transfers.")
 	descStoreDuplicate      = desc("store_duplicate_bytes", "Bytes of stored blobs that the node's containerd has as well. They are the first to make room.")
+	descStorePartial        = desc("store_partial_bytes", "Bytes of blobs of which only a part has come, among weir_store_bytes.")
 	descStoreMax            = desc("store_max_bytes", "The bound of weir_store_bytes.")
 	descStoreBlobs          = desc("store_blobs", "Stored blobs.")
 	descStoreEvicted        = desc("store_evicted_total", "Blobs evicted to make room for others.")
@@ -89,6 +90,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(descStoreBytes, float64(s.Store.Bytes))
 	gauge(descStoreDuplicate, float64(s.Store.Duplicate))
+	gauge(descStorePartial, float64(s.Store.Partial))
 	gauge(descStoreMax, float64(s.Store.MaxBytes))
 	gauge(descStoreBlobs, float64(s.Store.Blobs))
 	count(descStoreEvicted, float64(s.Store.Evicted))

@@ -223,8 +223,8 @@ func printStatus(w io.Writer, s admin.Status) error {
 		fmt.Fprintf(t, "\nPEERS\t%d connected, %s sent to them, %d blobs being sent, %d connections without the key\n", len(p.Peers), admin.BytesText(p.Sent), p.Sending, p.Unauthenticated)
 		fmt.Fprintf(t, "THIS NODE\t%s", p.ID)
 	}
-	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s, %s also in containerd; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, admin.BytesText(s.Store.Bytes), admin.BytesText(s.Store.MaxBytes),
-		admin.BytesText(s.Store.Duplicate), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
+	fmt.Fprintf(t, "\nSTORE\t%d blobs, %s of %s, %s in unfinished blobs, %s also in containerd; %d evicted, %d damaged, %d not kept\n", s.Store.Blobs, admin.BytesText(s.Store.Bytes),
+		admin.BytesText(s.Store.MaxBytes), admin.BytesText(s.Store.Partial), admin.BytesText(s.Store.Duplicate), s.Store.Evicted, s.Store.Corrupt, s.Store.NotKept)
 	if since := s.Store.Hangs; !since.IsZero() {
 		fmt.Fprintf(t, "\tthe disk of %s does not answer since %s: blobs are served and pushed through without being kept; look at the disk and the kernel's log\n", plain(s.DataDir), since.Local().Format(time.DateTime))
 	}

@@ -295,11 +295,11 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 	return resp.Body, nil
 }
 
-// parallel returns what a transfer reads: the body of resp, and what is asked for
-// beside it with the client's credentials.
-func (x *exchange) parallel(resp *reply) io.ReadCloser {
+// parallel returns what a transfer reads: the body of resp, which is a blob of size bytes from
+// a byte on, and what is asked for beside it with the client's credentials.
+func (x *exchange) parallel(resp *reply, from, size int64) io.ReadCloser {
 	tag := resp.Header.Get("Etag")
-	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), resp.ContentLength, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), from, size, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		r, err := x.fetchRange(ctx, at, first, last)
 		if at != nil && (err != nil || signatureIsOver(r.StatusCode)) && ctx.Err() == nil {
 			// What signs its URL may be over. The registry gives another.
@@ -312,9 +312,8 @@ func (x *exchange) parallel(resp *reply) io.ReadCloser {
 		if err != nil {
 			return nil, nil, err
 		}
-		wanted := fmt.Sprintf("bytes %d-%d/%d", first, last, resp.ContentLength)
 		other := r.Header.Get("Etag")
-		if r.StatusCode != http.StatusPartialContent || r.Header.Get("Content-Range") != wanted || encoded(r) || other != "" && tag != "" && other != tag {
+		if !isRange(r, first, last, size) || other != "" && tag != "" && other != tag {
 			r.Body.Close()
 			return nil, nil, fmt.Errorf("%s answers a request for a part of a blob with %s, %q", x.up.Host, r.Status, r.Header.Get("Content-Range"))
 		}
@@ -323,6 +322,12 @@ func (x *exchange) parallel(resp *reply) io.ReadCloser {
 		}
 		return x.arriving(r.Body), at, nil
 	})
+}
+
+// isRange says whether an answer is the range from first to last of a blob of size bytes.
+func isRange(resp *reply, first, last, size int64) bool {
+	return resp.StatusCode == http.StatusPartialContent && !encoded(resp) &&
+		resp.Header.Get("Content-Range") == fmt.Sprintf("bytes %d-%d/%d", first, last, size)
 }
 
 // signatureIsOver says whether an answer may be to a signed URL that is over: 400 is that of

@@ -5,6 +5,7 @@ package registry
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -218,9 +219,9 @@ func (x *exchange) lead(t *store.Transfer) {
 		return
 	}
 	ctx, detach, cancel := x.detachable()
-	resp, err := x.fetch(ctx, 0)
+	resp, rest, err := x.missing(ctx, t)
 	switch {
-	case err != nil || resp.StatusCode != http.StatusOK:
+	case err != nil || resp.StatusCode != http.StatusOK && rest == nil:
 		t.Abandon(errNotLed)
 		defer cancel()
 		x.refused(resp, err)
@@ -245,10 +246,25 @@ func (x *exchange) lead(t *store.Transfer) {
 	}
 	at = resp.at
 	x.h.leaders.Store(t, x.who.Client)
-	body = x.parallel(resp)
-	resp.Body = &cancelBody{body, cancel}
-	r, err := t.Begin(resp.ContentLength, resp.Body, x.source)
-	if err != nil {
+	var r *store.Reader
+	if rest == nil {
+		body = x.parallel(resp, 0, resp.ContentLength)
+		resp.Body = &cancelBody{body, cancel}
+		r, err = t.Begin(resp.ContentLength, resp.Body, x.source)
+	} else {
+		if body = x.arriving(resp.Body); rest.to == rest.size {
+			body = x.parallel(resp, rest.first, rest.size)
+		}
+		resp.Body = &cancelBody{body, cancel}
+		r, err = t.Resume(resp.Body, x.source, x.anew)
+	}
+	switch {
+	case err != nil && rest != nil:
+		resp.Body.Close()
+		x.notKept(err)
+		x.forward()
+		return
+	case err != nil:
 		defer context.AfterFunc(x.r.Context(), cancel)() // it is the client's again
 		x.notKept(err)
 		x.sent(resp)
@@ -256,6 +272,48 @@ func (x *exchange) lead(t *store.Transfer) {
 	}
 	defer r.Close()
 	x.serveTransfer(r, nil, provenance{stored: true})
+}
+
+// gap is a range of a blob that is missing: from its first byte up to where it is there
+// again. The blob has size bytes.
+type gap struct{ first, to, size int64 }
+
+// missing asks the upstream for the blob: for what is missing of it, if some is there of a
+// transfer before. What was sent then is the client's too once the registry gives it a part.
+// A registry that gives none, or that of a blob of another size, is asked for all of it.
+//
+// An ETag isn't compared: what is there is of the same digest or wrong, which is found out,
+// and two hosts of one registry's content needn't have the same.
+func (x *exchange) missing(ctx context.Context, t *store.Transfer) (*reply, *gap, error) {
+	first, to, size, ok := t.Missing()
+	if !ok {
+		resp, err := x.fetch(ctx, 0)
+		return resp, nil, err
+	}
+	resp, err := x.fetchRange(ctx, nil, first, to-1)
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case isRange(resp, first, to-1, size) && !foreign(resp.Response):
+		return resp, &gap{first, to, size}, nil
+	case resp.StatusCode == http.StatusPartialContent, resp.StatusCode == http.StatusRequestedRangeNotSatisfiable, resp.StatusCode == http.StatusBadRequest:
+		resp.Body.Close()
+		resp, err = x.fetch(ctx, 0)
+	}
+	return resp, nil, err
+}
+
+// anew fetches all of a blob, as what has come of it is wrong.
+func (x *exchange) anew(ctx context.Context) (io.ReadCloser, int64, error) {
+	resp, err := x.fetch(ctx, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	if resp.StatusCode != http.StatusOK || encoded(resp) {
+		resp.Body.Close()
+		return nil, 0, fmt.Errorf("%s answers with %s", x.up.Host, resp.Status)
+	}
+	return x.arriving(resp.Body), resp.ContentLength, nil
 }
 
 func (x *exchange) notKept(err error) {

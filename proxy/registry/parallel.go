@@ -29,7 +29,7 @@ type opener func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCl
 type parallel struct {
 	ws   *widths
 	w    *width
-	size int64
+	size int64 // of the whole blob
 	open opener
 
 	ctx    context.Context
@@ -64,14 +64,14 @@ type part struct {
 	err        error
 }
 
-// parallel returns body, of which more is asked for by open. It is closed with what
-// is returned.
-func (ws *widths) parallel(registry string, body io.ReadCloser, size int64, open opener) io.ReadCloser {
+// parallel returns body, which is a blob of size bytes from a byte on, and of which more is
+// asked for by open. It is closed with what is returned.
+func (ws *widths) parallel(registry string, body io.ReadCloser, from, size int64, open opener) io.ReadCloser {
 	w := ws.registry(registry)
-	if ws.most < 2 || size < ws.from || w.alone() {
+	if ws.most < 2 || size-from < ws.from || w.alone() {
 		return body
 	}
-	p := &parallel{ws: ws, w: w, size: size, open: open, body: body, first: body}
+	p := &parallel{ws: ws, w: w, size: size, open: open, pos: from, body: body, first: body}
 	p.change = sync.NewCond(&p.mu)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	ws.join(w, p)

@@ -104,7 +104,7 @@ func TestParallelStories(t *testing.T) {
 			}
 			return nil
 		}
-		p := ws.parallel("registry", body(0, size-1, breaks()), size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		p := ws.parallel("registry", body(0, size-1, breaks()), 0, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 			if faulty && roll(12) == 0 {
 				return nil, nil, errors.New("429 Too Many Requests")
 			}
@@ -289,7 +289,7 @@ func TestPartsThatBreakOff(t *testing.T) {
 	var parts atomic.Int64
 	begun := make(chan struct{})
 	first := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
-	p := ws.parallel("registry", io.NopCloser(first), int64(len(want)), func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+	p := ws.parallel("registry", io.NopCloser(first), 0, int64(len(want)), func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		if parts.Add(1) == 1 {
 			close(begun)
 		}
@@ -332,7 +332,7 @@ func TestPartsThatDrip(t *testing.T) {
 		n := float64(w.conns.Load())
 		return sample{n * float64(size), n}
 	}
-	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), 0, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		return drip{io.NopCloser(bytes.NewReader(want[first : last+1])), ctx.Done()}, nil, nil
 	})
 	defer p.Close()
@@ -395,7 +395,7 @@ func TestConnectionsForEach(t *testing.T) {
 			}
 			nothing := func() io.ReadCloser { return &silent{closed: make(chan struct{})} }
 			begin := func() *parallel {
-				return ws.parallel("registry", nothing(), 1<<30, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+				return ws.parallel("registry", nothing(), 0, 1<<30, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 					return nothing(), nil, nil
 				}).(*parallel)
 			}
@@ -470,7 +470,7 @@ func TestMemoryOfParts(t *testing.T) {
 		var parts atomic.Int64
 		begun := make(chan struct{})
 		body := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
-		p := ws.parallel(fmt.Sprint(i), io.NopCloser(body), size, func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		p := ws.parallel(fmt.Sprint(i), io.NopCloser(body), 0, size, func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 			if n := parts.Add(1); n > 10 {
 				return nil, nil, errors.New("429 Too Many Requests")
 			} else if n == 8 {

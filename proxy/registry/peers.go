@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"slices"
@@ -113,15 +112,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 			return x.countedPeer(body), size, nil
 		}
 		asked = true
-		resp, err := x.fetch(ctx, 0)
-		if err != nil {
-			return nil, 0, err
-		}
-		if resp.StatusCode != http.StatusOK {
-			resp.Body.Close()
-			return nil, 0, fmt.Errorf("%s answers with %s", x.up.Host, resp.Status)
-		}
-		return x.arriving(resp.Body), resp.ContentLength, nil
+		return x.anew(ctx)
 	}
 	cb := &cancelBody{x.countedPeer(body), cancel}
 	r, err := t.BeginUnverified(size, cb, more, again)

@@ -30,12 +30,9 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	t.promise(0)
 	stored := err == nil && t.keep(sum)
 	var werr *writeError
-	if !stored {
-		if rerr := t.store.disk.remove(t.file.Name()); rerr != nil {
-			t.store.log.Warn("can't remove an unfinished blob", "err", rerr)
-		}
-	}
-	if err != nil && !errors.As(err, &werr) {
+	left := err != nil && t.leavePartial(err)
+	t.removeFiles(stored, left)
+	if err != nil && !left && !errors.As(err, &werr) {
 		// Readers have nothing more of it. When it can't be written, they read
 		// on, and the file is there until they are done.
 		t.room.release()
@@ -59,6 +56,21 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	}
 	t.unrefFile()
 	t.change.Broadcast()
+}
+
+// removeFiles removes the files that are needed no more: when the blob is stored, its own
+// is another one now.
+func (t *Transfer) removeFiles(stored, left bool) {
+	var paths []string
+	if !stored && !left {
+		paths = append(paths, t.file.Name())
+	}
+	if t.part != nil && !left && t.part.hasRecord() {
+		paths = append(paths, t.file.Name()+recordSuffix)
+	}
+	if err := t.store.disk.remove(paths...); err != nil {
+		t.store.log.Warn("can't remove an unfinished blob", "err", err)
+	}
 }
 
 // keep makes a verified blob a kept one. When that fails the readers have the
@@ -107,11 +119,20 @@ func (t *Transfer) receive(body io.ReadCloser) (*sums, error) {
 
 // write writes a piece of the file. Only the writer calls it.
 func (t *Transfer) write(p []byte, off int64) error {
+	part, end := t.part, off+int64(len(p))
+	if part != nil {
+		if to, is := part.at(off); is && to >= end {
+			return nil
+		}
+	}
 	return t.store.disk.within(func() error {
-		if err := t.allocate(t.file, off+int64(len(p)), t.size); err != nil {
+		if err := t.allocate(t.file, end, t.size); err != nil {
 			return err
 		}
 		_, err := t.file.WriteAt(p, off)
+		if err == nil && part != nil {
+			part.wrote(off, end, t.store.path("ingest"))
+		}
 		return err
 	})
 }
@@ -128,7 +149,7 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	if refetch == nil {
 		return false
 	}
-	t.store.log.Warn("a blob that came from a peer is wrong, and is fetched again", "digest", t.digest, "err", cause)
+	t.store.log.Warn("what came of a blob is wrong, and it is fetched again", "digest", t.digest, "err", cause)
 	b, size, err := refetch(t.ctx)
 	if err != nil {
 		return false
@@ -140,6 +161,9 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	t.round++
 	t.change.Broadcast()
 	t.mu.Unlock()
+	if t.part != nil && !t.part.clear(size) {
+		t.part = nil
+	}
 	t.allocated = 0
 	t.promise(size)
 	if err := t.store.disk.do(func() error { return t.file.Truncate(0) }, nil); err != nil {
@@ -264,7 +288,7 @@ func (t *Transfer) source(try int, offset int64, instead bool) io.ReadCloser {
 	if n == 0 || try > attempts*n || instead && n < 2 {
 		return nil
 	}
-	return newOpening(t.ctx, t.sources[try%n], offset)
+	return t.opening(t.sources[try%n], offset)
 }
 
 // reopen finds a source for the rest.
@@ -287,7 +311,7 @@ func (t *Transfer) reopen(failures *int, cause error) (io.ReadCloser, error) {
 		}
 	}
 	*failures++
-	return newOpening(t.ctx, src, t.arrived), nil
+	return t.opening(src, t.arrived), nil
 }
 
 // unkeep has the transfer go on in memory alone, as the disk hangs. Clients that
@@ -318,6 +342,9 @@ func (t *Transfer) create(size int64) (*os.File, error) {
 		}
 		if err = t.allocate(f, 1, size); err == nil && !t.promise(size-t.allocated) {
 			err = unix.ENOSPC
+		}
+		if t.part != nil {
+			t.part.path = f.Name()
 		}
 		if err != nil {
 			t.promise(0)

@@ -69,7 +69,10 @@ func (s *Store) followForeign() {
 	}
 }
 
+// lookAtForeign looks at them once.
 func (s *Store) lookAtForeign() {
+	s.looking.Lock() // what was listed last counts
+	defer s.looking.Unlock()
 	s.mu.Lock()
 	all := s.foreign
 	s.mu.Unlock()

@@ -117,6 +117,8 @@ func (s *Store) keepNew(d digest.Digest, r *room, file func() (tmp string, sum *
 	s.index[d] = s.recent.PushFront(e)
 	s.twice(e, s.elsewhere(d))
 	s.changed(d, true)
+	for s.dropPartial(func(p *partial) bool { return p.key.digest == d }) {
+	}
 	return nil
 }
 

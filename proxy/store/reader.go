@@ -376,7 +376,7 @@ func (a *arrivingPart) close() {
 	case t.unkept:
 		t.cancel(ErrDiskHangs)
 	default:
-		t.linger = time.AfterFunc(lingerTime, func() { t.cancel(nil) })
+		t.lingers()
 	}
 	t.freed()
 	t.unrefFile()

@@ -35,6 +35,10 @@ type Origin struct {
 //   - What an owner has in the store is a tenth of it at most, and all owners
 //     together have half of it. Beyond that, the least recently used of theirs
 //     go first.
+//   - What transfers that did not come to their end have left, the partials, is a tenth
+//     of the store at most, half of that for those with an owner, and half of that for each
+//     owner. They go first, the oldest one before the others, whatever room is needed
+//     for; none of them makes another blob go.
 const (
 	provisionalShare  = 2  // of the store, for provisional room
 	ownersProvisional = 8  // for that of all owners
@@ -212,6 +216,8 @@ func (s *Store) makeRoom(owner string, size int64) bool {
 	if s.opts.MaxBytes > 0 && size > s.opts.MaxBytes || !s.makeOwnerRoom(owner, size) {
 		return false
 	}
+	for !s.fits(size) && s.dropPartial(anyPartial) {
+	}
 	if s.fits(size) {
 		return true
 	}
@@ -250,9 +256,15 @@ func (s *Store) makeOwnerRoom(owner string, size int64) bool {
 		over := s.owners[owner]
 		switch {
 		case over != nil && over.bytes+size > s.opts.MaxBytes/ownerShare:
+			if s.dropPartial(func(p *partial) bool { return p.from.Owner == owner }) {
+				continue
+			}
 		case s.owned+size <= s.opts.MaxBytes/ownersShare:
 			return true
 		default:
+			if s.dropPartial(func(p *partial) bool { return p.from.Owner != "" }) {
+				continue
+			}
 			over = nil
 			for name, o := range s.owners {
 				if name != "" && o.blobs.Len() > 0 && (over == nil || o.bytes > over.bytes) {
@@ -287,6 +299,8 @@ func (s *Store) findRoom(owner string, size int64) bool {
 		if own+size > s.opts.MaxBytes/ownerProvisional || all+size > s.opts.MaxBytes/ownersProvisional {
 			return false
 		}
+	}
+	for !s.fits(size) && s.dropPartial(anyPartial) {
 	}
 	for !s.fits(size) || bounded && s.provisional+size > s.opts.MaxBytes/provisionalShare {
 		if owner != "" || !s.giveWay(func(r *room) bool { return r.from.Owner != "" }) {

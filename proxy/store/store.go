@@ -23,7 +23,9 @@
 //
 //	blobs/ALGORITHM/HEX   the bytes (as in an OCI image layout)
 //	sums/ALGORITHM/HEX    their checksums; may be lost without harm
-//	ingest/               running transfers; emptied when the store is opened
+//	ingest/               running transfers, and what is left of those that failed,
+//	                      each with a record of what is there (NAME.partial); all else is
+//	                      removed when the store is opened
 //	lock                  held by the process that has the store open
 package store
 
@@ -99,6 +101,8 @@ type Store struct {
 	small     *lru.Cache[fileID, *sums]         // of small blobs, which are read again and again
 	hot       *lru.Cache[digest.Digest, []byte] // kept blobs of one chunk, whole and verified
 
+	looking sync.Mutex // at what others have
+
 	disk    *disk // that is written to
 	reading *disk // the same, that is read from: a frozen file system can be read
 	pieces  pieces
@@ -110,6 +114,9 @@ type Store struct {
 	running map[running]*Transfer
 	foreign []*foreign    // never changed in place
 	look    chan struct{} // receives when there is another one of foreign
+	// partials are those that no transfer has, and idle is the same, the oldest first.
+	partials map[running]*partial
+	idle     *list.List
 	accounts
 }
 
@@ -134,6 +141,8 @@ type Stats struct {
 	Bytes    int64 `json:"bytes"`     // of kept blobs, and reserved for running transfers
 	MaxBytes int64 `json:"max_bytes"` // as configured; 0 is no bound
 	Running  int   `json:"running"`   // transfers
+	// Partial is how many of Bytes are of blobs of which only a part has come.
+	Partial int64 `json:"partial_bytes"`
 	// Duplicate is how many of Bytes are in content stores of others as well.
 	Duplicate int64 `json:"duplicate_bytes"`
 	Evicted   int64 `json:"evicted"`  // blobs, since the store was opened
@@ -145,7 +154,7 @@ type Stats struct {
 }
 
 // Open opens the store in dir and makes it if it isn't there. What an earlier
-// process left unfinished is removed. The error is [ErrLocked] while another
+// process left unfinished is found again, or removed. The error is [ErrLocked] while another
 // process has it open.
 func Open(dir string, opts Options) (*Store, error) {
 	s := &Store{
@@ -156,6 +165,8 @@ func Open(dir string, opts Options) (*Store, error) {
 		recent:   list.New(),
 		running:  make(map[running]*Transfer),
 		look:     make(chan struct{}, 1),
+		partials: make(map[running]*partial),
+		idle:     list.New(),
 		accounts: accounts{owners: make(map[string]*owned), waiting: list.New()},
 	}
 	if s.log == nil {
@@ -197,9 +208,6 @@ func Open(dir string, opts Options) (*Store, error) {
 
 // load reads what is there and removes what is half done.
 func (s *Store) load() error {
-	if err := os.RemoveAll(s.path("ingest")); err != nil {
-		return fmt.Errorf("removing unfinished transfers: %w", err)
-	}
 	for _, d := range []string{"ingest", "blobs", "sums"} {
 		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
 			return fmt.Errorf("making the store's directories: %w", err)
@@ -237,6 +245,9 @@ func (s *Store) load() error {
 				os.Remove(s.path("sums", alg.Name(), n.Name())) // of a blob that is gone
 			}
 		}
+	}
+	if err := s.loadPartials(); err != nil {
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

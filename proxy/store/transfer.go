@@ -14,8 +14,14 @@ import (
 
 const (
 	// lingerTime is how long a transfer without readers goes on: runtimes
-	// come back for the rest within seconds after a broken connection.
-	lingerTime = 30 * time.Second
+	// come back for the rest within seconds after a broken connection. One of which
+	// no more is missing than finishSize, or one part in finishShare of the blob,
+	// goes on to its end: that costs hardly more than what is under way anyway, and
+	// then there is a blob, which others can be given too. What has come of any
+	// other stays as a partial.
+	lingerTime  = 30 * time.Second
+	finishSize  = 16 << 20
+	finishShare = 10
 	// attempts is how many times in a row a source may fail without a byte
 	// in between.
 	attempts = 3
@@ -60,6 +66,10 @@ type Transfer struct {
 	tell    *time.Timer // for them to be told of more
 	linger  *time.Timer
 	onEnd   func(kept bool)
+	// part is what is there of the blob, in file, of which a transfer that doesn't come to
+	// its end may leave a partial. Nil if that is not to be: its size isn't known, or
+	// nothing vouches for the bytes but the digest.
+	part *partial
 
 	// Of the writer alone, once it is there.
 	allocated int64 // bytes of file
@@ -93,6 +103,7 @@ func (s *Store) Claim(d digest.Digest, from Origin) (t *Transfer, leader bool) {
 
 // Abandon ends a transfer that could not begin; those who wait get err.
 func (t *Transfer) Abandon(err error) {
+	t.giveBack()
 	t.mu.Lock()
 	t.state, t.err = failed, err
 	t.change.Broadcast()
@@ -132,7 +143,11 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Reader, 
 		t.Abandon(err)
 		return nil, err
 	}
+	t.drop()
 	t.room = t.store.newRoom(t.from, t.from.Free || size < 0)
+	if size > 0 {
+		t.part = &partial{key: running{t.digest, t.from.Name}, from: t.from, size: size, begun: time.Now()}
+	}
 	return t.begin(size, t.room.reserve(max(size, 0)), body, more, nil)
 }
 
@@ -149,6 +164,7 @@ func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, 
 		t.Abandon(err)
 		return nil, err
 	}
+	t.drop()
 	t.room = s.newRoom(t.from, true)
 	reserved := t.room.reserve(max(size, 0))
 	if !reserved && !t.from.Free && size >= 0 && (s.opts.MaxBytes <= 0 || size <= s.opts.MaxBytes) {
@@ -169,7 +185,10 @@ func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Sou
 	}
 	answers := s.disk.answering()
 	var err error
-	if t.file, err = t.create(size); err != nil {
+	if t.file == nil {
+		t.file, err = t.create(size)
+	}
+	if err != nil {
 		t.promise(0)
 		t.room.release()
 		if !errors.Is(err, ErrDiskHangs) {
@@ -187,8 +206,9 @@ func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Sou
 	if more != nil {
 		t.sources = append(t.sources, more)
 	}
-	if refetch != nil {
-		t.refetch, t.until = refetch, time.Now().Add(holdTime)
+	t.refetch = refetch
+	if refetch != nil && t.part == nil {
+		t.until = time.Now().Add(holdTime)
 		time.AfterFunc(holdTime, t.change.Broadcast)
 	}
 	r := t.reader()
