@@ -253,6 +253,9 @@ func (x *exchange) read(m *keptManifest) bool {
 // keepManifest keeps a manifest that passes by. The error is for one that
 // isn't what was asked for.
 func (x *exchange) keepManifest(resp *reply) error {
+	if resp.ContentLength > maxManifest {
+		return nil // the client may refuse it for its length, and be gone before it has come
+	}
 	raw, plain := x.buffer(), x.buffer()
 	defer plain.release()
 	err := raw.fill(resp.Body)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -194,6 +195,33 @@ func TestHeadFirst(t *testing.T) {
 	defer resp.Body.Close()
 	if got, err := io.ReadAll(resp.Body); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+// A manifest that is announced to be longer than those that are kept passes as it
+// comes: clients that take none of that length refuse it by its head.
+func TestManifestTooLong(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "")
+	come := make(chan struct{})
+	u.fault = func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("Content-Type", docker2)
+		w.Header().Set("Content-Length", strconv.Itoa(maxManifest+1))
+		w.WriteHeader(http.StatusOK)
+		_ = http.NewResponseController(w).Flush()
+		<-come
+		_, _ = w.Write(bytes.Repeat([]byte(" "), maxManifest+1))
+		return true
+	}
+	s := newSide(t, u, store.Options{})
+	resp, err := http.Get(s.srv.URL + "/v2/a/manifests/1")
+	close(come)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if n, err := io.Copy(io.Discard, resp.Body); n != maxManifest+1 || err != nil {
+		t.Errorf("%d bytes, err %v", n, err)
 	}
 }
 
