@@ -25,8 +25,8 @@ APT = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 # Debian packages: what running needs, what the tests drive, what generates and checks.
 RUN_PACKAGES = ca-certificates
 TEST_PACKAGES = docker.io containerd runc skopeo podman buildah iproute2 iptables openssl systemd gcc libc6-dev chromium curl \
-	rootlesskit slirp4netns uidmap
-KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static prometheus
+	rootlesskit slirp4netns uidmap zlib1g-dev
+KUBERNETES_PACKAGES = etcd-server containernetworking-plugins busybox-static prometheus ipset
 KERNELS_PACKAGES = cpio kmod
 DEV_PACKAGES = clang-19 llvm-19 libbpf-dev linux-libc-dev bpftool
 BENCH_PACKAGES = nginx-light wrk docker-registry

@@ -4,6 +4,7 @@ package lab
 
 import (
 	"crypto/sha256"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,7 +36,23 @@ var tools = map[string]string{
 	"buildx":                  "github.com/docker/buildx/cmd/buildx@v0.38.2",
 	"coredns":                 "github.com/coredns/coredns@v1.15.0",
 	"cosign":                  "github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3",
+	"ko":                      "github.com/google/ko@v0.19.1",
+	"kube-router":             "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router@v2.1.0",
+	"docker-compose":          compose + "/cmd@v2.40.3",
+	"soci-snapshotter-grpc":   soci + "@v0.16.1",
+	"containerd-stargz-grpc":  stargz + "@v0.19.1",
 }
+
+// mains are programs whose own main is in a module that isn't released, by the module
+// with all the rest of them.
+var mains = map[string]string{soci: sociMain, stargz: stargzMain}
+
+var (
+	//go:embed snapshotters/soci/main.go
+	sociMain string
+	//go:embed snapshotters/stargz/main.go
+	stargzMain string
+)
 
 // Programs of these modules can't be installed from outside, because their
 // go.mod excludes or replaces modules: they are built in a module that requires
@@ -46,6 +63,9 @@ const (
 	containerdV1 = "github.com/containerd/containerd"
 	kaniko       = "github.com/GoogleContainerTools/kaniko"
 	nerdctl      = "github.com/containerd/nerdctl/v2"
+	compose      = "github.com/docker/compose/v2"
+	soci         = "github.com/awslabs/soci-snapshotter"
+	stargz       = "github.com/containerd/stargz-snapshotter"
 )
 
 func init() {
@@ -69,7 +89,11 @@ func scratch(t testing.TB, module, version string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
 	mod := fmt.Sprintf("module scratch\n\ngo 1.26\n\nrequire %s %s\n", module, version)
-	if module == kubernetes {
+	switch module {
+	case soci:
+		mod += "replace github.com/hashicorp/golang-lru => github.com/ktock/golang-lru v0.5.5-0.20211029085301-ec551be6f75c\n" +
+			"replace cyphar.com/go-pathrs => github.com/cyphar/libpathrs/go-pathrs v0.2.1\n"
+	case kubernetes:
 		out, err := exec.Command("go", "mod", "download", "-json", module+"@"+version).Output()
 		var downloaded struct{ GoMod string }
 		if err == nil {
@@ -87,6 +111,9 @@ func scratch(t testing.TB, module, version string) (dir string) {
 		}
 	}
 	files := map[string]string{"go.mod": mod}
+	if mains[module] != "" {
+		files["main.go"] = mains[module]
+	}
 	if module == nerdctl {
 		// It replaces a module for tests by one in its own repository, and its
 		// command needs one declaration of that.
@@ -109,7 +136,13 @@ func install(t testing.TB, name, dir, out string) *exec.Cmd {
 	program, version, _ := strings.Cut(tools[name], "@")
 	env := append(os.Environ(), "GOBIN="+out, "CGO_ENABLED=0", "GOFLAGS=-mod=mod -trimpath")
 	cmd := exec.Command("go", "install", tools[name])
-	if module, _, _ := strings.Cut(program, "/cmd/"); slices.Contains([]string{buildkit, kubernetes, containerdV1, kaniko, nerdctl}, module) {
+	module, _, _ := strings.Cut(program, "/cmd")
+	switch {
+	case mains[module] != "":
+		dir = scratch(t, module, version)
+		env = append(env, "CGO_ENABLED=1") // SOCI reads layers by zlib
+		cmd = exec.Command("go", "build", "-ldflags", "-s -w", "-o", filepath.Join(out, executable(name)), "main.go")
+	case slices.Contains([]string{buildkit, kubernetes, containerdV1, kaniko, nerdctl, compose}, module):
 		dir = scratch(t, module, version)
 		flags := "-s -w"
 		if module == kubernetes { // it tells clients which one it is
@@ -117,10 +150,19 @@ func install(t testing.TB, name, dir, out string) *exec.Cmd {
 				flags += fmt.Sprintf(" -X %[1]s.gitVersion=%[2]s -X %[1]s.gitMajor=1 -X %[1]s.gitMinor=%[3]s", pkg, version, strings.Split(version, ".")[1])
 			}
 		}
-		cmd = exec.Command("go", "build", "-ldflags", flags, "-o", out+"/", program)
+		cmd = exec.Command("go", "build", "-ldflags", flags, "-o", filepath.Join(out, executable(name)), program)
 	}
 	cmd.Dir, cmd.Env = dir, env // of no module, or of the scratch one
 	return cmd
+}
+
+// executable is the file that a program is built as.
+func executable(name string) string {
+	program, _, _ := strings.Cut(tools[name], "@")
+	if base := filepath.Base(program); base != "cmd" {
+		return base
+	}
+	return name
 }
 
 // Source is what Tool builds a program from, as "PATH@VERSION".
@@ -130,7 +172,11 @@ func Source(name string) string { return tools[name] }
 func Tool(t testing.TB, name string) string {
 	t.Helper()
 	return locked(t, name, func(dir string) string {
-		path := filepath.Join(dir, filepath.Base(tools[name]))
+		module, version, _ := strings.Cut(tools[name], "@")
+		path := filepath.Join(dir, executable(name)+"@"+version)
+		if main := mains[module]; main != "" {
+			path += fmt.Sprintf("-%.8x", sha256.Sum256([]byte(main)))
+		}
 		if _, err := os.Stat(path); err == nil {
 			return path
 		}
@@ -139,8 +185,7 @@ func Tool(t testing.TB, name string) string {
 		if b, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("building %s: %v\n%s", tools[name], err, b)
 		}
-		program, _, _ := strings.Cut(filepath.Base(tools[name]), "@")
-		if err := os.Rename(filepath.Join(out, program), path); err != nil {
+		if err := os.Rename(filepath.Join(out, executable(name)), path); err != nil {
 			t.Fatal(err)
 		}
 		return path
