@@ -98,19 +98,30 @@ func arrangements(ca string) []arrangement {
 // containerd runs before weir, proves that it reads certs.d, and is restarted.
 func TestHostsFiles(t *testing.T) {
 	t.Parallel()
+	hostsFiles(t, "/etc/containerd/config.toml", certsD, (*lab.Node).NewestContainerd)
+}
+
+// The same as k3s and RKE2 have it, which empty the certs.d when they start.
+func TestK3s(t *testing.T) {
+	t.Parallel()
+	hostsFiles(t, lab.K3s+"/etc/containerd/config.toml", lab.K3s+"/etc/containerd/certs.d", (*lab.Node).K3sContainerd)
+}
+
+// hostsFiles has a containerd with a configuration, whose config_path is dir.
+func hostsFiles(t *testing.T, config, dir string, start func(*lab.Node) *lab.Containerd) {
 	w := newWorld(t)
 	given, corp := w.Registry("registry.given"), w.Registry("registry.corp")
 	images := newCopies(w.hub, w.ghcr, given, corp)
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", configPath)
-	containerd := node.NewestContainerd()
+	node.WriteFile(config, "version = 3\n[plugins.\"io.containerd.cri.v1.images\".registry]\n  config_path = \""+dir+"\"\n")
+	containerd := start(node)
 	// rows plays all arrangements. check is called while one is in place.
 	rows := func(t *testing.T, check func(*testing.T, arrangement)) {
 		for _, tt := range arrangements(w.Roots()) {
 			t.Run(tt.name, func(t *testing.T) {
 				for name, content := range tt.files {
-					node.WriteFile(path.Join(certsD, name), content)
-					defer node.Run("sh", "-c", "rm "+path.Join(certsD, name)+"; rmdir --ignore-fail-on-non-empty "+path.Join(certsD, path.Dir(name)))
+					node.WriteFile(path.Join(dir, name), content)
+					defer node.Run("sh", "-c", "rm "+path.Join(dir, name)+"; rmdir --ignore-fail-on-non-empty "+path.Join(dir, path.Dir(name)))
 				}
 				images.pull(t, containerd, tt.image)
 				check(t, tt)
@@ -148,6 +159,9 @@ func TestHostsFiles(t *testing.T) {
 		})
 	})
 	containerd.Stop()
+	if dir != certsD {
+		node.Run("rm", "-rf", dir)
+	}
 	containerd.Start()
 	intercepted(t)
 	t.Run("after", func(t *testing.T) { rows(t, func(t *testing.T, _ arrangement) { unharmed(t) }) })

@@ -765,6 +765,7 @@ type Containerd struct {
 	conn   *grpc.ClientConn
 	images cri.ImageServiceClient
 	args   []string
+	root   string   // of what it has
 	Env    []string // more of its environment, from its next start on
 }
 
@@ -789,10 +790,33 @@ func (n *Node) OlderContainerd() *Containerd {
 	return n.containerd(n.As(Tool(n.t, "containerd-1.7"), "containerd"))
 }
 
+// K3s is where k3s has what its containerd is given and has.
+const K3s = "/var/lib/rancher/k3s/agent"
+
+// K3sContainerd starts the newest containerd as k3s does, with the configuration at
+// etc/containerd/config.toml below [K3s].
+func (n *Node) K3sContainerd() *Containerd {
+	n.t.Helper()
+	shim, containerd := n.link("containerd-shim-runc-v2"), n.link("containerd")
+	const state, root = "/run/k3s/containerd", K3s + "/containerd"
+	c := n.containerdAt(state+"/containerd.sock", root, "PATH="+filepath.Dir(shim)+":/usr/sbin:/usr/bin:/sbin:/bin")
+	c.args = []string{containerd, "-c", K3s + "/etc/containerd/config.toml", "-a", state + "/containerd.sock", "--state", state, "--root", root}
+	c.Start()
+	return c
+}
+
 func (n *Node) containerd(path string, env ...string) *Containerd {
 	n.t.Helper()
-	const socket = "/run/containerd/containerd.sock"
-	c := &Containerd{node: n, args: []string{path}, Env: env}
+	c := n.containerdAt("/run/containerd/containerd.sock", "/var/lib/containerd", env...)
+	c.args = []string{path}
+	c.Start()
+	return c
+}
+
+// containerdAt is a containerd that will listen at a socket.
+func (n *Node) containerdAt(socket, root string, env ...string) *Containerd {
+	n.t.Helper()
+	c := &Containerd{node: n, root: root, Env: env}
 	conn, err := grpc.NewClient("passthrough:///containerd", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", n.root(socket))
@@ -802,7 +826,6 @@ func (n *Node) containerd(path string, env ...string) *Containerd {
 	}
 	n.t.Cleanup(func() { conn.Close() })
 	c.conn, c.images = conn, cri.NewImageServiceClient(conn)
-	c.Start()
 	return c
 }
 
@@ -847,7 +870,7 @@ func (c *Containerd) Remove(ref string, p Pushed) {
 	}
 	c.until("collecting garbage", func(context.Context) error {
 		for _, l := range p.Layers {
-			if _, err := c.node.File("/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256/" + l.Encoded()); err == nil {
+			if _, err := c.node.File(filepath.Join(c.root, "io.containerd.content.v1.content/blobs/sha256", l.Encoded())); err == nil {
 				return fmt.Errorf("the layer %s is still there", l)
 			}
 		}
