@@ -268,11 +268,11 @@ func pod(name string, container object, more object) object {
 	return object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"name": name, "namespace": "default"}, "spec": spec}
 }
 
-// running waits until a pod runs.
-func (c *cluster) running(name string) {
+// running waits until a pod runs, which flags of kubectl may say more of.
+func (c *cluster) running(name string, flags ...string) {
 	c.t.Helper()
 	c.eventually("the pod "+name, func() error {
-		out, err := c.try("get", "pod", name, "-o", "jsonpath={.status.phase}")
+		out, err := c.try(append(flags, "get", "pod", name, "-o", "jsonpath={.status.phase}")...)
 		if err == nil && out != "Running" {
 			err = fmt.Errorf("it is %s", out)
 		}

@@ -50,11 +50,11 @@ func TestChart(t *testing.T) {
 	for i := range many {
 		private.Push(fmt.Sprintf("team/rolled:%d", i), lab.Image{Layers: []int{1 << 20, 2 << 20}, Seed: uint64(100 + i), Program: busybox, OCI: true})
 	}
-	private.Push("dind:1", lab.Image{Program: busybox, OCI: true, Files: map[string]string{
-		"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots()), "/etc/passwd": "/etc/passwd", "/etc/group": "/etc/group", "/etc/nsswitch.conf": "/etc/nsswitch.conf"}})
+	private.Push("dind:1", dindImage(t, in))
 
 	node := in.Node()
 	c := newCluster(t, node)
+	c.dns()
 	etc := strings.Join(node.Listing("/etc"), "\n")
 	c.kubectl("label", "namespace", "default", "pod-security.kubernetes.io/enforce=privileged") // it has a dind
 	c.kubectl("create", "secret", "docker-registry", "login", "--docker-server=registry.example.com", "--docker-username=someone", "--docker-password=secret")
@@ -115,17 +115,9 @@ func TestChart(t *testing.T) {
 
 	// A runner's pod, twice, each with an empty disk.
 	for round := range 2 {
-		c.apply(runner())
-		c.running("runner")
+		c.runs("default")
 		hub.Log.Reset()
-		docker := func(args ...string) []string {
-			return append([]string{"exec", "runner", "-c", "runner", "--", "/usr/bin/docker"}, args...)
-		}
-		c.eventually("the dockerd in the pod", func() error {
-			_, err := c.try(docker("version")...)
-			return err
-		})
-		c.kubectl(docker("pull", "-q", "debian:12")...)
+		c.docker("default", "pull", "-q", "debian:12")
 		if gets := hub.Log.BlobGETs(); (gets == 0) != (round == 1) {
 			t.Errorf("dind %d: %d blobs were fetched:\n%s", round, gets, hub.Log)
 		}
@@ -223,10 +215,16 @@ func (c *cluster) key() string {
 	return string(b)
 }
 
+// dindImage is what a docker:dind brings beside its programs.
+func dindImage(t testing.TB, in *lab.Internet) lab.Image {
+	return lab.Image{Program: busybox, OCI: true, Files: map[string]string{
+		"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots()), "/etc/passwd": "/etc/passwd", "/etc/group": "/etc/group", "/etc/nsswitch.conf": "/etc/nsswitch.conf"}}
+}
+
 // runner is a pod as the Actions Runner Controller makes it: a job's container,
 // and beside it a privileged one with a dockerd, whose socket they share. Their
 // programs are this machine's.
-func runner() object {
+func runner(namespace string) object {
 	var volumes, mounts []object
 	mount := func(path string, volume object) {
 		name := fmt.Sprintf("v%d", len(volumes))
@@ -235,7 +233,7 @@ func runner() object {
 		_, readOnly := volume["hostPath"]
 		mounts = append(mounts, object{"name": name, "mountPath": path, "readOnly": readOnly})
 	}
-	for _, path := range []string{"/usr", "/usr/bin:/bin", "/usr/sbin:/sbin", "/usr/lib:/lib", "/usr/lib64:/lib64", "/etc/alternatives", "/etc/hosts"} {
+	for _, path := range []string{"/usr", "/usr/bin:/bin", "/usr/sbin:/sbin", "/usr/lib:/lib", "/usr/lib64:/lib64", "/etc/alternatives"} {
 		from, to, both := strings.Cut(path, ":")
 		if !both {
 			to = from
@@ -248,6 +246,7 @@ func runner() object {
 	for _, path := range []string{"/var/lib", "/run", "/tmp"} {
 		mount(path, object{"emptyDir": object{}})
 	}
+	p["metadata"].(object)["namespace"] = namespace
 	spec := p["spec"].(object)
 	spec["volumes"] = volumes
 	spec["containers"] = append(spec["containers"].([]object), object{"name": "dind", "image": "registry.example.com/dind:1", "volumeMounts": mounts, "env": env,

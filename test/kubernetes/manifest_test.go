@@ -79,6 +79,7 @@ func TestValues(t *testing.T) {
 		{[]string{image, "--set=admin.host=::1"}, `value: "[::1]:5050"`},
 		{[]string{image, "--set=admin.host=0.0.0.0"}, "httpGet: {path: /readyz, port: 5050}"},
 		{[]string{image, "--set=registries={a.example.com,b.example.com:5000}"}, `value: "a.example.com,b.example.com:5000"`},
+		{[]string{image, "--set=extraCAs=company"}, `configMap: {name: "company"}`},
 		{[]string{image, "--set=store.size=large"}, "/store/size"},
 		{[]string{image, "--set=peers.port=0"}, "/peers/port"},
 		{[]string{image, "--set=env.LD_PRELOAD=x"}, "LD_PRELOAD"},
