@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -60,14 +62,51 @@ func deployment(name, image string, replicas int) object {
 		}}}}
 }
 
-// Three nodes with peers. An image leaves the registry once for all of them; a
-// node that goes away in the middle of a pull holds up none of the others, and
-// comes back; where Pod Security is baseline.
+// tryShell runs commands of a document, as an administrator does, beside weir.yaml.
+func (c *cluster) tryShell(commands string) (string, error) {
+	return c.node.Output("sh", "-ec", "cd /var/lib/home\nkubectl() { "+lab.Tool(c.t, "kubectl")+" \"$@\"; }\n"+commands)
+}
+
+func (c *cluster) shell(commands string) {
+	c.t.Helper()
+	if _, err := c.tryShell(commands); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// find returns what a pattern's first group matches in a file of deploy's.
+func find(t *testing.T, file, pattern string) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(pattern).FindSubmatch(b)
+	if m == nil {
+		t.Fatalf("%s has no %s", file, pattern)
+	}
+	return string(m[1])
+}
+
+// withoutHelm installs weir as the head of weir.yaml says, with settings for the lab.
+func (c *cluster) withoutHelm(t *testing.T, env string) {
+	t.Helper()
+	b, err := os.ReadFile(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.node.WriteFile("/var/lib/home/weir.yaml", strings.Replace(string(b), "          env:\n", "          env:\n"+env, 1))
+	c.shell(strings.ReplaceAll(find(t, manifest, `(?m)^#\n((?:#   .*\n)+)`), "#   ", ""))
+}
+
+// Three nodes with peers, by the manifest for clusters without Helm. An image leaves
+// the registry once for all of them; a node that goes away in the middle of a pull
+// holds up none of the others, and comes back; where Pod Security is baseline.
 func TestNodes(t *testing.T) {
 	in := lab.NewInternet(t)
 	in.Registry("registry.k8s.io").Push("pause:3.10.2", lab.Image{Program: lab.Debian(t, busybox, "busybox-static"), Cmd: []string{"sleep", "infinity"}})
 	registry := in.Registry("registry.example.com")
-	registry.Push("weir:test", lab.Image{Program: lab.Weir(t), Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots())}})
+	registry.Push(find(t, manifest, `image: "registry.example.com/(weir:[^"]+)"`), lab.Image{Program: lab.Weir(t), Files: map[string]string{"/etc/ssl/certs/ca-certificates.crt": temp(t, in.Roots())}})
 	app := func(tag string, seed uint64) lab.Pushed {
 		return registry.Push("team/app:"+tag, lab.Image{Layers: []int{3 << 20, 2 << 20}, Seed: seed, Program: busybox, OCI: true})
 	}
@@ -85,14 +124,10 @@ func TestNodes(t *testing.T) {
 	for _, n := range nodes[1:] {
 		c.join(n)
 	}
-	c.kubectl("create", "namespace", "weir")
-	c.kubectl("label", "namespace", "weir", "pod-security.kubernetes.io/enforce=privileged")
-	node := c.node
-	if out, err := node.Output(lab.Tool(t, "helm"), "install", "weir", absolute(t, chart), "--namespace=weir", "--wait", "--timeout=3m",
-		"--set=image.repository=registry.example.com/weir", "--set=image.tag=test", "--set=registries={registry.example.com}",
-		"--set=env.WEIR_CGROUP="+own, "--set=store.size=1GiB"); err != nil {
-		t.Fatal(err, out)
-	}
+	c.withoutHelm(t, fmt.Sprintf(`            - {name: WEIR_CGROUP, value: %s}
+            - {name: WEIR_STORE_SIZE, value: 1GiB}
+            - {name: WEIR_REGISTRY, value: registry.example.com}
+`, own))
 	c.settled(len(nodes))
 
 	// A Deployment on all nodes.
@@ -126,9 +161,17 @@ func TestNodes(t *testing.T) {
 	c.ready("node-3")
 
 	// It leaves nothing on any node.
-	if out, err := node.Output(lab.Tool(t, "helm"), "upgrade", "weir", absolute(t, chart), "--namespace=weir", "--reuse-values", "--set=uninstall=true", "--wait", "--timeout=3m"); err != nil {
-		t.Fatal(err, out)
-	}
+	patch := find(t, "../../deploy/README.md", `(?ms)^(kubectl -n weir patch daemonset weir .*?)^kubectl -n weir logs`)
+	logs := find(t, "../../deploy/README.md", `(?m)^(kubectl -n weir logs --selector=\S+ .*)$`)
+	c.shell(patch)
+	c.eventually("weir is gone", func() error {
+		said, err := c.tryShell(logs)
+		if err == nil && strings.Count(said, "weir is gone from this node.") != len(nodes) {
+			err = fmt.Errorf("it says %s", said)
+		}
+		return err
+	})
+	c.shell("kubectl delete -f weir.yaml")
 	for i, n := range nodes {
 		for _, dir := range []string{"/var/lib/weir", "/run/weir"} {
 			if names, _ := n.ReadDir(dir); len(names) > 0 {
