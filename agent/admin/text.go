@@ -5,6 +5,7 @@ package admin
 import (
 	"fmt"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -69,7 +70,8 @@ func RegistryText(host string) string {
 
 // PullName is the name of a pull's image, as far as it is known.
 func PullName(p registry.Pull) string {
-	name := RegistryText(p.Registry) + "/" + p.Repository
+	repository, _, _ := strings.Cut(p.Repository, "?") // and which registry a mirror was asked for
+	name := RegistryText(p.Registry) + "/" + repository
 	switch {
 	case p.Reference == "":
 	case len(p.Reference) > 7 && p.Reference[:7] == "sha256:":

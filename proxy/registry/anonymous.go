@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -59,7 +60,7 @@ func (a *anonymous) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Host != a.up.base().Host || req.Method != http.MethodGet && req.Method != http.MethodHead {
 		return a.up.Transport.RoundTrip(req)
 	}
-	from := a.up.vantage(a.up.repository(parsePath(req.URL.EscapedPath()).repo))
+	from := a.up.vantage(a.up.repository(repositoryName(parsePath(req.URL.EscapedPath()).repo, req.URL.RawQuery)))
 	agent := req.Header["User-Agent"]
 	req = req.Clone(req.Context()) // a RoundTripper leaves it as it is
 	req.Header = rights.Strip(req.Header)
@@ -282,7 +283,8 @@ func (x *exchange) askAnonymously(what func() string) {
 	v := x.vantage
 	ctx, cancel := context.WithTimeout(x.h.ctx, time.Minute)
 	u := x.up.base()
-	u.Path = "/v2/" + v.Name + "/manifests/" + reference
+	name, query, _ := strings.Cut(v.Name, "?")
+	u.Path, u.RawQuery = "/v2/"+name+"/manifests/"+reference, query
 	req := (&http.Request{Method: http.MethodHead, URL: u, Host: x.r.Host, Header: http.Header{"User-Agent": {"weir"}}}).WithContext(ctx)
 	if accept := x.r.Header.Values("Accept"); len(accept) > 0 && x.target.kind == manifest {
 		req.Header["Accept"] = accept

@@ -129,7 +129,7 @@ var errNotTheClients = errors.New("what weir asked for in its own name was refus
 // askTogether asks in weir's own name for all clients that want to know the same at
 // the same time.
 func (x *exchange) askTogether(ctx context.Context, q question) (*http.Response, error) {
-	key := fmt.Sprintf("%s from %s %s %q %v", x.vantage.Registry, x.vantage.From, x.r.URL.EscapedPath(), x.r.Header["Accept"], q.follow)
+	key := fmt.Sprintf("%s from %s %s %q %v", x.vantage.Registry, x.vantage.From, x.r.URL.RequestURI(), x.r.Header["Accept"], q.follow)
 	return x.h.together(ctx, key, func(ctx context.Context) (*http.Response, error) {
 		resp, err := x.send(x.via, x.outgoing(ctx, q.method, q.extra), q.follow)
 		if err != nil {

@@ -30,7 +30,7 @@ type request struct {
 // parse understands a client's request. What is not the plain form of the
 // distribution API is the upstream's business: another host than the connection's, a
 // request target with a scheme (and maybe with a user and a password), and what a
-// query or a body may ask for, or prove.
+// body, or a query but for a mirror's, may ask for, or prove.
 func (h *Handler) parse(r *http.Request, up Upstream) request {
 	if slices.Equal(r.Header["Authorization"], []string{"Bearer " + placeholder}) {
 		r = r.WithContext(r.Context())
@@ -39,10 +39,11 @@ func (h *Handler) parse(r *http.Request, up Upstream) request {
 		up.Transport = &anonymous{h, up}
 	}
 	q := request{r: r, up: up, target: parsePath(r.URL.EscapedPath()), via: up.Transport}
-	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || q.reading() && (r.URL.RawQuery != "" || r.ContentLength != 0) {
+	ofMirror := q.target.repo != "" && ofMirrorRE.MatchString(r.URL.RawQuery)
+	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || q.reading() && (r.URL.RawQuery != "" && !ofMirror || r.ContentLength != 0) {
 		q.target = target{}
 	}
-	q.who = rights.Principal{Repository: up.repository(q.target.repo), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
+	q.who = rights.Principal{Repository: up.repository(repositoryName(q.target.repo, r.URL.RawQuery)), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}
 	q.vantage = up.vantage(q.who.Repository)
 	// Who asks whether a blob is there is about to push, and needs a token anyway.
 	pulls := q.reading() && q.target.repo != "" && (q.target.kind != blob || r.Method != http.MethodHead)
@@ -51,6 +52,19 @@ func (h *Handler) parse(r *http.Request, up Upstream) request {
 		q.via, q.stead = &anonymous{h, up}, true
 	}
 	return q
+}
+
+// ofMirrorRE is a query by which a mirror is told which registry's image it is asked
+// for (containerd, docs/hosts.md, "Registry Host Namespace").
+var ofMirrorRE = regexp.MustCompile(`^ns=[A-Za-z0-9.-]{1,255}((:|%3A)[0-9]{1,5})?$`)
+
+// repositoryName is what a repository of a path is called with a query: a mirror may
+// have another of that path for each registry that it mirrors. No name has a "?".
+func repositoryName(repo, query string) string {
+	if repo == "" || !ofMirrorRE.MatchString(query) {
+		return repo
+	}
+	return repo + "?" + query
 }
 
 func (q request) reading() bool {

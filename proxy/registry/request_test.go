@@ -3,11 +3,14 @@
 package registry
 
 import (
+	"bytes"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	"weir/proxy/store"
 )
 
 func TestParsePath(t *testing.T) {
@@ -40,6 +43,67 @@ func TestParsePath(t *testing.T) {
 			t.Errorf("%s: %+v, want %+v", path, got, want)
 		}
 	}
+}
+
+// What a mirror has is kept, where it is told which registry's image it is asked for:
+// what it has of one registry is not what it has of another, nor what it gives when
+// none is named. A query that says more is passed on.
+func TestMirrorOf(t *testing.T) {
+	u := newUpstream(t)
+	u.allow("a", "")
+	u.allow("of-quay/a", "")
+	hub, quay := bytesOf(1, 2000), bytesOf(2, 2000)
+	ofHub, ofQuay := "/v2/a/blobs/"+u.put("a", hub).String(), "/v2/a/blobs/"+u.put("of-quay/a", quay).String()
+	_, manifest := u.putManifest("a", "1", docker2)
+	u.putManifest("of-quay/a", "1", docker2)
+	u.fault = func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Query().Get("ns") == "quay.io:443" {
+			r.URL.Path = strings.Replace(r.URL.Path, "/v2/", "/v2/of-quay/", 1)
+		}
+		return false
+	}
+	s := newSide(t, u, store.Options{})
+	for _, c := range []struct {
+		path string
+		code int
+		body []byte
+		asks bool
+	}{
+		{ofHub + "?ns=docker.io", 200, hub, true},
+		{ofHub + "?ns=docker.io", 200, hub, false},
+		{"/v2/a/manifests/1?ns=docker.io", 200, manifest, true},
+		{ofHub + "?ns=quay.io%3A443", 404, nil, true},
+		{ofQuay + "?ns=quay.io%3A443", 200, quay, true},
+		{ofQuay + "?ns=quay.io%3A443", 200, quay, false},
+		{ofQuay + "?ns=docker.io", 404, nil, true},
+		{ofQuay, 404, nil, true},
+		{ofHub + "?ns=docker.io&token=x", 200, hub, true},
+		{ofHub + "?ns=docker.io&token=x", 200, hub, true},
+		{ofHub + "?ns=docker.io/a", 200, hub, true},
+		{ofHub + "?ns=docker.io/a", 200, hub, true},
+	} {
+		a := s.do("GET", c.path, "")
+		if a.err != nil || a.StatusCode != c.code || c.body != nil && !bytes.Equal(a.body, c.body) {
+			t.Errorf("%s: %v, %v, %d bytes", c.path, a.err, a.Status, len(a.body))
+		}
+		s.settle()
+		if asked := u.requests(); (len(asked) > 0) != c.asks {
+			t.Errorf("%s: the registry was asked %q", c.path, asked)
+		}
+	}
+}
+
+func FuzzOfMirror(f *testing.F) {
+	f.Add("ns=docker.io")
+	f.Add("ns=registry.example.com%3A5000&x")
+	f.Fuzz(func(t *testing.T, query string) {
+		name := repositoryName("a", query)
+		repo, rest, ofMirror := strings.Cut(name, "?")
+		values, err := url.ParseQuery(query)
+		if repo != "a" || ofMirror && (rest != query || err != nil || len(values) != 1 || len(values["ns"]) != 1) {
+			t.Errorf("%q: %q, %v", query, name, err)
+		}
+	})
 }
 
 func FuzzParsePath(f *testing.F) {
