@@ -25,6 +25,8 @@ const (
 	renovate = "ghcr.io/renovatebot/renovate:latest"
 )
 
+var flywayImage = lab.Image{Layers: []int{3 << 20, 100_000, 1 << 20}, Seed: 1, Index: true}
+
 // world is an internet with Docker Hub and ghcr.io, and an image on each.
 type world struct {
 	*lab.Internet
@@ -36,7 +38,7 @@ func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{Internet: lab.NewInternet(t)}
 	w.hub, w.ghcr = w.DockerHub(), w.Registry("ghcr.io")
-	w.flyway = w.hub.Push(flyway, lab.Image{Layers: []int{3 << 20, 100_000, 1 << 20}, Seed: 1, Index: true})
+	w.flyway = w.hub.Push(flyway, flywayImage)
 	w.renovate = w.ghcr.Push("renovatebot/renovate:latest", lab.Image{Layers: []int{2 << 20, 500_000}, Seed: 2, OCI: true})
 	return w
 }
