@@ -5,7 +5,6 @@ package registry
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -59,13 +58,18 @@ func (x *exchange) blob(retry bool) {
 		x.kept(b)
 		return
 	}
+	if x.part() {
+		return
+	}
 	start, ranged := rangeStart(x.r.Header.Get("Range"))
 	t, leader := x.h.store.Claim(x.target.digest, x.origin())
 	switch {
 	case leader && ranged && (start > 0 || !strings.HasSuffix(x.r.Header.Get("Range"), "-")):
-		// Part of a blob can't be verified, so it isn't kept; and all of it, for a
-		// client that wants its beginning, would hold up what that wants next.
 		t.Abandon(errNotLed)
+		if retry && x.h.store.Has(x.target.digest) { // since just now
+			x.blob(false)
+			return
+		}
 		x.miss()
 	case leader:
 		x.lead(t)
@@ -206,13 +210,9 @@ func (x *exchange) lead(t *store.Transfer) {
 		if share != nil {
 			share.Close(kept)
 		}
-		_, fromRegistry := x.h.leaders.LoadAndDelete(t)
-		if p, ok := body.(*parallel); ok && fromRegistry && !kept && p.inParts() {
+		p, ok := body.(*parallel)
+		if fromRegistry := x.ended(t, kept, at); ok && fromRegistry && !kept && p.inParts() {
 			p.w.refuse() // it may be the parts that were wrong
-		}
-		if kept && fromRegistry {
-			x.grant(at)
-			x.prove(x.vantage, x.target.digest, at) // it may have been redirected on the way
 		}
 	})
 	if share != nil && x.fromPeer(t, share) {
@@ -252,11 +252,12 @@ func (x *exchange) lead(t *store.Transfer) {
 		resp.Body = &cancelBody{body, cancel}
 		r, err = t.Begin(resp.ContentLength, resp.Body, x.source)
 	} else {
-		if body = x.arriving(resp.Body); rest.to == rest.size {
-			body = x.parallel(resp, rest.first, rest.size)
+		if body = x.arriving(resp.Body); rest.Firm {
+			body = x.parallel(resp, rest.First, rest.Size)
 		}
 		resp.Body = &cancelBody{body, cancel}
-		r, err = t.Resume(resp.Body, x.source, x.anew)
+		rest.Body = resp.Body
+		r, err = t.Resume(*rest)
 	}
 	switch {
 	case err != nil && rest != nil:
@@ -274,46 +275,15 @@ func (x *exchange) lead(t *store.Transfer) {
 	x.serveTransfer(r, nil, provenance{stored: true})
 }
 
-// gap is a range of a blob that is missing: from its first byte up to where it is there
-// again. The blob has size bytes.
-type gap struct{ first, to, size int64 }
-
-// missing asks the upstream for the blob: for what is missing of it, if some is there of a
-// transfer before. What was sent then is the client's too once the registry gives it a part.
-// A registry that gives none, or that of a blob of another size, is asked for all of it.
-//
-// An ETag isn't compared: what is there is of the same digest or wrong, which is found out,
-// and two hosts of one registry's content needn't have the same.
-func (x *exchange) missing(ctx context.Context, t *store.Transfer) (*reply, *gap, error) {
-	first, to, size, ok := t.Missing()
-	if !ok {
-		resp, err := x.fetch(ctx, 0)
-		return resp, nil, err
+// ended records that a transfer has ended, to which the registry had answered at a time, and says
+// whether all of it came from the registry.
+func (x *exchange) ended(t *store.Transfer, kept bool, at time.Time) (fromRegistry bool) {
+	_, fromRegistry = x.h.leaders.LoadAndDelete(t)
+	if kept && fromRegistry {
+		x.grant(at)
+		x.prove(x.vantage, x.target.digest, at) // it may have been redirected on the way
 	}
-	resp, err := x.fetchRange(ctx, nil, first, to-1)
-	switch {
-	case err != nil:
-		return nil, nil, err
-	case isRange(resp, first, to-1, size) && !foreign(resp.Response):
-		return resp, &gap{first, to, size}, nil
-	case resp.StatusCode == http.StatusPartialContent, resp.StatusCode == http.StatusRequestedRangeNotSatisfiable, resp.StatusCode == http.StatusBadRequest:
-		resp.Body.Close()
-		resp, err = x.fetch(ctx, 0)
-	}
-	return resp, nil, err
-}
-
-// anew fetches all of a blob, as what has come of it is wrong.
-func (x *exchange) anew(ctx context.Context) (io.ReadCloser, int64, error) {
-	resp, err := x.fetch(ctx, 0)
-	if err != nil {
-		return nil, 0, err
-	}
-	if resp.StatusCode != http.StatusOK || encoded(resp) {
-		resp.Body.Close()
-		return nil, 0, fmt.Errorf("%s answers with %s", x.up.Host, resp.Status)
-	}
-	return x.arriving(resp.Body), resp.ContentLength, nil
+	return fromRegistry
 }
 
 func (x *exchange) notKept(err error) {

@@ -157,6 +157,7 @@ type modelAsk struct {
 	placeholder bool            // it had that, and is taken without
 	withToken   [2]*modelAnswer // then, to the request with an anonymous token: the last and the first
 	anonymous   *modelAnswer    // to whole, with an anonymous token
+	wasCut      int             // how many bodies had broken off before
 	when        time.Time
 	before      modelLedger // what was known when it was sent
 }
@@ -174,7 +175,7 @@ func (w *modelWorld) ask(x *modelAsk) {
 		c.header = q.header.Clone()
 		return &c
 	}
-	x.when, x.before = w.now, w.ledger.clone()
+	x.when, x.before, x.wasCut = w.now, w.ledger.clone(), w.wasCut
 	x.last, x.first = w.follow(x.g, x.g.url(q.path, q.query), clone())
 	if x.placeholder {
 		x.withToken[0], x.withToken[1] = w.follow(x.g, x.g.url(q.path, q.query), q.with("Bearer anon-9"))
@@ -255,6 +256,13 @@ var nonceRE = regexp.MustCompile(`(n=|n%3D)\d+`)
 
 func samePlace(a, b string) bool {
 	return nonceRE.ReplaceAllString(a, "n=") == nonceRE.ReplaceAllString(b, "n=")
+}
+
+// cutSince is how many bodies have broken off since a request was sent.
+func (w *modelWorld) cutSince(x *modelAsk) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.wasCut - x.wasCut
 }
 
 // silent says whether an answer is none: it says nothing of what was asked for.
@@ -393,6 +401,8 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 		return "base while the registry is silent", nil
 	case x.q.path == "/v2/" && x.first.status == http.StatusUnauthorized && got.status == http.StatusUnauthorized && w.tokens != "":
 		return "base while the token server fails", nil
+	case got.status == 0 && w.cutSince(x) > 0:
+		return "it broke off", nil
 	case broken && x.q.nameless() && w.tokens != "":
 		return "the token server's failure", nil
 	case x.placeholder && w.tokens != "" && (got.status == http.StatusTooManyRequests || got.status == http.StatusServiceUnavailable):
@@ -420,7 +430,7 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 		if whole.err != nil || whole.status != http.StatusOK || !got.pieceOf(whole.body, method) {
 			continue
 		}
-		if got.err != nil && whole.truth != nil {
+		if got.err != nil && whole.truth != nil && w.cutSince(x) == 0 {
 			return "", said("difference", "what the registry gives broke off")
 		}
 		return "a part", nil

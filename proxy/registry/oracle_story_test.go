@@ -31,6 +31,7 @@ import (
 //	restart                                              of weir
 //	hold N                                               the next body of content stops at byte N
 //	release                                              and goes on; so it does at any step but ask
+//	cut N COUNT                                          the next COUNT bodies of content break off at its byte N
 //	ask REGISTRY NETWORK CERTIFICATE | REQUEST LINE | FIELD… | body CONTENT
 //	also | REQUEST LINE | …                              sent on the same connection, before the first is answered
 //
@@ -305,7 +306,7 @@ func (t *teller) change(verb string, args []string) error {
 	w := t.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	need := map[string]int{"repo": 3, "put": 3, "drop": 3, "tag": 4, "set": 3, "expire": 1, "clock": 1, "evict": 1, "foreign": 1, "hold": 1, "tokens": 1}[verb]
+	need := map[string]int{"repo": 3, "put": 3, "drop": 3, "tag": 4, "set": 3, "expire": 1, "clock": 1, "evict": 1, "foreign": 1, "hold": 1, "tokens": 1, "cut": 2}[verb]
 	if len(args) < need {
 		return fmt.Errorf("%s %q: it needs %d words", verb, args, need)
 	}
@@ -390,6 +391,13 @@ func (t *teller) change(verb string, args []string) error {
 		}
 		w.hold = &modelHold{at: n, released: make(chan struct{})}
 	case "release":
+	case "cut":
+		at, err := strconv.Atoi(args[0])
+		count, err2 := strconv.Atoi(args[1])
+		if err = errors.Join(err, err2); err != nil {
+			return err
+		}
+		w.cutAt, w.cuts = at, count
 	default:
 		return errors.New("no such step: " + verb)
 	}
@@ -634,7 +642,37 @@ func (a *author) step() {
 			a.ask(g2, a.one(r, r, a.repo()), big, a.one(a.member(), a.credentials()), a.one("GET", "GET", "HEAD"), "blobs")
 		}
 		a.say("release")
-	case n < 40 && is("pushes") || a.kind == "pushes" && n < 60:
+	case n < 42 && is("arriving"):
+		// A blob comes in ranges, or breaks off, and others ask for it, and for parts of it.
+		big := a.one("c6", "c7")
+		a.say("evict %s", big)
+		if a.chance(70) {
+			a.say("repo %s %s %s alice", g, r, a.one("public", "private"))
+			a.say("put %s %s %s m0", g, r, big)
+			a.ask(g, r, "m0", a.member(), "GET", "manifests")
+		}
+		if a.chance(50) {
+			a.say("cut %s %s", a.one("65536", "70000", "80000", "99999"), a.one("1", "2", "4", "4"))
+		}
+		for range 1 + a.IntN(6) {
+			g2 := a.one(g, g, g, a.registry())
+			ranges := a.one("0-65535", "0-99999", "65536-", "65536-99999", "50000-79999", "80000-149999", "99998-", "0-", "1000-2000", "")
+			if ranges != "" {
+				ranges = " | Range: bytes=" + ranges
+			}
+			a.askRange(g2, a.one(r, r, r, a.repo()), big, a.one(a.member(), a.member(), a.credentials()), ranges)
+			if a.chance(15) {
+				a.say("%s", a.one("clock 1m", "clock 6m", "clock 25h", "restart", "release"))
+			}
+			if a.chance(10) {
+				a.say("repo %s %s private bob", g, r)
+			}
+		}
+		a.say("cut 0 0")
+		if a.chance(70) {
+			a.ask(g, r, big, a.one(a.member(), a.credentials()), "GET", "blobs")
+		}
+	case n < 44 && is("pushes") || a.kind == "pushes" && n < 60:
 		a.push(g, r, c)
 	case n < 60 && is("forms"):
 		a.any(g)
@@ -756,6 +794,16 @@ func (a *author) ask(g, r, c, who, method, kind string) {
 		_, _, _, f2 := where(a.credentials())
 		a.say("also | GET /v2/%s/blobs/{%s} HTTP/1.1%s", r, a.content(), f2)
 	}
+}
+
+// askRange has a client ask for a blob, or a range of it.
+func (a *author) askRange(g, r, c, who, ranges string) {
+	from, userinfo, query, fields := where(who)
+	target := "/v2/" + r + "/blobs/{" + c + "}" + query
+	if userinfo != "" {
+		target = "http://" + userinfo + "{host}" + target
+	}
+	a.say("ask %s %s | GET %s HTTP/1.1%s%s", g, from, target, fields, ranges)
 }
 
 // any has a client ask in a form that is unusual.

@@ -21,7 +21,8 @@ package registry
 // The exceptions are these. What they need to know of the past is in a ledger
 // that is filled from what registries sent to weir, never from weir's state.
 //   - "a part": weir may answer a range or a condition by itself, of what the
-//     registry gives to the same request without it.
+//     registry gives to the same request without it. Where
+//     the registry's body breaks off, weir's may, or its answer ("it broke off").
 //   - "without a range": what the registry answers to the request without it.
 //   - "without userinfo": weir need not send on the userinfo of an absolute
 //     form, so that the registry's answer may be the one without.

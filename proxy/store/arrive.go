@@ -28,6 +28,9 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 		err = cause
 	}
 	t.promise(0)
+	if err == nil && t.part != nil {
+		t.part.leaveAll(true) // nobody else writes what is verified
+	}
 	stored := err == nil && t.keep(sum)
 	var werr *writeError
 	left := err != nil && t.leavePartial(err)
@@ -64,6 +67,10 @@ func (t *Transfer) removeFiles(stored, left bool) {
 	var paths []string
 	if !stored && !left {
 		paths = append(paths, t.file.Name())
+		if t.part != nil {
+			t.part.clear()
+			t.part.leaveAll(true)
+		}
 	}
 	if t.part != nil && !left && t.part.hasRecord() {
 		paths = append(paths, t.file.Name()+recordSuffix)
@@ -161,8 +168,13 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	t.round++
 	t.change.Broadcast()
 	t.mu.Unlock()
-	if t.part != nil && !t.part.clear(size) {
-		t.part = nil
+	if p := t.part; p != nil { // others may be reading, and writing, what was there
+		p.clear()
+		p.leaveAll(true)
+		t.setPart(nil, t.file)
+		if p.hasRecord() {
+			_ = t.store.disk.remove(p.path + recordSuffix)
+		}
 	}
 	t.allocated = 0
 	t.promise(size)

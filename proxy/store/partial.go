@@ -53,17 +53,28 @@ type partial struct {
 	key   running
 	from  Origin
 	path  string
-	size  int64 // of the whole blob
 	begun time.Time
 
 	mu       sync.Mutex
+	size     int64 // of the whole blob; -1 before a registry has said it
 	have     spans
 	saved    int64 // how many bytes of have are written down
 	recorded bool  // there is a record
+	change   sync.Cond
+	coming   []*coming
+	piece    int64 // how much is asked for at a time, if clients ask for ranges without an end
+	shared   bool  // whoever asks for a range finds it, while a transfer has it
+	asked    bool  // clients have asked for ranges
+	dead     bool  // it was dropped, or is stored: nothing is written any more
+
+	opening sync.Mutex
+	file    *os.File // of those who read ranges; guarded by opening
 
 	// Guarded by the store's mutex:
 	idle  *list.Element // among those that no transfer has
 	bytes int64         // that are counted
+	users int           // who read ranges
+	used  time.Time     // when one of them came, or left
 }
 
 // record is what is written down of a partial.
@@ -90,7 +101,7 @@ func (p *partial) at(off int64) (to int64, in bool) {
 // first. When it can't be, no more is lost than what a restart would have found.
 func (p *partial) wrote(from, to int64, dir string) {
 	p.mu.Lock()
-	p.have = p.have.add(from, to)
+	p.add(from, to)
 	save := p.have.bytes()-p.saved >= saveStep
 	p.mu.Unlock()
 	if save {
@@ -122,6 +133,11 @@ func (p *partial) save(dir string) error {
 	if err != nil {
 		os.Remove(f.Name())
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dead { // it was removed meanwhile
+		os.Remove(p.path + recordSuffix)
+	}
 	return err
 }
 
@@ -138,7 +154,8 @@ func parseRecord(b []byte) (*partial, string, error) {
 	if r.Digest.Validate() != nil || r.Size <= 0 || len(r.Have) > maxSpans {
 		return nil, "", errRecord
 	}
-	p := &partial{key: running{r.Digest, r.Name}, from: Origin{r.Name, r.Owner, r.Free}, size: r.Size, begun: r.Begun}
+	p := newPartial(running{r.Digest, r.Name}, Origin{r.Name, r.Owner, r.Free}, r.Size)
+	p.begun = r.Begun
 	for _, e := range r.Have {
 		p.have = append(p.have, span{e[0], e[1]})
 	}
@@ -218,40 +235,74 @@ func readRecord(path string) (*partial, string, error) {
 // over says that it is too old.
 func (p *partial) over() bool { age := time.Since(p.begun); return age < 0 || age > partialTime }
 
-// admit keeps a partial that no transfer has any more, if its bounds allow it: others that
-// are older go, and no blob. The caller holds s.mu, and no room for it.
+// admit has the store have a partial, which no transfer has any more, if its bounds allow it.
+// The caller holds s.mu, and no room for it.
 func (s *Store) admit(p *partial) bool {
-	n, bound := p.there(), s.partialBound()
-	owner := p.from.Owner
-	owners := func(q *partial) bool { return q.from.Owner != "" }
-	own := func(q *partial) bool { return q.from.Owner == owner }
-	within := func(of func(*partial) bool, bound int64) bool {
-		for n <= bound && s.partialBytes(of)+n > bound {
-			s.dropPartial(of)
-		}
-		return n <= bound
-	}
-	switch {
-	case n < minPartial || p.over() || len(s.partials) >= maxPartials && !s.dropPartial(anyPartial):
-		return false
-	case owner != "" && !(within(own, bound/4) && within(owners, bound/2)):
-		return false
-	case !within(anyPartial, bound) || s.opts.MaxBytes > 0 && s.stats.Bytes+n > s.opts.MaxBytes || !s.fits(0):
-		return false // its bytes are on the disk already
-	case owner != "" && s.opts.MaxBytes > 0 && (s.ownedBy(owner).bytes+n > s.opts.MaxBytes/ownerShare || s.owned+n > s.opts.MaxBytes/ownersShare):
-		s.forgetOwner(owner)
-		return false
-	}
+	n := p.there()
 	if old := s.partials[p.key]; old != nil {
 		s.takePartial(old)
 		s.removePartial(old)
 	}
-	p.bytes, p.idle = n, s.idle.PushBack(p)
+	if p.over() || len(s.partials) >= maxPartials && !s.dropPartial(anyPartial) {
+		return false
+	}
+	p.idle = s.idle.PushBack(p)
 	s.partials[p.key] = p
+	s.own(p.from.Owner, 0)
+	if !s.allot(p, n) {
+		s.takePartial(p)
+		return false
+	}
+	return true
+}
+
+// allot counts n bytes more for a partial, if its bounds allow it: others that are older go, and no
+// blob. They are on the disk already, or soon. The caller holds s.mu.
+func (s *Store) allot(p *partial, n int64) bool {
+	all, owner := p.bytes+n, p.from.Owner
+	within := func(of func(*partial) bool, bound int64) bool {
+		others := func(q *partial) bool { return q != p && q.bytes > 0 && of(q) }
+		for all <= bound && s.partialBytes(others)+all > bound {
+			s.dropPartial(others)
+		}
+		return all <= bound
+	}
+	bound := s.partialBound()
+	if owner != "" && !(within(func(q *partial) bool { return q.from.Owner == owner }, bound/4) &&
+		within(func(q *partial) bool { return q.from.Owner != "" }, bound/2)) {
+		return false
+	}
+	most := s.opts.MaxBytes
+	if !within(anyPartial, bound) || most > 0 && s.stats.Bytes+n > most || !s.fits(0) ||
+		owner != "" && most > 0 && (s.ownedBy(owner).bytes+n > most/ownerShare || s.owned+n > most/ownersShare) {
+		return false
+	}
+	p.bytes += n
 	s.stats.Bytes += n
 	s.stats.Partial += n
 	s.own(owner, n)
 	return true
+}
+
+// extend has room for n bytes more of what comes of a partial.
+func (s *Store) extend(p *partial, n int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.idle == nil {
+		return true // a transfer has it, and the room, or nobody
+	}
+	s.idle.MoveToBack(p.idle)
+	return s.allot(p, max(0, p.there()+n-p.bytes))
+}
+
+// lose drops a partial, unless a transfer has it.
+func (s *Store) lose(p *partial) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.idle != nil {
+		s.takePartial(p)
+		s.removePartial(p)
+	}
 }
 
 // maxPartials bounds how many there are.
@@ -264,6 +315,90 @@ func (p *partial) hasRecord() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.recorded
+}
+
+// sizeNow is the blob's size, or -1.
+func (p *partial) sizeNow() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.size
+}
+
+// unsaved is how many bytes are there that are not written down.
+func (p *partial) unsaved() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dead || p.size < 0 {
+		return 0
+	}
+	return p.have.bytes() - p.saved
+}
+
+// clear forgets what is there, which is wrong, or is there no more.
+func (p *partial) clear() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.have, p.saved = nil, 0
+}
+
+// lose forgets a range that can't be read.
+func (p *partial) lose(from, to int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dead = true // what can be read of the rest, nobody knows
+	p.have = slices.DeleteFunc(p.have, func(e span) bool { return e.from < to && from < e.to })
+	p.change.Broadcast()
+}
+
+// ranged is the file for those who read ranges. It stays open until the last of them leaves, also
+// when it is removed, or is another's by then.
+func (p *partial) ranged(s *Store, make bool) (*os.File, error) {
+	p.opening.Lock()
+	defer p.opening.Unlock()
+	if p.file != nil {
+		return p.file, nil
+	}
+	var err error
+	p.file, err = p.open(s, make)
+	return p.file, err
+}
+
+// unused closes it.
+func (p *partial) unused() {
+	p.opening.Lock()
+	defer p.opening.Unlock()
+	if p.file != nil {
+		p.file.Close()
+		p.file = nil
+	}
+}
+
+// open opens the file, and makes it if it isn't there and it is to be. The caller holds
+// p.opening.
+func (p *partial) open(s *Store, make bool) (*os.File, error) {
+	p.mu.Lock()
+	path, dead := p.path, p.dead
+	p.mu.Unlock()
+	if path == "" && (!make || dead) {
+		return nil, os.ErrNotExist
+	}
+	f, err := on(s.disk, func() (*os.File, error) {
+		if path != "" {
+			return os.OpenFile(path, os.O_RDWR, 0)
+		}
+		return os.CreateTemp(s.path("ingest"), p.key.digest.Encoded()+".")
+	}, func(f *os.File) {
+		f.Close()
+		if path == "" {
+			os.Remove(f.Name())
+		}
+	})
+	if err == nil {
+		p.mu.Lock()
+		p.path = f.Name()
+		p.mu.Unlock()
+	}
+	return f, err
 }
 
 // there is how many bytes are there.
@@ -318,7 +453,15 @@ func (s *Store) takePartial(p *partial) {
 
 // removePartial removes the files of a partial that isn't in the books.
 func (s *Store) removePartial(p *partial) {
-	if err := s.disk.remove(p.path, p.path+recordSuffix); err != nil {
+	p.mu.Lock()
+	p.dead = true
+	path := p.path
+	p.change.Broadcast()
+	p.mu.Unlock()
+	if path == "" {
+		return
+	}
+	if err := s.disk.remove(path, path+recordSuffix); err != nil {
 		s.log.Warn("can't remove an unfinished blob", "err", err)
 	}
 }
@@ -329,9 +472,10 @@ func (t *Transfer) leavePartial(cause error) bool {
 	t.mu.Lock()
 	unkept := t.unkept || t.window.err != nil
 	t.mu.Unlock()
-	if p == nil || unkept || errors.Is(cause, ErrCorrupt) || errors.Is(cause, ErrShort) || p.there() < minPartial {
+	if p == nil || unkept || s.kept(t.digest) || errors.Is(cause, ErrCorrupt) || errors.Is(cause, ErrShort) || p.there() < minPartial {
 		return false
 	}
+	p.leaveAll(false)
 	if err := s.disk.do(func() error { return p.save(s.path("ingest")) }, nil); err != nil {
 		s.log.Warn("what has come of a blob can't be kept", "digest", t.digest, "err", err)
 		return false

@@ -114,7 +114,7 @@ func TestResume(t *testing.T) {
 			if again, _, _, ok := tr.Missing(); !ok || again != first {
 				t.Fatalf("then missing is %d, %v", again, ok)
 			}
-			r, err := tr.Resume(body(want[first:]), nil, nil)
+			r, err := tr.Resume(Rest{Size: size, Body: body(want[first:]), First: first, To: to})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -161,10 +161,10 @@ func TestResumeWrong(t *testing.T) {
 		}
 		f.Close()
 		refetched := 0
-		r, err := tr.Resume(body(want[at:]), nil, func(context.Context) (io.ReadCloser, int64, error) {
+		r, err := tr.Resume(Rest{Size: int64(len(want)), Body: body(want[at:]), First: at, To: int64(len(want)), Refetch: func(context.Context) (io.ReadCloser, int64, error) {
 			refetched++
 			return body(want), int64(len(want)), nil
-		})
+		}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -182,7 +182,7 @@ func TestResumeWrong(t *testing.T) {
 		tr.Missing()
 		wrong := bytes.Clone(want[at:])
 		wrong[0] ^= 1
-		if r, err = tr.Resume(body(wrong), nil, nil); err != nil {
+		if r, err = tr.Resume(Rest{Size: int64(len(want)), Body: body(wrong), First: at, To: int64(len(want))}); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := io.ReadAll(r); !errors.Is(err, ErrCorrupt) || len(got) >= len(want) {
@@ -393,7 +393,7 @@ func TestResumeStories(t *testing.T) {
 				var reader *Reader
 				var err error
 				if ok {
-					reader, err = tr.Resume(src, nil, nil)
+					reader, err = tr.Resume(Rest{Size: size, Body: src, First: first, To: to})
 				} else {
 					reader, err = tr.Begin(int64(len(want)), src, nil)
 				}

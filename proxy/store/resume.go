@@ -3,6 +3,7 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,43 +12,49 @@ import (
 	"time"
 )
 
-// Missing returns the first range of the blob which is missing, if some of it is there from
-// a transfer of the same origin that did not come to its end: its first byte, up to where it is,
-// and the size of the whole blob. The leader goes on by [Transfer.Resume] once the
-// registry has given it that range. [Transfer.Begin] begins anew.
-//
-// One byte is always missing: that of the last word to a client is the registry's.
+// Missing returns the first range of the blob which is missing, and on its way to nobody, if some
+// of it is there from the same origin: its first byte, up to where it is, and the size of the
+// whole blob. The first byte is the size if there is no such range. The leader goes on by
+// [Transfer.Resume], once the registry has given a part of it to the client. [Transfer.Begin]
+// begins anew.
 func (t *Transfer) Missing() (first, to, size int64, ok bool) {
 	s := t.store
 	s.mu.Lock()
 	p := s.partials[running{t.digest, t.from.Name}]
-	if p == nil || p.from != t.from {
+	if p == nil || p.from != t.from || p.sizeNow() < 0 {
 		s.mu.Unlock()
 		return 0, 0, 0, false
 	}
 	s.takePartial(p)
+	used := p.users > 0
 	s.mu.Unlock()
 	if p.over() {
 		s.removePartial(p)
 		return 0, 0, 0, false
 	}
-	f, err := on(s.disk, func() (*os.File, error) { return os.OpenFile(p.path, os.O_RDWR, 0) }, func(f *os.File) { f.Close() })
+	p.opening.Lock()
+	f, err := p.open(s, true)
+	if err == nil && used && p.file == nil { // those who read ranges now find it later, too
+		p.file, err = p.open(s, false)
+	}
+	p.opening.Unlock()
 	if err != nil {
 		s.removePartial(p)
 		return 0, 0, 0, false
 	}
+	t.mu.Lock()
 	t.part, t.file = p, f
+	t.mu.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if to, in := p.have.at(0); in {
+	for first < p.size {
+		is, to, _ := p.look(first, p.size)
+		if is == missing {
+			return first, to, p.size, true
+		}
 		first = to
 	}
-	if first >= p.size {
-		first = p.size - 1
-		p.have = spans{{0, first}}
-	}
-	to, _ = p.have.at(first)
-	return first, min(to, p.size), p.size, true
+	return p.size, p.size, p.size, true
 }
 
 // giveBack leaves the partial that [Transfer.Missing] has found to those who come later.
@@ -57,7 +64,8 @@ func (t *Transfer) giveBack() {
 		return
 	}
 	t.file.Close()
-	t.part, t.file = nil, nil
+	t.setPart(nil, nil)
+	p.leaveAll(false)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ctx.Err() == nil && !s.admit(p) {
@@ -72,63 +80,112 @@ func (t *Transfer) drop() {
 	}
 	t.file.Close()
 	t.store.removePartial(t.part)
-	t.part, t.file = nil, nil
+	t.setPart(nil, nil)
 }
 
-// Resume is Begin for a blob of which [Transfer.Missing] has found some: body is the missing
-// range, and what else is missing comes from more. When the digest turns out to be wrong, and
-// no reader was given anything, the blob is fetched again by refetch.
-func (t *Transfer) Resume(body io.ReadCloser, more Source, refetch Refetch) (*Reader, error) {
-	s, p := t.store, t.part
+func (t *Transfer) setPart(p *partial, f *os.File) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.part, t.file = p, f
+}
+
+// Rest is what a blob is made of, beside what is there of it.
+type Rest struct {
+	Size int64 // of the whole blob, in bytes
+	// Body is from First up to To. Nil if nothing is missing, or it is not known to be.
+	Body      io.ReadCloser
+	First, To int64
+	// Firm says that all of Body is wanted from there, and nobody takes a part of it over.
+	Firm bool
+	// Pieces says that clients ask for ranges, and may leave in the middle of them.
+	Pieces bool
+	// Gap opens another range that is missing, from its first byte up to to.
+	Gap func(ctx context.Context, first, to int64) (io.ReadCloser, error)
+	// More opens the blob from an offset on when either breaks off.
+	More Source
+	// Refetch fetches the blob again when its digest turns out to be wrong, and no reader was
+	// given anything.
+	Refetch Refetch
+}
+
+// Resume is Begin for a blob that comes in parts: what [Transfer.Missing] has found to be there,
+// what others bring who ask for ranges of it ([Store.Ranges]), and the rest.
+func (t *Transfer) Resume(rest Rest) (*Reader, error) {
+	s := t.store
 	if err := s.refuse(); err != nil {
 		t.Abandon(err)
 		return nil, err
 	}
 	t.room = s.newRoom(t.from, t.from.Free)
-	return t.begin(p.size, t.room.reserve(p.size), &mended{t: t, part: p, body: body, src: more}, more, refetch)
-}
-
-// clear forgets what is there, and says whether the size is that of the blob.
-func (p *partial) clear(size int64) bool {
+	p := t.part
+	if p == nil {
+		p = newPartial(running{t.digest, t.from.Name}, t.from, rest.Size)
+		t.setPart(p, nil)
+	}
+	m := newMended(t, 0, rest.More)
+	m.gap = rest.Gap
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.have, p.saved = nil, 0
-	return p.size == size
+	p.shared = true
+	if rest.Pieces {
+		p.piece = PieceSize
+	}
+	if rest.Body != nil {
+		if is, _, _ := p.look(rest.First, rest.Size); is == missing {
+			p.reserve(rest.First, rest.To, true).firm = rest.Firm
+			m.body, m.at = rest.Body, rest.First
+		} else {
+			rest.Body.Close()
+		}
+	}
+	p.mu.Unlock()
+	return t.begin(rest.Size, t.room.reserve(rest.Size), m, rest.More, rest.Refetch)
 }
 
 // opening opens a source at an offset when it is read, for what isn't there.
 func (t *Transfer) opening(src Source, off int64) io.ReadCloser {
-	if t.part != nil {
-		t.part.mu.Lock()
-		n := len(t.part.have)
-		more := n > 0 && t.part.have[n-1].to > off
-		t.part.mu.Unlock()
-		if more {
-			return &mended{t: t, part: t.part, src: src, off: off}
+	if p := t.part; p != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.shared {
+			return newMended(t, off, src)
 		}
 	}
 	return newOpening(t.ctx, src, off)
 }
 
-// mended reads a blob from an offset on: what is there of it from the file, and what is
-// missing from a source.
+// mended reads a blob from an offset on: what is there of it from the file, also when somebody
+// else brings it, and what is missing from a registry.
 type mended struct {
-	t    *Transfer
-	part *partial
-	src  Source
-	off  int64 // of the one who reads
+	t      *Transfer
+	part   *partial
+	ctx    context.Context
+	cancel context.CancelFunc
+	gap    func(ctx context.Context, first, to int64) (io.ReadCloser, error) // may be nil
+	src    Source
+	off    int64 // of the one who reads
 
 	mu     sync.Mutex
-	body   io.ReadCloser // at what is missing next; nil while nothing is open
+	body   io.ReadCloser // nil while nothing is open
+	at     int64         // where that is
 	closed bool
+}
+
+func newMended(t *Transfer, off int64, src Source) *mended {
+	m := &mended{t: t, part: t.part, off: off, src: src}
+	m.ctx, m.cancel = context.WithCancel(t.store.ctx)
+	return m
 }
 
 // Read implements io.Reader. It is not for concurrent use.
 func (m *mended) Read(b []byte) (n int, err error) {
-	to, there := m.part.at(m.off)
-	b = b[:min(int64(len(b)), to-m.off)]
-	if there {
-		n, err = m.t.store.reading.readAt(m.t.file, b, m.off)
+	is, to := m.next(int64(len(b)))
+	switch {
+	case m.ctx.Err() != nil:
+		return 0, os.ErrClosed
+	case to == m.off:
+		return 0, io.EOF
+	case is == there:
+		n, err = m.t.store.reading.readAt(m.t.file, b[:min(int64(len(b)), to-m.off)], m.off)
 		m.off += int64(n)
 		if n > 0 {
 			err = nil
@@ -137,38 +194,73 @@ func (m *mended) Read(b []byte) (n int, err error) {
 		}
 		return n, err
 	}
-	if len(b) == 0 {
-		return 0, io.EOF
-	}
-	body, err := m.gap()
+	body, err := m.open(to)
 	if err != nil {
 		return 0, err
 	}
-	n, err = body.Read(b)
-	if m.off += int64(n); m.off == to {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.body.Close()
-		m.body, err = nil, nil
+	n, err = body.Read(b[:min(int64(len(b)), to-m.off)])
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.off += int64(n)
+	m.at = m.off
+	if m.off == to {
+		err = nil
+	} else if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
 	}
 	return n, err
 }
 
-// gap returns what reads what is missing at off.
-func (m *mended) gap() (io.ReadCloser, error) {
+// next says whether what is at off is there or to be asked for, and up to where: of that no
+// more than n bytes are read. It waits for what somebody else brings.
+func (m *mended) next(n int64) (is place, to int64) {
+	p := m.part
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for m.ctx.Err() == nil && m.off < p.size {
+		is, to, c := p.look(m.off, p.size)
+		switch {
+		case is == there:
+			return there, to
+		case is == onItsWay && c.window:
+			c.read = max(c.read, min(m.off+n, to))
+			return missing, to
+		case is == onItsWay:
+			p.await(m.ctx, c, m.off)
+		default:
+			if p.piece > 0 && p.asked {
+				to = min(to, m.off+p.piece)
+			}
+			p.reserve(m.off, to, true)
+		}
+	}
+	return missing, m.off
+}
+
+// open returns what reads what is missing from off up to to.
+func (m *mended) open(to int64) (io.ReadCloser, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	switch {
-	case m.closed:
+	if m.closed {
 		return nil, os.ErrClosed
-	case m.body == nil:
-		m.body = newOpening(m.t.ctx, m.src, m.off)
 	}
+	if m.body != nil && m.at == m.off {
+		return m.body, nil
+	}
+	if m.body != nil {
+		m.body.Close()
+	}
+	src := m.src
+	if gap := m.gap; gap != nil {
+		src = func(ctx context.Context, off int64) (io.ReadCloser, error) { return gap(ctx, off, to) }
+	}
+	m.body, m.at = newOpening(m.ctx, src, m.off), m.off
 	return m.body, nil
 }
 
 // Close implements io.Closer.
 func (m *mended) Close() error {
+	m.cancel()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
@@ -176,6 +268,16 @@ func (m *mended) Close() error {
 		return nil
 	}
 	return m.body.Close()
+}
+
+// ranged says whether clients ask for ranges of the blob, now or not long ago.
+func (t *Transfer) ranged() bool {
+	if t.part == nil {
+		return false
+	}
+	t.store.mu.Lock()
+	defer t.store.mu.Unlock()
+	return t.part.users > 0 || time.Since(t.part.used) < lingerTime
 }
 
 // lingers has the transfer end after a while, if it has no readers until then and more is
@@ -189,6 +291,8 @@ func (t *Transfer) lingers() {
 		switch {
 		case t.linger != timer: // a reader has come just now
 		case t.state == arriving && t.arrived > was && t.size-t.arrived <= max(finishSize, t.size/finishShare) && t.size >= 0:
+			t.lingers()
+		case t.ranged():
 			t.lingers()
 		default:
 			t.cancel(nil)

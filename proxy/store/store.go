@@ -262,6 +262,11 @@ func (s *Store) Close() error {
 	s.wg.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for _, p := range s.partials {
+		if p.unsaved() > 0 {
+			_ = s.disk.do(func() error { return p.save(s.path("ingest")) }, nil)
+		}
+	}
 	s.disk.close()
 	s.reading.close()
 	for _, f := range s.foreign {

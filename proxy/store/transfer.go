@@ -146,7 +146,7 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Reader, 
 	t.drop()
 	t.room = t.store.newRoom(t.from, t.from.Free || size < 0)
 	if size > 0 {
-		t.part = &partial{key: running{t.digest, t.from.Name}, from: t.from, size: size, begun: time.Now()}
+		t.part = newPartial(running{t.digest, t.from.Name}, t.from, size)
 	}
 	return t.begin(size, t.room.reserve(max(size, 0)), body, more, nil)
 }

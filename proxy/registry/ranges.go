@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"weir/proxy/store"
+)
+
+// oneRange reads a Range field that names one range, from its first byte up to, and without, end,
+// which is -1 if it has none (RFC 9110, section 14.2). A suffix isn't one.
+func oneRange(header string) (first, end int64, ok bool) {
+	spec, ok := strings.CutPrefix(header, "bytes=")
+	from, to, dash := strings.Cut(spec, "-")
+	if !ok || !dash {
+		return 0, 0, false
+	}
+	first, err := strconv.ParseInt(from, 10, 63)
+	if err != nil || from[0] == '+' || from[0] == '-' {
+		return 0, 0, false
+	}
+	if to == "" {
+		return first, -1, true
+	}
+	last, err := strconv.ParseInt(to, 10, 63)
+	if err != nil || to[0] == '+' || to[0] == '-' || last < first || last == math.MaxInt64 {
+		return 0, 0, false
+	}
+	return first, last + 1, true
+}
+
+// sentRange says which range of a blob an answer is, and how large that is: to is without it.
+func sentRange(resp *reply) (first, to, size int64, ok bool) {
+	spec, ok := strings.CutPrefix(resp.Header.Get("Content-Range"), "bytes ")
+	where, total, slash := strings.Cut(spec, "/")
+	if !ok || !slash || resp.StatusCode != http.StatusPartialContent || encoded(resp) || foreign(resp.Response) {
+		return 0, 0, 0, false
+	}
+	first, to, ok = oneRange("bytes=" + where)
+	size, err := strconv.ParseInt(total, 10, 64)
+	if !ok || err != nil || to < 0 || to > size {
+		return 0, 0, 0, false
+	}
+	return first, to, size, true
+}
+
+// fetchUpTo asks the upstream for a range of the blob, or for all from first on if to, which is
+// without it, isn't known.
+func (x *exchange) fetchUpTo(ctx context.Context, first, to int64) (*reply, error) {
+	if to == math.MaxInt64 || to < 0 {
+		return x.send(x.up.Transport, x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-", first)}}), true)
+	}
+	return x.fetchRange(ctx, nil, first, to-1)
+}
+
+// part answers GET of a range of a blob that isn't stored: with what is there of it, or on its way
+// to others, and what the registry sends of the rest, which is put with what is there. So the
+// ranges that clients ask for become one transfer. It returns false, and has not answered, when
+// the range is to be had in another way.
+//
+// Nothing of it is verified, as nothing is that passes through: it is what this repository's
+// registry has sent, and the client is one that the registry gives content to, or this range.
+func (x *exchange) part() bool {
+	first, end, ok := oneRange(x.r.Header.Get("Range"))
+	if !ok || first == 0 && end < 0 || len(x.r.Header["Range"]) != 1 || conditionalRange(x.r) {
+		return false
+	}
+	waiting, stop := context.WithTimeout(x.r.Context(), x.h.lagTime)
+	r := x.h.store.Ranges(waiting, x.target.digest, x.origin())
+	stop()
+	if r == nil {
+		return false
+	}
+	defer r.Close()
+	r.With(x.r.Context(), x.ownGap)
+	entitled := x.h.rights.Granted(x.who)
+	to, missing := r.Missing(first, end)
+	size := r.Size()
+	switch {
+	case x.r.Context().Err() != nil:
+		return true
+	case size >= 0 && first >= size:
+		return false // there is no such range, which the registry says
+	case !missing && entitled && size >= 0:
+		x.stats.hits.Add(1)
+		x.serve(r, size, provenance{source: SourceTransfer}, true)
+		return true
+	case !missing:
+		to = end
+	}
+	x.stats.misses.Add(1)
+	resp, err := x.fetchUpTo(x.r.Context(), first, to)
+	if err != nil {
+		x.refused(nil, err)
+		return true
+	}
+	from, until, size, ok := sentRange(resp)
+	switch {
+	case !ok || from != first:
+		x.refused(resp, nil)
+		return true
+	case !missing, !r.Fill(x.counted(resp.Body), first, until, size):
+		if end < 0 && to < math.MaxInt64 && to >= 0 { // it wants more than was asked for
+			resp.Body.Close()
+			x.forward()
+			return true
+		}
+		x.relay(resp)
+		return true
+	}
+	x.grant(resp.at)
+	if end < 0 || end > size {
+		end = size
+	}
+	if until == end {
+		err = x.relayRange(resp, r, until-first)
+	} else {
+		x.serve(r, size, provenance{}, true)
+	}
+	x.complete(r, size, resp.at)
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	return true
+}
+
+// relayRange sends the client the upstream's answer with n bytes that r reads.
+func (x *exchange) relayRange(resp *reply, r io.Reader, n int64) error {
+	copyHeader(x.w.Header(), resp.Header)
+	x.w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
+	x.w.WriteHeader(resp.StatusCode)
+	_, err := io.CopyN(flushing{x.w}, r, n)
+	return err
+}
+
+// flushing sends what is written at once.
+type flushing struct{ http.ResponseWriter }
+
+// Write implements io.Writer.
+func (w flushing) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	if err == nil {
+		err = http.NewResponseController(w.ResponseWriter).Flush()
+	}
+	return n, err
+}
+
+// conditionalRange says whether a range is asked for under a condition.
+func conditionalRange(r *http.Request) bool {
+	for _, h := range []string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "If-Range"} {
+		if r.Header.Get(h) != "" {
+			return true
+		}
+	}
+	return false
+}
+
+// gap opens a range of the blob that is missing, or more, for a transfer, and ownGap for what the
+// client reads at its own pace.
+func (x *exchange) gap(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+	body, err := x.openGap(ctx, first, to)
+	if err != nil {
+		return nil, err
+	}
+	return x.arriving(body), nil
+}
+
+func (x *exchange) ownGap(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+	body, err := x.openGap(ctx, first, to)
+	if err != nil {
+		return nil, err
+	}
+	return x.counted(body), nil
+}
+
+func (x *exchange) openGap(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+	resp, err := x.fetchUpTo(ctx, first, to)
+	if err != nil {
+		return nil, err
+	}
+	if from, _, _, ok := sentRange(resp); ok && from == first {
+		return resp.Body, nil
+	}
+	resp.Body.Close()
+	return x.open(ctx, first)
+}
+
+// complete has a blob verified and stored of which all was sent in ranges, or more than half: the
+// rest is fetched then. The last of these ranges was sent to this client at a time.
+func (x *exchange) complete(r *store.Ranges, size int64, at time.Time) {
+	if n, idle := r.There(); !idle || n <= size/2 {
+		return
+	}
+	t, leader := x.h.store.Claim(x.target.digest, x.origin())
+	if !leader {
+		return
+	}
+	t.OnEnd(func(kept bool) { x.ended(t, kept, at) })
+	first, to, size, ok := t.Missing()
+	if !ok {
+		t.Abandon(errNotLed)
+		return
+	}
+	x.h.leaders.Store(t, x.who.Client)
+	rest := store.Rest{Size: size, First: first, To: to, Pieces: true, Gap: x.gap, More: x.source}
+	whole, err := t.Resume(rest)
+	if err != nil {
+		x.notKept(err)
+		return
+	}
+	go func() {
+		_ = whole.Ended(x.h.ctx)
+		whole.Close()
+	}()
+}
+
+// missing asks the upstream for the blob: for what is missing of it, if some is there. What was sent
+// to others is the client's too once the registry gives it a part. A registry that gives none, or that
+// of a blob of another size, is asked for all of it. Of a client that begins with a range without
+// an end others are to be expected, and it may leave in the middle of this one.
+//
+// An ETag isn't compared: what is there is of the same digest or wrong, which is found out,
+// and two hosts of one registry's content needn't have the same.
+func (x *exchange) missing(ctx context.Context, t *store.Transfer) (*reply, *store.Rest, error) {
+	first, to, size, ok := t.Missing()
+	pieces := x.r.Header.Get("Range") != ""
+	switch {
+	case ok && first == size:
+		first = size - 1 // whether the client may have it is the registry's to say
+	case !ok && pieces:
+		to, size = store.PieceSize, -1
+	case !ok:
+		resp, err := x.fetch(ctx, 0)
+		return resp, nil, err
+	}
+	resp, err := x.fetchRange(ctx, nil, first, to-1)
+	if err != nil {
+		return nil, nil, err
+	}
+	from, until, total, is := sentRange(resp)
+	switch {
+	case is && from == first && (size < 0 || until == to && total == size):
+		rest := &store.Rest{Size: total, First: first, To: until, Pieces: pieces, Gap: x.gap, More: x.source, Refetch: x.anew}
+		rest.Firm = until == total && !pieces
+		return resp, rest, nil
+	case resp.StatusCode == http.StatusPartialContent, resp.StatusCode == http.StatusRequestedRangeNotSatisfiable, resp.StatusCode == http.StatusBadRequest:
+		resp.Body.Close()
+		resp, err = x.fetch(ctx, 0)
+	}
+	return resp, nil, err
+}
+
+// anew fetches all of a blob, as what has come of it is wrong.
+func (x *exchange) anew(ctx context.Context) (io.ReadCloser, int64, error) {
+	resp, err := x.fetch(ctx, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	if resp.StatusCode != http.StatusOK || encoded(resp) {
+		resp.Body.Close()
+		return nil, 0, fmt.Errorf("%s answers with %s", x.up.Host, resp.Status)
+	}
+	return x.arriving(resp.Body), resp.ContentLength, nil
+}

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package registry
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"weir/proxy/rights"
+	"weir/proxy/store"
+)
+
+func TestOneRange(t *testing.T) {
+	for header, want := range map[string]string{
+		"bytes=0-": "0 -1 true", "bytes=5-9": "5 10 true", "bytes=7-": "7 -1 true", "bytes=3-3": "3 4 true",
+		"": "0 0 false", "bytes=": "0 0 false", "bytes=-5": "0 0 false", "bytes=5": "0 0 false", "bytes=9-5": "0 0 false", "bytes=1-2,4-5": "0 0 false",
+		"bytes=+1-2": "0 0 false", "bytes=1-+2": "0 0 false", "bytes=1--2": "0 0 false", "items=1-2": "0 0 false", "bytes=a-": "0 0 false",
+		"bytes=1-9223372036854775807": "0 0 false", "bytes=99999999999999999999-": "0 0 false", "bytes= 1-2": "0 0 false",
+	} {
+		first, end, ok := oneRange(header)
+		if got := fmt.Sprint(first, end, ok); got != want {
+			t.Errorf("%q: %s, want %s", header, got, want)
+		}
+	}
+}
+
+func FuzzOneRange(f *testing.F) {
+	for _, s := range []string{"bytes=0-", "bytes=5-9", "bytes=-5", "bytes=1-2,4-5", "bytes=1-9223372036854775807"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, header string) {
+		first, end, ok := oneRange(header)
+		switch {
+		case !ok:
+			if first != 0 || end != 0 {
+				t.Error(first, end)
+			}
+		case first < 0 || end >= 0 && end <= first:
+			t.Error(first, end)
+		default:
+			from, to, ok := oneRange(map[bool]string{true: fmt.Sprintf("bytes=%d-", first), false: fmt.Sprintf("bytes=%d-%d", first, end-1)}[end < 0])
+			if !ok || from != first || to != end {
+				t.Errorf("%q: %d to %d, and then %d to %d", header, first, end, from, to)
+			}
+		}
+	})
+}
+
+// proven waits until it is known that a blob is in the repository a.
+func (s *side) proven(d digest.Digest) {
+	s.t.Helper()
+	eventually(s.t, "it is known to be there", func() bool {
+		return s.h.rights.Contains(rights.Vantage{Repository: rights.Repository{Registry: strings.TrimPrefix(s.up.srv.URL, "https://"), Name: "a"}}, d)
+	})
+}
+
+// countSent has the registry count the bytes that it sends of blobs, at the place where they are.
+func (u *scripted) countSent(content []byte) *atomic.Int64 {
+	sent := new(atomic.Int64)
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		own := parsePath(r.URL.Path).kind == blob
+		u.mu.Lock()
+		reads := u.readers["a"][r.Header.Get("Authorization")] && strings.HasPrefix(r.URL.Path, "/v2/a/")
+		u.mu.Unlock()
+		if u.redirect == own || own && !reads || !own && !strings.HasPrefix(r.URL.Path, "/cdn/") {
+			return false
+		}
+		w.Header().Set("Content-Type", "application/octet-stream")
+		http.ServeContent(&sentWriter{w, sent}, r, "", time.Time{}, bytes.NewReader(content))
+		return true
+	}
+	return sent
+}
+
+type sentWriter struct {
+	http.ResponseWriter
+	n *atomic.Int64
+}
+
+func (w *sentWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	w.n.Add(int64(n))
+	return n, err
+}
+
+// Twenty clients ask for ranges of one blob, which overlap, in any order: each has its bytes, the
+// registry sends each byte once, and the blob is stored. Who may not read it is given nothing.
+func TestRangesOfOneBlob(t *testing.T) {
+	content := bytesOf(70, 3<<20)
+	for seed := range uint64(6) {
+		for _, redirect := range []bool{false, true} {
+			t.Run(fmt.Sprint(seed, redirect), func(t *testing.T) {
+				r := rand.New(rand.NewPCG(seed, 1))
+				u := newUpstream(t)
+				u.redirect = redirect
+				u.allow("a", "Bearer 1")
+				d := u.put("a", content)
+				_, manifest := u.putManifest("a", "latest", docker2, d)
+				path := "/v2/a/blobs/" + d.String()
+				s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+				sent := u.countSent(content)
+				s.want(s.do("GET", "/v2/a/manifests/latest", "Bearer 1"), 200, manifest, "GET /v2/a/manifests/latest")
+				const clients = 20
+				var wg sync.WaitGroup
+				for i := range clients { // all of it together
+					part := len(content) / clients
+					first, last := i*part, (i+1)*part-1+r.IntN(part)
+					if i == clients-1 || last >= len(content) {
+						last = len(content) - 1
+					}
+					wg.Go(func() {
+						a := s.do("GET", path, "Bearer 1", "Range", fmt.Sprintf("bytes=%d-%d", first, last))
+						if a.err != nil || a.StatusCode != 206 || !bytes.Equal(a.body, content[first:last+1]) ||
+							a.Header.Get("Content-Range") != fmt.Sprintf("bytes %d-%d/%d", first, last, len(content)) {
+							t.Errorf("%d-%d: %v, %d bytes, %v", first, last, a.Response, len(a.body), a.err)
+						}
+					})
+					if i%5 == 0 {
+						wg.Go(func() {
+							if a := s.do("GET", path, "Bearer 2", "Range", fmt.Sprintf("bytes=%d-%d", first, last)); a.err != nil || a.StatusCode != 401 {
+								t.Errorf("who may not read it: %v, %v", a.Response, a.err)
+							}
+							if a := s.do("GET", "/v2/b/blobs/"+d.String(), "Bearer 1", "Range", fmt.Sprintf("bytes=%d-%d", first, last)); a.err != nil || a.StatusCode != 401 {
+								t.Errorf("elsewhere: %v, %v", a.Response, a.err)
+							}
+						})
+					}
+				}
+				wg.Wait()
+				eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+				if n := sent.Load(); n != int64(len(content)) {
+					t.Errorf("the registry has sent %d bytes of %d", n, len(content))
+				}
+				s.proven(d)
+				a := s.do("GET", path, "Bearer 1")
+				if a.err != nil || !bytes.Equal(a.body, content) || sent.Load() != int64(len(content)) {
+					t.Errorf("then %v, %d bytes, %v; sent %d", a.Response, len(a.body), a.err, sent.Load())
+				}
+			})
+		}
+	}
+}
+
+// take asks for a range, reads so many bytes of the answer, and leaves.
+func (s *side) take(path, auth, rng string, n int) ([]byte, error) {
+	req, err := http.NewRequestWithContext(s.t.Context(), "GET", s.srv.URL+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Authorization", auth)
+	req.Header.Set("Range", rng)
+	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}}
+	resp, err := c.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != 206 {
+		return nil, fmt.Errorf("%s", resp.Status)
+	}
+	b := make([]byte, n)
+	k, err := io.ReadFull(resp.Body, b)
+	return b[:k], err
+}
+
+// A client fetches as containerd does with concurrent_layer_fetch_buffer: ranges without an end, of
+// each of which it reads a chunk, three at a time. Then a second one does the same.
+func TestChunks(t *testing.T) {
+	content := bytesOf(71, 44<<20)
+	for _, chunk := range []int{store.PieceSize, 3 << 20} {
+		u := newUpstream(t)
+		u.allow("a", "Bearer 1")
+		d := u.put("a", content)
+		path := "/v2/a/blobs/" + d.String()
+		s := newSide(t, u, store.Options{})
+		sent := u.countSent(content)
+		pull := func() {
+			work := make(chan int)
+			var wg sync.WaitGroup
+			for range 3 {
+				wg.Go(func() {
+					for at := range work {
+						n := min(chunk, len(content)-at)
+						b, err := s.take(path, "Bearer 1", fmt.Sprintf("bytes=%d-", at), n)
+						if err != nil || !bytes.Equal(b, content[at:at+n]) {
+							t.Errorf("at %d: %d bytes, %v", at, len(b), err)
+						}
+					}
+				})
+			}
+			for at := 0; at < len(content); at += chunk {
+				work <- at
+			}
+			close(work)
+			wg.Wait()
+		}
+		// The right to read is there, as when the manifest was pulled.
+		_, manifest := u.putManifest("a", "latest", docker2, d)
+		s.want(s.do("GET", "/v2/a/manifests/latest", "Bearer 1"), 200, manifest, "GET /v2/a/manifests/latest")
+		pull()
+		eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+		s.proven(d)
+		n := sent.Load()
+		t.Logf("chunks of %d: the registry has sent %.3f of it", chunk, float64(n)/float64(len(content)))
+		if chunk == store.PieceSize && n > int64(len(content))*105/100 {
+			t.Errorf("the registry has sent %d bytes of %d", n, len(content))
+		}
+		pull()
+		if sent.Load() != n {
+			t.Errorf("the second one cost %d bytes", sent.Load()-n)
+		}
+	}
+}
+
+// What a client asks for in ranges costs no more than that, until more than half is there: then the
+// rest is fetched, and the blob is stored.
+func TestLazyClient(t *testing.T) {
+	content := bytesOf(72, 2<<20)
+	size := len(content)
+	u := newUpstream(t)
+	u.allow("a", "Bearer 1", "Bearer 2")
+	d := u.put("a", content)
+	path := "/v2/a/blobs/" + d.String()
+	s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+	sent := u.countSent(content)
+	get := func(first, last int) {
+		t.Helper()
+		a := s.do("GET", path, "Bearer 1", "Range", fmt.Sprintf("bytes=%d-%d", first, last))
+		if a.err != nil || a.StatusCode != 206 || !bytes.Equal(a.body, content[first:last+1]) {
+			t.Fatalf("%d-%d: %v, %d bytes, %v", first, last, a.Response, len(a.body), a.err)
+		}
+	}
+	get(size-100, size-1) // as of eStargz, whose index is there
+	get(size-5000, size-101)
+	get(1000, 1999)
+	for range 3 {
+		get(1200, 1300) // is there
+		get(0, size/4)
+	}
+	want := int64(5000 + size/4 + 1)
+	if n := sent.Load(); n != want || s.store.Stats().Running != 0 || s.store.Stats().Partial != want {
+		t.Errorf("the registry has sent %d bytes, want %d; %+v", n, want, s.store.Stats())
+	}
+	get(size/4+1, size/2+1)
+	eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+	if n := sent.Load(); n != int64(size) {
+		t.Errorf("the registry has sent %d bytes of %d", n, size)
+	}
+	if st := s.store.Stats(); st.Partial != 0 || st.Blobs != 1 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// A registry that answers a range in its own way is the client's to deal with.
+func TestRangesThatAreNone(t *testing.T) {
+	content := bytesOf(73, 300_000)
+	for name, tt := range map[string]struct {
+		script func(w http.ResponseWriter, r *http.Request) bool
+		status int
+		body   []byte
+	}{
+		"ignored": {func(_ http.ResponseWriter, r *http.Request) bool { r.Header.Del("Range"); return false }, 200, content},
+		"416":     {func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(416); return true }, 416, nil},
+		"503":     {func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(503); return true }, 503, nil},
+		"no size": {func(w http.ResponseWriter, _ *http.Request) bool {
+			w.Header().Set("Content-Range", "bytes 1000-1999/*")
+			w.WriteHeader(206)
+			_, _ = w.Write(content[1000:2000])
+			return true
+		}, 206, content[1000:2000]},
+	} {
+		u := newUpstream(t)
+		u.allow("a", "")
+		d := u.put("a", content)
+		u.fault = tt.script
+		s := newSide(t, u, store.Options{})
+		a := s.do("GET", "/v2/a/blobs/"+d.String(), "", "Range", "bytes=1000-1999")
+		if a.err != nil || a.StatusCode != tt.status || tt.body != nil && !bytes.Equal(a.body, tt.body) {
+			t.Errorf("%s: %v, %d bytes, %v", name, a.Response, len(a.body), a.err)
+		}
+		if st := s.store.Stats(); st.Partial != 0 || st.Bytes != 0 {
+			t.Errorf("%s: %+v", name, st)
+		}
+	}
+	// Bytes that are wrong are never the whole of a blob, nor stored.
+	u := newUpstream(t)
+	u.allow("a", "")
+	d := u.put("a", content)
+	wrong := bytes.Clone(content)
+	wrong[150_000] ^= 1
+	u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(wrong))
+		return true
+	}
+	s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+	path := "/v2/a/blobs/" + d.String()
+	s.do("GET", path, "", "Range", "bytes=0-999")
+	s.do("GET", path, "", "Range", "bytes=1000-299999")
+	eventually(t, "it is looked at", func() bool { return s.store.Stats().Running == 0 && s.store.Stats().Partial == 0 })
+	if a := s.do("GET", path, ""); a.err == nil && len(a.body) == len(content) {
+		t.Error("a client has the whole of wrong bytes")
+	}
+	if s.store.Has(d) || d != digest.FromBytes(content) {
+		t.Error("it is stored")
+	}
+}

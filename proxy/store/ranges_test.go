@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// server gives ranges of a blob, and counts how often it gives each byte.
+type server struct {
+	want []byte
+	mu   sync.Mutex
+	r    *rand.Rand
+	sent []uint8
+	cuts int // how many bodies break off
+}
+
+func newServer(seed uint64, want []byte) *server {
+	return &server{want: want, r: rand.New(rand.NewPCG(seed, 11)), sent: make([]uint8, len(want))}
+}
+
+func (s *server) open(_ context.Context, first, to int64) (io.ReadCloser, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := &served{s: s, at: first, to: min(to, int64(len(s.want)))}
+	if b.cut = b.to; s.cuts > 0 && b.to > first {
+		s.cuts--
+		b.cut = first + s.r.Int64N(b.to-first)
+	}
+	return b, nil
+}
+
+func (s *server) source(ctx context.Context, first int64) (io.ReadCloser, error) {
+	return s.open(ctx, first, math.MaxInt64)
+}
+
+// most says how often the byte was given that was given most often, and how many were in all.
+func (s *server) most() (most uint8, all int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range s.sent {
+		most = max(most, n)
+		all += int64(n)
+	}
+	return most, all
+}
+
+type served struct {
+	s           *server
+	at, to, cut int64
+	closed      bool
+}
+
+func (b *served) Read(p []byte) (int, error) {
+	b.s.mu.Lock()
+	defer b.s.mu.Unlock()
+	switch {
+	case b.closed:
+		return 0, os.ErrClosed
+	case b.at == b.to:
+		return 0, io.EOF
+	case b.at >= b.cut:
+		return 0, errors.New("reset")
+	}
+	n := copy(p[:min(len(p), 1+b.s.r.IntN(2*chunkSize))], b.s.want[b.at:min(b.to, b.cut)])
+	for i := range n {
+		b.s.sent[int(b.at)+i]++
+	}
+	b.at += int64(n)
+	return n, nil
+}
+
+func (b *served) Close() error {
+	b.s.mu.Lock()
+	defer b.s.mu.Unlock()
+	b.closed = true
+	return nil
+}
+
+// get reads a range as a client does: it asks itself for what is missing first. It reads no more
+// than n bytes of it.
+func (s *server) get(t *testing.T, st *Store, from Origin, first, end int64, n int) {
+	t.Helper()
+	d, size := digest.FromBytes(s.want), int64(len(s.want))
+	r := st.Ranges(t.Context(), d, from)
+	if r == nil {
+		return // it follows the transfer, or asks on its own
+	}
+	defer r.Close()
+	r.With(t.Context(), s.open)
+	if to, is := r.Missing(first, end); is || r.Size() < 0 {
+		body, _ := s.open(t.Context(), first, min(to, size))
+		if !r.Fill(body, first, min(to, size), size) {
+			body.Close()
+			t.Error("another size was said")
+			return
+		}
+	}
+	if _, err := r.Seek(first, io.SeekStart); err != nil {
+		t.Error(err)
+	}
+	if end < 0 {
+		end = size
+	}
+	got, err := io.ReadAll(io.LimitReader(r, min(end-first, int64(n))))
+	if want := s.want[first:min(end, first+int64(n))]; err != nil || !bytes.Equal(got, want) {
+		t.Errorf("of %d to %d %d bytes of %d, right: %v, %v", first, end, len(got), len(want), bytes.HasPrefix(want, got), err)
+	}
+}
+
+// finish has what is there verified, and kept.
+func (s *server) finish(t *testing.T, st *Store, from Origin) {
+	t.Helper()
+	tr, leader := st.Claim(digest.FromBytes(s.want), from)
+	if !leader {
+		return
+	}
+	first, to, size, ok := tr.Missing()
+	if !ok {
+		tr.Abandon(errors.New("nothing is there"))
+		return
+	}
+	rest := Rest{Size: size, First: first, To: to, Gap: s.open, More: s.source}
+	if first < size {
+		rest.Body, _ = s.open(t.Context(), first, to)
+	}
+	r, err := tr.Resume(rest)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer r.Close()
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, s.want) {
+		t.Errorf("all of it: %d bytes, %v", len(got), err)
+	}
+	if err := r.Ended(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Twenty clients ask for ranges, in any order, which overlap; some leave in the middle; sources
+// break off; one client asks for all of it in the middle of that; the store is opened anew. What
+// each is given is right. When nobody leaves and nothing breaks off, the registry gives each byte once.
+func TestRangeStories(t *testing.T) {
+	for seed := range uint64(40) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			r := rand.New(rand.NewPCG(seed, 12))
+			dir := t.TempDir()
+			from := Origin{Name: "a"}
+			want := random(seed+900, 100_000+r.IntN(4<<20))
+			size := int64(len(want))
+			d := digest.FromBytes(want)
+			s := open(t, dir, Options{MaxBytes: 256 << 20})
+			srv := newServer(seed, want)
+			calm := r.IntN(2) == 0
+			if !calm {
+				srv.cuts = r.IntN(5)
+			}
+			for range 1 + r.IntN(3) {
+				var wg sync.WaitGroup
+				whole := r.IntN(30)
+				for i := range 20 {
+					first := r.Int64N(size)
+					end, n := first+1+r.Int64N(size-first), len(want)
+					switch {
+					case r.IntN(4) == 0:
+						end = -1
+						if !calm {
+							n = 1 + r.IntN(n)
+						}
+					case !calm && r.IntN(3) == 0:
+						n = r.IntN(int(end - first))
+					}
+					if i == whole {
+						wg.Go(func() { srv.finish(t, s, from) })
+					}
+					wg.Go(func() { srv.get(t, s, from, first, end, n) })
+				}
+				wg.Wait()
+				if s.Has(d) {
+					break
+				}
+				switch r.IntN(4) {
+				case 0:
+					s.Close()
+					s = open(t, dir, Options{MaxBytes: 256 << 20})
+				case 1:
+					killed := copyDir(t, dir)
+					if calm {
+						s.Close()
+						killed = copyDir(t, dir) // or what isn't written down is asked for again
+					}
+					dir, s = killed, open(t, killed, Options{MaxBytes: 256 << 20})
+				}
+			}
+			if !s.Has(d) {
+				srv.finish(t, s, from)
+			}
+			if most, all := srv.most(); calm && most > 1 {
+				t.Errorf("a byte was given %d times, and %d bytes of %d", most, all, size)
+			}
+			if got, err := read(s, d); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("kept: %d bytes, %v", len(got), err)
+			}
+			if n, st := files(t, s.dir), s.Stats(); n != 3 || st.Bytes != size || st.Partial != 0 || s.promised != 0 {
+				t.Errorf("%d files, %+v, promised %d", n, st, s.promised)
+			}
+		})
+	}
+}
+
+// Somebody who asks for a range and stands still holds up nobody for long, and writes nothing over
+// what others have brought instead.
+func TestRangeStandsStill(t *testing.T) {
+	defer func(was time.Duration) { stallTime = was }(stallTime)
+	stallTime = 50 * time.Millisecond
+	want := random(990, 3<<20)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	s := open(t, t.TempDir(), Options{})
+	srv := newServer(1, want)
+	lies := bytes.Repeat([]byte("x"), len(want))
+	slow := s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
+	defer slow.Close()
+	if to, is := slow.Missing(1<<20, 2<<20); !is || to != 2<<20 {
+		t.Fatal(to, is)
+	}
+	pr, pw := io.Pipe()
+	slow.Fill(pr, 1<<20, 2<<20, size)
+	go func() { _, _ = pw.Write(lies[:flushSize]) }()
+	if _, err := io.ReadFull(slow, make([]byte, flushSize)); err != nil {
+		t.Fatal(err)
+	}
+	// What has come is wrong, as it turns out, and the blob isn't kept.
+	tr, _ := s.Claim(d, Origin{})
+	first, to, _, ok := tr.Missing()
+	if !ok || first != 0 || to != 1<<20 {
+		t.Fatal(first, to, ok)
+	}
+	b, _ := srv.open(t.Context(), first, to)
+	r, err := tr.Resume(Rest{Size: size, Body: b, First: first, To: to, Gap: srv.open, More: srv.source})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(r); !errors.Is(err, ErrCorrupt) || int64(len(got)) >= size {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	r.Close()
+	go func() { _, _ = pw.Write(lies[:1<<20-flushSize]); pw.Close() }()
+	if _, err := io.CopyN(io.Discard, slow, 1<<20-flushSize); err != nil {
+		t.Error(err)
+	}
+	slow.Close()
+	if s.Has(d) || files(t, s.dir) != 1 || s.Stats().Bytes != 0 {
+		t.Errorf("left: %d files, %+v", files(t, s.dir), s.Stats())
+	}
+
+	// Nothing of it has come, and all is right.
+	slow = s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
+	defer slow.Close()
+	slow.Missing(1<<20, 2<<20)
+	pr, pw = io.Pipe()
+	slow.Fill(pr, 1<<20, 2<<20, size)
+	srv.get(t, s, Origin{}, 0, 1<<20, len(want))
+	srv.finish(t, s, Origin{})
+	go func() { _, _ = pw.Write(lies[:1<<20]); pw.Close() }()
+	_, _ = io.CopyN(io.Discard, slow, 1<<20)
+	slow.Close()
+	if got, err := read(s, d); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("kept: %d bytes, %v", len(got), err)
+	}
+}
+
+// Who asks for a range in the middle of what another brings takes over the rest of that.
+func TestRangeIsTakenOver(t *testing.T) {
+	want := random(991, 8<<20)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	s := open(t, t.TempDir(), Options{})
+	a, b := s.Ranges(t.Context(), d, Origin{}), s.Ranges(t.Context(), d, Origin{})
+	defer a.Close()
+	defer b.Close()
+	if to, is := a.Missing(0, -1); !is || to != math.MaxInt64 {
+		t.Fatal(to, is)
+	}
+	a.Fill(body(want), 0, size, size)
+	if to, is := b.Missing(1<<19, 1<<20); is {
+		t.Errorf("what comes soon is asked for again: to %d", to)
+	}
+	if to, is := b.Missing(4<<20, -1); !is || to != size {
+		t.Errorf("what comes late isn't asked for: to %d, %v", to, is)
+	}
+	b.Fill(body(want[4<<20:]), 4<<20, size, size)
+	var wg sync.WaitGroup
+	for _, r := range []*Ranges{a, b} {
+		wg.Go(func() {
+			r.With(t.Context(), func(context.Context, int64, int64) (io.ReadCloser, error) { return nil, errors.New("asked again") })
+			at := r.off
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want[at:]) {
+				t.Errorf("from %d: %d bytes, %v", at, len(got), err)
+			}
+		})
+	}
+	wg.Wait()
+	if n, idle := a.There(); n != size || !idle {
+		t.Errorf("%d bytes, %v", n, idle)
+	}
+}
+
+// A partial that gives way while it is read and written is left alone from then on.
+func TestRangesGiveWay(t *testing.T) {
+	const size = 100 << 20
+	want := random(992, 4<<20)
+	d := digest.FromBytes(want)
+	s := open(t, t.TempDir(), Options{MaxBytes: size})
+	srv := newServer(2, want)
+	r := s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
+	defer r.Close()
+	r.Missing(0, -1)
+	b, _ := srv.open(t.Context(), 0, 4<<20)
+	r.Fill(b, 0, 4<<20, 4<<20)
+	if _, err := io.ReadFull(r, make([]byte, 2<<20)); err != nil {
+		t.Fatal(err)
+	}
+	put(t, s, random(993, size-(1<<20)))
+	if st := s.Stats(); st.Partial != 0 || st.Blobs != 1 || st.Evicted != 0 {
+		t.Errorf("%+v", st)
+	}
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want[2<<20:]) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	r.Close()
+	if n := files(t, filepath.Join(s.dir, "ingest")); n != 0 || s.Stats().Bytes != size-(1<<20) {
+		t.Errorf("%d files, %+v", n, s.Stats())
+	}
+	// There is no room for more than a tenth, and the rest passes.
+	big := random(994, 16<<20)
+	srv = newServer(3, big)
+	s = open(t, t.TempDir(), Options{MaxBytes: size})
+	srv.get(t, s, Origin{}, 0, -1, len(big))
+	if st := s.Stats(); st.Partial > size/partialShare || st.Partial < size/partialShare-flushSize {
+		t.Errorf("%+v", st)
+	}
+}
