@@ -31,14 +31,15 @@ type modelLedger struct {
 	given  map[string]int
 	seq    int
 	public map[string]time.Time // a registry, repository and network: content was given to an anonymous request
+	lied   map[string]bool      // as has: something else was sent in its place
 }
 
 func newModelLedger() modelLedger {
-	return modelLedger{right: make(map[string]time.Time), denied: make(map[string]bool), has: make(map[string]time.Time), given: make(map[string]int), public: make(map[string]time.Time)}
+	return modelLedger{right: make(map[string]time.Time), denied: make(map[string]bool), has: make(map[string]time.Time), given: make(map[string]int), public: make(map[string]time.Time), lied: make(map[string]bool)}
 }
 
 func (l modelLedger) clone() modelLedger {
-	return modelLedger{right: maps.Clone(l.right), denied: maps.Clone(l.denied), has: maps.Clone(l.has), given: maps.Clone(l.given), seq: l.seq, public: maps.Clone(l.public)}
+	return modelLedger{right: maps.Clone(l.right), denied: maps.Clone(l.denied), has: maps.Clone(l.has), given: maps.Clone(l.given), seq: l.seq, public: maps.Clone(l.public), lied: maps.Clone(l.lied)}
 }
 
 // modelOrigin is a request of weir's that was redirected.
@@ -80,12 +81,14 @@ func (o modelOrigin) plainly() bool {
 func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *modelAnswer, own bool) {
 	l := &w.ledger
 	o := modelOrigin{g, a.repo, q}
-	if !own {
-		n, _ := strconv.Atoi(u.Query().Get("n"))
-		if n <= 0 || n >= len(w.origins) {
-			return
-		}
+	switch n, _ := strconv.Atoi(u.Query().Get("n")); {
+	case n > 0 && n < len(w.origins): // also where a registry redirects to itself
 		o = w.origins[n]
+	case !own:
+		return
+	}
+	if q.method == http.MethodGet && a.says && a.truth == nil && a.asked != nil {
+		l.lied[hasKey(o.g, o.repo, q.net, a.asked)] = true
 	}
 	has := ""
 	if a.truth != nil {
@@ -258,6 +261,29 @@ func samePlace(a, b string) bool {
 	return nonceRE.ReplaceAllString(a, "n=") == nonceRE.ReplaceAllString(b, "n=")
 }
 
+// lies says whether an answer has nothing but what the registry had made up of a content, or had sent
+// of it, at their places.
+func (w *modelWorld) lies(x *modelAsk, repo string, c *modelContent, got *answered) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	key := hasKey(x.g, repo, x.q.net, c)
+	if !w.ledger.lied[key] {
+		return false
+	}
+	at, made, has := 0, c.guessed(), !w.ledger.has[key].IsZero()
+	if got.status == http.StatusPartialContent {
+		if _, err := fmt.Sscanf(got.header.Get("Content-Range"), "bytes %d-", &at); err != nil {
+			return false
+		}
+	}
+	for i, b := range got.body {
+		if at+i >= len(made) || b != made[at+i] && !(has && b == c.bytes[at+i]) {
+			return false
+		}
+	}
+	return true
+}
+
 // cutSince is how many bodies have broken off since a request was sent.
 func (w *modelWorld) cutSince(x *modelAsk) int {
 	w.mu.Lock()
@@ -424,6 +450,9 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	case http.StatusOK, http.StatusPartialContent, http.StatusNotModified, http.StatusPreconditionFailed, http.StatusRequestedRangeNotSatisfiable:
 	default:
 		return "", said("difference", "the registry would have answered otherwise")
+	}
+	if got.err != nil && content != nil && w.lies(x, m[1], content, got) {
+		return "wrong bytes", nil
 	}
 	// What the registry gives to this request, though cut, or broken off.
 	for _, whole := range []*modelAnswer{x.whole, x.wholeBare} {

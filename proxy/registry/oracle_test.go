@@ -30,7 +30,8 @@ package registry
 //   - "anonymous": a request without any credentials may be answered with what
 //     the registry gives with an anonymous token.
 //   - "wrong bytes": where the registry sends bytes of another digest than was
-//     asked for, weir may break off or answer 404 or 502, and may not complete them.
+//     asked for, weir may break off or answer 404 or 502, and may not complete them. What it
+//     has sent before of a range counts as well.
 //   - "remembered": the registry gave content of this repository, or said that it
 //     is there, to the same client (all fields but the harmless ones, query,
 //     userinfo, certificate and network), or to weir's own request for one without

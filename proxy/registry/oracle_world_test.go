@@ -79,6 +79,13 @@ func makeModelContents() map[string]*modelContent {
 	return all
 }
 
+// guessed is what can be guessed of a content, and zeros.
+func (c *modelContent) guessed() []byte {
+	b := make([]byte, len(c.bytes))
+	copy(b, c.bytes[:min(len(b), modelKnown)])
+	return b
+}
+
 // modelRepo is a repository of a registry.
 type modelRepo struct {
 	public  bool
@@ -479,8 +486,7 @@ func (w *modelWorld) lie(g *modelRegistry, q *modelRequest, repo, kind, ref stri
 		return head(c)
 	case q.method == http.MethodGet && q.header.Get("Range") != "" && g.lies["part"]:
 		// What can be guessed of it, and zeros.
-		fake := make([]byte, len(c.bytes))
-		copy(fake, c.bytes[:min(len(fake), modelKnown)])
+		fake := c.guessed()
 		a := w.give(&modelRegistry{}, q, &modelContent{bytes: fake, sha256: c.sha256, mediaType: c.mediaType}, ref)
 		if a.truth = nil; bytes.Equal(fake, c.bytes) {
 			a.truth = c

@@ -228,7 +228,7 @@ func (m *mended) next(n int64) (is place, to int64) {
 		case is == onItsWay:
 			p.await(m.ctx, c, m.off)
 		default:
-			if p.piece > 0 && p.asked {
+			if p.piece > 0 && (p.asked || m.off < patience*p.piece) {
 				to = min(to, m.off+p.piece)
 			}
 			p.reserve(m.off, to, true)

@@ -17,6 +17,9 @@ const (
 	// documentation names 8 MiB): what comes after that would be lost. leastPiece is the least.
 	PieceSize  = 8 << 20
 	leastPiece = 256 << 10
+	// patience is for how many pieces a transfer waits for such a client's next range. Then
+	// nobody else is to be expected, and the rest is asked for at once.
+	patience = 4
 )
 
 // stallTime is how long a range that is on its way may stand still before another reader asks
