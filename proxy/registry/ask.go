@@ -295,11 +295,20 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 	return resp.Body, nil
 }
 
+// firstPart is the body of the first part of a blob.
+type firstPart struct {
+	io.ReadCloser
+	to int64 // where it ends, without
+}
+
 // parallel returns what a transfer reads: the body of resp, which is a blob of size bytes from
-// a byte on, and what is asked for beside it with the client's credentials.
+// a byte on, or its first part, and what is asked for beside it with the client's credentials.
 func (x *exchange) parallel(resp *reply, from, size int64) io.ReadCloser {
-	tag := resp.Header.Get("Etag")
-	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), from, size, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+	tag, to := resp.Header.Get("Etag"), size
+	if first, ok := resp.Body.(*firstPart); ok {
+		to = first.to
+	}
+	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), from, to, size, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		r, err := x.fetchRange(ctx, at, first, last)
 		if at != nil && (err != nil || signatureIsOver(r.StatusCode)) && ctx.Err() == nil {
 			// What signs its URL may be over. The registry gives another.

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -41,14 +42,17 @@ type parallel struct {
 	reading int64         // up to where it is reading from body
 	body    io.ReadCloser // what comes before the first part; nil if that has to be opened
 	first   io.ReadCloser // the one that was there at first
-	rests   int64         // where that rests
-	opening bool          // a body
-	parts   []*part       // one after the other, without gaps
-	next    int64         // where the next part begins; 0 before there is one
-	want    int           // connections
-	workers int           // that are there
-	counted int           // connections, in w.conns
-	closed  bool
+	// onlyParts says that this is only the first part, so that there is none to be taken up
+	// again.
+	onlyParts bool
+	rests     int64   // where that rests
+	opening   bool    // a body
+	parts     []*part // one after the other, without gaps
+	next      int64   // where the next part begins; 0 before there is one
+	want      int     // connections
+	workers   int     // that are there
+	counted   int     // connections, in w.conns
+	closed    bool
 
 	// least is how many bytes a connection has to bring in ws.stall. Of body, if it isn't
 	// the first, brought is what came in the time that it was waited for.
@@ -64,14 +68,25 @@ type part struct {
 	err        error
 }
 
-// parallel returns body, which is a blob of size bytes from a byte on, and of which more is
-// asked for by open. It is closed with what is returned.
-func (ws *widths) parallel(registry string, body io.ReadCloser, from, size int64, open opener) io.ReadCloser {
+// parallel returns what reads a blob of size bytes from a byte on. body is that up to, and
+// without, to, which is size, or the end of the first part. More is asked for by open. It is
+// closed with what is returned.
+func (ws *widths) parallel(registry string, body io.ReadCloser, from, to, size int64, open opener) io.ReadCloser {
 	w := ws.registry(registry)
-	if ws.most < 2 || size-from < ws.from || w.alone() {
+	if to == size && (ws.most < 2 || size-from < ws.from || w.alone()) {
 		return body
 	}
 	p := &parallel{ws: ws, w: w, size: size, open: open, pos: from, body: body, first: body}
+	if to < size {
+		var taken atomic.Bool
+		p.body, p.onlyParts = nil, true
+		p.open = func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+			if first == from && last == to-1 && taken.CompareAndSwap(false, true) {
+				return body, nil, nil
+			}
+			return open(ctx, at, first, last)
+		}
+	}
 	p.change = sync.NewCond(&p.mu)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	ws.join(w, p)
@@ -311,7 +326,7 @@ func (p *parallel) reopen(end int64) error {
 	if !onlyFirst {
 		body, err = p.begun(from, end-1)
 	}
-	if err != nil {
+	if err != nil && !p.onlyParts {
 		if _, skipErr := io.CopyN(io.Discard, p.first, from-rests); skipErr == nil {
 			body, err = p.first, nil
 		}

@@ -104,7 +104,11 @@ func TestParallelStories(t *testing.T) {
 			}
 			return nil
 		}
-		p := ws.parallel("registry", body(0, size-1, breaks()), 0, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		to := size
+		if roll(2) == 0 { // all of it in parts
+			to = ws.part
+		}
+		p := ws.parallel("registry", body(0, to-1, breaks()), 0, to, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 			if faulty && roll(12) == 0 {
 				return nil, nil, errors.New("429 Too Many Requests")
 			}
@@ -280,6 +284,96 @@ func TestSeveralConnections(t *testing.T) {
 	}
 }
 
+// At a registry whose blobs have several connections from their beginning, a blob is
+// asked for by its first part, whatever its size, and each byte is sent once. One that doesn't
+// give that is asked for all of it, and one that gives no more of it for the rest.
+func TestFirstPart(t *testing.T) {
+	answer := func(status int, contentRange string) func(http.ResponseWriter, *http.Request, int) bool {
+		return func(w http.ResponseWriter, r *http.Request, n int) bool {
+			if r.Header.Get("Range") == "" {
+				return false
+			}
+			if contentRange != "" {
+				w.Header().Set("Content-Range", contentRange)
+			}
+			w.WriteHeader(status)
+			return true
+		}
+	}
+	for _, tt := range []struct {
+		name  string
+		size  int
+		fault func(w http.ResponseWriter, r *http.Request, asked int) (answered bool)
+		once  bool // each byte is sent once
+	}{
+		{"large", 4<<20 + 77, nil, true},
+		{"a part", 64 << 10, nil, true},
+		{"less than a part", 1000, nil, true},
+		{"more than a part", 64<<10 + 1, nil, true},
+		{"Range ignored", 1 << 20, func(_ http.ResponseWriter, r *http.Request, _ int) bool { r.Header.Del("Range"); return false }, true},
+		{"416", 1 << 20, answer(http.StatusRequestedRangeNotSatisfiable, ""), true},
+		{"400", 1 << 20, answer(http.StatusBadRequest, ""), true},
+		{"another range", 1 << 20, answer(http.StatusPartialContent, "bytes 5-9/1048576"), true},
+		{"429 after some", 1 << 20, func(w http.ResponseWriter, r *http.Request, n int) bool {
+			if n <= 4 || n > 8 {
+				return false
+			}
+			w.WriteHeader(http.StatusTooManyRequests)
+			return true
+		}, false},
+		{"breaks off", 1 << 20, func(http.ResponseWriter, *http.Request, int) bool {
+			return false
+		}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			u := newUpstream(t)
+			u.allow("a/b", "Bearer 1")
+			blob := bytesOf(9, tt.size)
+			d := u.put("a/b", blob)
+			s := newSide(t, u, store.Options{})
+			eager(s.h.widths)
+			w := s.h.widths.registry(strings.TrimPrefix(u.srv.URL, "https://"))
+			w.each, w.least, w.settled, w.until = 4, 1, true, time.Now().Add(time.Hour)
+			var asked, sent, breaks atomic.Int64
+			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.Contains(r.URL.Path, "/blobs/") {
+					return false
+				}
+				n := asked.Add(1)
+				if tt.fault != nil && tt.fault(w, r, int(n)) {
+					return true
+				}
+				var first, last int64 = 0, int64(tt.size) - 1
+				if rng := r.Header.Get("Range"); rng != "" {
+					if _, err := fmt.Sscanf(rng, "bytes=%d-%d", &first, &last); err != nil {
+						last = int64(tt.size) - 1
+					}
+				}
+				if tt.name == "breaks off" && n%3 == 2 && breaks.Add(1) <= 4 {
+					w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last, tt.size))
+					w.WriteHeader(http.StatusPartialContent)
+					_, _ = w.Write(blob[first : first+(last-first)/2])
+					panic(http.ErrAbortHandler)
+				}
+				sent.Add(min(last, int64(tt.size)-1) - first + 1)
+				return false
+			}
+			got := s.do("GET", "/v2/a/b/blobs/"+d.String(), "Bearer 1")
+			if got.err != nil || got.StatusCode != http.StatusOK || !bytes.Equal(got.body, blob) {
+				t.Fatalf("%v, %d bytes, err %v", got.Response, len(got.body), got.err)
+			}
+			if got.ContentLength != int64(tt.size) || got.Header.Get("Content-Range") != "" {
+				t.Errorf("the head is %v", got.Header)
+			}
+			eventually(t, "it is kept", func() bool { return s.store.Has(d) })
+			if tt.once && sent.Load() != int64(tt.size) {
+				t.Errorf("%d of %d bytes were sent, in %d answers", sent.Load(), tt.size, asked.Load())
+			}
+		})
+	}
+}
+
 // Where all that is asked for beside a blob's first connection breaks off, that gives
 // the blob.
 func TestPartsThatBreakOff(t *testing.T) {
@@ -289,7 +383,7 @@ func TestPartsThatBreakOff(t *testing.T) {
 	var parts atomic.Int64
 	begun := make(chan struct{})
 	first := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
-	p := ws.parallel("registry", io.NopCloser(first), 0, int64(len(want)), func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+	p := ws.parallel("registry", io.NopCloser(first), 0, int64(len(want)), int64(len(want)), func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		if parts.Add(1) == 1 {
 			close(begun)
 		}
@@ -332,7 +426,7 @@ func TestPartsThatDrip(t *testing.T) {
 		n := float64(w.conns.Load())
 		return sample{n * float64(size), n}
 	}
-	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), 0, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), 0, size, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 		return drip{io.NopCloser(bytes.NewReader(want[first : last+1])), ctx.Done()}, nil, nil
 	})
 	defer p.Close()
@@ -395,7 +489,7 @@ func TestConnectionsForEach(t *testing.T) {
 			}
 			nothing := func() io.ReadCloser { return &silent{closed: make(chan struct{})} }
 			begin := func() *parallel {
-				return ws.parallel("registry", nothing(), 0, 1<<30, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+				return ws.parallel("registry", nothing(), 0, 1<<30, 1<<30, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 					return nothing(), nil, nil
 				}).(*parallel)
 			}
@@ -470,7 +564,7 @@ func TestMemoryOfParts(t *testing.T) {
 		var parts atomic.Int64
 		begun := make(chan struct{})
 		body := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
-		p := ws.parallel(fmt.Sprint(i), io.NopCloser(body), 0, size, func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		p := ws.parallel(fmt.Sprint(i), io.NopCloser(body), 0, size, size, func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 			if n := parts.Add(1); n > 10 {
 				return nil, nil, errors.New("429 Too Many Requests")
 			} else if n == 8 {

@@ -237,6 +237,9 @@ func (x *exchange) missing(ctx context.Context, t *store.Transfer) (*reply, *sto
 		first = size - 1 // whether the client may have it is the registry's to say
 	case !ok && pieces:
 		to, size = store.PieceSize, -1
+	case !ok && x.h.widths.wide(x.up.ID()):
+		resp, err := x.fetchFirstPart(ctx)
+		return resp, nil, err
 	case !ok:
 		resp, err := x.fetch(ctx, 0)
 		return resp, nil, err
@@ -256,6 +259,33 @@ func (x *exchange) missing(ctx context.Context, t *store.Transfer) (*reply, *sto
 		resp, err = x.fetch(ctx, 0)
 	}
 	return resp, nil, err
+}
+
+// fetchFirstPart asks the upstream for a blob by its first part. What it gives is as the answer to a
+// request for all of it, with the body of the first part, or of all.
+func (x *exchange) fetchFirstPart(ctx context.Context) (*reply, error) {
+	resp, err := x.fetchRange(ctx, nil, 0, x.h.widths.part-1)
+	if err != nil {
+		return nil, err
+	}
+	from, to, size, ok := sentRange(resp)
+	switch {
+	case ok && from == 0 && (to == size || to == x.h.widths.part):
+		resp.StatusCode, resp.Status, resp.ContentLength = http.StatusOK, "200 OK", size
+		resp.Header.Del("Content-Range")
+		if to < size {
+			resp.Body = &firstPart{resp.Body, to}
+		}
+		return resp, nil
+	case !refusesAnyway(resp.StatusCode) || resp.StatusCode == http.StatusTooManyRequests:
+		x.h.widths.registry(x.up.ID()).refuse() // it gives no parts any more
+	}
+	switch resp.StatusCode {
+	case http.StatusPartialContent, http.StatusRequestedRangeNotSatisfiable, http.StatusBadRequest:
+		resp.Body.Close()
+		return x.fetch(ctx, 0)
+	}
+	return resp, nil
 }
 
 // anew fetches all of a blob, as what has come of it is wrong.

@@ -125,6 +125,16 @@ func (ws *widths) join(w *width, p *parallel) {
 	}
 }
 
+// wide says whether blobs have more than one connection from their beginning: then it is
+// best to ask for the first part alone. Of all of the blob, what is on its way when that
+// connection comes to what others bring would be sent for nothing.
+func (ws *widths) wide(registry string) bool {
+	w := ws.registry(registry)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.each > 1 && time.Now().Before(w.until) && !w.alone()
+}
+
 func (w *width) leave(p *parallel) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
