@@ -252,6 +252,7 @@ func (x *exchange) lead(t *store.Transfer) {
 		resp.Body = &cancelBody{body, cancel}
 		r, err = t.Begin(resp.ContentLength, resp.Body, x.source)
 	} else {
+		x.grant(at) // 206; its other ranges come before the end
 		if body = x.arriving(resp.Body); rest.Firm {
 			body = x.parallel(resp, rest.First, rest.Size)
 		}
