@@ -3,8 +3,11 @@
 package kernels
 
 import (
+	"crypto/sha256"
 	"fmt"
+	"io"
 	"io/fs"
+	"net/http"
 	"os"
 	"os/exec"
 	"path"
@@ -136,20 +139,32 @@ func (s *suite) unpack(wanted func(name string) bool, packages ...string) (dir s
 		}
 	}
 	s.apt(append([]string{"download", "-qq"}, names...)...)
+	for i := range debs {
+		debs[i] = filepath.Join(s.dir, "archives", debs[i])
+	}
+	unpackInto(s.t, dir, debs)
+	return dir
+}
+
+// unpackInto unpacks packages into a new directory, and removes them.
+func unpackInto(t testing.TB, dir string, debs []string) {
+	t.Helper()
 	work := dir + ".new"
+	if err := os.RemoveAll(work); err != nil {
+		t.Fatal(err)
+	}
 	for _, d := range []string{"bin", "sbin", "lib", "lib64"} { // as Debian's installer makes them
 		if err := os.MkdirAll(filepath.Join(work, "usr", d), 0o755); err != nil {
-			s.t.Fatal(err)
+			t.Fatal(err)
 		}
 		if err := os.Symlink(path.Join("usr", d), filepath.Join(work, d)); err != nil {
-			s.t.Fatal(err)
+			t.Fatal(err)
 		}
 	}
 	for _, deb := range debs {
-		deb = filepath.Join(s.dir, "archives", deb)
 		out, err := exec.Command("sh", "-ec", `dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2" --keep-directory-symlink`, "sh", deb, work).CombinedOutput()
 		if err != nil {
-			s.t.Fatalf("unpacking %s: %v\n%s", deb, err, out)
+			t.Fatalf("unpacking %s: %v\n%s", deb, err, out)
 		}
 		os.Remove(deb)
 	}
@@ -157,8 +172,47 @@ func (s *suite) unpack(wanted func(name string) bool, packages ...string) (dir s
 		_ = os.RemoveAll(filepath.Join(work, unused))
 	}
 	if err := os.Rename(work, dir); err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
+}
+
+// jammy are the packages of a Linux 5.15, of Ubuntu 22.04 as it was released,
+// with their SHA-256. Debian has none.
+var jammy = map[string]string{
+	"linux-image-unsigned-5.15.0-25-generic_5.15.0-25.25_amd64.deb": "ac69df20790c48217eb1386ef81fd10d3f20a4ede4dab81cc107c65d29549fa0",
+	"linux-modules-5.15.0-25-generic_5.15.0-25.25_amd64.deb":        "d0ba4087d9e1d497925b3481d3531fba6c2a852855f8019d73b0b1385aa4da1f",
+}
+
+// ubuntu unpacks jammy into a directory that is kept.
+func ubuntu(t testing.TB) (dir string) {
+	t.Helper()
+	dir = filepath.Join(cache(t), "ubuntu", "5.15.0-25")
+	if _, err := os.Stat(dir); err == nil {
+		return dir
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var debs []string
+	for name, want := range jammy {
+		resp, err := http.Get("http://archive.ubuntu.com/ubuntu/pool/main/l/linux/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil {
+			t.Fatalf("getting %s: %v", name, err)
+		}
+		if got := fmt.Sprintf("%x", sha256.Sum256(b)); got != want {
+			t.Fatalf("%s is %s of %d bytes, with the SHA-256 %s instead of %s", resp.Request.URL, resp.Status, len(b), got, want)
+		}
+		debs = append(debs, filepath.Join(filepath.Dir(dir), name))
+		if err := os.WriteFile(debs[len(debs)-1], b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unpackInto(t, dir, debs)
 	return dir
 }
 

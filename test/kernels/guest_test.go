@@ -52,6 +52,7 @@ func boot() {
 func setUp() error {
 	for _, m := range [][3]string{
 		{"proc", "/proc", "proc"}, {"sysfs", "/sys", "sysfs"}, {"devtmpfs", "/dev", "devtmpfs"}, {"tmpfs", "/tmp", "tmpfs"}, {"tmpfs", "/run", "tmpfs"},
+		{"tmpfs", "/dev/shm", "tmpfs"}, {"devpts", "/dev/pts", "devpts"},
 		{"cgroup2", "/sys/fs/cgroup", "cgroup2"}, {"tracefs", "/sys/kernel/tracing", "tracefs"}, {"bpf", "/sys/fs/bpf", "bpf"},
 	} {
 		if err := errors.Join(os.MkdirAll(m[1], 0o755), unix.Mount(m[0], m[1], m[2], 0, "")); err != nil {
@@ -67,7 +68,8 @@ func setUp() error {
 	if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 		return fmt.Errorf("setting the loopback up: %w\n%s", err, out)
 	}
-	return os.Symlink("/proc/self/fd", "/dev/fd")
+	// It is a directory until base-files is configured, and dockerd listens below it.
+	return errors.Join(os.Remove("/var/run"), os.Symlink("/run", "/var/run"), os.Symlink("/proc/self/fd", "/dev/fd"))
 }
 
 // reap runs a program, and waits for it and for all processes that have lost
