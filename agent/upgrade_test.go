@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"io"
 	"log/slog"
 	"os"
@@ -123,7 +124,8 @@ func TestDataOfEarlierVersions(t *testing.T) {
 				t.Error("the CA has another key")
 			}
 
-			// What was installed is known, and so can be removed.
+			// What was installed is known, and removed by uninstalling.
+			node := t.TempDir()
 			for line := range bytes.Lines(read(t, was, service.LedgerFile)) {
 				var m trust.Made
 				if err := json.Unmarshal(line, &m); err != nil {
@@ -135,6 +137,22 @@ func TestDataOfEarlierVersions(t *testing.T) {
 				}
 				if !found {
 					t.Errorf("%+v is not known", m)
+				}
+				if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(node, m.Path)), 0o755), os.WriteFile(filepath.Join(node, m.Path), pem.EncodeToMemory(block), 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			root, err := trust.OpenRootDir(node)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer root.Close()
+			if removed, err := trust.Uninstall(root, trust.Places{}, a.ledger.Made("/")); err != nil || len(removed) == 0 {
+				t.Errorf("removed: %v, %v", removed, err)
+			}
+			for _, m := range a.ledger.Made("/") {
+				if _, err := os.Lstat(filepath.Join(node, m.Path)); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("%s is left: %v", m.Path, err)
 				}
 			}
 
