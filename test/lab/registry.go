@@ -520,6 +520,11 @@ type Image struct {
 	Files map[string]string
 	// Index puts it into an index, beside one for another platform.
 	Index bool
+	// Foreign is a host that the first layer is at, as "/" and its digest, instead
+	// of in the image's repository. The registry has it in the repository "foreign".
+	Foreign string
+	// Annotation is the size of an annotation in the manifest.
+	Annotation int
 }
 
 // Pushed is an image as a registry has it.
@@ -555,6 +560,7 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 		Digest    digest.Digest `json:"digest"`
 		Size      int64         `json:"size"`
 		Platform  any           `json:"platform,omitempty"`
+		URLs      []string      `json:"urls,omitempty"`
 	}
 	put := func(kind string, b []byte) descriptor {
 		d := descriptor{MediaType: types[kind], Digest: digest.FromBytes(b), Size: int64(len(b))}
@@ -567,7 +573,14 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 	var layers []descriptor
 	for i, size := range im.Layers {
 		layer, diff := makeLayer(im.Seed<<8+uint64(i), size, im.Padded)
-		d := put("layer", layer)
+		var d descriptor
+		if i == 0 && im.Foreign != "" {
+			d = descriptor{MediaType: "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", Digest: digest.FromBytes(layer), Size: int64(len(layer))}
+			d.URLs = []string{"https://" + im.Foreign + "/" + d.Digest.String()}
+			r.upload("foreign", d.Digest, layer)
+		} else {
+			d = put("layer", layer)
+		}
 		layers = append(layers, d)
 		p.Layers, p.Sizes, p.DiffIDs = append(p.Layers, d.Digest), append(p.Sizes, d.Size), append(p.DiffIDs, diff)
 	}
@@ -585,7 +598,11 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 	})
 	c := put("config", config)
 	p.Config = c.Digest
-	manifest, _ := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": types["manifest"], "config": c, "layers": layers})
+	content := map[string]any{"schemaVersion": 2, "mediaType": types["manifest"], "config": c, "layers": layers}
+	if im.Annotation > 0 {
+		content["annotations"] = map[string]string{"large": strings.Repeat("x", im.Annotation)}
+	}
+	manifest, _ := json.Marshal(content)
 	p.Manifest = digest.FromBytes(manifest)
 	p.Digest = p.Manifest
 	if !im.Index {
