@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -315,6 +316,96 @@ func TestPrograms(t *testing.T) {
 	for _, want := range []string{"a-puller-that-nobody-knows", "token server of docker.io"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in\n%s", want, out)
+		}
+	}
+}
+
+// ko, with a base from another registry than it pushes to: the same image as without
+// weir, and the second job's base comes from the node.
+func TestKo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.hub.Push("acme/base:1", lab.Image{Layers: []int{700_000, 200_000}, Seed: 74, OCI: true})
+	goroot, err := exec.Command("go", "env", "GOROOT", "GOCACHE").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := strings.Fields(string(goroot))
+	build := func(node *lab.Node, repo string) string {
+		t.Helper()
+		node.WriteFile("/var/lib/home/ko/go.mod", "module example.com/app\n\ngo 1.26\n")
+		node.WriteFile("/var/lib/home/ko/main.go", "package main\n\nfunc main() {}\n")
+		out := node.Run("env", "-C", "/var/lib/home/ko", "PATH="+roots[0]+"/bin:/usr/bin:/bin", "GOCACHE="+roots[1], "GOTOOLCHAIN=local", "GOPROXY=off", "GOFLAGS=-trimpath", "CGO_ENABLED=0",
+			"KO_DOCKER_REPO="+repo, "KO_DEFAULTBASEIMAGE=docker.io/acme/base:1",
+			node.As(lab.Tool(t, "ko"), "ko"), "build", "--bare", "--sbom=none", ".")
+		lines := strings.Split(strings.TrimSpace(out), "\n")
+		_, digest, ok := strings.Cut(lines[len(lines)-1], "@")
+		if !ok {
+			t.Fatalf("ko prints no digest:\n%s", out)
+		}
+		return digest
+	}
+	want := build(w.Node(), "ghcr.io/acme/without")
+	node := w.Node()
+	agent := node.Agent()
+	for job := range 2 {
+		w.forget()
+		if got := build(node, fmt.Sprintf("ghcr.io/acme/with%d", job)); got != want {
+			t.Errorf("job %d has made %s, without weir it is %s", job, got, want)
+		}
+		if gets := w.hub.Log.BlobGETs(); (gets == 0) != (job == 1) {
+			t.Errorf("job %d: %d blobs were fetched:\n%s", job, gets, w.hub.Log)
+		}
+	}
+	if s := agent.Status(); s.Connections.Intercepted == 0 || s.Connections.Failed > 0 {
+		t.Errorf("%+v", s.Connections)
+	}
+}
+
+// docker compose, whose images dockerd pulls, and the images of a build buildx copies
+// from one registry to another: the same as without weir, also if an operator has
+// buildx treated as a client that pulls.
+func TestComposeAndImagetools(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	bare, node := w.Node(), w.Node()
+	agent := node.Agent("--program=docker-buildx=crane")
+	docker := node.Docker()
+	node.WriteFile("/var/lib/home/compose.yaml", "services:\n  one: {image: "+flyway+"}\n  two: {image: "+renovate+"}\n")
+	compose := func() {
+		t.Helper()
+		node.Run("env", "DOCKER_HOST=unix:///run/docker.sock", lab.Tool(t, "docker-compose"), "-f", "/var/lib/home/compose.yaml", "pull", "--quiet")
+		docker.Same(flyway, w.flyway)
+		docker.Same(renovate, w.renovate)
+	}
+	w.forget()
+	compose()
+	fetched(t, w.hub)
+	docker.Remove(flyway)
+	docker.Remove(renovate)
+	w.forget()
+	compose()
+	w.nothingFetched(t)
+
+	copied := func(n *lab.Node, name, to string) string {
+		t.Helper()
+		buildx := n.As(lab.Tool(t, "buildx"), name)
+		n.Run(buildx, "imagetools", "create", "--tag", "ghcr.io/acme/"+to+":1", "docker.io/"+flyway)
+		return n.Run(buildx, "imagetools", "inspect", "--raw", "ghcr.io/acme/"+to+":1")
+	}
+	want := copied(bare, "docker-buildx", "without")
+	for i, name := range []string{"docker-buildx", "docker-buildx", "buildx"} {
+		w.forget()
+		before := agent.Status().Connections.Intercepted
+		if got := copied(node, name, fmt.Sprintf("with%d", i)); got != want {
+			t.Errorf("%s has copied\n%s\nand without weir\n%s", name, got, want)
+		}
+		known := name == "docker-buildx"
+		if gets := w.hub.Log.BlobGETs(); (gets == 0) != known {
+			t.Errorf("%s, known: %v: %d blobs were fetched:\n%s", name, known, gets, w.hub.Log)
+		}
+		if now := agent.Status().Connections; now.Intercepted > before != known || now.Failed > 0 {
+			t.Errorf("%s, known: %v: %+v", name, known, now)
 		}
 	}
 }
