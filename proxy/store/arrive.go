@@ -152,6 +152,11 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	if t.given || t.round >= attempts || t.unkept {
 		refetch = nil
 	}
+	if refetch != nil { // nothing of it is given while it is fetched
+		t.arrived, t.told = 0, 0
+		t.clear()
+		t.round++
+	}
 	t.mu.Unlock()
 	if refetch == nil {
 		return false
@@ -163,9 +168,7 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	}
 	*body = b
 	t.mu.Lock()
-	t.size, t.arrived, t.told = size, 0, 0
-	t.clear()
-	t.round++
+	t.size = size
 	t.change.Broadcast()
 	t.mu.Unlock()
 	if p := t.part; p != nil { // others may be reading, and writing, what was there

@@ -161,13 +161,23 @@ func TestResumeWrong(t *testing.T) {
 		}
 		f.Close()
 		refetched := 0
-		r, err := tr.Resume(Rest{Size: int64(len(want)), Body: body(want[at:]), First: at, To: int64(len(want)), Refetch: func(context.Context) (io.ReadCloser, int64, error) {
+		var r *Reader
+		begun := make(chan struct{})
+		r, err = tr.Resume(Rest{Size: int64(len(want)), Body: body(want[at:]), First: at, To: int64(len(want)), Refetch: func(context.Context) (io.ReadCloser, int64, error) {
+			<-begun
 			refetched++
+			now, cancel := context.WithCancel(t.Context())
+			cancel()
+			if n, _ := r.With(now, Failover{}).Read(make([]byte, 100)); n > 0 {
+				t.Errorf("%s: %d wrong bytes are given while it is fetched again", how, n)
+			}
+			r.With(t.Context(), Failover{})
 			return body(want), int64(len(want)), nil
 		}})
 		if err != nil {
 			t.Fatal(err)
 		}
+		close(begun)
 		if err := r.Ended(t.Context()); err != nil || refetched != 1 {
 			t.Errorf("%s: %v, fetched %d times again", how, err, refetched)
 		}
