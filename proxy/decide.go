@@ -85,7 +85,7 @@ func (p *Proxy) decide(ctx context.Context, f Flow, h hello) (up registry.Upstre
 		}
 	}
 	up = registry.Upstream{Host: host, NetworkID: f.NetworkID, Client: f.Client}
-	up.AnyNetwork = known.AnyNetwork && f.through.ID() == "" // a proxy may answer in its stead
+	up.Worldwide = known.Worldwide && f.through.ID() == "" // a proxy may answer in its stead
 	if len(s.Certificates) > 0 {
 		up.ClientIdentity = s.Key
 	}

@@ -20,9 +20,9 @@ type Known struct {
 	// Name is what image references and certs.d directories call it, when
 	// that isn't Host.
 	Name string
-	// AnyNetwork says that it answers a request alike from wherever it comes:
+	// Worldwide says that it answers a request alike from wherever it comes:
 	// it is one service for the whole internet, and no tenant's.
-	AnyNetwork bool
+	Worldwide bool
 	// Learned says that a client of this node has used it: that it is a registry is
 	// its own word.
 	Learned bool

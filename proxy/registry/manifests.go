@@ -170,7 +170,7 @@ func (x *exchange) resolved(resp *reply) {
 		m = x.keptManifest(d)
 	}
 	defer m.close()
-	if m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.contains(d) || !x.wasRead(d) && !isIndex(m.mediaType) && !x.up.AnyNetwork {
+	if m == nil || m.mediaType != resp.Header.Get("Content-Type") || !x.contains(d) || !x.wasRead(d) && !isIndex(m.mediaType) && !x.up.Worldwide {
 		x.stats.misses.Add(1)
 		x.forward()
 		return

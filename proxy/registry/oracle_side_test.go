@@ -83,7 +83,7 @@ func (s *oracleSide) close() {
 
 // connect is a client's connection to a registry.
 func (s *oracleSide) connect(g *modelRegistry, transport http.RoundTripper, network, cert string) net.Conn {
-	up := Upstream{Host: g.host, Plain: g.plain, NetworkID: network, AnyNetwork: g.name == "hub" || g.name == "gh", TrustRootsID: g.roots, ClientIdentity: cert, Client: "a client in " + network, Transport: transport}
+	up := Upstream{Host: g.host, Plain: g.plain, NetworkID: network, Worldwide: g.name == "hub" || g.name == "gh", TrustRootsID: g.roots, ClientIdentity: cert, Client: "a client in " + network, Transport: transport}
 	client, server := net.Pipe()
 	select {
 	case s.conns <- &oracleConn{server, up}:

@@ -22,9 +22,9 @@ type Upstream struct {
 	// is another one in each network, and any may authorize a client by its
 	// address. Empty means the node's.
 	NetworkID string
-	// AnyNetwork says that it answers requests without credentials alike in each
-	// network.
-	AnyNetwork bool
+	// Worldwide says that it is one of those that everybody uses: it answers requests
+	// without credentials alike in each network, and HEAD of a tag as GET.
+	Worldwide bool
 	// TrustRootsID stands for the certificates that the client's runtime verifies
 	// the registry with where this node doesn't trust it, and is empty for all
 	// others. Whoever has the runtime can pose by them as any registry. So they
@@ -91,7 +91,7 @@ func (u Upstream) base() *url.URL {
 
 // vantage is a network from which a repository is asked for, where that counts.
 func (u Upstream) vantage(repo rights.Repository) rights.Vantage {
-	if u.AnyNetwork && u.authenticated() {
+	if u.Worldwide && u.authenticated() {
 		return rights.Vantage{Repository: repo}
 	}
 	return rights.Vantage{Repository: repo, From: u.NetworkID}

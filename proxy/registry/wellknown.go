@@ -12,31 +12,31 @@ import "slices"
 //
 // A host that isn't here isn't lost: it is learned when it is first used.
 var WellKnown = slices.Concat([]Known{
-	{Host: DockerHub, Name: DockerHubName, AnyNetwork: true},
-	{Host: dockerHubIndex, AnyNetwork: true},
-	{Host: "dhi.io", AnyNetwork: true}, // docs.docker.com/dhi/how-to/use
-	{Host: "ghcr.io", AnyNetwork: true},
-	{Host: "quay.io", AnyNetwork: true},
-	{Host: "registry.k8s.io", AnyNetwork: true},
+	{Host: DockerHub, Name: DockerHubName, Worldwide: true},
+	{Host: dockerHubIndex, Worldwide: true},
+	{Host: "dhi.io", Worldwide: true}, // docs.docker.com/dhi/how-to/use
+	{Host: "ghcr.io", Worldwide: true},
+	{Host: "quay.io", Worldwide: true},
+	{Host: "registry.k8s.io", Worldwide: true},
 	{Host: "gcr.io", Subtree: true}, // mirror.gcr.io, REGION.gcr.io, marketplace.gcr.io
 	{Host: "pkg.dev", Subtree: true},
-	{Host: "mcr.microsoft.com", AnyNetwork: true},
+	{Host: "mcr.microsoft.com", Worldwide: true},
 	{Host: "azurecr.io", Subtree: true},
 	{Host: "azurecr.cn", Below: true}, // learn.microsoft.com/azure/china/resources-developer-guide
 	{Host: "azurecr.us", Below: true}, // learn.microsoft.com/azure/azure-government/compare-azure-government-global-azure
-	{Host: "public.ecr.aws", AnyNetwork: true},
-	{Host: "ecr-public.aws.com", AnyNetwork: true}, // the same over IPv6: docs.aws.amazon.com/general/latest/gr/ecr-public.html
-	{Host: "registry.gitlab.com", AnyNetwork: true},
-	{Host: "docker.elastic.co", AnyNetwork: true},
-	{Host: "nvcr.io", AnyNetwork: true},
-	{Host: "cgr.dev", AnyNetwork: true},
-	{Host: "lscr.io", AnyNetwork: true},
-	{Host: "registry.access.redhat.com", AnyNetwork: true},
-	{Host: "registry.redhat.io", AnyNetwork: true},
-	{Host: "registry.opensuse.org", AnyNetwork: true},
-	{Host: "registry.suse.com", AnyNetwork: true}, // documentation.suse.com/container/all/html/Container-guide
-	{Host: "docker.redpanda.com", AnyNetwork: true},
-	{Host: "container-registry.oracle.com", AnyNetwork: true}, // docs.oracle.com/en/operating-systems/oracle-linux/docker
+	{Host: "public.ecr.aws", Worldwide: true},
+	{Host: "ecr-public.aws.com", Worldwide: true}, // the same over IPv6: docs.aws.amazon.com/general/latest/gr/ecr-public.html
+	{Host: "registry.gitlab.com", Worldwide: true},
+	{Host: "docker.elastic.co", Worldwide: true},
+	{Host: "nvcr.io", Worldwide: true},
+	{Host: "cgr.dev", Worldwide: true},
+	{Host: "lscr.io", Worldwide: true},
+	{Host: "registry.access.redhat.com", Worldwide: true},
+	{Host: "registry.redhat.io", Worldwide: true},
+	{Host: "registry.opensuse.org", Worldwide: true},
+	{Host: "registry.suse.com", Worldwide: true}, // documentation.suse.com/container/all/html/Container-guide
+	{Host: "docker.redpanda.com", Worldwide: true},
+	{Host: "container-registry.oracle.com", Worldwide: true}, // docs.oracle.com/en/operating-systems/oracle-linux/docker
 	{Host: "ocir.io", Below: true},                            // REGION and REGION-KEY: docs.oracle.com/iaas/Content/Registry/Concepts/registryprerequisites.htm
 	{Host: "icr.io", Subtree: true},                           // REGION, cp, private.REGION: cloud.ibm.com/docs/Registry?topic=Registry-registry_overview
 	{Host: "registry.digitalocean.com"},                       // docs.digitalocean.com/products/container-registry
