@@ -295,3 +295,136 @@ func fromEnv(t testing.TB, name string, n int) int {
 	}
 	return n
 }
+
+// turncoat is what a member has that gives right blobs, until it turns.
+type turncoat struct {
+	blobs  map[digest.Digest][]byte
+	turned atomic.Bool
+	reads  atomic.Int64
+}
+
+// Open implements p2p.Content.
+func (c *turncoat) Open(_ context.Context, d digest.Digest) (*p2p.Blob, error) {
+	b, ok := c.blobs[d]
+	if !ok {
+		return nil, p2p.ErrNotHere
+	}
+	c.reads.Add(1)
+	if c.turned.Load() {
+		b = bytes.Clone(b)
+		b[len(b)/2] ^= 1
+	}
+	return &p2p.Blob{ReadSeekCloser: openBlob{bytes.NewReader(b), io.NopCloser(nil)}, Size: int64(len(b)), Kept: true}, nil
+}
+
+// Progress implements p2p.Content.
+func (c *turncoat) Progress(d digest.Digest) (arrived, size int64, kept bool, err error) {
+	b, ok := c.blobs[d]
+	if !ok {
+		return 0, 0, false, p2p.ErrNotHere
+	}
+	return int64(len(b)), int64(len(b)), true, nil
+}
+
+// Export implements p2p.Content.
+func (*turncoat) Export(string) []byte { return nil }
+
+// Figures implements p2p.Content.
+func (*turncoat) Figures() []byte { return nil }
+
+// A member gives each of the others ten good blobs, and is believed. Then it sends wrong
+// bytes: one pull breaks off and nothing of it is stored, the others hear of it and have
+// theirs, and nothing is read from it any more.
+func TestTurncoat(t *testing.T) {
+	const members, good, bad = 3, 10, 3
+	var sizes []int
+	for range members * (good + bad) {
+		sizes = append(sizes, 4<<20)
+	}
+	o := newOrigin(t, sizes...)
+	c := &turncoat{blobs: o.blobs}
+	all := newSwarm(t, members, 1<<30, o)
+	n, err := p2p.New(p2p.Options{Listen: "127.0.0.1:0", Peers: []string{all[0].addr()}, SwarmKey: swarmTestKey, Content: c, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(n.Close)
+	until := func(what string, is func() bool) {
+		t.Helper()
+		for end := time.Now().Add(time.Minute); !is(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("not yet: %s", what)
+			}
+		}
+	}
+	about := func(m *swarmNode) (p p2p.Peer) {
+		for _, p = range m.peers.Status().Peers {
+			if p.ID == n.ID() {
+				return p
+			}
+		}
+		return p2p.Peer{}
+	}
+	for _, m := range all {
+		until("the turncoat is known", func() bool { return m.peers.Status().Known == members })
+	}
+	until("it knows all", func() bool { return n.Status().Known == members })
+	n.ProvideAll(o.order)
+	for _, d := range o.order {
+		until("its blobs are known", func() bool {
+			before := c.reads.Load()
+			_, _ = all[0].peers.Get(t.Context(), d, 1) // which is too large for that
+			return c.reads.Load() > before
+		})
+	}
+	c.reads.Store(0)
+	next := 0
+	pull := func(m *swarmNode) error { next++; return m.blob(o.order[next-1], o.blobs[o.order[next-1]]) }
+	for _, m := range all {
+		for range good {
+			if err := pull(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !about(m).Believed {
+			t.Fatalf("it isn't believed: %+v", about(m))
+		}
+	}
+	if c.reads.Load() < members*good {
+		t.Fatalf("the turncoat was read from %d times", c.reads.Load())
+	}
+	c.turned.Store(true)
+	if pull(all[0]) == nil {
+		t.Error("the pull of who believed it didn't break off: the test is about nothing")
+	}
+	next--
+	if _, err := all[0].peers.openKept(o.order[next]); err == nil {
+		t.Error("wrong bytes are stored")
+	}
+	if !about(all[0]).Shunned {
+		t.Errorf("it isn't shunned: %+v", about(all[0]))
+	}
+	if err := pull(all[0]); err != nil {
+		t.Errorf("the next try: %v", err)
+	}
+	for _, m := range all[1:] {
+		until("the others have heard of it", func() bool { return !about(m).Believed })
+		if err := pull(m); err != nil {
+			t.Errorf("another's pull: %v", err)
+		}
+	}
+	reads := c.reads.Load()
+	for _, m := range all {
+		for range bad - 1 {
+			if err := pull(m); err != nil {
+				t.Error(err)
+			}
+		}
+		if !about(m).Shunned {
+			t.Errorf("one doesn't shun it: %+v", about(m))
+		}
+	}
+	if now := c.reads.Load(); now != reads {
+		t.Errorf("it was read from %d times more", now-reads)
+	}
+}

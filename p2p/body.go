@@ -44,6 +44,8 @@ type body struct {
 	src    source
 	resp   *http.Response
 	total  int64 // its size, or -1
+	start  int64 // where it begins
+	kept   bool  // the peer says that it has the whole, verified
 	cancel context.CancelFunc
 	begun  chan struct{} // closed when there is an answer, or none
 	stop   chan struct{}
@@ -74,6 +76,7 @@ func (b *body) Close() error {
 		close(b.stop)
 		err = b.resp.Body.Close()
 		b.cancel()
+		b.s.closed(b)
 	})
 	return err
 }

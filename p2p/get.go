@@ -24,9 +24,16 @@ func (n *Node) Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, e
 		return nil, ErrNoPeer
 	}
 	_, b, err := firstOf(ctx, n.goodOf(a.Sources), n.opts.next, func(src source) ([]byte, error) {
-		b, err := n.small(n.ctx, src, "/blobs/"+d.String(), limit)
-		if err == nil && d.Algorithm().FromBytes(b) != d {
-			n.penalize(src.ID, d, true)
+		b, kept, err := n.small(n.ctx, src, "/blobs/"+d.String(), limit)
+		switch {
+		case err != nil:
+		case d.Algorithm().FromBytes(b) == d:
+			n.peers.verified(src.ID, int64(len(b)))
+		case kept:
+			n.penalize(src.ID, d, lie)
+			err = errors.New("it is another blob")
+		default:
+			n.penalize(src.ID, d, unverified)
 			err = errors.New("it is another blob")
 		}
 		return b, err
@@ -37,9 +44,9 @@ func (n *Node) Get(ctx context.Context, d digest.Digest, limit int64) ([]byte, e
 	return b, nil
 }
 
-// small reads something small from a peer. One that doesn't give it in time is left
-// out for a while.
-func (n *Node) small(ctx context.Context, src source, path string, limit int64) ([]byte, error) {
+// small reads something small from a peer, and says whether that claims to have
+// verified it. One that doesn't give it in time is left out for a while.
+func (n *Node) small(ctx context.Context, src source, path string, limit int64) (b []byte, kept bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, silentTime)
 	defer cancel()
 	resp, err := n.get(ctx, src, path, 0)
@@ -47,15 +54,15 @@ func (n *Node) small(ctx context.Context, src source, path string, limit int64) 
 		if errors.Is(err, context.DeadlineExceeded) {
 			n.mute(src)
 		}
-		return nil, err
+		return nil, false, err
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	b, err = io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if err == nil && int64(len(b)) > limit {
 		err = fmt.Errorf("more than %d bytes", limit)
 	}
 	n.peers.took(src.ID, int64(len(b)))
-	return b, err
+	return b, resp.Header.Get(keptHeader) != "", err
 }
 
 // LoadName returns what peers know under a name that they provide. Those that are
@@ -67,7 +74,7 @@ func (n *Node) LoadName(ctx context.Context, name string) (all [][]byte) {
 	answers := make(chan []byte, len(sources))
 	for _, src := range sources {
 		go func() {
-			b, _ := n.small(n.ctx, src, "/names/"+HashName(name), maxName)
+			b, _, _ := n.small(n.ctx, src, "/names/"+HashName(name), maxName)
 			answers <- b
 		}()
 	}

@@ -55,7 +55,8 @@ type question struct {
 	Keys []key `json:"keys,omitempty"`
 	// Avoid are peers that the requester could not read it from.
 	Avoid []peer.ID `json:"avoid,omitempty"`
-	// From is the peer that the requester reads from, for opNote.
+	// From is the peer that the requester reads from, for opNote, or has read from, for
+	// opLie.
 	From peer.ID `json:"from,omitempty"`
 }
 
@@ -69,6 +70,8 @@ const (
 	// opProvide puts provider records into the DHT: I have all these.
 	opProvide = "provide"
 	opNear    = "near" // who do you know that is close to it?
+	// opLie tells all peers: what From gave me as this isn't it.
+	opLie = "lie"
 )
 
 // answer is what the steward says to opWant, opFind and opNear.
@@ -140,9 +143,9 @@ func parseQuestion(b []byte) (question, error) {
 	if err := json.Unmarshal(b, &q); err != nil {
 		return q, err
 	}
-	one := q.Key != "" && len(q.Keys) == 0 && slices.Contains([]string{opWant, opFind, opNote, opHave, opGone, opNear}, q.Op)
+	one := q.Key != "" && len(q.Keys) == 0 && slices.Contains([]string{opWant, opFind, opNote, opHave, opGone, opNear, opLie}, q.Op)
 	many := q.Key == "" && len(q.Keys) <= maxKeys && q.Op == opProvide && !slices.Contains(q.Keys, "")
-	if !one && !many || len(q.Avoid) > maxAvoid {
+	if !one && !many || len(q.Avoid) > maxAvoid || q.Op == opLie && q.From.Validate() != nil {
 		return q, errors.New("not a question of the lease protocol")
 	}
 	return q, nil
@@ -316,14 +319,16 @@ func (l *ledger) lost(who peer.ID) {
 
 // judge answers a question as a steward.
 func (n *Node) judge(ctx context.Context, who peer.ID, q question) answer {
-	if q.Op == opProvide {
+	switch q.Op {
+	case opProvide:
 		n.record(ctx, who, q.Keys)
 		return answer{}
-	}
-	if q.Op == opNear {
+	case opNear:
 		return answer{Near: n.knownNear(q.Key, who)}
-	}
-	if q.Op != opWant && q.Op != opFind {
+	case opLie:
+		n.reported(who, q)
+		return answer{}
+	case opNote, opHave, opGone:
 		n.ledger.update(q, who)
 		return answer{}
 	}
@@ -476,7 +481,7 @@ func (n *Node) second(ctx context.Context, others []peer.ID, q question) []sourc
 	return nil
 }
 
-// tell tells stewards something, in the background.
+// tell tells peers something, in the background.
 func (n *Node) tell(all []peer.ID, q question) {
 	if n.ctx.Err() != nil {
 		return
@@ -486,7 +491,7 @@ func (n *Node) tell(all []peer.ID, q question) {
 			ctx, cancel := context.WithTimeout(n.ctx, answerTime)
 			defer cancel()
 			if _, err := n.exchange(ctx, s, q); err != nil {
-				n.log.Debug("a steward can't be reached", "peer", s, "err", err)
+				n.log.Debug("a peer can't be told", "peer", s, "op", q.Op, "err", err)
 			}
 		})
 	}

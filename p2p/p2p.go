@@ -413,7 +413,10 @@ type Peer struct {
 	Address string `json:"address"`
 	// Received are the bytes of blobs that came from it.
 	Received int64 `json:"received_bytes"`
-	Shunned  bool  `json:"shunned,omitempty"`
+	// Believed says that its bytes are passed on before all are verified, and Shunned
+	// that nothing is read from it.
+	Believed bool `json:"believed,omitempty"`
+	Shunned  bool `json:"shunned,omitempty"`
 }
 
 // Status returns the node's present state.
@@ -427,7 +430,7 @@ func (n *Node) Status() Status {
 		if len(conns) == 0 {
 			continue
 		}
-		s.Peers = append(s.Peers, Peer{p.String(), hostPort(conns[0].RemoteMultiaddr()), n.peers.received(p), n.peers.shunned(p)})
+		s.Peers = append(s.Peers, Peer{p.String(), hostPort(conns[0].RemoteMultiaddr()), n.peers.received(p), n.peers.believed(p), n.peers.shunned(p)})
 	}
 	return s
 }

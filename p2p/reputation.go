@@ -19,12 +19,21 @@ const (
 	downTime = 30 * time.Second
 	// slowTime is how long a peer that was slow is asked last.
 	slowTime = time.Minute
-	// shunTime is how long nothing is read from a peer that sent what it
-	// should not have.
-	shunTime = 10 * time.Minute
-	// maxStrikes is how often a peer may hand on wrong bytes that it hadn't
-	// verified itself.
+	// shunTime is how long nothing is read from a peer that has handed on wrong bytes
+	// maxStrikes times, which it hadn't verified itself, and lieTime from one that sent
+	// wrong bytes for a blob that it said to have verified. No honest peer does that:
+	// what it has kept it checks when it reads it.
+	shunTime   = 10 * time.Minute
 	maxStrikes = 3
+	lieTime    = 24 * time.Hour
+	// believeBlobs and believeBytes are how much must have come from a peer and been
+	// verified before its bytes are passed on as they come. An identity costs nothing,
+	// and a lie one pull that breaks off: so that is what is to be had for having
+	// given about an image.
+	believeBlobs, believeBytes = 3, 32 << 20
+	// maxReports bounds the reports of wrong bytes that are taken from a peer in
+	// reportTime.
+	maxReports, reportTime = 8, time.Hour
 )
 
 // reputation is what a node has seen of its peers.
@@ -41,6 +50,12 @@ type record struct {
 	received                        int64
 	provided                        int // records since
 	since                           time.Time
+	blobs                           int   // that came from it, all or in part, and were verified
+	bytes                           int64 // of those
+	lied                            bool
+	doubtUntil                      time.Time // a peer says that it has lied
+	reported                        int       // by this peer, since
+	reportsSince                    time.Time
 }
 
 func newReputation() *reputation {
@@ -79,15 +94,91 @@ func (r *reputation) isMute(p peer.ID) (is bool) {
 	return is
 }
 
-// wrong notes that a peer sent wrong bytes. verified is whether it had said
-// that it has the whole blob, which it ought to have verified.
-func (r *reputation) wrong(p peer.ID, verified bool) (shunned bool) {
+// fault is what a peer has to do with wrong bytes that came from it.
+type fault int
+
+const (
+	unverified fault = iota // it had not said that it has the blob
+	partial                 // it had, but not all of the bytes are its
+	lie                     // it had, and they are
+)
+
+// wrong notes that a peer sent wrong bytes. It returns for how long nothing is read from
+// it, and whether others should know of it.
+func (r *reputation) wrong(p peer.ID, f fault) (shunned time.Duration, news bool) {
 	r.with(p, func(x *record) {
-		if x.strikes++; verified || x.strikes >= maxStrikes {
-			x.shunUntil, x.strikes, shunned = r.now().Add(shunTime), 0, true
+		now := r.now()
+		if f != unverified {
+			news = !x.lied && !now.Before(x.doubtUntil)
+			x.lied = x.lied || f == lie
+			x.disbelieve(now)
 		}
+		switch x.strikes++; {
+		case f == lie:
+			shunned = lieTime
+		case x.strikes >= maxStrikes:
+			shunned = shunTime
+		default:
+			return
+		}
+		x.shunUntil, x.strikes = now.Add(shunned), 0
 	})
-	return shunned
+	return shunned, news
+}
+
+// disbelieve has a peer be one that is verified first, for a while, and has to earn
+// again to be believed.
+func (x *record) disbelieve(now time.Time) {
+	x.doubtUntil, x.blobs, x.bytes = now.Add(lieTime), 0, 0
+}
+
+// verified notes that a blob, of which so many bytes came from a peer, was verified.
+func (r *reputation) verified(p peer.ID, bytes int64) {
+	r.with(p, func(x *record) { x.blobs, x.bytes = x.blobs+1, x.bytes+bytes })
+}
+
+// believed says whether the bytes of a peer may be passed on before the digest of all
+// is verified, of a blob that it says it has verified. One that has ever sent wrong ones
+// is not believed again.
+func (r *reputation) believed(p peer.ID) (is bool) {
+	r.with(p, func(x *record) {
+		is = x.blobs >= believeBlobs && x.bytes >= believeBytes && !x.lied && !r.now().Before(x.doubtUntil)
+	})
+	return is
+}
+
+// reports says whether one more report of a peer's counts.
+func (r *reputation) reports(by peer.ID) (ok bool) {
+	r.with(by, func(x *record) {
+		if now := r.now(); now.Sub(x.reportsSince) > reportTime {
+			x.reportsSince, x.reported = now, 0
+		}
+		x.reported++
+		ok = x.reported <= maxReports
+	})
+	return ok
+}
+
+// doubt notes that one peer says that another has lied. That may itself be a lie, so
+// it costs that one no more than to be believed: nothing of it is passed on before it
+// is verified, and others are read from first. It returns false when that was so, or
+// when the one says too much.
+func (r *reputation) doubt(by, p peer.ID) (is bool) {
+	if !r.reports(by) {
+		return false
+	}
+	r.with(p, func(x *record) {
+		now := r.now()
+		is = !now.Before(x.doubtUntil)
+		x.disbelieve(now)
+	})
+	return is
+}
+
+// doubted says whether another peer is to be read from before this one.
+func (r *reputation) doubted(p peer.ID) (is bool) {
+	r.with(p, func(x *record) { is = x.lied || r.now().Before(x.doubtUntil) })
+	return is
 }
 
 func (r *reputation) took(p peer.ID, bytes int64) { r.with(p, func(x *record) { x.received += bytes }) }
@@ -124,10 +215,27 @@ func (r *reputation) provides(p peer.ID, records int) (ok bool) {
 	return ok
 }
 
-// penalize records that a peer sent what it should not have.
-func (n *Node) penalize(id peer.ID, d digest.Digest, verified bool) {
-	if n.peers.wrong(id, verified) {
-		n.log.Warn("a peer sent wrong bytes; nothing is read from it for a while", "peer", id, "digest", d, "for", shunTime)
+// penalize records that a peer sent wrong bytes, and tells all peers, unless one of them
+// has told this node, when it may have been a lie.
+func (n *Node) penalize(id peer.ID, d digest.Digest, f fault) {
+	shunned, news := n.peers.wrong(id, f)
+	if shunned > 0 {
+		n.log.Warn("a peer sent wrong bytes; nothing is read from it for a while", "peer", id, "digest", d, "for", shunned)
+	}
+	k, err := keyOf(d)
+	if !news || err != nil || !n.peers.reports(n.host.ID()) {
+		return
+	}
+	all := append(n.host.Network().Peers(), n.dht.RoutingTable().ListPeers()...)
+	slices.Sort(all)
+	all = slices.DeleteFunc(slices.Compact(all), func(p peer.ID) bool { return p == id || n.peers.isDown(p) })
+	n.tell(all, question{Op: opLie, Key: k, From: id})
+}
+
+// reported records what a peer reports.
+func (n *Node) reported(by peer.ID, q question) {
+	if q.From != n.host.ID() && q.From != by && n.peers.doubt(by, q.From) {
+		n.log.Info("a peer says that another has sent wrong bytes: what that one sends is verified before any of it is passed on", "by", by, "peer", q.From, "key", q.Key)
 	}
 }
 

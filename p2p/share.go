@@ -38,7 +38,14 @@ type Share struct {
 	sources []source // not tried yet
 	failed  []peer.ID
 	asked   int
-	gave    map[peer.ID]bool // who gave bytes, and whether it had said that it has all
+	gave    map[peer.ID]given
+	last    *body // that Open has returned
+}
+
+// given is what a share had of a peer.
+type given struct {
+	bytes int64
+	fault fault // that it would be the peer's if the whole were wrong
 }
 
 // Want says that this node wants a blob, and asks the blob's stewards whom to
@@ -50,7 +57,7 @@ func (n *Node) Want(ctx context.Context, d digest.Digest, pace int64) *Share {
 	if err != nil {
 		return nil
 	}
-	s := &Share{n: n, d: d, key: k, pace: pace, gave: make(map[peer.ID]bool)}
+	s := &Share{n: n, d: d, key: k, pace: pace, gave: make(map[peer.ID]given)}
 	if !s.ask(ctx) {
 		return nil
 	}
@@ -95,7 +102,7 @@ func (s *Share) take(a answer, ok bool) {
 			switch {
 			case s.n.peers.isDown(x.ID):
 				return 2
-			case s.n.peers.isSlow(x.ID):
+			case s.n.peers.isSlow(x.ID), s.n.peers.doubted(x.ID):
 				return 1
 			}
 			return 0
@@ -196,6 +203,9 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 		select {
 		case r := <-results:
 			if running--; r.err == nil {
+				s.mu.Lock()
+				s.last = r.body
+				s.mu.Unlock()
 				return r.body, r.total, nil
 			}
 			delete(mute, r.by)
@@ -237,7 +247,7 @@ func (s *Share) Open(ctx context.Context, offset, size int64) (io.ReadCloser, in
 // open reads from one source, and tells what that shows of itself before it begins.
 func (s *Share) open(ctx context.Context, src source, offset, size int64, tell func(sign)) (*body, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	b := &body{s: s, src: src, cancel: cancel, pos: offset, total: -1, stop: make(chan struct{}), begun: make(chan struct{})}
+	b := &body{s: s, src: src, cancel: cancel, start: offset, pos: offset, total: -1, stop: make(chan struct{}), begun: make(chan struct{})}
 	b.at.Store(offset)
 	go b.watch(ctx, tell)
 	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
@@ -258,33 +268,87 @@ func (s *Share) open(ctx context.Context, src source, offset, size int64, tell f
 	}
 	if size >= 0 && b.total >= 0 && b.total != size {
 		b.Close()
-		s.n.penalize(src.ID, s.d, true)
+		// The size may be what another has said.
 		return nil, fmt.Errorf("it would have %d bytes instead of %d", b.total, size)
 	}
-	kept := resp.Header.Get(keptHeader) != ""
-	s.mu.Lock()
-	s.gave[src.ID] = kept
-	s.mu.Unlock()
+	b.kept = resp.Header.Get(keptHeader) != ""
 	return b, nil
 }
 
-// Wrong says that what the share gave was not the blob.
-func (s *Share) Wrong() {
+// closed records what a peer gave, once its body is closed. A peer that handed on what
+// it had not verified, or gave a part, need not be the cause of wrong bytes.
+func (s *Share) closed(b *body) {
 	s.mu.Lock()
-	gave := s.gave
-	s.gave = make(map[peer.ID]bool)
+	defer s.mu.Unlock()
+	to := b.at.Load()
+	if to == b.start {
+		return
+	}
+	g := s.gave[b.src.ID]
+	g.bytes += to - b.start
+	switch {
+	case b.kept && b.start == 0 && to == b.total:
+		g.fault = lie
+	case b.kept:
+		g.fault = max(g.fault, partial)
+	}
+	s.gave[b.src.ID] = g
+}
+
+// Believed says whether what [Share.Open] has returned may be passed on before it is
+// verified: its peer says that it has the whole, and what has come from it until now
+// was right.
+func (s *Share) Believed() bool {
+	s.mu.Lock()
+	b := s.last
 	s.mu.Unlock()
-	for id, kept := range gave {
+	return b != nil && b.kept && s.n.peers.believed(b.src.ID)
+}
+
+// Range reads a few bytes once more from the peer that [Share.Open] reads from.
+func (s *Share) Range(ctx context.Context, offset int64, p []byte) error {
+	s.mu.Lock()
+	b := s.last
+	s.mu.Unlock()
+	if b == nil || len(p) == 0 {
+		return ErrNoPeer
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.n.answers.enough())
+	defer cancel()
+	resp, err := s.n.getRange(ctx, b.src, "/blobs/"+s.d.String(), offset, int64(len(p)))
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, err = io.ReadFull(resp.Body, p)
+	return err
+}
+
+// Wrong says that what the share gave, whose readers are closed, was not the blob.
+func (s *Share) Wrong() {
+	for id, g := range s.received() {
 		s.fail(id)
-		// A peer that handed on what it had not verified, or one of several, need
-		// not be the cause.
-		s.n.penalize(id, s.d, kept && len(gave) == 1)
+		s.n.penalize(id, s.d, g.fault)
 	}
 }
 
-// Close ends the share. A node that didn't keep the blob is no source of it.
+// received returns who gave something since it was called.
+func (s *Share) received() map[peer.ID]given {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	gave := s.gave
+	s.gave = make(map[peer.ID]given)
+	return gave
+}
+
+// Close ends the share. kept is whether this node has the blob now, verified. One that
+// hasn't is no source of it.
 func (s *Share) Close(kept bool) {
-	if !kept {
+	if kept {
+		for id, g := range s.received() {
+			s.n.peers.verified(id, g.bytes)
+		}
+	} else {
 		s.n.tellStewards(question{Op: opGone, Key: s.key})
 	}
 }

@@ -370,24 +370,32 @@ func (n *Node) likely(id peer.ID, given []string) []string {
 	return slices.DeleteFunc(all, func(a string) bool { dup := seen[a]; seen[a] = true; return dup })
 }
 
-// get asks a peer for something.
+// get asks a peer for something, from an offset on, and getRange for some bytes of it.
 func (n *Node) get(ctx context.Context, s source, path string, offset int64) (*http.Response, error) {
+	return n.getRange(ctx, s, path, offset, 0)
+}
+
+func (n *Node) getRange(ctx context.Context, s source, path string, offset, length int64) (*http.Response, error) {
 	ctx = context.WithValue(ctx, addrsKey{}, s.Addrs)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+s.ID.String()+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	if offset > 0 {
-		req.Header.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
+	ranged := offset > 0 || length > 0
+	switch {
+	case length > 0:
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+length-1))
+	case ranged:
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
 	}
 	resp, err := n.client.Do(req)
 	if err != nil {
 		return nil, err
 	}
 	switch {
-	case resp.StatusCode == http.StatusOK && offset == 0:
+	case resp.StatusCode == http.StatusOK && !ranged:
 		return resp, nil
-	case resp.StatusCode == http.StatusPartialContent && strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)):
+	case resp.StatusCode == http.StatusPartialContent && ranged && strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)):
 		return resp, nil
 	}
 	resp.Body.Close()

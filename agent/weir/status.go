@@ -212,8 +212,11 @@ func printStatus(w io.Writer, s admin.Status) error {
 		fmt.Fprintf(t, "\nPEER\tRECEIVED\tNOTE\n")
 		for _, peer := range p.Peers {
 			note := ""
-			if peer.Shunned {
+			switch {
+			case peer.Shunned:
 				note = "it sent wrong bytes; nothing is read from it for a while"
+			case peer.Believed:
+				note = "what it sends is passed on as it comes"
 			}
 			fmt.Fprintf(t, "%s\t%s\t%s\n", admin.PeerText(peer.Address), admin.BytesText(peer.Received), note)
 		}

@@ -205,7 +205,8 @@ func (x *exchange) notThere(err error) {
 }
 
 // compared is a reader of a transfer that gives nothing before what the registry has
-// shown was compared with what has arrived.
+// shown was compared with what has arrived; or, where the peer that it comes from, which
+// is believed, has agreed, nothing from there on.
 type compared struct {
 	*store.Reader
 	x     *exchange
@@ -216,11 +217,17 @@ type compared struct {
 func (c *compared) Read(p []byte) (int, error) {
 	if shown := c.shown; shown != nil {
 		at, err := c.Seek(0, io.SeekCurrent)
+		if rest := shown.offset - at; err == nil && shown.agreed && rest > 0 {
+			return c.Reader.Read(p[:min(int64(len(p)), rest)])
+		}
 		if err == nil {
 			err = shown.compare(c.Reader)
 		}
 		if err == nil {
 			_, err = c.Seek(at, io.SeekStart)
+		}
+		if errors.Is(err, errNotShown) && shown.agreed {
+			_ = c.Ended(c.x.r.Context()) // or the client's next try would be of the same transfer
 		}
 		if err != nil {
 			return 0, err

@@ -46,6 +46,11 @@ type Share interface {
 	// or -1. size is what it must be, or -1. An error means that it is to be
 	// had from the upstream.
 	Open(ctx context.Context, offset, size int64) (io.ReadCloser, int64, error)
+	// Believed says whether what Open has returned may be given to clients before it
+	// is verified.
+	Believed() bool
+	// Range reads a few bytes at an offset from the peer that Open reads from.
+	Range(ctx context.Context, offset int64, p []byte) error
 	// Wrong says that what it gave was not the blob.
 	Wrong()
 	// Close ends it. kept is whether this node has the blob now.
@@ -83,6 +88,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		}
 		return false
 	}
+	believed := size > smallBlob && share.Believed()
 	var shown *proof
 	if !x.allows(x.target.digest) {
 		var resp *reply
@@ -95,10 +101,16 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 			cancel()
 			return false
 		}
+		if shown != nil && believed {
+			shown.foreseen(func(p []byte) error { return share.Range(x.r.Context(), shown.offset, p) })
+		}
 	}
 	more := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
 		if body, _, err := share.Open(ctx, offset, size); err == nil {
-			return x.countedPeer(body), nil
+			if !believed || share.Believed() {
+				return x.countedPeer(body), nil
+			}
+			body.Close() // clients have what came before, and would have this
 		}
 		return x.source(ctx, offset)
 	}
@@ -107,7 +119,6 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		if asked {
 			return nil, 0, errors.New("and the upstream's is wrong as well")
 		}
-		share.Wrong()
 		if body, size, err := share.Open(ctx, 0, -1); err == nil {
 			return x.countedPeer(body), size, nil
 		}
@@ -115,7 +126,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		return x.anew(ctx)
 	}
 	cb := &cancelBody{x.countedPeer(body), cancel}
-	r, err := t.BeginUnverified(size, cb, more, again)
+	r, err := t.BeginUnverified(size, cb, more, store.Unverified{Believed: believed, Wrong: share.Wrong, Refetch: again})
 	if err == nil {
 		defer r.Close()
 		x.serveTransfer(r, shown, provenance{source: SourcePeer})

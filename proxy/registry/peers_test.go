@@ -28,7 +28,11 @@ type neighbours struct {
 	known    [][]byte                   // of every name
 	recalled func()                     // may be nil
 	names    []string
+	believed bool          // the first of give
+	shows    []byte        // in ranges, if it isn't what is opened
+	pause    chan struct{} // in the middle of each, if it isn't nil
 	wrong    int
+	ranges   int
 	ended    []bool
 }
 
@@ -61,8 +65,11 @@ func (n *neighbours) LoadName(context.Context, string) [][]byte {
 }
 
 type neighboursShare struct {
-	n *neighbours
-	d digest.Digest
+	n     *neighbours
+	d     digest.Digest
+	whole []byte // what was opened last
+	// believed is whether that was to be.
+	believed bool
 }
 
 func (s *neighboursShare) Mine() bool {
@@ -79,16 +86,47 @@ func (s *neighboursShare) Open(_ context.Context, offset, _ int64) (io.ReadClose
 		return nil, 0, errors.New("no peer has it")
 	}
 	s.n.give[s.d] = bs[1:]
+	s.whole, s.believed, s.n.believed = bs[0], s.n.believed, false
 	rest := bs[0][offset:]
+	if pause := s.n.pause; pause != nil {
+		return io.NopCloser(io.MultiReader(bytes.NewReader(rest[:len(rest)/2]), &paused{pause, bytes.NewReader(rest[len(rest)/2:])})), int64(len(bs[0])), nil
+	}
 	if s.n.cut {
 		return io.NopCloser(io.MultiReader(bytes.NewReader(rest[:len(rest)/2]), failing{})), int64(len(bs[0])), nil
 	}
 	return io.NopCloser(bytes.NewReader(rest)), int64(len(bs[0])), nil
 }
 
+// paused is a reader that waits first.
+type paused struct {
+	until chan struct{}
+	io.Reader
+}
+
+func (p *paused) Read(b []byte) (int, error) {
+	<-p.until
+	return p.Reader.Read(b)
+}
+
 type failing struct{}
 
 func (failing) Read([]byte) (int, error) { return 0, errors.New("the peer is gone") }
+
+func (s *neighboursShare) Believed() bool { return s.believed }
+
+func (s *neighboursShare) Range(_ context.Context, offset int64, p []byte) error {
+	s.n.mu.Lock()
+	defer s.n.mu.Unlock()
+	s.n.ranges++
+	whole := s.n.shows
+	if whole == nil {
+		whole = s.whole
+	}
+	if copy(p, whole[offset:]) < len(p) {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
 
 func (s *neighboursShare) Wrong() {
 	s.n.mu.Lock()
@@ -161,6 +199,87 @@ func TestPeersGiveBlobs(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// What a peer sends that is believed is passed on as it comes, to a client for which the
+// registry shows a range that the peer agrees about. When it is wrong after all the
+// client's transfer breaks off, nothing is kept, and the next try comes from elsewhere.
+func TestBelievedPeer(t *testing.T) {
+	right := bytesOf(1, 600_000)
+	wrong := bytesOf(2, 600_000)
+	turned := bytes.Clone(right)
+	turned[len(right)/2+5000] ^= 1
+	for _, tt := range []struct {
+		name          string
+		sent, shows   []byte
+		early, breaks bool
+		wrong         int
+	}{
+		{"right", right, nil, true, false, 0},
+		{"wrong at the end", turned, nil, true, true, 1},
+		{"other bytes than it agrees about", wrong, right, true, true, 1},
+		{"it doesn't agree", right, wrong, false, false, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			u := newUpstream(t)
+			u.allow("a/b", "Bearer 1")
+			d := u.put("a/b", right)
+			path := "/v2/a/b/blobs/" + d.String()
+			s := newSide(t, u, store.Options{})
+			n := &neighbours{give: map[digest.Digest][][]byte{d: {tt.sent}}, believed: true, shows: tt.shows, pause: make(chan struct{})}
+			s.peers = n
+			s.restart()
+			resp, c := s.raw("GET " + path + " HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer 1\r\n\r\n")
+			if resp.StatusCode != http.StatusOK || resp.ContentLength != int64(len(right)) {
+				t.Fatalf("%s, %d bytes", resp.Status, resp.ContentLength)
+			}
+			lift := sync.OnceFunc(func() { close(n.pause) })
+			defer lift()
+			var got []byte
+			if tt.early && !tt.breaks {
+				// Where the range lies can't be foreseen, but not beyond the half.
+				got = make([]byte, len(right)/2-2*proofSize)
+				_ = c.SetReadDeadline(time.Now().Add(time.Minute))
+				if _, err := io.ReadFull(resp.Body, got); err != nil {
+					t.Fatalf("it is held back: %v", err)
+				}
+			}
+			lift()
+			rest, err := io.ReadAll(resp.Body)
+			got = append(got, rest...)
+			if tt.breaks && (err == nil || len(got) >= len(right)) || !tt.breaks && (err != nil || !bytes.Equal(got, right)) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+			n.mu.Lock()
+			if n.ranges != 1 {
+				t.Errorf("the peer was asked for %d ranges", n.ranges)
+			}
+			n.mu.Unlock()
+			if a := s.do("GET", path, "Bearer 1"); a.err != nil || !bytes.Equal(a.body, right) {
+				t.Errorf("the next try: %v, %d bytes", a.err, len(a.body))
+			}
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			if n.wrong != tt.wrong || n.ended[0] == tt.breaks {
+				t.Errorf("%d times wrong, ended with %v", n.wrong, n.ended)
+			}
+		})
+	}
+}
+
+// What a believed peer has begun is not gone on with by one that isn't.
+func TestBelievedPeerBreaksOff(t *testing.T) {
+	right, wrong := bytesOf(1, 600_000), bytesOf(2, 600_000)
+	u := newUpstream(t)
+	u.allow("a/b", "Bearer 1")
+	d := u.put("a/b", right)
+	s := newSide(t, u, store.Options{})
+	n := &neighbours{give: map[digest.Digest][][]byte{d: {right, wrong}}, cut: true, believed: true}
+	s.peers = n
+	s.restart()
+	if a := s.do("GET", "/v2/a/b/blobs/"+d.String(), "Bearer 1"); a.err != nil || !bytes.Equal(a.body, right) || n.wrong != 0 || len(n.give[d]) > 0 {
+		t.Errorf("%v, %d bytes; wrong: %d", a.err, len(a.body), n.wrong)
 	}
 }
 

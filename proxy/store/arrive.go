@@ -49,6 +49,9 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	if err != nil {
 		t.state, t.err = failed, err
 	}
+	if errors.Is(err, ErrCorrupt) && t.fromPeer() && t.unverified.Believed && t.round == 0 {
+		t.err = errors.New(err.Error()) // it says nothing of the registry
+	}
 	if t.linger != nil {
 		t.linger.Stop()
 	}
@@ -148,26 +151,33 @@ func (t *Transfer) write(p []byte, off int64) error {
 // reader was given any of it.
 func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	t.mu.Lock()
-	refetch := t.refetch
-	if t.given || t.round >= attempts || t.unkept {
-		refetch = nil
-	}
-	if refetch != nil { // nothing of it is given while it is fetched
+	u, again := t.unverified, !t.given && t.round < attempts && !t.unkept
+	if u != nil && again { // nothing of it is given while it is fetched
 		t.arrived, t.told = 0, 0
 		t.clear()
 		t.round++
 	}
 	t.mu.Unlock()
-	if refetch == nil {
+	if u == nil {
 		return false
 	}
-	t.store.log.Warn("what came of a blob is wrong, and it is fetched again", "digest", t.digest, "err", cause)
-	b, size, err := refetch(t.ctx)
+	if u.Wrong != nil {
+		u.Wrong()
+	}
+	t.store.log.Warn("what came of a blob is wrong", "digest", t.digest, "again", again, "err", cause)
+	if !again {
+		return false
+	}
+	b, size, err := u.Refetch(t.ctx)
 	if err != nil {
 		return false
 	}
 	*body = b
 	t.mu.Lock()
+	if t.fromPeer() && t.until.IsZero() { // the next source need not be believed
+		t.until = time.Now().Add(holdTime)
+		time.AfterFunc(holdTime, t.change.Broadcast)
+	}
 	t.size = size
 	t.change.Broadcast()
 	t.mu.Unlock()

@@ -88,7 +88,7 @@ func TestDiskHangs(t *testing.T) {
 	held := random(91, 200_000)
 	unverified, _ := s.Claim(digest.FromBytes(held), Origin{})
 	hr, hw := io.Pipe()
-	fromPeer, err := unverified.BeginUnverified(int64(len(held)), hr, nil, againFrom())
+	fromPeer, err := unverified.BeginUnverified(int64(len(held)), hr, nil, Unverified{Wrong: func() {}, Refetch: againFrom()})
 	if err != nil {
 		t.Fatal(err)
 	}

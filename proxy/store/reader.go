@@ -415,8 +415,8 @@ func (r *Reader) Verified() bool {
 	return r.arriving.t.state == kept
 }
 
-// WaitReadable waits until there is something to read of the transfer, and the size
-// is known to be right if it ever will be. The error is the transfer's, when it has
+// WaitReadable waits until nothing of the transfer is held back but the last byte. The
+// size stays what it is from then on. The error is the transfer's, when it has
 // failed, or ctx's.
 func (r *Reader) WaitReadable(ctx context.Context) error {
 	t := r.arriving.t
@@ -426,8 +426,11 @@ func (r *Reader) WaitReadable(ctx context.Context) error {
 	for t.holding() && ctx.Err() == nil {
 		t.change.Wait()
 	}
-	if t.state == failed {
+	switch {
+	case t.state == failed:
 		return t.err
+	case t.state == arriving && ctx.Err() == nil && t.fromPeer():
+		t.given = true // the size
 	}
 	return ctx.Err()
 }
@@ -463,7 +466,7 @@ func (t *Transfer) visible(r *arrivingPart) int64 {
 	switch {
 	case t.state == kept:
 		return t.arrived
-	case !r.raw && (t.holding() || t.state == failed && t.refetch != nil && !t.given):
+	case !r.raw && (t.holding() || t.state == failed && t.unverified != nil && !t.given):
 		return 0
 	}
 	return max(t.arrived-1, 0)
@@ -471,5 +474,5 @@ func (t *Transfer) visible(r *arrivingPart) int64 {
 
 // holding says whether bytes are held back. The caller holds t.mu.
 func (t *Transfer) holding() bool {
-	return t.state == arriving && t.refetch != nil && time.Now().Before(t.until)
+	return t.state == arriving && time.Now().Before(t.until)
 }

@@ -138,7 +138,11 @@ func (t *Transfer) Resume(rest Rest) (*Reader, error) {
 		}
 	}
 	p.mu.Unlock()
-	return t.begin(rest.Size, t.room.reserve(rest.Size), m, rest.More, rest.Refetch)
+	var u *Unverified
+	if rest.Refetch != nil {
+		u = &Unverified{Believed: true, Refetch: rest.Refetch}
+	}
+	return t.begin(rest.Size, t.room.reserve(rest.Size), m, rest.More, u)
 }
 
 // opening opens a source at an offset when it is read, for what isn't there.

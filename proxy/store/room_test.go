@@ -341,7 +341,7 @@ func TestUnverifiedRoom(t *testing.T) {
 	d := digest.FromBytes(want)
 	tr, _ := s.Claim(d, Origin{})
 	pr, pw := io.Pipe()
-	r, err := tr.BeginUnverified(int64(len(want)), pr, nil, againFrom())
+	r, err := tr.BeginUnverified(int64(len(want)), pr, nil, Unverified{Wrong: func() {}, Refetch: againFrom()})
 	if err != nil {
 		t.Fatal(err)
 	}

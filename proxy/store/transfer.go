@@ -39,6 +39,22 @@ const (
 // transfer.
 type Refetch func(ctx context.Context) (io.ReadCloser, int64, error)
 
+// Unverified is what becomes of a body for which the registry doesn't vouch: of a peer,
+// which may send anything.
+type Unverified struct {
+	// Believed has its bytes given as they come, but for the last one, as those of a
+	// registry. What the transfer goes on with has to be believed, too. Otherwise its
+	// readers get nothing before the digest is verified, or a long time has passed,
+	// see [Reader.WaitReadable].
+	Believed bool
+	// Wrong, if it isn't nil, is called when what was sent has another digest. It is nil
+	// where all of it is the registry's.
+	Wrong func()
+	// Refetch fetches the blob again then, if no reader was given any of it, and no
+	// client has noticed. Otherwise the transfer fails.
+	Refetch Refetch
+}
+
 // Transfer is a blob on its way into the store. Any number of readers follow
 // it. See [Store.Claim].
 type Transfer struct {
@@ -51,21 +67,21 @@ type Transfer struct {
 
 	window
 	// What follows is guarded by the window's mutex, and change is of it too.
-	state   transferState
-	size    int64 // -1 while it isn't known
-	err     error
-	sources []Source
-	refetch Refetch   // not nil while nothing vouches for the bytes
-	until   time.Time // when they are held back no more
-	given   bool      // bytes that nothing vouches for were given to a reader
-	round   int       // how often it has begun again
-	refs    int       // of file: the readers, the writer, and run
-	readers map[*arrivingPart]struct{}
-	waiting int         // readers
-	told    int64       // how many bytes readers know of
-	tell    *time.Timer // for them to be told of more
-	linger  *time.Timer
-	onEnd   func(kept bool)
+	state      transferState
+	size       int64 // -1 while it isn't known
+	err        error
+	sources    []Source
+	unverified *Unverified // nil where the registry vouches for the bytes
+	until      time.Time   // when they are held back no more
+	given      bool        // bytes that nothing vouches for, or their number, were given to a reader
+	round      int         // how often it has begun again
+	refs       int         // of file: the readers, the writer, and run
+	readers    map[*arrivingPart]struct{}
+	waiting    int         // readers
+	told       int64       // how many bytes readers know of
+	tell       *time.Timer // for them to be told of more
+	linger     *time.Timer
+	onEnd      func(kept bool)
 	// part is what is there of the blob, in file, of which a transfer that doesn't come to
 	// its end may leave a partial. Nil if that is not to be: its size isn't known, or
 	// nothing vouches for the bytes but the digest.
@@ -151,14 +167,11 @@ func (t *Transfer) Begin(size int64, body io.ReadCloser, more Source) (*Reader, 
 	return t.begin(size, t.room.reserve(max(size, 0)), body, more, nil)
 }
 
-// BeginUnverified is Begin for a body from a source that may send anything, such as
-// a peer. Its readers get nothing before the digest is verified, or a long time
-// has passed, see [Reader.WaitReadable]. When the digest turns out to be
-// wrong before that, the blob is fetched again by refetch, and no client has noticed.
+// BeginUnverified is Begin for a body from a source that may send anything.
 //
 // It takes room that is free, too, if there is enough. Otherwise kept blobs make
 // room for those bytes that come, and not for those that are announced.
-func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, refetch Refetch) (*Reader, error) {
+func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, u Unverified) (*Reader, error) {
 	s := t.store
 	if err := s.refuse(); err != nil {
 		t.Abandon(err)
@@ -171,11 +184,14 @@ func (t *Transfer) BeginUnverified(size int64, body io.ReadCloser, more Source, 
 		t.room.release()
 		t.room, reserved = s.newRoom(t.from, false), true
 	}
-	return t.begin(size, reserved, body, more, refetch)
+	return t.begin(size, reserved, body, more, &u)
 }
 
+// fromPeer says whether another than the registry has sent what has arrived.
+func (t *Transfer) fromPeer() bool { return t.unverified != nil && t.unverified.Wrong != nil }
+
 // begin is Begin once the room is reserved, or can't be.
-func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Source, refetch Refetch) (*Reader, error) {
+func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Source, u *Unverified) (*Reader, error) {
 	s := t.store
 	if !reserved {
 		t.room.release()
@@ -206,8 +222,8 @@ func (t *Transfer) begin(size int64, reserved bool, body io.ReadCloser, more Sou
 	if more != nil {
 		t.sources = append(t.sources, more)
 	}
-	t.refetch = refetch
-	if refetch != nil && t.part == nil {
+	t.unverified = u
+	if u != nil && !u.Believed {
 		t.until = time.Now().Add(holdTime)
 		time.AfterFunc(holdTime, t.change.Broadcast)
 	}

@@ -241,13 +241,14 @@ func TestUnverified(t *testing.T) {
 		first []byte
 		again Refetch
 		fails bool
+		liars int
 	}{
-		{"right", right, againFrom(), false},
-		{"wrong", wrong, againFrom(right), false},
-		{"wrong twice", wrong, againFrom(wrong, right), false},
-		{"longer", append(bytes.Clone(wrong), wrong...), againFrom(right), false},
-		{"shorter", wrong[:1000], againFrom(right), false},
-		{"never right", wrong, againFrom(wrong, wrong), true},
+		{"right", right, againFrom(), false, 0},
+		{"wrong", wrong, againFrom(right), false, 1},
+		{"wrong twice", wrong, againFrom(wrong, right), false, 2},
+		{"longer", append(bytes.Clone(wrong), wrong...), againFrom(right), false, 1},
+		{"shorter", wrong[:1000], againFrom(right), false, 1},
+		{"never right", wrong, againFrom(wrong, wrong), true, 3},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			kept := make(map[digest.Digest]bool)
@@ -255,9 +256,10 @@ func TestUnverified(t *testing.T) {
 			tr, _ := s.Claim(d, Origin{})
 			ended := make(chan bool, 1)
 			tr.OnEnd(func(kept bool) { ended <- kept })
+			liars := 0
 			// The last byte comes only when a reader waits.
 			pr, pw := io.Pipe()
-			r, err := tr.BeginUnverified(int64(len(tt.first)), pr, nil, tt.again)
+			r, err := tr.BeginUnverified(int64(len(tt.first)), pr, nil, Unverified{Wrong: func() { liars++ }, Refetch: tt.again})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -294,6 +296,9 @@ func TestUnverified(t *testing.T) {
 			if <-ended == tt.fails || s.Has(d) == tt.fails || kept[d] == tt.fails {
 				t.Errorf("kept: %v", s.Has(d))
 			}
+			if liars != tt.liars {
+				t.Errorf("%d times wrong, want %d", liars, tt.liars)
+			}
 			if !bytes.Equal(tt.first, right) {
 				if _, err := io.ReadAll(raw); err == nil {
 					t.Error("a peer took the wrong bytes for the whole")
@@ -304,6 +309,97 @@ func TestUnverified(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What comes from a source that is believed reaches readers as it comes, but for the
+// last byte. When it is wrong, those who have some of it have a broken transfer, and
+// never the whole; where none has, it is fetched again, and held back.
+func TestBelieved(t *testing.T) {
+	right := random(21, 300_000)
+	d := digest.FromBytes(right)
+	wrong := bytes.Clone(right)
+	wrong[len(wrong)/2] ^= 1
+	for _, tt := range []struct {
+		name   string
+		sent   []byte
+		read   bool // before the end
+		breaks bool
+	}{
+		{"right", right, true, false},
+		{"wrong, and read", wrong, true, true},
+		{"wrong, and nobody has read", wrong, false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := open(t, t.TempDir(), Options{})
+			tr, _ := s.Claim(d, Origin{})
+			ended := make(chan bool, 1)
+			tr.OnEnd(func(kept bool) { ended <- kept })
+			pr, pw := io.Pipe()
+			held := make(chan struct{})
+			var liars atomic.Int32
+			r, err := tr.BeginUnverified(int64(len(right)), pr, nil, Unverified{Believed: true, Wrong: func() { liars.Add(1) },
+				Refetch: func(context.Context) (io.ReadCloser, int64, error) {
+					first, rest := bytes.NewReader(right[:len(right)-1]), bytes.NewReader(right[len(right)-1:])
+					return io.NopCloser(io.MultiReader(first, &waits{rest, held})), int64(len(right)), nil
+				}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			r.With(t.Context(), Failover{})
+			if _, err := pw.Write(tt.sent[:len(tt.sent)-1]); err != nil {
+				t.Fatal(err)
+			}
+			var got []byte
+			if tt.read {
+				if err := r.WaitReadable(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				got = make([]byte, len(right)-2)
+				if _, err := io.ReadFull(r, got); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := pw.Write(tt.sent[len(tt.sent)-1:]); err != nil {
+				t.Fatal(err)
+			}
+			if !tt.read {
+				waitFor(t, "it is fetched again", func() bool { return r.Arrived() == int64(len(right)-1) && liars.Load() == 1 })
+				ctx, cancel := context.WithCancel(t.Context())
+				cancel()
+				if n, err := r.With(ctx, Failover{}).Read(make([]byte, 10)); n > 0 || err == nil {
+					t.Errorf("%d bytes of what isn't believed any more", n)
+				}
+				r.With(t.Context(), Failover{})
+			}
+			close(held)
+			rest, err := io.ReadAll(r)
+			got = append(got, rest...)
+			switch {
+			case !tt.breaks && (err != nil || !bytes.Equal(got, right)):
+				t.Errorf("%d bytes, %v", len(got), err)
+			case tt.breaks && (err == nil || errors.Is(err, ErrCorrupt) || len(got) >= len(right)):
+				t.Errorf("%d wrong bytes, %v", len(got), err)
+			}
+			if kept := <-ended; kept == tt.breaks || s.Has(d) != kept {
+				t.Errorf("kept: %v", kept)
+			}
+			if isWrong := !bytes.Equal(tt.sent, right); (liars.Load() == 1) != isWrong {
+				t.Errorf("%d times wrong", liars.Load())
+			}
+		})
+	}
+}
+
+// waits is a reader that has to wait first.
+type waits struct {
+	io.Reader
+	until chan struct{}
+}
+
+func (w *waits) Read(p []byte) (int, error) {
+	<-w.until
+	return w.Reader.Read(p)
 }
 
 // cutting is a source that gives bytes in random pieces, and breaks off.
@@ -381,12 +477,17 @@ func TestArrivalStories(t *testing.T) {
 			tr.OnEnd(func(kept bool) { ended <- kept })
 			var first *Reader
 			var err error
+			turns := false // it comes from one who was believed
 			if r.IntN(3) == 0 && size >= 0 {
 				wrong := bytes.Clone(want)
 				wrong[r.IntN(len(wrong))] ^= 1
-				first, err = tr.BeginUnverified(size, source(wrong, 0), more, againFrom(want))
+				turns = r.IntN(2) == 0
+				first, err = tr.BeginUnverified(size, source(wrong, 0), more, Unverified{Believed: turns, Wrong: func() {}, Refetch: againFrom(want)})
 			} else {
 				first, err = tr.Begin(size, source(want, cuts), more)
+			}
+			if hangs && errors.Is(err, ErrDiskHangs) {
+				return // where all stories at once are slower than its timeout
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -398,7 +499,7 @@ func TestArrivalStories(t *testing.T) {
 				if r.IntN(3) == 0 {
 					off = r.Int64N(int64(len(want)))
 				}
-				leaves, pauses := r.IntN(4) == 0, r.IntN(3) == 0
+				leaves, pauses, misled := r.IntN(4) == 0, r.IntN(3) == 0, false
 				wg.Go(func() {
 					defer tr.Close()
 					if _, err := tr.Seek(off, io.SeekStart); err != nil {
@@ -407,12 +508,16 @@ func TestArrivalStories(t *testing.T) {
 					at, buf := off, make([]byte, 1+r.IntN(100_000))
 					for {
 						n, err := tr.Read(buf[:1+r.IntN(len(buf))])
-						if !bytes.Equal(buf[:n], want[at:at+int64(n)]) {
-							t.Errorf("wrong bytes at %d", at)
-							return
-						}
+						wrong := !bytes.Equal(buf[:n], want[at:at+int64(n)])
 						at += int64(n)
 						switch {
+						case wrong && turns && at < int64(len(want)):
+							misled = true
+						case wrong || misled && (err == nil && at == int64(len(want)) || errors.Is(err, io.EOF)):
+							t.Errorf("wrong bytes before %d of %d", at, len(want))
+							return
+						case turns && err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, ErrCorrupt):
+							return
 						case errors.Is(err, io.EOF) && at == int64(len(want)):
 							return
 						case err != nil && errors.Is(err, ErrDiskHangs):
