@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 	"weir/p2p"
 	"weir/proxy/registry"
@@ -121,13 +123,19 @@ var swarmTestKey = bytes.Repeat([]byte{3}, 32)
 
 func newSwarmNode(t testing.TB, o *origin, l *link, others ...string) *swarmNode {
 	t.Helper()
+	return newSwarmNodeWith(t, o, l, store.Options{}, others...)
+}
+
+func newSwarmNodeWith(t testing.TB, o *origin, l *link, so store.Options, others ...string) *swarmNode {
+	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	if os.Getenv("SWARM_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	n := &swarmNode{}
-	s, err := store.Open(t.TempDir(), store.Options{Log: log, Changed: func(d digest.Digest, kept bool) { n.peers.changed(d, kept) }})
+	so.Log, so.Changed = log, func(d digest.Digest, kept bool) { n.peers.changed(d, kept) }
+	s, err := store.Open(t.TempDir(), so)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -427,4 +435,63 @@ func TestTurncoat(t *testing.T) {
 	if now := c.reads.Load(); now != reads {
 		t.Errorf("it was read from %d times more", now-reads)
 	}
+}
+
+// BenchmarkFromPeer has a client of one node get a blob of 256 MiB that another node has,
+// which is believed. Throughput and CPU are of all three in one process, and of a client
+// without TLS.
+func BenchmarkFromPeer(b *testing.B) {
+	const size = 256 << 20
+	o := newOrigin(b, size, size+1)
+	from := newSwarmNode(b, o, nil)
+	to := newSwarmNodeWith(b, o, nil, store.Options{MaxBytes: size + 100<<20}, from.addr()) // one of them
+	for to.peers.Status().Known == 0 || from.peers.Status().Known == 0 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err := from.pull(o); err != nil {
+		b.Fatal(err)
+	}
+	var first []time.Duration
+	next := 0
+	get := func() {
+		d := o.order[next%2]
+		next++
+		start := time.Now()
+		resp, err := http.Get(to.url + "/v2/a/b/blobs/" + d.String())
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if _, err := io.ReadFull(resp.Body, make([]byte, 1)); err != nil {
+			b.Fatal(err)
+		}
+		first = append(first, time.Since(start))
+		if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, resp.Body, make([]byte, 256<<10)); err != nil || n+1 != int64(len(o.blobs[d])) {
+			b.Fatal(n, err)
+		}
+	}
+	believed := func() bool { p := to.peers.Status().Peers; return len(p) == 1 && p[0].Believed }
+	for next < 2 || !believed() {
+		get()
+	}
+	o.sent.Store(0)
+	first = nil
+	b.SetBytes(size)
+	cpu := ownCPU(b)
+	for b.Loop() {
+		get()
+	}
+	b.ReportMetric((ownCPU(b)-cpu)/(float64(b.N)*size/(1<<30)), "CPU-s/GiB")
+	slices.Sort(first)
+	b.ReportMetric(float64(first[len(first)/2])/1e6, "ms-to-first-byte")
+	b.ReportMetric(float64(o.sent.Load())/(float64(b.N)*size), "from-upstream")
+}
+
+func ownCPU(b *testing.B) (seconds float64) {
+	b.Helper()
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9
 }

@@ -26,11 +26,10 @@ const (
 	shunTime   = 10 * time.Minute
 	maxStrikes = 3
 	lieTime    = 24 * time.Hour
-	// believeBlobs and believeBytes are how much must have come from a peer and been
-	// verified before its bytes are passed on as they come. An identity costs nothing,
-	// and a lie one pull that breaks off: so that is what is to be had for having
-	// given about an image.
-	believeBlobs, believeBytes = 3, 32 << 20
+	// believeBytes is how much must have come from a peer and been verified before its
+	// bytes are passed on as they come. An identity costs nothing, and a lie breaks off
+	// one pull: that is to be had for having given a small image.
+	believeBytes = 32 << 20
 	// maxReports bounds the reports of wrong bytes that are taken from a peer in
 	// reportTime.
 	maxReports, reportTime = 8, time.Hour
@@ -50,8 +49,7 @@ type record struct {
 	received                        int64
 	provided                        int // records since
 	since                           time.Time
-	blobs                           int   // that came from it, all or in part, and were verified
-	bytes                           int64 // of those
+	verified                        int64 // bytes of blobs that came from it and were verified
 	lied                            bool
 	doubtUntil                      time.Time // a peer says that it has lied
 	reported                        int       // by this peer, since
@@ -129,12 +127,12 @@ func (r *reputation) wrong(p peer.ID, f fault) (shunned time.Duration, news bool
 // disbelieve has a peer be one that is verified first, for a while, and has to earn
 // again to be believed.
 func (x *record) disbelieve(now time.Time) {
-	x.doubtUntil, x.blobs, x.bytes = now.Add(lieTime), 0, 0
+	x.doubtUntil, x.verified = now.Add(lieTime), 0
 }
 
 // verified notes that a blob, of which so many bytes came from a peer, was verified.
 func (r *reputation) verified(p peer.ID, bytes int64) {
-	r.with(p, func(x *record) { x.blobs, x.bytes = x.blobs+1, x.bytes+bytes })
+	r.with(p, func(x *record) { x.verified += bytes })
 }
 
 // believed says whether the bytes of a peer may be passed on before the digest of all
@@ -142,7 +140,7 @@ func (r *reputation) verified(p peer.ID, bytes int64) {
 // is not believed again.
 func (r *reputation) believed(p peer.ID) (is bool) {
 	r.with(p, func(x *record) {
-		is = x.blobs >= believeBlobs && x.bytes >= believeBytes && !x.lied && !r.now().Before(x.doubtUntil)
+		is = x.verified >= believeBytes && !x.lied && !r.now().Before(x.doubtUntil)
 	})
 	return is
 }

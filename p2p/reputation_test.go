@@ -25,18 +25,18 @@ type seen struct {
 
 // isBelieved and isShunned say what a peer has earned, by all that was ever seen of it.
 func isBelieved(all []seen, now time.Time) bool {
-	blobs, sum := 0, int64(0)
+	sum := int64(0)
 	for _, s := range all {
 		switch {
 		case s.verified > 0:
-			blobs, sum = blobs+1, sum+s.verified
+			sum += s.verified
 		case !s.report && s.fault == lie, (s.report || s.fault == partial) && now.Sub(s.when) < lieTime:
 			return false
 		case s.report || s.fault == partial:
-			blobs, sum = 0, 0
+			sum = 0
 		}
 	}
-	return blobs >= 3 && sum >= 32<<20
+	return sum >= 32<<20
 }
 
 func isShunned(all []seen, now time.Time) bool {
@@ -115,9 +115,7 @@ func TestReputationStories(t *testing.T) {
 
 // earn has a node believe another.
 func earn(n *member, of *member) {
-	for range believeBlobs {
-		n.peers.verified(of.host.ID(), believeBytes)
-	}
+	n.peers.verified(of.host.ID(), believeBytes)
 }
 
 // only gives a blob that one member has, or says to have, and others find there.
@@ -199,8 +197,8 @@ func TestLie(t *testing.T) {
 // What was verified is to the credit of those who gave it.
 func TestCredit(t *testing.T) {
 	all := swarm(t, 2)
-	for i := range believeBlobs {
-		sent := random(believeBytes/believeBlobs + 1)
+	for i := range 3 {
+		sent := random(believeBytes/3 + 1)
 		d := only(t, all[0], sent, true, all[1])
 		s := all[1].Want(t.Context(), d, 0)
 		body, _, err := s.Open(t.Context(), 0, -1)
