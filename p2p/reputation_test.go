@@ -122,11 +122,11 @@ func earn(n *member, of *member) {
 func only(t *testing.T, of *member, sent []byte, kept bool, who ...*member) digest.Digest {
 	t.Helper()
 	d := digest.FromBytes(random(100))
-	of.shelf.mu.Lock()
+	of.mu.Lock()
 	of.shelf.open = func(context.Context, digest.Digest) (*Blob, error) {
 		return &Blob{nopCloser{bytes.NewReader(sent)}, int64(len(sent)), kept}, nil
 	}
-	of.shelf.mu.Unlock()
+	of.mu.Unlock()
 	of.Provide(d)
 	for _, m := range who {
 		until(t, "it is found", func() bool {

@@ -70,14 +70,14 @@ const (
 // serving counts what is sent to peers.
 type serving struct {
 	mu                             sync.Mutex
-	each                           map[string]int // by peer
+	each                           map[peer.ID]int
 	all                            int
 	sent, refused, unauthenticated atomic.Int64
 }
 
-func newServing() *serving { return &serving{each: make(map[string]int)} }
+func newServing() *serving { return &serving{each: make(map[peer.ID]int)} }
 
-func (s *serving) enter(who string) bool {
+func (s *serving) enter(who peer.ID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.all >= maxServing || s.each[who] >= maxServingEach {
@@ -89,7 +89,7 @@ func (s *serving) enter(who string) bool {
 	return true
 }
 
-func (s *serving) leave(who string) {
+func (s *serving) leave(who peer.ID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.all--
@@ -164,17 +164,15 @@ func (n *Node) serveTransfers() {
 		_, _ = w.Write(b)
 	})
 	n.server = &http.Server{Handler: mux, ReadHeaderTimeout: peekTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 8 << 10,
-		BaseContext: func(net.Listener) context.Context { return n.ctx }}
+		BaseContext: func(net.Listener) context.Context { return n.ctx },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, whoKey{}, c.(*peerConn).id)
+		}}
 	n.wg.Go(func() { _ = n.server.Serve(n.incoming) })
 }
 
-// whoIs names the peer at the other side of a transfer connection.
-func whoIs(r *http.Request) string {
-	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
-		return r.RemoteAddr
-	}
-	return string(r.TLS.PeerCertificates[0].RawSubjectPublicKeyInfo)
-}
+// whoKey carries who is at the other side of a transfer connection.
+type whoKey struct{}
 
 func (n *Node) open(w http.ResponseWriter, r *http.Request) *Blob {
 	d, err := digest.Parse(r.PathValue("digest"))
@@ -211,7 +209,7 @@ func (n *Node) sendState(w http.ResponseWriter, r *http.Request) {
 }
 
 func (n *Node) sendBlob(w http.ResponseWriter, r *http.Request) {
-	who := whoIs(r)
+	who, _ := r.Context().Value(whoKey{}).(peer.ID)
 	if !n.serving.enter(who) {
 		w.Header().Set("Retry-After", "1")
 		http.Error(w, "busy", http.StatusServiceUnavailable)
@@ -339,7 +337,7 @@ func (n *Node) newClient() *http.Client {
 			DisableCompression:     true,
 			MaxIdleConnsPerHost:    8,
 			IdleConnTimeout:        time.Minute,
-			ReadBufferSize:         64 << 10,
+			ReadBufferSize:         16 << 10, // which bodies go past
 			MaxResponseHeaderBytes: 8 << 10,
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },

@@ -13,15 +13,18 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/transport"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
+	"weir/internal/tlsconn"
 )
 
 // Peers have one port. What comes there is either libp2p, which in a private
@@ -129,7 +132,7 @@ func (s *splitter) sort(c net.Conn) {
 		s.libp2p.put(pc)
 		return
 	}
-	tc, _, err := s.node.secure(s.libp2p.ctx, pc, "", true)
+	tc, id, err := s.node.secureServer(s.libp2p.ctx, pc)
 	if err != nil {
 		s.node.serving.unauthenticated.Add(1)
 		s.node.log.Debug("a connection to the peers' port without the swarm key", "addr", c.RemoteAddr(), "err", err)
@@ -137,7 +140,7 @@ func (s *splitter) sort(c net.Conn) {
 		return
 	}
 	_ = c.SetDeadline(time.Time{})
-	s.node.incoming.put(tc)
+	s.node.incoming.put(&peerConn{tc, id})
 }
 
 // Accept implements manet.Listener.
@@ -210,25 +213,51 @@ func transferSecret(swarmKey []byte) ([]byte, error) {
 	return hkdf.Key(sha256.New, swarmKey, nil, "weir peer transfer", 32)
 }
 
-// secure makes a connection one between peers: TLS with both sides' libp2p
-// certificates (libp2p's TLS specification), then each side's proof that it has
-// the swarm key, bound to this very connection (RFC 9266). want is who must be
-// on the other side; empty is any peer.
-func (n *Node) secure(ctx context.Context, c net.Conn, want peer.ID, server bool) (*tls.Conn, peer.ID, error) {
-	conf, keys := n.identity.ConfigForPeer(want)
+// peerConn is a transfer connection from a peer.
+type peerConn struct {
+	*tlsconn.Conn
+	id peer.ID
+}
+
+// config is for TLS with both sides' libp2p certificates (libp2p's TLS specification).
+// want is who must be on the other side; empty is any peer. Its key is sent when that
+// has shown it.
+func (n *Node) config(want peer.ID) (*tls.Config, <-chan crypto.PubKey) {
+	conf, key := n.identity.ConfigForPeer(want)
 	conf.NextProtos = []string{"http/1.1"}
-	sides := []string{"client", "server"}
+	conf.DynamicRecordSizingDisabled = true // the link is fast
+	return conf, key
+}
+
+func (n *Node) secureServer(ctx context.Context, c net.Conn) (*tlsconn.Conn, peer.ID, error) {
+	conf, key := n.config("")
+	tc := tlsconn.Server(c, conf)
+	id, err := n.secure(ctx, tc.Conn, key, true)
+	return tc, id, err
+}
+
+func (n *Node) secureClient(ctx context.Context, c net.Conn, want peer.ID) (*tls.Conn, peer.ID, error) {
+	conf, key := n.config(want)
 	tc := tls.Client(c, conf)
+	id, err := n.secure(ctx, tc, key, false)
+	return tc, id, err
+}
+
+// secure makes a connection one between peers: TLS, then each side's proof that it has
+// the swarm key, bound to this very connection (RFC 9266). It returns who is on the other
+// side.
+func (n *Node) secure(ctx context.Context, tc *tls.Conn, key <-chan crypto.PubKey, server bool) (peer.ID, error) {
+	sides := []string{"client", "server"}
 	if server {
-		tc, sides = tls.Server(c, conf), []string{"server", "client"}
+		slices.Reverse(sides)
 	}
 	if err := tc.HandshakeContext(ctx); err != nil {
-		return nil, "", err
+		return "", err
 	}
 	state := tc.ConnectionState()
 	binding, err := state.ExportKeyingMaterial("EXPORTER-Channel-Binding", nil, 32)
 	if err != nil {
-		return nil, "", err
+		return "", err
 	}
 	proof := func(side string) []byte {
 		m := hmac.New(sha256.New, n.secret)
@@ -240,22 +269,21 @@ func (n *Node) secure(ctx context.Context, c net.Conn, want peer.ID, server bool
 	// The server speaks only to one who has shown the key.
 	if !server {
 		if _, err := tc.Write(proof(sides[0])); err != nil {
-			return nil, "", err
+			return "", err
 		}
 	}
 	if _, err := io.ReadFull(tc, theirs); err != nil {
-		return nil, "", err
+		return "", err
 	}
 	if !hmac.Equal(theirs, proof(sides[1])) {
-		return nil, "", errors.New("the other side doesn't have the swarm key")
+		return "", errors.New("the other side doesn't have the swarm key")
 	}
 	if server {
 		if _, err := tc.Write(proof(sides[0])); err != nil {
-			return nil, "", err
+			return "", err
 		}
 	}
-	id, err := peer.IDFromPublicKey(<-keys)
-	return tc, id, err
+	return peer.IDFromPublicKey(<-key)
 }
 
 // dialPeer opens a transfer connection to one of several addresses.
@@ -272,7 +300,7 @@ func (n *Node) dialPeer(ctx context.Context, want peer.ID, addrs []string) (*tls
 			return conn{}, err
 		}
 		stop := context.AfterFunc(ctx, func() { c.Close() })
-		tc, id, err := n.secure(ctx, c, want, false)
+		tc, id, err := n.secureClient(ctx, c, want)
 		if !stop() || err != nil {
 			c.Close()
 			return conn{}, cmp.Or(err, ctx.Err())

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"sync"
 
+	"weir/internal/tlsconn"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )
@@ -92,7 +93,7 @@ func (p *Proxy) intercept(ctx context.Context, conn *net.TCPConn, f Flow, o open
 	}
 	p.intercepted.Add(1)
 	raw := p.newIntercepted(conn, f, o, up, f.Egress.Transport(t))
-	c := newTLSConn(raw, &tls.Config{
+	c := tlsconn.Server(raw, &tls.Config{
 		Certificates: []tls.Certificate{*leaf},
 		NextProtos:   []string{"http/1.1"},
 		MinVersion:   tls.VersionTLS12,

@@ -24,6 +24,7 @@ import (
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/hashicorp/golang-lru/v2/expirable"
+	"weir/internal/tlsconn"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )
@@ -111,8 +112,8 @@ func New(o Options) *Proxy {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    maxRequestHead,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			if t, ok := c.(*tlsConn); ok {
-				c = t.raw.Conn
+			if t, ok := c.(*tlsconn.Conn); ok {
+				c = t.Raw()
 			}
 			return context.WithValue(ctx, upstreamKey{}, c.(*intercepted))
 		},

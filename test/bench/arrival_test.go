@@ -6,10 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -119,6 +116,42 @@ registry sends at most 1.01 times as much; nothing the second time.`,
 	s.report(b)
 }
 
+const blobFromPeerTitle = "A client's blob from a peer"
+
+// BenchmarkPeerBlob has a client get a blob that weir on another node has, from weir on
+// its own, which keeps it. There is nothing else that does that.
+func BenchmarkPeerBlob(b *testing.B) {
+	c := newContent(b, 1000)
+	size := part(256 << 20)
+	d := c.add(b, random(size, 3))
+	w := newWorld(b, c)
+	key, has := swarmKey(b), w.Node()
+	agent := w.agent(b, shared, "--swarm-key", key, "--peer", has.Addr().String())
+	source := has.Agent("--swarm-key", key, "--peer", w.node.Addr().String(), "--log-level", "warn")
+	run(b, has, program(b, has, "crane"), shared, "fetch", "https://"+known, blobPath(d), "1", "cold")
+	empty := func() { w.node.Run("sh", "-c", "rm -rf /var/lib/weir/store/blobs/*/*") }
+	get := func() sample {
+		empty()
+		return w.fetch(b, w.crane, shared, "https://"+known, blobPath(d), 1, "warm", agent.PID(), source.PID())
+	}
+	if err := lab.Eventually(agent.Ended(), func(context.Context) error {
+		get()
+		if p := agent.Status().Peers.Peers; len(p) == 0 || !p[0].Believed {
+			return fmt.Errorf("the peer isn't believed yet: %+v", p)
+		}
+		return nil
+	}); err != nil {
+		b.Fatal(err)
+	}
+	r := turns(rounds(9), get)
+	s := section{title: blobFromPeerTitle, text: fmt.Sprintf(`A client gets a blob of %s from weir on its node, which gets it from weir on another one, and keeps it; all on two processors. The
+peer has been right before, and the registry has shown to have the blob. CPU is that of weir on both nodes.`, sizeText(int64(size))),
+		head: []string{"MiB/s", "CPU-s/GiB", "first byte p50, ms", "≥ 500 MiB/s", "≤ 3.0 CPU-s/GiB", "≤ 20 ms"}}
+	pace, cpu, begun := median(r[0], throughput), median(r[0], cpuPerGiB), first(r[0])
+	s.row(f0(pace), f2(cpu), ms(begun), reached(pace >= 500), reached(cpu <= 3), reached(begun <= 0.020))
+	s.report(b)
+}
+
 const fromPeerTitle = "Pulls from a peer"
 
 // BenchmarkPeerPulls pulls what a peer has, and the same without weir from a registry
@@ -127,10 +160,7 @@ func BenchmarkPeerPulls(b *testing.B) {
 	s := section{title: fromPeerTitle, text: `An image of 512 MiB is pulled and unpacked by containerd 2.4.2 (CRI) on a node whose link has 1 Gbit/s: from a peer that has it,
 and on a node without weir from the registry. CPU is that of weir on both nodes. Bound: at most 1.03 times as long.`,
 		head: []string{"what", "from a peer, s", "from the registry, s", "ratio", "received, weir / without", "weir, CPU-s/GiB", "≤ 1.03"}}
-	key := filepath.Join(b.TempDir(), "swarm.key")
-	if err := os.WriteFile(key, []byte("/key/swarm/psk/1.0.0/\n/base16/\n"+strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
-		b.Fatal(err)
-	}
+	key := swarmKey(b)
 	for _, layers := range [][]int{{512 << 20}, {128 << 20, 128 << 20, 128 << 20, 128 << 20}} {
 		for i := range layers {
 			layers[i] = part(layers[i])

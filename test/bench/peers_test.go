@@ -42,10 +42,7 @@ func BenchmarkPeer(b *testing.B) {
 	size := part(256 << 20)
 	d := c.add(b, random(size, 3))
 	w := newWorld(b, c)
-	key := filepath.Join(b.TempDir(), "swarm.key")
-	if err := os.WriteFile(key, []byte("/key/swarm/psk/1.0.0/\n/base16/\n"+strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
-		b.Fatal(err)
-	}
+	key := swarmKey(b)
 	other := w.Node()
 	agent := w.agent(b, 0, "--swarm-key", key)
 	w.fetch(b, w.crane, 1, "https://"+known, blobPath(d), 1, "cold") // into its store
@@ -87,6 +84,16 @@ that of both sides.`, sizeText(int64(size))),
 		s.row(name, f0(median(r[i], throughput)), f2(median(r[i], cpuPerGiB)), ms(first(r[i])), to, cpu)
 	}
 	s.report(b)
+}
+
+// swarmKey writes a key for peers.
+func swarmKey(b *testing.B) (file string) {
+	b.Helper()
+	file = filepath.Join(b.TempDir(), "swarm.key")
+	if err := os.WriteFile(file, []byte("/key/swarm/psk/1.0.0/\n/base16/\n"+strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	return file
 }
 
 // nothing is the content of a node that has none.

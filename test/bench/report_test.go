@@ -35,7 +35,7 @@ func (s *section) row(cells ...any) {
 }
 
 // order is that of the sections in the file.
-var order = []string{pullsTitle, blobsTitle, requestsTitle, peersTitle, fromPeerTitle, passTitle, connectTitle, coldTitle, boundedTitle, chunksTitle, mirrorsTitle,
+var order = []string{pullsTitle, blobsTitle, requestsTitle, peersTitle, blobFromPeerTitle, fromPeerTitle, passTitle, connectTitle, coldTitle, boundedTitle, chunksTitle, mirrorsTitle,
 	agentTitle, storeGrowthTitle, connectionsTitle, namespacesTitle}
 
 // report logs a section, and puts it into RESULTS.md in the directory of

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package proxy
+// Package tlsconn has the server's side of TLS connections over which much is sent.
+//
+// crypto/tls sends each record by a system call of its own, and the network gets
+// it as a packet of its own, though four of them fit into one (a socket buffer
+// carries 64 KiB). Here, those of one Write leave together.
+package tlsconn
 
 import (
 	"crypto/tls"
 	"net"
 	"sync"
 )
-
-// crypto/tls sends each record by a system call of its own, and the network gets
-// it as a packet of its own, though four of them fit into one (a socket buffer
-// carries 64 KiB). Here, those of one Write leave together.
 
 // maxRecord is what a TLS record carries (RFC 8446, section 5.1), and maxTogether
 // what is sent together: records of 64 KiB in all, with what each has more.
@@ -19,19 +20,23 @@ const (
 	maxTogether = 64<<10 + 1<<10
 )
 
-// tlsConn is the server's side of a TLS connection over raw.
-type tlsConn struct {
+// Conn is the server's side of a TLS connection.
+type Conn struct {
 	*tls.Conn
 	raw *gather
 }
 
-func newTLSConn(c net.Conn, conf *tls.Config) *tlsConn {
+// Server returns the server's side of a TLS connection over c, see [tls.Server].
+func Server(c net.Conn, conf *tls.Config) *Conn {
 	raw := &gather{Conn: c}
-	return &tlsConn{tls.Server(raw, conf), raw}
+	return &Conn{tls.Server(raw, conf), raw}
 }
 
+// Raw is the connection that it is over.
+func (c *Conn) Raw() net.Conn { return c.raw.Conn }
+
 // Write implements net.Conn.
-func (c *tlsConn) Write(p []byte) (int, error) {
+func (c *Conn) Write(p []byte) (int, error) {
 	if len(p) <= maxRecord {
 		return c.Conn.Write(p)
 	}
