@@ -24,7 +24,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
-	"weir/internal/tlsconn"
+	"weir/p2p/tlsconn"
 )
 
 // Peers have one port. What comes there is either libp2p, which in a private

@@ -10,7 +10,7 @@ import (
 	"net/http"
 	"sync"
 
-	"weir/internal/tlsconn"
+	"weir/p2p/tlsconn"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )

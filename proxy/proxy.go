@@ -24,7 +24,7 @@ import (
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/hashicorp/golang-lru/v2/expirable"
-	"weir/internal/tlsconn"
+	"weir/p2p/tlsconn"
 	"weir/proxy/registry"
 	"weir/proxy/upstream"
 )

@@ -37,13 +37,13 @@ var WellKnown = slices.Concat([]Known{
 	{Host: "registry.suse.com", Worldwide: true}, // documentation.suse.com/container/all/html/Container-guide
 	{Host: "docker.redpanda.com", Worldwide: true},
 	{Host: "container-registry.oracle.com", Worldwide: true}, // docs.oracle.com/en/operating-systems/oracle-linux/docker
-	{Host: "ocir.io", Below: true},                            // REGION and REGION-KEY: docs.oracle.com/iaas/Content/Registry/Concepts/registryprerequisites.htm
-	{Host: "icr.io", Subtree: true},                           // REGION, cp, private.REGION: cloud.ibm.com/docs/Registry?topic=Registry-registry_overview
-	{Host: "registry.digitalocean.com"},                       // docs.digitalocean.com/products/container-registry
-	{Host: "jfrog.io", Below: true},                           // a company's Artifactory each, with its other APIs: jfrog.com/help
-	{Host: "cr.aliyuncs.com", Below: true},                    // alibabacloud.com/help/en/acr; its API is at cr.REGION.aliyuncs.com
-	{Host: "tencentcloudcr.com", Below: true},                 // tencentcloud.com/document/product/1051
-	{Host: "ccr.ccs.tencentyun.com", Subtree: true},           // the same, personal edition
+	{Host: "ocir.io", Below: true},                           // REGION and REGION-KEY: docs.oracle.com/iaas/Content/Registry/Concepts/registryprerequisites.htm
+	{Host: "icr.io", Subtree: true},                          // REGION, cp, private.REGION: cloud.ibm.com/docs/Registry?topic=Registry-registry_overview
+	{Host: "registry.digitalocean.com"},                      // docs.digitalocean.com/products/container-registry
+	{Host: "jfrog.io", Below: true},                          // a company's Artifactory each, with its other APIs: jfrog.com/help
+	{Host: "cr.aliyuncs.com", Below: true},                   // alibabacloud.com/help/en/acr; its API is at cr.REGION.aliyuncs.com
+	{Host: "tencentcloudcr.com", Below: true},                // tencentcloud.com/document/product/1051
+	{Host: "ccr.ccs.tencentyun.com", Subtree: true},          // the same, personal edition
 }, huawei(), ecr())
 
 // huawei are the hosts of SWR: swr.REGION.myhuaweicloud.com

@@ -21,7 +21,9 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	wake := t.wakeWith(t.ctx)
 	defer wake()
 	sum, err := t.receive(body)
+	again := false
 	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
+		again = true
 		sum, err = t.receive(body)
 	}
 	if cause := context.Cause(t.ctx); err != nil && cause != nil {
@@ -49,7 +51,7 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	if err != nil {
 		t.state, t.err = failed, err
 	}
-	if errors.Is(err, ErrCorrupt) && t.fromPeer() && t.unverified.Believed && t.round == 0 {
+	if errors.Is(err, ErrCorrupt) && t.fromPeer() && t.unverified.Believed && !again {
 		t.err = errors.New(err.Error()) // it says nothing of the registry
 	}
 	if t.linger != nil {
