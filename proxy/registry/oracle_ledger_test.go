@@ -277,7 +277,7 @@ func (w *modelWorld) lies(x *modelAsk, repo string, c *modelContent, got *answer
 		}
 	}
 	for i, b := range got.body {
-		if at+i >= len(made) || b != made[at+i] && !(has && b == c.bytes[at+i]) {
+		if at+i >= len(made) || b != made[at+i] && (!has || b != c.bytes[at+i]) {
 			return false
 		}
 	}

@@ -3,20 +3,12 @@
 package store
 
 import (
-	"bytes"
 	"container/list"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -36,14 +28,6 @@ const (
 	// recordSuffix is how the name of that file ends, after the name of the partial's.
 	recordSuffix = ".partial"
 )
-
-// bootID is which boot of the kernel this is. After a crash of the machine there may be
-// zeros where bytes were, so that partials are good for one boot. It is a variable for
-// tests.
-var bootID = sync.OnceValue(func() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b))
-})
 
 // partial is what is there of a blob that has not arrived as a whole: a file, and which
 // ranges of it were written. Beside the file a record names them, so that it is found
@@ -77,18 +61,6 @@ type partial struct {
 	used  time.Time     // when one of them came, or left
 }
 
-// record is what is written down of a partial.
-type record struct {
-	Boot   string        `json:"boot"`
-	Digest digest.Digest `json:"digest"`
-	Name   string        `json:"name"`
-	Owner  string        `json:"owner,omitempty"`
-	Free   bool          `json:"free,omitempty"`
-	Size   int64         `json:"size"`
-	Begun  time.Time     `json:"begun"`
-	Have   [][2]int64    `json:"have"`
-}
-
 // at says whether the byte at off is there, and up to where that stays so.
 func (p *partial) at(off int64) (to int64, in bool) {
 	p.mu.Lock()
@@ -109,129 +81,6 @@ func (p *partial) wrote(from, to int64, dir string) {
 	}
 }
 
-// save writes down what is there, in dir first, so that the record is whole or not there.
-func (p *partial) save(dir string) error {
-	p.mu.Lock()
-	r := record{bootID(), p.key.digest, p.from.Name, p.from.Owner, p.from.Free, p.size, p.begun, make([][2]int64, len(p.have))}
-	for i, e := range p.have {
-		r.Have[i] = [2]int64{e.from, e.to}
-	}
-	p.saved, p.recorded = p.have.bytes(), true
-	p.mu.Unlock()
-	b, err := json.Marshal(r)
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(dir, "record.")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), p.path+recordSuffix)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.dead { // it was removed meanwhile
-		os.Remove(p.path + recordSuffix)
-	}
-	return err
-}
-
-var errRecord = errors.New("not the record of a partial")
-
-// parseRecord reads what is written down of a partial.
-func parseRecord(b []byte) (*partial, string, error) {
-	var r record
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&r); err != nil {
-		return nil, "", fmt.Errorf("%w: %w", errRecord, err)
-	}
-	if r.Digest.Validate() != nil || r.Size <= 0 || len(r.Have) > maxSpans {
-		return nil, "", errRecord
-	}
-	p := newPartial(running{r.Digest, r.Name}, Origin{r.Name, r.Owner, r.Free}, r.Size)
-	p.begun = r.Begun
-	for _, e := range r.Have {
-		p.have = append(p.have, span{e[0], e[1]})
-	}
-	if !p.have.valid(p.size) {
-		return nil, "", errRecord
-	}
-	p.saved, p.recorded = p.have.bytes(), true
-	return p, r.Boot, nil
-}
-
-// loadPartials finds the partials in the directory of running transfers again, and removes all
-// else that is there.
-func (s *Store) loadPartials() error {
-	dir := s.path("ingest")
-	all, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("reading unfinished transfers: %w", err)
-	}
-	var found []*partial
-	good := make(map[string]bool)
-	for _, e := range all {
-		path, ok := strings.CutSuffix(filepath.Join(dir, e.Name()), recordSuffix)
-		if !ok || !e.Type().IsRegular() {
-			continue
-		}
-		p, boot, err := readRecord(path)
-		if err != nil || boot == "" || boot != bootID() || p.over() {
-			continue
-		}
-		found = append(found, p)
-		good[filepath.Base(path)], good[e.Name()] = true, true
-	}
-	for _, e := range all {
-		if good[e.Name()] {
-			continue
-		}
-		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
-			return fmt.Errorf("removing unfinished transfers: %w", err)
-		}
-	}
-	slices.SortFunc(found, func(a, b *partial) int { return a.begun.Compare(b.begun) })
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, p := range found {
-		if !s.admit(p) {
-			s.removePartial(p)
-		}
-	}
-	return nil
-}
-
-// readRecord reads the record beside a file, of which all that it names must be there.
-func readRecord(path string) (*partial, string, error) {
-	f, err := os.Open(path + recordSuffix)
-	if err != nil {
-		return nil, "", err
-	}
-	b, err := io.ReadAll(io.LimitReader(f, maxRecord))
-	if err = errors.Join(err, f.Close()); err != nil {
-		return nil, "", err
-	}
-	p, boot, err := parseRecord(b)
-	if err != nil {
-		return nil, "", err
-	}
-	info, err := os.Lstat(path)
-	if err != nil {
-		return nil, "", err
-	}
-	if n := len(p.have); !info.Mode().IsRegular() || n == 0 || p.have[n-1].to > info.Size() {
-		return nil, "", errRecord
-	}
-	p.path = path
-	return p, boot, nil
-}
-
 // over says that it is too old.
 func (p *partial) over() bool { age := time.Since(p.begun); return age < 0 || age > partialTime }
 
@@ -243,7 +92,8 @@ func (s *Store) admit(p *partial) bool {
 		s.takePartial(old)
 		s.removePartial(old)
 	}
-	if p.over() || len(s.partials) >= maxPartials && !s.dropPartial(anyPartial) {
+	own := func(q *partial) bool { return q.from.Owner == p.from.Owner }
+	if p.over() || len(s.partials) >= maxPartials && !s.dropPartial(own) && (p.from.Owner != "" || !s.dropPartial(anyPartial)) {
 		return false
 	}
 	p.idle = s.idle.PushBack(p)
@@ -352,14 +202,14 @@ func (p *partial) lose(from, to int64) {
 
 // ranged is the file for those who read ranges. It stays open until the last of them leaves, also
 // when it is removed, or is another's by then.
-func (p *partial) ranged(s *Store, make bool) (*os.File, error) {
+func (p *partial) ranged(s *Store, makes bool) (*os.File, error) {
 	p.opening.Lock()
 	defer p.opening.Unlock()
 	if p.file != nil {
 		return p.file, nil
 	}
 	var err error
-	p.file, err = p.open(s, make)
+	p.file, err = p.open(s, makes)
 	return p.file, err
 }
 
@@ -375,11 +225,11 @@ func (p *partial) unused() {
 
 // open opens the file, and makes it if it isn't there and it is to be. The caller holds
 // p.opening.
-func (p *partial) open(s *Store, make bool) (*os.File, error) {
+func (p *partial) open(s *Store, makes bool) (*os.File, error) {
 	p.mu.Lock()
 	path, dead := p.path, p.dead
 	p.mu.Unlock()
-	if path == "" && (!make || dead) {
+	if path == "" && (!makes || dead) {
 		return nil, os.ErrNotExist
 	}
 	f, err := on(s.disk, func() (*os.File, error) {
@@ -393,7 +243,7 @@ func (p *partial) open(s *Store, make bool) (*os.File, error) {
 			os.Remove(f.Name())
 		}
 	})
-	if err == nil {
+	if err == nil && path == "" {
 		p.mu.Lock()
 		p.path = f.Name()
 		p.mu.Unlock()

@@ -194,7 +194,7 @@ func (m *mended) Read(b []byte) (n int, err error) {
 		if n > 0 {
 			err = nil
 		} else if !errors.Is(err, ErrDiskHangs) && !errors.Is(err, os.ErrClosed) {
-			err = fmt.Errorf("%s: what has come of it can't be read at %d (%v): %w", m.t.digest, m.off, err, ErrCorrupt)
+			err = fmt.Errorf("%s: what has come of it can't be read at byte %d: %w", m.t.digest, m.off, ErrCorrupt)
 		}
 		return n, err
 	}
