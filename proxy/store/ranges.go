@@ -216,6 +216,9 @@ func (r *Ranges) Read(b []byte) (int, error) {
 			return 0, io.EOF
 		case wait:
 		case ask:
+			if !r.goesOn() {
+				return 0, r.ctx.Err()
+			}
 			body, err := r.open(r.ctx, r.off, to)
 			if err != nil {
 				r.leave()
@@ -250,6 +253,29 @@ func (r *Ranges) next() (to int64, ask, wait bool) {
 	}
 	p.await(r.ctx, c, r.off)
 	return to, false, true
+}
+
+// goesOn says whether the client is there still, which hangs up when it has the chunk that it
+// wanted: asked for after that, a piece would come for nobody. A client whose chunks are larger than
+// a piece gets larger ones from then on.
+func (r *Ranges) goesOn() bool {
+	p := r.part
+	p.mu.Lock()
+	pieces := r.end < 0 && p.piece > 0
+	p.mu.Unlock()
+	if !pieces {
+		return true
+	}
+	select {
+	case <-r.ctx.Done():
+		r.leave()
+		return false
+	case <-time.After(hangUpTime):
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.piece = min(2*p.piece, mostPiece)
+	return true
 }
 
 // mayRead says how many bytes of n may be read of body.

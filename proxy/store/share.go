@@ -14,9 +14,13 @@ const (
 	nearSpan = 1 << 20
 	// PieceSize is how much is asked for at a time for clients who ask for ranges without an
 	// end and leave in the middle (containerd's concurrent_layer_fetch_buffer, whose
-	// documentation names 8 MiB): what comes after that would be lost. leastPiece is the least.
+	// documentation names 8 MiB): what comes after that would be lost. It becomes as large as their
+	// chunks are, from leastPiece to mostPiece.
 	PieceSize  = 8 << 20
 	leastPiece = 256 << 10
+	mostPiece  = 64 << 20
+	// hangUpTime is how long it may take to see that such a client has hung up.
+	hangUpTime = 50 * time.Millisecond
 	// patience is for how many pieces a transfer waits for such a client's next range. Then
 	// nobody else is to be expected, and the rest is asked for at once.
 	patience = 4
