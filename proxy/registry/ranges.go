@@ -96,6 +96,11 @@ func (x *exchange) part() bool {
 	case !missing:
 		to = end
 	}
+	if to == math.MaxInt64 {
+		// Nobody knows how large it is, and others that come at the same time want what
+		// follows.
+		to = first + store.PieceSize
+	}
 	x.stats.misses.Add(1)
 	resp, err := x.fetchUpTo(x.r.Context(), first, to)
 	if err != nil {

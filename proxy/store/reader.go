@@ -458,6 +458,11 @@ func (t arrivedAt) ReadAt(p []byte, off int64) (int, error) {
 	if n := t.readAt(p, off); n > 0 {
 		return n, nil
 	}
+	t.mu.Lock()
+	if n := t.stored - off; n > 0 { // of the rest there may be nothing, or what came out of its order
+		p = p[:min(int64(len(p)), n)]
+	}
+	t.mu.Unlock()
 	return t.store.reading.readAt(t.file, p, off)
 }
 

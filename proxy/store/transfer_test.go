@@ -582,3 +582,51 @@ func TestArrivalStories(t *testing.T) {
 		})
 	}
 }
+
+// A reader that is behind the window reads from the file no more than is there in order: what
+// others have put farther on leaves a hole before it.
+func TestHoleInFile(t *testing.T) {
+	s := open(t, t.TempDir(), Options{})
+	want := random(77, 6<<20)
+	d := digest.FromBytes(want)
+	var armed atomic.Bool
+	var writes atomic.Int64
+	release := make(chan struct{})
+	s.disk.hold = func() {
+		if armed.Load() && writes.Add(1) > 1 {
+			<-release
+		}
+	}
+	pr, pw := io.Pipe()
+	r := begin(t, s, d, int64(len(want)), pr, nil)
+	defer r.Close()
+	if _, err := pw.Write(want[:chunkSize]); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(r, got[:chunkSize-1]); err != nil {
+		t.Fatal(err)
+	}
+	armed.Store(true) // the first chunk is written, and no more
+	if err := r.arriving.t.file.Truncate(int64(len(want))); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_, err := pw.Write(want[chunkSize:])
+		pw.CloseWithError(err)
+	}()
+	waitFor(t, "the first chunk has left the window", func() bool {
+		w := r.arriving.t
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.base >= chunkSize
+	})
+	n, err := r.Read(got[chunkSize-1 : 8*chunkSize])
+	if err != nil || n == 0 || !bytes.Equal(got[:chunkSize-1+n], want[:chunkSize-1+n]) {
+		t.Errorf("%d bytes, err %v, and not what came", n, err)
+	}
+	close(release)
+	if _, err := io.ReadFull(r, got[chunkSize-1+n:]); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the rest: %v", err)
+	}
+}
