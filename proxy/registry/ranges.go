@@ -80,7 +80,15 @@ func (x *exchange) part() bool {
 		return false
 	}
 	defer r.Close()
-	r.With(x.r.Context(), x.ownGap)
+	var at time.Time // the registry has last sent some of it
+	r.With(x.r.Context(), func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+		answered, body, err := x.openGap(ctx, first, to, r.Size())
+		if err != nil {
+			return nil, err
+		}
+		at = answered
+		return x.counted(body), nil
+	})
 	entitled := x.h.rights.Granted(x.who)
 	to, missing := r.Missing(first, end)
 	size := r.Size()
@@ -92,6 +100,7 @@ func (x *exchange) part() bool {
 	case !missing && entitled && size >= 0:
 		x.stats.hits.Add(1)
 		x.serve(r, size, provenance{source: SourceTransfer}, true)
+		x.complete(r, size, at)
 		return true
 	case !missing:
 		to = end
@@ -102,18 +111,27 @@ func (x *exchange) part() bool {
 		to = first + store.PieceSize
 	}
 	x.stats.misses.Add(1)
+	less := to != end && to < math.MaxInt64 // than the client wants
 	resp, err := x.fetchUpTo(x.r.Context(), first, to)
 	if err != nil {
+		r.Decline()
 		x.refused(nil, err)
 		return true
 	}
 	from, until, size, ok := sentRange(resp)
 	switch {
+	case (!ok || from != first) && less && ofTheRange(resp.StatusCode):
+		r.Decline()
+		resp.Body.Close()
+		x.forward()
+		return true
 	case !ok || from != first:
+		r.Decline()
 		x.refused(resp, nil)
 		return true
 	case !missing, !r.Fill(x.counted(resp.Body), first, until, size):
-		if end < 0 && to < math.MaxInt64 && to >= 0 { // it wants more than was asked for
+		r.Decline()
+		if less {
 			resp.Body.Close()
 			x.forward()
 			return true
@@ -121,7 +139,8 @@ func (x *exchange) part() bool {
 		x.relay(resp)
 		return true
 	}
-	x.grant(resp.at)
+	at = resp.at
+	x.grant(at)
 	if end < 0 || end > size {
 		end = size
 	}
@@ -130,7 +149,7 @@ func (x *exchange) part() bool {
 	} else {
 		x.serve(r, size, provenance{}, true)
 	}
-	x.complete(r, size, resp.at)
+	x.complete(r, size, at)
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
@@ -168,40 +187,45 @@ func conditionalRange(r *http.Request) bool {
 	return false
 }
 
-// gap opens a range of the blob that is missing, or more, for a transfer, and ownGap for what the
-// client reads at its own pace.
-func (x *exchange) gap(ctx context.Context, first, to int64) (io.ReadCloser, error) {
-	body, err := x.openGap(ctx, first, to)
-	if err != nil {
-		return nil, err
+// gap opens ranges that are missing of the blob, which has size bytes, or more of it, for a transfer.
+func (x *exchange) gap(size int64) func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+	return func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+		_, body, err := x.openGap(ctx, first, to, size)
+		if err != nil {
+			return nil, err
+		}
+		return x.arriving(body), nil
 	}
-	return x.arriving(body), nil
 }
 
-func (x *exchange) ownGap(ctx context.Context, first, to int64) (io.ReadCloser, error) {
-	body, err := x.openGap(ctx, first, to)
-	if err != nil {
-		return nil, err
-	}
-	return x.counted(body), nil
-}
-
-func (x *exchange) openGap(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+// openGap opens a range, and says when the registry has answered. The error is [store.ErrCorrupt] when it
+// says now that the blob has another size: what has come of it is wrong, or what comes.
+func (x *exchange) openGap(ctx context.Context, first, to, size int64) (at time.Time, body io.ReadCloser, err error) {
 	resp, err := x.fetchUpTo(ctx, first, to)
 	if err != nil {
-		return nil, err
+		return time.Time{}, nil, err
 	}
-	if from, _, _, ok := sentRange(resp); ok && from == first {
-		return resp.Body, nil
+	from, _, total, ok := sentRange(resp)
+	switch {
+	case ok && from == first && total == size:
+		return resp.at, resp.Body, nil
+	case ok && from == first:
+		err = fmt.Errorf("%s says that a blob has %d bytes, and said %d before: %w", x.up.Host, total, size, store.ErrCorrupt)
+	default:
+		at = resp.at
 	}
 	resp.Body.Close()
-	return x.open(ctx, first)
+	if err == nil {
+		body, err = x.open(ctx, first)
+	}
+	return at, body, err
 }
 
 // complete has a blob verified and stored of which all was sent in ranges, or more than half: the
-// rest is fetched then. The last of these ranges was sent to this client at a time.
+// rest is fetched then. The last of these ranges was sent to this client at a time, which is zero if it was
+// given only what was there.
 func (x *exchange) complete(r *store.Ranges, size int64, at time.Time) {
-	if n, idle := r.There(); !idle || n <= size/2 {
+	if n, idle := r.There(); !idle || n <= size/2 || at.IsZero() {
 		return
 	}
 	t, leader := x.h.store.Claim(x.target.digest, x.origin())
@@ -215,7 +239,7 @@ func (x *exchange) complete(r *store.Ranges, size int64, at time.Time) {
 		return
 	}
 	x.h.leaders.Store(t, x.who.Client)
-	rest := store.Rest{Size: size, First: first, To: to, Pieces: true, Gap: x.gap, More: x.source}
+	rest := store.Rest{Size: size, First: first, To: to, Pieces: true, Gap: x.gap(size), More: x.source}
 	whole, err := t.Resume(rest)
 	if err != nil {
 		x.notKept(err)
@@ -256,14 +280,27 @@ func (x *exchange) missing(ctx context.Context, t *store.Transfer) (*reply, *sto
 	from, until, total, is := sentRange(resp)
 	switch {
 	case is && from == first && (size < 0 || until == to && total == size):
-		rest := &store.Rest{Size: total, First: first, To: until, Pieces: pieces, Gap: x.gap, More: x.source, Refetch: x.anew}
+		rest := &store.Rest{Size: total, First: first, To: until, Pieces: pieces, Gap: x.gap(total), More: x.source, Refetch: x.anew}
 		rest.Firm = until == total && !pieces
 		return resp, rest, nil
-	case resp.StatusCode == http.StatusPartialContent, resp.StatusCode == http.StatusRequestedRangeNotSatisfiable, resp.StatusCode == http.StatusBadRequest:
+	case ofTheRange(resp.StatusCode):
 		resp.Body.Close()
 		resp, err = x.fetch(ctx, 0)
 	}
 	return resp, nil, err
+}
+
+// ofTheRange says whether an answer to a range that the client hasn't asked for may be another one
+// than that to its own request: a registry, or what is on the way there, may refuse ranges, or so many
+// requests (429, and 503 of Amazon S3), by any status.
+func ofTheRange(status int) bool {
+	switch status {
+	case http.StatusPartialContent:
+		return true // of another range
+	case http.StatusUnauthorized, http.StatusNotFound:
+		return false
+	}
+	return status >= 400
 }
 
 // fetchFirstPart asks the upstream for a blob by its first part. What it gives is as the answer to a
@@ -285,8 +322,7 @@ func (x *exchange) fetchFirstPart(ctx context.Context) (*reply, error) {
 	case !refusesAnyway(resp.StatusCode) || resp.StatusCode == http.StatusTooManyRequests:
 		x.h.widths.registry(x.up.ID()).refuse() // it gives no parts any more
 	}
-	switch resp.StatusCode {
-	case http.StatusPartialContent, http.StatusRequestedRangeNotSatisfiable, http.StatusBadRequest:
+	if ofTheRange(resp.StatusCode) {
 		resp.Body.Close()
 		return x.fetch(ctx, 0)
 	}

@@ -329,3 +329,119 @@ func TestRangesThatAreNone(t *testing.T) {
 		t.Error("it is stored")
 	}
 }
+
+// A registry, or what is on the way there, that refuses ranges which a client hasn't asked for gives
+// the client the blob all the same: for the rest of what broke off, and as the first of several parts.
+func TestRangesThatAreRefused(t *testing.T) {
+	content := bytesOf(74, 1<<20)
+	for _, status := range []int{400, 403, 405, 416, 429, 500, 501, 503} {
+		for _, wide := range []bool{false, true} {
+			t.Run(fmt.Sprint(status, wide), func(t *testing.T) {
+				t.Parallel()
+				u := newUpstream(t)
+				u.allow("a", "Bearer 1")
+				d := u.put("a", content)
+				path := "/v2/a/blobs/" + d.String()
+				s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+				if wide {
+					eager(s.h.widths)
+					w := s.h.widths.registry(strings.TrimPrefix(u.srv.URL, "https://"))
+					w.each, w.least, w.settled, w.until = 4, 1, true, time.Now().Add(time.Hour)
+				} else {
+					c := &cuts{after: 600_000, part: func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(503); return true }}
+					u.fault = func(w http.ResponseWriter, r *http.Request) bool { return c.fault(content, w, r) }
+					if a := s.do("GET", path, "Bearer 1"); a.err == nil {
+						t.Fatal("it did not break off")
+					}
+					eventually(t, "it has ended", func() bool { return s.store.Stats().Running == 0 })
+					if s.store.Stats().Partial == 0 {
+						t.Fatal("nothing is there")
+					}
+				}
+				u.mu.Lock()
+				u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+					if r.Header.Get("Range") == "" {
+						return false
+					}
+					w.WriteHeader(status)
+					return true
+				}
+				u.mu.Unlock()
+				if a := s.do("GET", path, "Bearer 1"); a.err != nil || a.StatusCode != 200 || !bytes.Equal(a.body, content) {
+					t.Errorf("%v, %d bytes, %v", a.Response, len(a.body), a.err)
+				}
+			})
+		}
+	}
+}
+
+// Who is given the beginning of a range, as it is there, and then brings its rest, has the blob stored as well.
+func TestRangeThatGoesOn(t *testing.T) {
+	content := bytesOf(76, 1<<20)
+	u := newUpstream(t)
+	u.allow("a", "Bearer 1")
+	d := u.put("a", content)
+	s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+	for _, last := range []int{99_999, len(content) - 1} {
+		a := s.do("GET", "/v2/a/blobs/"+d.String(), "Bearer 1", "Range", fmt.Sprintf("bytes=0-%d", last))
+		if a.err != nil || a.StatusCode != 206 || !bytes.Equal(a.body, content[:last+1]) {
+			t.Fatalf("%v, %d bytes, %v", a.Response, len(a.body), a.err)
+		}
+	}
+	eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+}
+
+// What a registry says of a blob's size may be wrong once, or missing: who asks for a range is given all of
+// it, and what was said wrongly is forgotten.
+func TestRangesOfAnotherSize(t *testing.T) {
+	content := bytesOf(75, 1<<20)
+	size := len(content)
+	for name, total := range map[string]string{"less": "800000", "more": "2000000", "none": "*"} {
+		t.Run(name, func(t *testing.T) {
+			u := newUpstream(t)
+			u.allow("a", "Bearer 1")
+			d := u.put("a", content)
+			path := "/v2/a/blobs/" + d.String()
+			s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+			var lie atomic.Bool
+			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+				first, end, ok := oneRange(r.Header.Get("Range"))
+				if !ok || !lie.Load() {
+					return false
+				}
+				if end < 0 {
+					end = int64(size)
+				}
+				w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%s", first, end-1, total))
+				w.WriteHeader(206)
+				_, _ = w.Write(content[first:end])
+				return true
+			}
+			lied := false
+			get := func(first, last int) {
+				t.Helper()
+				a := s.do("GET", path, "Bearer 1", "Range", fmt.Sprintf("bytes=%d-%d", first, last))
+				if a.err != nil && lied { // the second size was found out after the head was sent: it asks again
+					lied = false
+					a = s.do("GET", path, "Bearer 1", "Range", fmt.Sprintf("bytes=%d-%d", first, last))
+				}
+				if a.err != nil || a.StatusCode != 206 || !bytes.Equal(a.body, content[first:min(size, last+1)]) {
+					t.Errorf("%d-%d: %v, %d bytes, %v", first, last, a.Response, len(a.body), a.err)
+				}
+			}
+			lie.Store(name != "none")
+			get(300_000, 399_999)
+			lie.Store(name == "none")
+			get(200_000, 899_999)
+			lie.Store(name != "none")
+			get(0, 300_000)
+			lie.Store(false)
+			lied = name != "none"
+			get(100_000, 999_999)
+			get(600_000, size-1)
+			get(50_000, size-1) // of which the end is there
+			get(0, 100_000)
+			eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+		})
+	}
+}

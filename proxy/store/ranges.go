@@ -106,7 +106,7 @@ func (s *Store) ranges(p *partial, from Origin) *Ranges {
 }
 
 // With has what is missing be opened by open, from its first byte up to to, and reads end with
-// ctx. It returns r.
+// ctx. An error that wraps [ErrCorrupt] says that what is there may be wrong, which is dropped. It returns r.
 func (r *Ranges) With(ctx context.Context, open func(ctx context.Context, first, to int64) (io.ReadCloser, error)) *Ranges {
 	r.ctx, r.open = ctx, open
 	return r
@@ -162,9 +162,21 @@ func (r *Ranges) reserve(off int64) (to int64, is bool) {
 	return to, true
 }
 
+// Decline has others bring what [Ranges.Missing] has left to the caller, who doesn't.
+func (r *Ranges) Decline() { r.leave() }
+
 // Fill has body, which is a part of a blob of size bytes from first up to to, read from there on, and
-// put with what is there. It returns false if the blob was said to have another size before.
+// put with what is there. It returns false if the blob was said to have another size before: which one
+// is right nobody knows, and what is there is dropped.
 func (r *Ranges) Fill(body io.ReadCloser, first, to, size int64) bool {
+	if r.fill(body, first, to, size) {
+		return true
+	}
+	r.store.lose(r.part)
+	return false
+}
+
+func (r *Ranges) fill(body io.ReadCloser, first, to, size int64) bool {
 	p := r.part
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -222,6 +234,9 @@ func (r *Ranges) Read(b []byte) (int, error) {
 			body, err := r.open(r.ctx, r.off, to)
 			if err != nil {
 				r.leave()
+				if errors.Is(err, ErrCorrupt) {
+					r.store.lose(r.part)
+				}
 				return 0, err
 			}
 			r.body, r.at, r.to = body, r.off, to
