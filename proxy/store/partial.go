@@ -49,6 +49,7 @@ type partial struct {
 	piece    int64 // how much is asked for at a time, if clients ask for ranges without an end
 	shared   bool  // whoever asks for a range finds it, while a transfer has it
 	asked    bool  // clients have asked for ranges
+	lags     bool  // one that a client brings has lagged
 	dead     bool  // it was dropped, or is stored: nothing is written any more
 
 	opening sync.Mutex

@@ -36,6 +36,7 @@ type Ranges struct {
 	at, to   int64  // of body
 	buf      []byte // what is to be written at mine.at
 	failures int    // in a row
+	alone    bool   // it waits for nobody any more
 }
 
 // Ranges returns what reads ranges of a blob from an origin. It returns nil when the blob is stored, or
@@ -127,6 +128,9 @@ func (r *Ranges) Missing(first, end int64) (to int64, is bool) {
 	for {
 		if to, is = r.reserve(first); is || p.size >= 0 || r.ctx.Err() != nil {
 			return to, is
+		}
+		if p.lags {
+			return to, true
 		}
 		_, _, c := p.look(first, math.MaxInt64)
 		p.await(r.ctx, c, first)
@@ -263,10 +267,17 @@ func (r *Ranges) next() (to int64, ask, wait bool) {
 		return to, true, false
 	}
 	is, to, c := p.look(r.off, p.size)
-	if is != onItsWay {
+	switch {
+	case is != onItsWay:
 		return to, false, false
+	case r.alone || p.lags && !c.window:
+		to, _ = p.have.at(r.off)
+		if to = min(to, p.size); r.end > r.off {
+			to = min(to, r.end)
+		}
+		return to, true, false
 	}
-	p.await(r.ctx, c, r.off)
+	r.alone = p.await(r.ctx, c, r.off)
 	return to, false, true
 }
 
@@ -417,6 +428,9 @@ func (r *Ranges) Close() error {
 	if p.users--; p.users > 0 {
 		return nil
 	}
+	p.mu.Lock()
+	p.lags = false
+	p.mu.Unlock()
 	if p.idle != nil && p.there() == 0 {
 		s.takePartial(p)
 		s.removePartial(p)

@@ -284,6 +284,59 @@ func TestRangeStandsStill(t *testing.T) {
 	}
 }
 
+// Clients who ask for ranges and take hardly anything of them, or whose way to the registry is held up, hold
+// up nobody for long, however many they are: neither who asks for ranges, nor who wants all of the blob.
+func TestRangesThatLag(t *testing.T) {
+	defer func(was time.Duration) { stallTime = was }(stallTime)
+	stallTime = 100 * time.Millisecond
+	want := random(995, 6<<20)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	for _, whole := range []bool{false, true} {
+		s, srv := open(t, t.TempDir(), Options{}), newServer(3, want)
+		const lagging = 10
+		var slow [lagging]*Ranges
+		for i := range slow {
+			first, end := size*int64(i)/lagging, size*int64(i+1)/lagging
+			slow[i] = s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
+			if to, is := slow[i].Missing(first, end); !is || to != end {
+				t.Fatal(to, is)
+			}
+			slow[i].Fill(body(want[first:end]), first, end, size)
+		}
+		done := make(chan struct{})
+		var wg sync.WaitGroup
+		for _, r := range slow { // until who waits for them has all
+			wg.Go(func() {
+				defer r.Close()
+				tick := time.NewTicker(10 * time.Millisecond)
+				defer tick.Stop()
+				for {
+					select {
+					case <-done:
+						return
+					case <-tick.C:
+					}
+					if n, err := r.Read(make([]byte, 1)); n != 1 {
+						t.Error(n, err)
+						return
+					}
+				}
+			})
+		}
+		if whole {
+			srv.finish(t, s, Origin{})
+		} else {
+			srv.get(t, s, Origin{}, 0, -1, len(want))
+			srv.get(t, s, Origin{}, size/2+1, size-5, len(want))
+		}
+		close(done)
+		wg.Wait()
+		if whole && !s.Has(d) {
+			t.Error("it isn't kept")
+		}
+	}
+}
+
 // Who asks for a range in the middle of what another brings takes over the rest of that.
 func TestRangeIsTakenOver(t *testing.T) {
 	want := random(991, 8<<20)

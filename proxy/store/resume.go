@@ -229,6 +229,9 @@ func (m *mended) next(n int64) (is place, to int64) {
 		case is == onItsWay && c.window:
 			c.read = max(c.read, min(m.off+n, to))
 			return missing, to
+		case is == onItsWay && p.lags && !c.writing:
+			c.to = m.off
+			p.change.Broadcast()
 		case is == onItsWay:
 			p.await(m.ctx, c, m.off)
 		default:

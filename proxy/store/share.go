@@ -26,9 +26,13 @@ const (
 	patience = 4
 )
 
-// stallTime is how long a range that is on its way may stand still before another reader asks
-// for it, too. It is a variable for tests.
+// stallTime is how long a range that is on its way may lag before another reader asks
+// for it, too: its client may read slowly, or reach the registry by a way of its own that is held up.
+// It is a variable for tests.
 var stallTime = 10 * time.Second
+
+// leastPace is what a range on its way has to bring, in bytes per second read and written, or it lags.
+const leastPace = 1 << 20
 
 // coming is a range that somebody has asked a registry for. It is guarded by the partial's mutex.
 type coming struct {
@@ -123,9 +127,9 @@ func (p *partial) add(from, to int64) {
 }
 
 // await waits until the byte at off, which c is to bring, is there, or somebody else's to bring,
-// the size becomes known, or ctx is done. When c stands still for too long it is the caller's to bring. The caller
-// holds p.mu.
-func (p *partial) await(ctx context.Context, c *coming, off int64) {
+// the size becomes known, or ctx is done. When c lags it is the caller's to bring, and await says so. Nobody waits
+// for other ranges that clients bring any more then: there may be any number of them. The caller holds p.mu.
+func (p *partial) await(ctx context.Context, c *coming, off int64) (lagged bool) {
 	wake := func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -139,19 +143,20 @@ func (p *partial) await(ctx context.Context, c *coming, off int64) {
 	defer timer.Stop()
 	for ctx.Err() == nil {
 		if is, _, now := p.look(off, off+1); is != onItsWay || now != c || p.size != size {
-			return
+			return false
 		}
-		if now := progress(); now > at {
+		if now := progress(); now-at >= int64(stallTime.Seconds()*leastPace) {
 			at, until = now, time.Now().Add(stallTime)
 			timer.Reset(stallTime)
 		}
 		if !time.Now().Before(until) && !c.writing && (!c.window || off >= c.read) {
-			c.to = off
+			c.to, p.lags = off, true
 			p.change.Broadcast()
-			return
+			return true
 		}
 		p.change.Wait()
 	}
+	return false
 }
 
 func newPartial(key running, from Origin, size int64) *partial {
