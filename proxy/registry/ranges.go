@@ -120,23 +120,14 @@ func (x *exchange) part() bool {
 	}
 	from, until, size, ok := sentRange(resp)
 	switch {
-	case (!ok || from != first) && less && ofTheRange(resp.StatusCode):
+	case !ok || from != first, !missing, !r.Fill(x.counted(resp.Body), first, until, size):
 		r.Decline()
-		resp.Body.Close()
-		x.forward()
-		return true
-	case !ok || from != first:
-		r.Decline()
-		x.refused(resp, nil)
-		return true
-	case !missing, !r.Fill(x.counted(resp.Body), first, until, size):
-		r.Decline()
-		if less {
+		if less && ofTheRange(resp.StatusCode) {
 			resp.Body.Close()
 			x.forward()
-			return true
+		} else {
+			x.refused(resp, nil)
 		}
-		x.relay(resp)
 		return true
 	}
 	at = resp.at
@@ -245,9 +236,11 @@ func (x *exchange) complete(r *store.Ranges, size int64, at time.Time) {
 		x.notKept(err)
 		return
 	}
-	go func() {
-		_ = whole.Ended(x.h.ctx)
-		whole.Close()
+	go func() { // until it may end as any that nobody reads
+		defer whole.Close()
+		ctx, cancel := context.WithTimeout(x.h.ctx, x.h.lagTime+time.Duration(size/2/slowPace)*time.Second)
+		defer cancel()
+		_ = whole.Ended(ctx)
 	}()
 }
 

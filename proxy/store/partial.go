@@ -93,8 +93,7 @@ func (s *Store) admit(p *partial) bool {
 		s.takePartial(old)
 		s.removePartial(old)
 	}
-	own := func(q *partial) bool { return q.from.Owner == p.from.Owner }
-	if p.over() || len(s.partials) >= maxPartials && !s.dropPartial(own) && (p.from.Owner != "" || !s.dropPartial(anyPartial)) {
+	if p.over() || !s.admits(p, n) {
 		return false
 	}
 	p.idle = s.idle.PushBack(p)
@@ -155,9 +154,6 @@ func (s *Store) lose(p *partial) {
 		s.removePartial(p)
 	}
 }
-
-// maxPartials bounds how many there are.
-const maxPartials = 512
 
 func anyPartial(*partial) bool { return true }
 

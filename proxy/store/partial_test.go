@@ -351,15 +351,70 @@ func TestLinger(t *testing.T) {
 		t.Errorf("one of which little is missing: %v", err)
 	}
 
-	s = open(t, t.TempDir(), Options{})
-	pr, pw = io.Pipe()
-	r = begin(t, s, d, int64(len(want)), pr, nil)
-	tr = r.arriving.t
-	wait(10 << 20)
-	r.Close()
-	over()
-	if err := r.Ended(t.Context()); err == nil || s.Stats().Partial != 10<<20 {
-		t.Errorf("%v, %+v", err, s.Stats())
+	for _, then := range []int{0, 1000} { // nothing more, or so little that it would take for ever
+		s = open(t, t.TempDir(), Options{})
+		pr, pw = io.Pipe()
+		r = begin(t, s, d, int64(len(want)), pr, nil)
+		tr = r.arriving.t
+		at := 10 << 20
+		if then > 0 {
+			at = 30 << 20
+		}
+		wait(at)
+		r.Close()
+		wait(at + then)
+		tr.mu.Lock()
+		was := tr.linger
+		tr.mu.Unlock()
+		over()
+		waitFor(t, "it is decided whether it goes on", func() bool {
+			tr.mu.Lock()
+			defer tr.mu.Unlock()
+			if tr.state == arriving && tr.linger != was {
+				t.Errorf("with %d bytes more it goes on", then)
+				tr.cancel(nil)
+			}
+			return tr.state != arriving || tr.linger != was
+		})
+		if err := r.Ended(t.Context()); err == nil || s.Stats().Partial != int64(at+then) {
+			t.Errorf("%v, %+v", err, s.Stats())
+		}
+	}
+}
+
+// Who asks for ranges of blobs that nobody has takes no partial from others, nor does a network from other
+// networks, however many there are.
+func TestPartialsOfNothing(t *testing.T) {
+	s := open(t, t.TempDir(), Options{MaxBytes: 1 << 30})
+	there := make(map[running]Origin)
+	for i := range 4 {
+		from := Origin{Name: fmt.Sprint("honest ", i)}
+		if i%2 == 1 {
+			from.Owner, from.Free = fmt.Sprint("network ", i), true
+		}
+		there[running{leave(t, s, from, random(uint64(750+i), 1<<20), 1<<19), from.Name}] = from
+	}
+	for i := range 2000 {
+		from := Origin{Name: "hostile"}
+		if i%2 == 1 {
+			from = Origin{"plain", "network of one pod", true}
+		}
+		if r := s.Ranges(t.Context(), digest.FromString(fmt.Sprint(i)), from); r != nil {
+			defer r.Close()
+		}
+	}
+	for i := range 200 { // bytes of its own
+		leave(t, s, Origin{"plain", "network of one pod", true}, random(uint64(760+i), 2*chunkSize), chunkSize)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.partials) > maxPartials || s.idle.Len() != len(s.partials) {
+		t.Errorf("%d partials", len(s.partials))
+	}
+	for key, from := range there {
+		if s.partials[key] == nil {
+			t.Errorf("that of %s has gone", from.Name)
+		}
 	}
 }
 

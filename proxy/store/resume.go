@@ -287,6 +287,13 @@ func (t *Transfer) ranged() bool {
 	return t.part.users > 0 || time.Since(t.part.used) < lingerTime
 }
 
+// finishes says whether it is worth to go on without readers, when n bytes have come in lingerTime: little is
+// missing, and it comes soon. The caller holds t.mu.
+func (t *Transfer) finishes(n int64) bool {
+	missing := t.size - t.arrived
+	return t.size >= 0 && missing <= max(finishSize, t.size/finishShare) && n > missing/finishTimes
+}
+
 // lingers has the transfer end after a while, if it has no readers until then and more is
 // missing than is worth to go on for. The caller holds t.mu.
 func (t *Transfer) lingers() {
@@ -297,7 +304,7 @@ func (t *Transfer) lingers() {
 		defer t.mu.Unlock()
 		switch {
 		case t.linger != timer: // a reader has come just now
-		case t.state == arriving && t.arrived > was && t.size-t.arrived <= max(finishSize, t.size/finishShare) && t.size >= 0:
+		case t.state == arriving && t.finishes(t.arrived-was):
 			t.lingers()
 		case t.ranged():
 			t.lingers()

@@ -50,6 +50,10 @@ const (
 	spareShare = 32
 )
 
+// maxPartials bounds how many there are. Of those with an owner there are half as many at most, and half of
+// that of each owner.
+const maxPartials = 512
+
 // reserveStep is by how much at a time room is reserved for a blob whose size
 // isn't known.
 const reserveStep = 1 << 20
@@ -277,6 +281,24 @@ func (s *Store) makeOwnerRoom(owner string, size int64) bool {
 		}
 		s.evict(s.index[over.blobs.Back().Value.(*entry).digest])
 	}
+}
+
+// admits says whether there may be one partial more, of n bytes: the oldest goes where there are too many, those of
+// which nothing has come yet before others. For one of those no other goes: anybody may ask for ranges of
+// whatever there isn't. The caller holds s.mu.
+func (s *Store) admits(p *partial, n int64) bool {
+	within := func(of func(*partial) bool, bound int) bool {
+		count := 0
+		for el := s.idle.Front(); el != nil; el = el.Next() {
+			if of(el.Value.(*partial)) {
+				count++
+			}
+		}
+		return count < bound || s.dropPartial(func(q *partial) bool { return q.bytes == 0 && of(q) }) || n > 0 && s.dropPartial(of)
+	}
+	owner := p.from.Owner
+	return (owner == "" || within(func(q *partial) bool { return q.from.Owner == owner }, maxPartials/4) &&
+		within(func(q *partial) bool { return q.from.Owner != "" }, maxPartials/2)) && within(anyPartial, maxPartials)
 }
 
 // findRoom says whether size bytes more of an owner fit into the room that is

@@ -17,11 +17,12 @@ const (
 	// come back for the rest within seconds after a broken connection. One of which
 	// no more is missing than finishSize, or one part in finishShare of the blob,
 	// goes on to its end: that costs hardly more than what is under way anyway, and
-	// then there is a blob, which others can be given too. What has come of any
-	// other stays as a partial.
+	// then there is a blob, which others can be given too. It has to come in
+	// finishTimes as long. What has come of any other stays as a partial.
 	lingerTime  = 30 * time.Second
 	finishSize  = 16 << 20
 	finishShare = 10
+	finishTimes = 10
 	// attempts is how many times in a row a source may fail without a byte
 	// in between.
 	attempts = 3
