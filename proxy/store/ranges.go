@@ -13,8 +13,13 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// flushSize is how much of a range is written at a time.
-const flushSize = 128 << 10
+const (
+	// flushSize is how much of a range is written at a time.
+	flushSize = 128 << 10
+	// gatherSize bounds what all ranges together have in memory until then: of one whose client
+	// reads slowly, it stays there.
+	gatherSize = 16 << 20
+)
 
 // Ranges reads ranges of a blob that isn't stored, for clients that ask for no more: what is there
 // of it, what others of the same origin bring, and the rest from a registry, which is put with what
@@ -327,7 +332,7 @@ func (r *Ranges) fromBody(b []byte) (int, error) {
 	r.at = r.off
 	if r.mine != nil {
 		r.buf = append(r.buf, b[:n]...)
-		if len(r.buf) >= flushSize || r.off == r.to {
+		if all := r.store.gathered.Add(int64(n)); len(r.buf) >= flushSize || all > gatherSize || r.off == r.to {
 			r.flush()
 		}
 	}
@@ -367,7 +372,7 @@ func (r *Ranges) flush() {
 	c.writing = !p.dead && len(b) > 0
 	writes := c.writing
 	p.mu.Unlock()
-	r.buf = nil // it may be left behind with the disk
+	r.forget() // it may be left behind with the disk
 	if !writes {
 		return
 	}
@@ -412,7 +417,14 @@ func (r *Ranges) leave() {
 	if r.body != nil {
 		r.body.Close()
 	}
-	r.body, r.mine, r.buf = nil, nil, nil
+	r.forget()
+	r.body, r.mine = nil, nil
+}
+
+// forget forgets what is to be written.
+func (r *Ranges) forget() {
+	r.store.gathered.Add(-int64(len(r.buf)))
+	r.buf = nil
 }
 
 // Close gives the reader up. What has come stays.

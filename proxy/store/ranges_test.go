@@ -337,6 +337,36 @@ func TestRangesThatLag(t *testing.T) {
 	}
 }
 
+// Any number of clients that read a little of a range and stay have a bounded part of the memory.
+func TestRangesInMemory(t *testing.T) {
+	s := open(t, t.TempDir(), Options{})
+	const clients, n = 400, 100 << 10
+	want := random(996, n*clients)
+	srv := newServer(4, want)
+	var inMemory int
+	for i := range int64(clients) {
+		r := s.Ranges(t.Context(), digest.FromBytes(want), Origin{}).With(t.Context(), srv.open)
+		defer r.Close()
+		first, end := i*n, (i+1)*n
+		r.Missing(first, end)
+		r.Fill(body(want[first:end]), first, end, int64(len(want)))
+		if got := make([]byte, n-1); r.mine == nil {
+			t.Fatal("it isn't put with what is there")
+		} else if _, err := io.ReadFull(r, got); err != nil || !bytes.Equal(got, want[first:end-1]) {
+			t.Fatal(err)
+		}
+		inMemory += len(r.buf)
+	}
+	if inMemory > gatherSize || s.gathered.Load() != int64(inMemory) {
+		t.Errorf("%d bytes are in memory, and %d counted", inMemory, s.gathered.Load())
+	}
+	t.Cleanup(func() {
+		if n := s.gathered.Load(); n != 0 {
+			t.Errorf("%d bytes are counted in the end", n)
+		}
+	})
+}
+
 // Who asks for a range in the middle of what another brings takes over the rest of that.
 func TestRangeIsTakenOver(t *testing.T) {
 	want := random(991, 8<<20)

@@ -44,6 +44,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -106,6 +107,8 @@ type Store struct {
 	disk    *disk // that is written to
 	reading *disk // the same, that is read from: a frozen file system can be read
 	pieces  pieces
+	// gathered is how many bytes of ranges are in memory that are to be written.
+	gathered atomic.Int64
 
 	mu      sync.Mutex
 	stats   Stats
