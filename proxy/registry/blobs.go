@@ -180,6 +180,9 @@ func (x *exchange) follow(t *store.Transfer, start int64) bool {
 		}
 	}
 	r.AddSource(x.source)
+	if x.r.Header.Get("Range") == "" {
+		r.Whole()
+	}
 	if r.WaitReadable(x.r.Context()) == nil && start > r.Arrived()+farAhead {
 		x.forward()
 		return true

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -333,6 +334,128 @@ func TestRangesThatLag(t *testing.T) {
 		wg.Wait()
 		if whole && !s.Has(d) {
 			t.Error("it isn't kept")
+		}
+	}
+}
+
+// What has arrived of a blob and isn't in its file yet is not read there, where zeros are in its place if
+// something that follows is there already.
+func TestArrivedBeforeRanges(t *testing.T) {
+	want := random(998, 8<<20)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	s := open(t, t.TempDir(), Options{})
+	s.disk.timeout = time.Hour
+	srv := newServer(6, want)
+	srv.get(t, s, Origin{}, size-chunkSize, size, len(want))
+	g := &gate{}
+	g.open()
+	s.disk.hold = g.hold
+	tr, _ := s.Claim(d, Origin{})
+	first, to, _, ok := tr.Missing()
+	if !ok || first != 0 || to != size-chunkSize {
+		t.Fatal(first, to, ok)
+	}
+	pr, pw := io.Pipe()
+	r, err := tr.Resume(Rest{Size: size, Body: pr, First: 0, To: to, Gap: srv.open, More: srv.source})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	const begun, arrived = 2 << 20, 9 << 19
+	give := func(from, to int64, is func() bool) {
+		t.Helper()
+		if _, err := pw.Write(want[from:to]); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "it is there", func() bool {
+			tr.mu.Lock()
+			defer tr.mu.Unlock()
+			return tr.arrived == to && is()
+		})
+	}
+	give(0, begun, func() bool { return min(tr.stored, tr.hashed) > 3<<19 }) // what is less than a batch waits
+	g.close()
+	defer g.open()
+	give(begun, arrived, func() bool { return tr.base > 0 })
+	got := make([]byte, size)
+	for n := 0; n < arrived-1; {
+		k, err := r.Read(got[n:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got[n:n+k], want[n:n+k]) {
+			t.Fatalf("wrong bytes from %d to %d", n, n+k)
+		}
+		n += k
+	}
+	g.open()
+	go func() { _, _ = pw.Write(want[arrived:to]) }()
+	if rest, err := io.ReadAll(r); err != nil || !bytes.Equal(rest, want[arrived-1:]) {
+		t.Errorf("then %d bytes, %v", len(rest), err)
+	}
+}
+
+// Who wants all of a blob of which others ask for small ranges has it by few requests.
+func TestWholeAmongRanges(t *testing.T) {
+	want := random(997, 24<<20)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	for _, follows := range []bool{true, false} {
+		s, srv := open(t, t.TempDir(), Options{}), newServer(5, want)
+		var asked atomic.Int64
+		gap := func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+			asked.Add(1)
+			return srv.open(ctx, first, to)
+		}
+		rest := Rest{Size: size, Body: body(want[:PieceSize]), To: PieceSize, Pieces: true, Gap: gap, More: srv.source}
+		if !follows {
+			rest.Body, _ = io.Pipe() // the first client leaves before anything comes
+		}
+		tr, _ := s.Claim(d, Origin{})
+		begun := make(chan struct{})
+		go func() { // a client that asks for ranges, each of which takes the last one over
+			defer close(begun)
+			for off := int64(3 << 20); off < 8<<20; off += 3 << 19 {
+				r := s.Ranges(t.Context(), d, Origin{})
+				if r == nil {
+					return
+				}
+				r.With(t.Context(), srv.open)
+				if to, is := r.Missing(off, -1); is && r.Size() >= 0 {
+					b, _ := srv.open(t.Context(), off, min(to, off+chunkSize))
+					r.Fill(b, off, min(to, off+chunkSize), size)
+					_, _ = io.CopyN(io.Discard, r, chunkSize)
+				}
+				r.Close()
+			}
+		}()
+		r, err := tr.Resume(rest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-begun
+		if !follows {
+			r.Close()
+			tr.cancel(nil)
+			waitFor(t, "it has ended", func() bool { return s.Stats().Running == 0 })
+			asked.Store(0)
+			tr, _ = s.Claim(d, Origin{})
+			first, to, _, ok := tr.Missing()
+			if !ok {
+				t.Fatal("nothing is there")
+			}
+			b, _ := srv.open(t.Context(), first, to)
+			if r, err = tr.Resume(Rest{Size: size, Body: b, First: first, To: to, Gap: gap, More: srv.source}); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			r.Whole()
+		}
+		if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		r.Close()
+		if n := asked.Load(); n > 4 {
+			t.Errorf("follows: %v, asked %d times", follows, n)
 		}
 	}
 }

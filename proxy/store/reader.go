@@ -391,6 +391,20 @@ func (r *Reader) Detach() {
 	r.arriving.t.change.Broadcast()
 }
 
+// Whole says that all of the blob is wanted, so that the transfer asks for no pieces of it, as it does for clients
+// who ask for ranges.
+func (r *Reader) Whole() {
+	t := r.arriving.t
+	t.mu.Lock()
+	p := t.part
+	t.mu.Unlock()
+	if p != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.piece = 0
+	}
+}
+
 // AddSource adds a source to the transfer, for when those that it has break off.
 func (r *Reader) AddSource(more Source) {
 	t := r.arriving.t
@@ -459,10 +473,13 @@ func (t arrivedAt) ReadAt(p []byte, off int64) (int, error) {
 		return n, nil
 	}
 	t.mu.Lock()
-	if n := t.stored - off; n > 0 { // of the rest there may be nothing, or what came out of its order
-		p = p[:min(int64(len(p)), n)]
-	}
+	stored := t.stored
 	t.mu.Unlock()
+	// What follows is in memory alone. In the file there may be zeros in its place, where something
+	// beyond it has come before.
+	if p = p[:max(0, min(int64(len(p)), stored-off))]; len(p) == 0 {
+		return 0, io.EOF
+	}
 	return t.store.reading.readAt(t.file, p, off)
 }
 

@@ -126,6 +126,7 @@ func (t *Transfer) Resume(rest Rest) (*Reader, error) {
 	m.gap = rest.Gap
 	p.mu.Lock()
 	p.shared = true
+	p.piece = 0
 	if rest.Pieces {
 		p.piece = PieceSize
 	}
