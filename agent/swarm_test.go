@@ -344,10 +344,11 @@ func (*turncoat) Figures() []byte { return nil }
 // bytes: one pull breaks off and nothing of it is stored, the others hear of it and have
 // theirs, and nothing is read from it any more.
 func TestTurncoat(t *testing.T) {
-	const members, good, bad = 3, 10, 3
+	// Where a machine is busy, a member may take the peer for silent, and read from the registry.
+	const members, good, bad, more = 3, 10, 3, 5
 	var sizes []int
-	for range members * (good + bad) {
-		sizes = append(sizes, 4<<20)
+	for range members * (good + more + bad + more) {
+		sizes = append(sizes, 7<<19)
 	}
 	o := newOrigin(t, sizes...)
 	c := &turncoat{blobs: o.blobs}
@@ -389,7 +390,7 @@ func TestTurncoat(t *testing.T) {
 	next := 0
 	pull := func(m *swarmNode) error { next++; return m.blob(o.order[next-1], o.blobs[o.order[next-1]]) }
 	for _, m := range all {
-		for range good {
+		for i := 0; i < good || i < good+more && !about(m).Believed; i++ {
 			if err := pull(m); err != nil {
 				t.Fatal(err)
 			}
@@ -398,12 +399,12 @@ func TestTurncoat(t *testing.T) {
 			t.Fatalf("it isn't believed: %+v", about(m))
 		}
 	}
-	if c.reads.Load() < members*good {
-		t.Fatalf("the turncoat was read from %d times", c.reads.Load())
-	}
 	c.turned.Store(true)
-	if pull(all[0]) == nil {
-		t.Error("the pull of who believed it didn't break off: the test is about nothing")
+	tries := 0
+	for pull(all[0]) == nil {
+		if tries++; tries > more {
+			t.Fatal("the pull of who believed it didn't break off: the test is about nothing")
+		}
 	}
 	next--
 	if _, err := all[0].peers.openKept(o.order[next]); err == nil {
@@ -417,8 +418,13 @@ func TestTurncoat(t *testing.T) {
 	}
 	for _, m := range all[1:] {
 		until("the others have heard of it", func() bool { return !about(m).Believed })
-		if err := pull(m); err != nil {
-			t.Errorf("another's pull: %v", err)
+		for i := 0; i < more && !about(m).Shunned; i++ {
+			if err := pull(m); err != nil {
+				t.Errorf("another's pull: %v", err)
+			}
+		}
+		if !about(m).Shunned {
+			t.Errorf("one doesn't shun it: %+v", about(m))
 		}
 	}
 	reads := c.reads.Load()
@@ -427,9 +433,6 @@ func TestTurncoat(t *testing.T) {
 			if err := pull(m); err != nil {
 				t.Error(err)
 			}
-		}
-		if !about(m).Shunned {
-			t.Errorf("one doesn't shun it: %+v", about(m))
 		}
 	}
 	if now := c.reads.Load(); now != reads {

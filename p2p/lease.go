@@ -481,16 +481,25 @@ func (n *Node) second(ctx context.Context, others []peer.ID, q question) []sourc
 	return nil
 }
 
-// tell tells peers something, in the background.
+// tell tells peers something, in the background. What only this node can say is said
+// again to those that give no answer.
 func (n *Node) tell(all []peer.ID, q question) {
 	if n.ctx.Err() != nil {
 		return
 	}
+	tries := 1
+	if q.Op == opLie {
+		tries = reportTries
+	}
 	for _, s := range all {
 		n.wg.Go(func() {
-			ctx, cancel := context.WithTimeout(n.ctx, answerTime)
-			defer cancel()
-			if _, err := n.exchange(ctx, s, q); err != nil {
+			for range tries {
+				ctx, cancel := context.WithTimeout(n.ctx, answerTime)
+				_, err := n.exchange(ctx, s, q)
+				cancel()
+				if err == nil || n.ctx.Err() != nil {
+					return
+				}
 				n.log.Debug("a peer can't be told", "peer", s, "op", q.Op, "err", err)
 			}
 		})

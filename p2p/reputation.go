@@ -33,6 +33,8 @@ const (
 	// maxReports bounds the reports of wrong bytes that are taken from a peer in
 	// reportTime.
 	maxReports, reportTime = 8, time.Hour
+	// reportTries is how often a report is sent to a peer that gives no answer.
+	reportTries = 3
 )
 
 // reputation is what a node has seen of its peers.
@@ -96,8 +98,8 @@ func (r *reputation) isMute(p peer.ID) (is bool) {
 type fault int
 
 const (
-	unverified fault = iota // it had not said that it has the blob
-	partial                 // it had, but not all of the bytes are its
+	unverified fault = iota // it had not said that it has the blob, or not all of the bytes are its
+	partial                 // the latter, and it was believed
 	lie                     // it had, and they are
 )
 
@@ -226,7 +228,7 @@ func (n *Node) penalize(id peer.ID, d digest.Digest, f fault) {
 	}
 	all := append(n.host.Network().Peers(), n.dht.RoutingTable().ListPeers()...)
 	slices.Sort(all)
-	all = slices.DeleteFunc(slices.Compact(all), func(p peer.ID) bool { return p == id || n.peers.isDown(p) })
+	all = slices.DeleteFunc(slices.Compact(all), func(p peer.ID) bool { return p == id })
 	n.tell(all, question{Op: opLie, Key: k, From: id})
 }
 

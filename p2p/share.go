@@ -289,7 +289,7 @@ func (s *Share) closed(b *body) {
 	switch {
 	case b.kept && b.start == 0 && to == b.total:
 		g.fault = lie
-	case b.kept:
+	case b.kept && s.n.peers.believed(b.src.ID):
 		g.fault = max(g.fault, partial)
 	}
 	s.gave[b.src.ID] = g
