@@ -18,9 +18,13 @@ func TestTrixie(t *testing.T) {
 	root := debian(t, "trixie", runtime.GOARCH).unpack(all, append([]string{"buildah", "containerd", "docker.io", "docker-cli", "podman", "skopeo"}, userland...)...)
 	in := lab.NewInternet(t)
 	hub := in.DockerHub()
-	node := in.Node()
-	node.Run("mount", "--bind", filepath.Join(root, "usr"), "/usr")
-	node.Run("sh", "-ec", "rm -rf /etc/containers; cp -a "+filepath.Join(root, "etc/containers")+" /etc/")
+	ghcr := in.Registry("ghcr.io")
+	ghcr.Push("acme/plain:1", lab.Image{Layers: []int{5 << 20, 2 << 20}, Seed: 92, OCI: true})
+	bare, node := in.Node(), in.Node()
+	for _, n := range []*lab.Node{bare, node} {
+		n.Run("mount", "--bind", filepath.Join(root, "usr"), "/usr")
+		n.Run("sh", "-ec", "rm -rf /etc/containers; cp -a "+filepath.Join(root, "etc/containers")+" /etc/")
+	}
 	for program, want := range map[string]string{"containerd": " 1.7.", "dockerd": " 26.", "podman": " 5.", "buildah": " 1.39", "skopeo": " 1.18"} {
 		if out := node.Run(program, "--version"); !strings.Contains(out, want) {
 			t.Errorf("%s isn't Debian 13's: %s", program, out)
@@ -71,4 +75,24 @@ func TestTrixie(t *testing.T) {
 			}
 		})
 	}
+	// Partial pulls, whose ranges of what isn't kept are passed through.
+	t.Run("podman, zstd:chunked", func(t *testing.T) {
+		bare.Run("skopeo", "copy", "--dest-compress", "--dest-compress-format=zstd:chunked", "docker://ghcr.io/acme/plain:1", "docker://ghcr.io/acme/zstd:1")
+		ghcr.Log.Reset()
+		want := bare.PodmanPartly("ghcr.io/acme/zstd:1", "bare")
+		if ranges := ghcr.Log.All(func(r lab.Request) bool { return r.Status == 206 }); len(ranges) == 0 {
+			t.Fatalf("it asks for no ranges:\n%s", ghcr.Log)
+		}
+		if got := node.PodmanPartly("ghcr.io/acme/zstd:1", "cold"); got != want {
+			t.Errorf("cold it has\n%s\nand without weir\n%s", got, want)
+		}
+		node.Run("skopeo", "copy", "docker://ghcr.io/acme/zstd:1", "dir:/var/lib/home/whole")
+		ghcr.Log.Reset()
+		if got := node.PodmanPartly("ghcr.io/acme/zstd:1", "warm"); got != want {
+			t.Errorf("warm it has\n%s\nand without weir\n%s", got, want)
+		}
+		if gets := ghcr.Log.BlobGETs(); gets > 0 {
+			t.Errorf("%d blobs were fetched again:\n%s", gets, ghcr.Log)
+		}
+	})
 }

@@ -783,6 +783,31 @@ func (n *Node) NewestContainerd() *Containerd {
 	return n.containerd(containerd, "PATH="+filepath.Dir(shim)+":/usr/sbin:/usr/bin:/sbin:/bin")
 }
 
+// Convert makes of an image at a registry one whose layers can be read in parts, as
+// "estargz" or "zstdchunked" has them, and pushes it. The node has the newest containerd.
+func (n *Node) Convert(how, from, to string) {
+	n.t.Helper()
+	ctr := Tool(n.t, "ctr")
+	n.Run(ctr, "images", "pull", "--local", from)
+	n.Run(Tool(n.t, "containerd-stargz-grpc"), "convert", how, from, to)
+	n.Run(ctr, "images", "push", to)
+}
+
+// PodmanPartly pulls an image with podman, which fetches the parts of layers in
+// zstd:chunked that it has no file of, into a store of a name, and returns what is in
+// the image's files.
+func (n *Node) PodmanPartly(image, store string) string {
+	n.t.Helper()
+	n.WriteFile("/var/lib/home/storage.conf", fmt.Sprintf(`[storage]
+driver = "overlay"
+graphroot = "/var/lib/%[1]s"
+runroot = "/run/%[1]s"
+[storage.options]
+pull_options = {enable_partial_images = "true"}
+`, store))
+	return n.Run("sh", "-ec", "export PODMAN_IGNORE_CGROUPSV1_WARNING=1 CONTAINERS_STORAGE_CONF=/var/lib/home/storage.conf; podman pull -q "+image+"; cd $(podman image mount "+image+"); sha256sum *; cd /; podman image umount --all >/dev/null")
+}
+
 // OlderContainerd starts the newest containerd of the 1.7 line with no
 // configuration.
 func (n *Node) OlderContainerd() *Containerd {
