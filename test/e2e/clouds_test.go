@@ -108,7 +108,7 @@ func TestClouds(t *testing.T) {
 			agent := node.Agent()
 			reaches := func(want string) {
 				t.Helper()
-				if rt := agent.Runtime(containerd.PID()); string(rt.Reach) != want || want != "intercepted" && rt.Step == "" {
+				if rt := agent.Runtime(containerd.PID()); rt.Reach != want || want != "intercepted" && rt.Step == "" {
 					t.Fatalf("containerd is %+v", rt)
 				}
 				for warm := range 2 {
