@@ -221,8 +221,10 @@ func TestReadingHangs(t *testing.T) {
 	if err := errors.Join(os.Mkdir(filepath.Join(foreign, "sha256"), 0o700), os.WriteFile(filepath.Join(foreign, "sha256", dt.Encoded()), theirs, 0o600)); err != nil {
 		t.Fatal(err)
 	}
+	s.looking.Lock() // or it is looked at meanwhile
 	s.AddForeign(foreign)
 	s.foreign[0].timeout, s.foreign[0].hold = 100*time.Millisecond, others.hold
+	s.looking.Unlock()
 
 	opened, err := s.Get(d)
 	if err != nil {
