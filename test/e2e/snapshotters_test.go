@@ -102,7 +102,7 @@ func TestSnapshotters(t *testing.T) {
 			if got := s.pull(t, node.Box(), agent); got != want {
 				t.Errorf("cold it reads\n%s\nand without weir\n%s", got, want)
 			}
-			// Ranges of what isn't kept are passed through.
+			// Of what was asked for in ranges alone not all may be here.
 			node.Run(node.As(lab.Tool(t, "crane"), "crane"), "pull", s.image, "/var/lib/home/whole.tar")
 			w.forget()
 			if got := s.pull(t, node.Box(), agent); got != want {
