@@ -89,7 +89,7 @@ test: ## run all tests (as root; installs what they need)
 	$(MAKE) system-tests
 
 package-tests: # with the race detector; vet has run. A swarm's peers have a second to answer: 16 of them in one process have the cores for themselves
-	$(AS_ROOT) CGO_ENABLED=1 $(GO) test -race -vet=off -timeout 10m -skip '^TestSwarm$$' ./agent/... ./bpf/... ./internal/... ./p2p/... ./proxy/...
+	$(AS_ROOT) CGO_ENABLED=1 $(GO) test -race -vet=off -timeout 10m -skip '^TestSwarm$$' ./agent/... ./bpf/... ./p2p/... ./proxy/...
 	$(AS_ROOT) CGO_ENABLED=1 $(GO) test -race -vet=off -timeout 10m -run '^TestSwarm$$' ./agent
 
 system-tests: # they build the tools that they drive, once
