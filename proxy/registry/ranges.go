@@ -4,6 +4,7 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -322,15 +323,18 @@ func (x *exchange) fetchFirstPart(ctx context.Context) (*reply, error) {
 	return resp, nil
 }
 
-// anew fetches all of a blob, as what has come of it is wrong.
+// errNotAnew says that the registry doesn't give a blob, of which something wrong has come.
+var errNotAnew = errors.New("the registry doesn't give it")
+
+// anew fetches all of a blob, as what has come of it is wrong. The error is [errNotAnew].
 func (x *exchange) anew(ctx context.Context) (io.ReadCloser, int64, error) {
 	resp, err := x.fetch(ctx, 0)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, fmt.Errorf("%w: %w", errNotAnew, err)
 	}
 	if resp.StatusCode != http.StatusOK || encoded(resp) {
 		resp.Body.Close()
-		return nil, 0, fmt.Errorf("%s answers with %s", x.up.Host, resp.Status)
+		return nil, 0, fmt.Errorf("%w: %s answers with %s", errNotAnew, x.up.Host, resp.Status)
 	}
 	return x.arriving(resp.Body), resp.ContentLength, nil
 }

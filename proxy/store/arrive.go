@@ -22,7 +22,12 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	defer wake()
 	sum, err := t.receive(body)
 	again := false
-	for err != nil && errors.Is(err, ErrCorrupt) && t.restart(&body, err) {
+	for errors.Is(err, ErrCorrupt) {
+		begun, rerr := t.restart(&body, err)
+		if !begun {
+			err = rerr
+			break
+		}
 		again = true
 		sum, err = t.receive(body)
 	}
@@ -150,8 +155,9 @@ func (t *Transfer) write(p []byte, off int64) error {
 }
 
 // restart begins again after what was read turned out to be wrong, if no
-// reader was given any of it.
-func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
+// reader was given any of it. Else it returns the error that the transfer ends with: cause, and
+// why it can't be fetched again.
+func (t *Transfer) restart(body *io.ReadCloser, cause error) (begun bool, err error) {
 	t.mu.Lock()
 	u, again := t.unverified, !t.given && t.round < attempts && !t.unkept
 	if u != nil && again { // nothing of it is given while it is fetched
@@ -161,18 +167,18 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	}
 	t.mu.Unlock()
 	if u == nil {
-		return false
+		return false, cause
 	}
 	if u.Wrong != nil {
 		u.Wrong()
 	}
 	t.store.log.Warn("what came of a blob is wrong", "digest", t.digest, "again", again, "err", cause)
 	if !again {
-		return false
+		return false, cause
 	}
 	b, size, err := u.Refetch(t.ctx)
 	if err != nil {
-		return false
+		return false, fmt.Errorf("%w, and it can't be fetched again: %w", cause, err)
 	}
 	*body = b
 	t.mu.Lock()
@@ -196,9 +202,9 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) bool {
 	if err := t.store.disk.do(func() error { return t.file.Truncate(0) }, nil); err != nil {
 		b.Close()
 		t.cancel(&writeError{err})
-		return false
+		return false, cause
 	}
-	return true
+	return true, nil
 }
 
 // fill has the blob's bytes arrive.

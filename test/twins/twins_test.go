@@ -424,7 +424,7 @@ func compare(without, with *play) *result {
 	r := &result{story: without.story, took: [2]time.Duration{without.took, with.took}}
 	for i, p := range []*play{without, with} {
 		if p.err != nil {
-			r.errs[i] = normal(lastLines(p.err.Error()))
+			r.errs[i] = lastLines(normal(p.err.Error())) // they are sorted, without their times
 		}
 	}
 	switch {
