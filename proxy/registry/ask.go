@@ -22,6 +22,9 @@ import (
 type reply struct {
 	*http.Response
 	at time.Time
+	// ranged says that it is to a range, where the client asked for all: to that the registry
+	// may answer otherwise.
+	ranged bool
 }
 
 // question is a request that weir makes to find out what the client may have: the
@@ -85,7 +88,7 @@ func (x *exchange) ask(q question) (*reply, error) {
 	case outage:
 		return nil, fmt.Errorf("%w: it answers with %s", errOutage, resp.Status)
 	}
-	return &reply{resp, x.h.rights.Now()}, nil
+	return &reply{Response: resp, at: x.h.rights.Now()}, nil
 }
 
 // errForeign says that an answer is hardly the registry's.
@@ -199,7 +202,7 @@ func (x *exchange) send(by http.RoundTripper, req *http.Request, follow bool) (*
 	if err != nil {
 		return nil, err
 	}
-	return &reply{resp, x.h.rights.Now()}, nil
+	return &reply{Response: resp, at: x.h.rights.Now()}, nil
 }
 
 // errElsewhere says that the host that the upstream redirects to, or that gives its

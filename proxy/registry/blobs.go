@@ -276,7 +276,7 @@ func (x *exchange) lead(t *store.Transfer) {
 		return
 	}
 	defer r.Close()
-	x.serveTransfer(r, nil, provenance{stored: true})
+	x.serveTransfer(r, nil, provenance{stored: true, ranged: resp.ranged})
 }
 
 // ended records that a transfer has ended, to which the registry had answered at a time, and says

@@ -161,7 +161,7 @@ func (x *exchange) serveTransfer(r *store.Reader, shown *proof, from provenance)
 	if err != nil {
 		switch {
 		case x.r.Context().Err() != nil:
-		case errors.Is(err, store.ErrCorrupt) && !errors.Is(err, errNotAnew):
+		case errors.Is(err, store.ErrCorrupt) && !errors.Is(err, errNotAnew) && !from.ranged:
 			// Passed through, the whole of it would reach the client.
 			x.notThere(err)
 		default:

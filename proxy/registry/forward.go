@@ -57,7 +57,7 @@ func (x *exchange) pass(r *http.Request, learn func(*reply) error) {
 				}
 				return nil // its body is the connection
 			}
-			a := &reply{resp, x.h.rights.Now()}
+			a := &reply{Response: resp, at: x.h.rights.Now()}
 			if err := learn(a); err != nil {
 				return err
 			}

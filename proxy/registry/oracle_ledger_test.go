@@ -62,10 +62,11 @@ func hasKey(g *modelRegistry, repo, net string, c *modelContent) string {
 	return g.name + "/" + repo + " in " + net + " " + c.name
 }
 
-// publicKey is for whom a repository is public: where a registry knows clients
-// by their network, for those of one network.
+// publicKey is for whom a repository is public: for those of one network, but at the registries
+// that everybody uses. Any other may know clients by their network, as far as weir can tell: what
+// it says to one says nothing for the others.
 func publicKey(g *modelRegistry, repo, net string) string {
-	if !g.byAddress && g.roots == "" {
+	if g.worldwide() && !g.byAddress {
 		net = "any"
 	}
 	return g.name + "/" + repo + " in " + net

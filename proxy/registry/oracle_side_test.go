@@ -81,9 +81,12 @@ func (s *oracleSide) close() {
 	s.store.Close()
 }
 
+// worldwide says whether a registry is one of those that everybody uses.
+func (g *modelRegistry) worldwide() bool { return g.name == "hub" || g.name == "gh" }
+
 // connect is a client's connection to a registry.
 func (s *oracleSide) connect(g *modelRegistry, transport http.RoundTripper, network, cert string) net.Conn {
-	up := Upstream{Host: g.host, Plain: g.plain, NetworkID: network, Worldwide: g.name == "hub" || g.name == "gh", TrustRootsID: g.roots, ClientIdentity: cert, Client: "a client in " + network, Transport: transport}
+	up := Upstream{Host: g.host, Plain: g.plain, NetworkID: network, Worldwide: g.worldwide(), TrustRootsID: g.roots, ClientIdentity: cert, Client: "a client in " + network, Transport: transport}
 	client, server := net.Pipe()
 	select {
 	case s.conns <- &oracleConn{server, up}:

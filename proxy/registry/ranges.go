@@ -307,7 +307,7 @@ func (x *exchange) fetchFirstPart(ctx context.Context) (*reply, error) {
 	from, to, size, ok := sentRange(resp)
 	switch {
 	case ok && from == 0 && (to == size || to == x.h.widths.part):
-		resp.StatusCode, resp.Status, resp.ContentLength = http.StatusOK, "200 OK", size
+		resp.StatusCode, resp.Status, resp.ContentLength, resp.ranged = http.StatusOK, "200 OK", size, true
 		resp.Header.Del("Content-Range")
 		if to < size {
 			resp.Body = &firstPart{resp.Body, to}

@@ -40,6 +40,7 @@ type provenance struct {
 	stored   bool // it is stored on its way from the upstream
 	resolved bool // the upstream was asked what the tag is
 	stale    bool // the upstream gave no answer: it is what it said before
+	ranged   bool // the upstream was asked for ranges, and the client asked for all
 }
 
 func (p provenance) cacheStatus() string {

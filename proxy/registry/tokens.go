@@ -318,7 +318,7 @@ func (x *exchange) token(realm *url.URL) {
 	var failed errTokens
 	switch {
 	case err == nil:
-		x.relay(&reply{resp, x.h.rights.Now()})
+		x.relay(&reply{Response: resp, at: x.h.rights.Now()})
 	case x.r.Context().Err() != nil:
 		panic(http.ErrAbortHandler) // the client has gone
 	case public:
@@ -327,7 +327,7 @@ func (x *exchange) token(realm *url.URL) {
 		x.w.Header().Set("Cache-Control", "no-store")
 		_ = json.NewEncoder(x.w).Encode(map[string]any{"token": placeholder, "access_token": placeholder, "expires_in": int(placeholderTTL.Seconds())})
 	case errors.As(err, &failed):
-		x.relay(&reply{failed.Response, x.h.rights.Now()})
+		x.relay(&reply{Response: failed.Response, at: x.h.rights.Now()})
 	default:
 		x.unreachable(err)
 	}
