@@ -161,7 +161,9 @@ func (x *exchange) serveTransfer(r *store.Reader, shown *proof, from provenance)
 	if err != nil {
 		switch {
 		case x.r.Context().Err() != nil:
-		case errors.Is(err, store.ErrCorrupt) && !errors.Is(err, errNotAnew) && !from.ranged:
+		case errors.Is(err, store.ErrCorrupt) && (errors.Is(err, errNotAnew) || from.ranged):
+			x.askForAll()
+		case errors.Is(err, store.ErrCorrupt):
 			// Passed through, the whole of it would reach the client.
 			x.notThere(err)
 		default:
@@ -202,6 +204,17 @@ func (x *exchange) notThere(err error) {
 	_ = json.NewEncoder(x.w).Encode(map[string]any{"errors": []map[string]string{{
 		"code": "BLOB_UNKNOWN", "message": "what " + x.up.Host + " sends has another digest",
 	}}})
+}
+
+// askForAll answers with what the registry gives to a request for all of a blob, of which
+// ranges were wrong.
+func (x *exchange) askForAll() {
+	resp, err := x.fetch(x.r.Context(), 0)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		x.refused(resp, err)
+		return
+	}
+	x.sent(resp)
 }
 
 // compared is a reader of a transfer that gives nothing before what the registry has
