@@ -18,10 +18,8 @@ const (
 	// blobs together, and with it the connections to a registry.
 	maxParts = 16
 	// aloneTime is for how long a registry that has refused a range, or has given
-	// another than was asked for, is asked for blobs over one connection, and
-	// enoughTime for how long one of which more connections got no more.
-	aloneTime  = 10 * time.Minute
-	enoughTime = time.Minute
+	// another than was asked for, is asked for blobs over one connection.
+	aloneTime = 10 * time.Minute
 	// paceTime is over what time it is measured how fast a registry is, and longer, if
 	// less than a part has come. After a connection was added it takes as long until that
 	// counts.
@@ -33,8 +31,8 @@ const (
 	growth      = 0.3
 	leastGrowth = 0.1
 	stallTime   = 5 * time.Second
-	// learnedTime is for how long blobs have as many connections as one before them has
-	// grown to. Most layers have come before it is measured what more would bring.
+	// learnedTime is for how long blobs have as many connections as those before them have
+	// grown to, be it one. Most layers have come before it is measured what more would bring.
 	learnedTime = time.Minute
 	// slowPart is how many times slower than the blob's first connection, when that was
 	// alone, another one stands still. Eight have each a quarter of it, where each
@@ -63,9 +61,7 @@ type widths struct {
 type width struct {
 	received atomic.Int64 // bytes of large blobs
 	conns    atomic.Int64 // for those
-	// Until then blobs have one connection (in Unix nanoseconds): since it has refused
-	// a part, or since more connections have brought no more.
-	refused, enough atomic.Int64
+	refused  atomic.Int64 // a part; until then blobs have one connection (in Unix nanoseconds)
 
 	mu      sync.Mutex
 	blobs   map[*parallel]struct{} // that are on their way
@@ -132,7 +128,7 @@ func (ws *widths) wide(registry string) bool {
 	w := ws.registry(registry)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.each > 1 && time.Now().Before(w.until) && !w.alone()
+	return w.each > 1 && time.Now().Before(w.until) && !w.refuses()
 }
 
 func (w *width) leave(p *parallel) {
@@ -196,10 +192,6 @@ func (ws *widths) grow(w *width) {
 		case after.grown(before):
 			n = twice
 			w.use(n, n == ws.most)
-		case n == 1:
-			w.use(n, true)
-			w.rest()
-			return
 		default:
 			w.use(n, true)
 			return
@@ -232,11 +224,13 @@ func (ws *widths) registry(name string) *width {
 }
 
 // alone says whether a blob has one connection, and refuses that more are asked for.
-func (w *width) alone() bool { return w.refuses() || time.Now().UnixNano() < w.enough.Load() }
+func (w *width) alone() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.refuses() || w.settled && w.each == 1 && time.Now().Before(w.until)
+}
 
 func (w *width) refuses() bool { return time.Now().UnixNano() < w.refused.Load() }
-
-func (w *width) rest() { w.enough.Store(time.Now().Add(enoughTime).UnixNano()) }
 
 func (w *width) refuse() { w.refused.Store(time.Now().Add(aloneTime).UnixNano()) }
 
