@@ -269,14 +269,20 @@ func stall(n int) error {
 	}
 	var stopped sync.WaitGroup
 	stopped.Add(n)
+	var asked sync.Map // by path: a request can come again, over another connection
 	manifest := bytes.Repeat([]byte(" "), 4<<20-10)
 	go func() {
 		_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
 			w.Header().Set("Content-Length", strconv.Itoa(len(manifest)+10))
+			if r.Method == http.MethodHead { // whose answer ends with its head
+				return
+			}
 			_, _ = w.Write(manifest)
 			_ = http.NewResponseController(w).Flush()
-			stopped.Done()
+			if _, again := asked.LoadOrStore(r.URL.Path, true); !again {
+				stopped.Done()
+			}
 			<-r.Context().Done()
 		}))
 	}()
