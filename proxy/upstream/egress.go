@@ -76,9 +76,10 @@ var defaultTimes = times{
 	// When they are tried beside one that accepts, and then says nothing.
 	handshake: time.Second,
 	// How long a request may go without an acknowledgement, and twice that if the
-	// kernel has not sent it again by then: all that a forgotten connection costs is
-	// to be about a second.
-	guess: 500 * time.Millisecond,
+	// kernel has not sent it again by then: all that forgotten connections cost is to be
+	// less than a second, where a request needs two hosts too, a registry and its token
+	// server.
+	guess: 400 * time.Millisecond,
 	// How long a connection may wait for its next request and be taken to lead to
 	// the registry still, if what is sent is acknowledged.
 	idle: 5 * time.Second,
