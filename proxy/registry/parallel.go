@@ -106,12 +106,18 @@ func (p *parallel) count() {
 	p.counted = n
 }
 
-// ending says whether there is nothing to ask for any more.
-func (p *parallel) ending() bool {
+// left is how many bytes nothing has asked for in parts, of those that were not read.
+func (p *parallel) left() int64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.closed || p.size-max(p.pos, p.next) < 2*p.ws.part
+	if p.closed {
+		return 0
+	}
+	return p.size - max(p.pos, p.next)
 }
+
+// ending says whether there is nothing to ask for any more.
+func (p *parallel) ending() bool { return p.left() < 2*p.ws.part }
 
 // use has n connections read, of which each has to bring so many bytes in ws.stall.
 func (p *parallel) use(n int, least int64) {

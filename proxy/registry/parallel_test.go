@@ -480,9 +480,32 @@ func TestConnectionsForEach(t *testing.T) {
 			ws := newWidths(8)
 			ws.part = 16 // as much memory as it takes
 			ws.parts = make(chan struct{}, 1000)
+			has := func(p *parallel) int {
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				return p.want
+			}
+			rests := func(p *parallel) bool { // its first connection, when that comes to the parts
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				return p.next > 0
+			}
+			asked := func(w *width) bool { // for parts, by all that are to
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				for p := range w.blobs {
+					if has(p) > 1 && !rests(p) {
+						return false
+					}
+				}
+				return true
+			}
 			pace := make(chan struct{})
 			ws.pace = func(w *width) sample {
 				<-pace
+				for !asked(w) {
+					time.Sleep(time.Millisecond)
+				}
 				measured.Add(1)
 				n := float64(w.conns.Load())
 				return sample{min(n, float64(of.link)), n}
@@ -492,11 +515,6 @@ func TestConnectionsForEach(t *testing.T) {
 				return ws.parallel("registry", nothing(), 0, 1<<30, 1<<30, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 					return nothing(), nil, nil
 				}).(*parallel)
-			}
-			has := func(p *parallel) int {
-				p.mu.Lock()
-				defer p.mu.Unlock()
-				return p.want
 			}
 			var all []*parallel
 			for range of.blobs {
@@ -509,10 +527,17 @@ func TestConnectionsForEach(t *testing.T) {
 				defer w.mu.Unlock()
 				return w.settled && !w.growing
 			})
+			resting := 0
 			for i, p := range all {
 				if n := has(p); n != of.want {
 					t.Errorf("blob %d has %d connections, want %d", i, n, of.want)
 				}
+				if rests(p) {
+					resting++
+				}
+			}
+			if want := max(1, of.blobs*min(1, of.want-1)); resting != want {
+				t.Errorf("the first connections of %d blobs come to rest, want %d", resting, want)
 			}
 			if of.want == 1 {
 				if !w.alone() {

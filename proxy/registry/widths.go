@@ -147,6 +147,25 @@ func (w *width) use(n int, settled bool) {
 	}
 }
 
+// try has one blob have as many more connections as there are blobs, at most most, where each has one:
+// a first connection that comes to rest has sent for nothing what is on its way, so that of
+// one only is to rest if more connections bring no more.
+func (w *width) try(most int) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var longest *parallel
+	for p := range w.blobs {
+		if longest == nil || p.left() > longest.left() {
+			longest = p
+		}
+	}
+	if longest == nil || len(w.blobs) == 1 {
+		return false
+	}
+	longest.use(min(1+len(w.blobs), most), w.least)
+	return true
+}
+
 // more says whether there is a blob for which more connections could be of use.
 func (w *width) more() bool {
 	w.mu.Lock()
@@ -181,7 +200,9 @@ func (ws *widths) grow(w *width) {
 			w.expect(before, ws)
 		}
 		twice := min(2*n, ws.most)
-		w.use(twice, false)
+		if n > 1 || !w.try(ws.most) {
+			w.use(twice, false)
+		}
 		ws.pace(w) // until they are under way
 		after := ws.pace(w)
 		switch {

@@ -233,7 +233,8 @@ const coldTitle = "Cold pulls"
 // BenchmarkCold pulls what weir hasn't, over shaped uplinks, and directly.
 func BenchmarkCold(b *testing.B) {
 	s := section{title: coldTitle, text: `A client gets the manifest and all blobs, three at a time, from nginx behind an uplink of that rate; weir's store is empty each
-time. The first byte is that of a blob of 512 MiB, over a new connection, TLS and all. CPU is weir's.`,
+time. The first byte is that of a blob of 512 MiB, over a new connection, TLS and all; a client has pulled its manifest before, as each does, or
+the agent has had no connection at all. CPU is weir's.`,
 		head: []string{"what", "through weir, s", "direct, s", "ratio", "received, weir / direct", "weir, CPU-s/GiB", "bound"}}
 	for _, link := range []struct {
 		mbit, mib int
@@ -266,7 +267,17 @@ time. The first byte is that of a blob of 512 MiB, over a new connection, TLS an
 		got := compare(r[0], r[1], func(s sample) float64 { return float64(s.bytes) })
 		add(what, link.bound, got.String(), f2(median(r[0], func(s sample) float64 { return s.cpu })), r)
 		if link.mbit == 0 {
-			add("to the first byte", 1.15, "", "", turns(rounds(7), func() sample { w.restart(agent); return begun(w.crane) }, func() sample { return begun(w.plain) }))
+			restart := func() { w.restart(agent) }
+			asked := func() { // as a pull does before it asks for blobs
+				w.restart(agent)
+				w.fetch(b, w.crane, shared, "https://"+known, "/v2/"+repo+"/manifests/1", 1, "cold")
+			}
+			for _, first := range []struct {
+				what   string
+				before func()
+			}{{"to the first byte, after the manifest", asked}, {"to the first byte, an agent's first connection", restart}} {
+				add(first.what, 1.15, "", "", turns(rounds(7), func() sample { first.before(); return begun(w.crane) }, func() sample { return begun(w.plain) }))
+			}
 		}
 	}
 	s.report(b)
