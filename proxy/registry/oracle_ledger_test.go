@@ -32,14 +32,17 @@ type modelLedger struct {
 	seq    int
 	public map[string]time.Time // a registry, repository and network: content was given to an anonymous request
 	lied   map[string]bool      // as has: something else was sent in its place
+	// deleted is a registry, repository and content that was deleted in one network. Where it may be
+	// another registry in each, what is remembered of the others stays.
+	deleted map[string]bool
 }
 
 func newModelLedger() modelLedger {
-	return modelLedger{right: make(map[string]time.Time), denied: make(map[string]bool), has: make(map[string]time.Time), given: make(map[string]int), public: make(map[string]time.Time), lied: make(map[string]bool)}
+	return modelLedger{right: make(map[string]time.Time), denied: make(map[string]bool), has: make(map[string]time.Time), given: make(map[string]int), public: make(map[string]time.Time), lied: make(map[string]bool), deleted: make(map[string]bool)}
 }
 
 func (l modelLedger) clone() modelLedger {
-	return modelLedger{right: maps.Clone(l.right), denied: maps.Clone(l.denied), has: maps.Clone(l.has), given: maps.Clone(l.given), seq: l.seq, public: maps.Clone(l.public), lied: maps.Clone(l.lied)}
+	return modelLedger{right: maps.Clone(l.right), denied: maps.Clone(l.denied), has: maps.Clone(l.has), given: maps.Clone(l.given), seq: l.seq, public: maps.Clone(l.public), lied: maps.Clone(l.lied), deleted: maps.Clone(l.deleted)}
 }
 
 // modelOrigin is a request of weir's that was redirected.
@@ -100,9 +103,11 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 	case q.method != http.MethodGet && q.method != http.MethodHead:
 		if a.truth != nil {
 			l.has[has] = w.now
+			delete(l.deleted, hasKey(o.g, o.repo, "", a.truth))
 		}
 		if q.method == http.MethodDelete && a.asked != nil && a.status == http.StatusAccepted {
 			delete(l.has, hasKey(o.g, o.repo, q.net, a.asked))
+			l.deleted[hasKey(o.g, o.repo, "", a.asked)] = o.g.roots != ""
 		}
 	case a.says:
 		l.right[o.key()] = w.now
@@ -118,6 +123,7 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		delete(l.denied, o.key()+" manifests "+a.truth.name)
 		if q.method == http.MethodGet {
 			l.has[has] = w.now
+			delete(l.deleted, hasKey(o.g, o.repo, "", a.truth))
 		}
 	case own && (a.status == http.StatusUnauthorized || a.status == http.StatusForbidden) && a.header.Get("Content-Type") != "text/html":
 		if q.header.Get("User-Agent") != "weir" {
@@ -487,7 +493,7 @@ func (w *modelWorld) check(x *modelAsk, got *answered, ttl, stale time.Duration)
 	for _, l := range []modelLedger{x.before, w.ledger} {
 		right := slices.ContainsFunc(keys, func(key string) bool {
 			// Another request of the same moment may have been given it, and this one lost it.
-			return (within(l.right[key], ttl) || l.given[key] > x.before.seq) && !l.denied[key+" "+kind+" "+content.name]
+			return (within(l.right[key], ttl) || l.given[key] > x.before.seq) && (!l.denied[key+" "+kind+" "+content.name] || l.deleted[hasKey(x.g, m[1], "", content)])
 		})
 		has := l.has[hasKey(x.g, m[1], x.q.net, content)]
 		public := within(l.public[publicKey(x.g, m[1], x.q.net)], stale)
