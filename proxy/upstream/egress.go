@@ -77,8 +77,7 @@ var defaultTimes = times{
 	handshake: time.Second,
 	// How long a request may go without an acknowledgement, and twice that if the
 	// kernel has not sent it again by then: all that forgotten connections cost is to be
-	// less than a second, where a request needs two hosts too, a registry and its token
-	// server.
+	// less than a second.
 	guess: 400 * time.Millisecond,
 	// How long a connection may wait for its next request and be taken to lead to
 	// the registry still, if what is sent is acknowledged.
@@ -124,6 +123,16 @@ func (c Config) NewNodeEgress() *Egress {
 func (e *Egress) Close() {
 	for _, p := range e.pools.Values() {
 		p.close()
+	}
+}
+
+// closeOthers closes idle connections to all targets but that of p, of which one was
+// forgotten on the way: the others probably were as well, and each costs time.
+func (e *Egress) closeOthers(p *pool) {
+	for _, other := range e.pools.Values() {
+		if other != p {
+			other.close()
+		}
 	}
 }
 

@@ -65,7 +65,12 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		req = req.WithContext(context.WithValue(req.Context(), untilKey{}, time.Now().Add(d)))
 	}
 	if repeatable(req) {
-		return t.egress.pool(k).roundTrip(req, t.egress.times, func() *http.Transport { return t.egress.newHTTP(t.target, userTimeout) })
+		p := t.egress.pool(k)
+		return p.roundTrip(req, &guess{
+			pool: p, times: t.egress.times,
+			fresh:     func() *http.Transport { return t.egress.newHTTP(t.target, userTimeout) },
+			forgotten: func() { t.egress.closeOthers(p) },
+		})
 	}
 	p := t.egress.pool(k)
 	t.mu.Lock()
@@ -173,10 +178,9 @@ func (p *pool) setClosing() {
 	p.closing = time.Now()
 }
 
-// roundTrip sends a request that may be sent twice. fresh makes transports for the
-// pool.
-func (p *pool) roundTrip(req *http.Request, times times, fresh func() *http.Transport) (*http.Response, error) {
-	g := &guess{pool: p, times: times, req: req, fresh: fresh, old: p.transport(fresh)}
+// roundTrip sends a request that may be sent twice.
+func (p *pool) roundTrip(req *http.Request, g *guess) (*http.Response, error) {
+	g.req, g.old = req, p.transport(g.fresh)
 	// It ends with its parent, or is cancelled when the second answer counts: what
 	// is read of an answer depends on it.
 	ctx, cancel := context.WithCancel(req.Context())
@@ -184,7 +188,7 @@ func (p *pool) roundTrip(req *http.Request, times times, fresh func() *http.Tran
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: g.got, GotFirstResponseByte: g.stop})
 	resp, err := g.end(g.old.RoundTrip(req.WithContext(ctx)))
 	if err != nil && req.Context().Err() == nil && g.closedHere(err) {
-		resp, err = p.transport(fresh).RoundTrip(req)
+		resp, err = p.transport(g.fresh).RoundTrip(req)
 	}
 	if resp != nil {
 		resp.Request = req
@@ -194,10 +198,12 @@ func (p *pool) roundTrip(req *http.Request, times times, fresh func() *http.Tran
 
 // guess is a request that may be on a connection which was forgotten on the way.
 type guess struct {
-	pool   *pool
-	times  times
+	pool      *pool
+	times     times
+	fresh     func() *http.Transport // for the pool
+	forgotten func()                 // called when it was
+
 	req    *http.Request
-	fresh  func() *http.Transport
 	old    *http.Transport
 	giveUp context.CancelFunc // the first attempt
 
@@ -302,6 +308,7 @@ func (g *guess) suspect(c net.Conn) {
 		g.won, g.resp = true, resp
 		g.giveUp()
 		g.pool.replace(g.old, fresh)
+		g.forgotten()
 	}
 }
 

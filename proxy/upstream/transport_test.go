@@ -81,6 +81,30 @@ func TestForgottenConnections(t *testing.T) {
 	}
 }
 
+// Where one connection was forgotten, those to other hosts are not tried either: a pull
+// that needs a registry, its token server and where blobs are waits once.
+func TestForgottenTogether(t *testing.T) {
+	w := newWorld(t)
+	w.egress.times.guess = 50 * time.Millisecond
+	here := func(rw http.ResponseWriter, r *http.Request) { fmt.Fprint(rw, "here") }
+	s, other := w.serve("127.0.0.1", 0, w.ca, here), w.serve("127.0.0.1", 0, w.ca, here)
+	for _, target := range []Target{s.target(), other.target()} {
+		if got, err := send(t, w.egress.Transport(target), "GET", target.url(), nil); err != nil || got != "here" {
+			t.Fatalf("%q, %v", got, err)
+		}
+	}
+	s.idle()
+	other.idle()
+	s.drop()
+	if got, err := send(t, w.egress.Transport(s.target()), "GET", s.target().url(), nil); err != nil || got != "here" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	eventually(t, "the other's is closed", func() bool { return other.conns() == 0 })
+	if got, err := send(t, w.egress.Transport(s.target()), "GET", s.target().url(), nil); err != nil || got != "here" || w.dialled(s.addr) != 2 {
+		t.Errorf("%q, %v, %d connections, want 2: the new one is used again", got, err, w.dialled(s.addr))
+	}
+}
+
 // Connections that were made to look at a registry, and have waited for their first
 // request, are forgotten as well.
 func TestForgottenReady(t *testing.T) {
@@ -182,7 +206,7 @@ func TestUnderway(t *testing.T) {
 	var again atomic.Bool
 	req, _ := http.NewRequestWithContext(t.Context(), "GET", s.target().url(), nil)
 	for !again.Load() {
-		g := &guess{pool: &pool{}, times: defaultTimes, req: req, since: time.Now(), giveUp: func() {}, fresh: func() *http.Transport {
+		g := &guess{pool: &pool{}, times: defaultTimes, req: req, since: time.Now(), giveUp: func() {}, forgotten: func() {}, fresh: func() *http.Transport {
 			again.Store(true)
 			return w.egress.newHTTP(Target{Addr: s.addr}, 0)
 		}}
