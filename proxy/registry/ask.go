@@ -292,10 +292,19 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 		}
 		return body, nil
 	default:
-		resp.Body.Close()
+		x.decline(resp)
 		return nil, fmt.Errorf("%s answers a request for a blob with %s", x.up.Host, resp.Status)
 	}
 	return resp.Body, nil
+}
+
+// decline closes an answer that isn't what a transfer asked for with the client's credentials. A
+// refusal is the client's, as if it had asked.
+func (x *exchange) decline(resp *reply) {
+	if x.own(resp.Response) {
+		x.learn(resp)
+	}
+	resp.Body.Close()
 }
 
 // firstPart is the body of the first part of a blob.
@@ -326,7 +335,7 @@ func (x *exchange) parallel(resp *reply, from, size int64) io.ReadCloser {
 		}
 		other := r.Header.Get("Etag")
 		if !isRange(r, first, last, size) || other != "" && tag != "" && other != tag {
-			r.Body.Close()
+			x.decline(r)
 			return nil, nil, fmt.Errorf("%s answers a request for a part of a blob with %s, %q", x.up.Host, r.Status, r.Header.Get("Content-Range"))
 		}
 		if r.Request != nil && r.Request.URL.Host != x.up.base().Host {

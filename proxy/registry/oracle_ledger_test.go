@@ -75,6 +75,16 @@ func publicKey(g *modelRegistry, repo, net string) string {
 	return g.name + "/" + repo + " in " + net
 }
 
+// sent records that the bytes of a content were sent. Whoever was told before that it isn't there
+// may have it by a right to the repository.
+func (l modelLedger) sent(now time.Time, has string, o modelOrigin, c *modelContent) {
+	l.has[has] = now
+	delete(l.deleted, hasKey(o.g, o.repo, "", c))
+	maps.DeleteFunc(l.denied, func(key string, _ bool) bool {
+		return strings.HasPrefix(key, o.g.name+"/"+o.repo+" as ") && strings.HasSuffix(key, "s "+c.name)
+	})
+}
+
 // plainly says whether a request names its registry and its repository in the
 // one way that weir reads: an answer to any other need not be understood.
 func (o modelOrigin) plainly() bool {
@@ -102,8 +112,7 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 	case o.repo == "" || !o.plainly():
 	case q.method != http.MethodGet && q.method != http.MethodHead:
 		if a.truth != nil {
-			l.has[has] = w.now
-			delete(l.deleted, hasKey(o.g, o.repo, "", a.truth))
+			l.sent(w.now, has, o, a.truth)
 		}
 		if q.method == http.MethodDelete && a.asked != nil && a.status == http.StatusAccepted {
 			delete(l.has, hasKey(o.g, o.repo, q.net, a.asked))
@@ -122,8 +131,7 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		delete(l.denied, o.key()+" blobs "+a.truth.name)
 		delete(l.denied, o.key()+" manifests "+a.truth.name)
 		if q.method == http.MethodGet {
-			l.has[has] = w.now
-			delete(l.deleted, hasKey(o.g, o.repo, "", a.truth))
+			l.sent(w.now, has, o, a.truth)
 		}
 	case own && (a.status == http.StatusUnauthorized || a.status == http.StatusForbidden) && a.header.Get("Content-Type") != "text/html":
 		if q.header.Get("User-Agent") != "weir" {
