@@ -77,7 +77,7 @@ var defaultTimes = times{
 	handshake: time.Second,
 	// How long a request may go without an acknowledgement, and twice that if the
 	// kernel has not sent it again by then: all that forgotten connections cost is to be
-	// less than a second.
+	// less than a second. Linux sends it again after 200 ms and two round trips.
 	guess: 400 * time.Millisecond,
 	// How long a connection may wait for its next request and be taken to lead to
 	// the registry still, if what is sent is acknowledged.

@@ -285,15 +285,24 @@ const (
 	arrived                  // acknowledged
 )
 
-// delivered says how far what was sent on a connection has come. It doesn't arrive
-// when the connection was forgotten on the way.
-func delivered(c net.Conn) delivery {
+// delivered says how far what was sent on a connection has come, on which the kernel had sent so
+// many segments again before. It doesn't arrive when the connection was forgotten on the way.
+func delivered(c net.Conn, before uint32) delivery {
 	info, err := tcpInfo(c)
 	switch {
 	case err != nil || info.Unacked == 0 && info.Notsent_bytes == 0:
 		return arrived
-	case info.Retransmits > 0:
+	case info.Total_retrans > before: // by a loss probe, or a time-out (RFC 8985, section 7)
 		return repeated
 	}
 	return underway
+}
+
+// sentAgain is how many segments the kernel has sent again on a connection.
+func sentAgain(c net.Conn) uint32 {
+	info, err := tcpInfo(c)
+	if err != nil {
+		return 0
+	}
+	return info.Total_retrans
 }

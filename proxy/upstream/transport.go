@@ -210,6 +210,7 @@ type guess struct {
 	mu     sync.Mutex
 	timer  *time.Timer // until it is suspect; nil when it isn't a guess
 	since  time.Time   // when it had its connection
+	again  uint32      // segments that had been sent again on that
 	waited bool        // that connection has waited for it for a while
 	heard  bool        // an answer to it has begun
 	over   bool        // the first attempt's answer counts, or none
@@ -239,6 +240,7 @@ func (g *guess) got(info httptrace.GotConnInfo) {
 		g.timer = nil
 	}
 	g.since, g.heard, g.waited = time.Now(), false, info.WasIdle && info.IdleTime >= g.times.idle
+	g.again = sentAgain(info.Conn)
 	if !g.over {
 		g.timer = time.AfterFunc(g.times.guess, func() { g.suspect(info.Conn) })
 	}
@@ -263,7 +265,7 @@ func (g *guess) suspect(c net.Conn) {
 		return
 	}
 	var wait time.Duration
-	switch delivered(c) {
+	switch delivered(c, g.again) {
 	case arrived:
 		if !g.waited { // a client's own connection would be no better
 			g.mu.Unlock()
@@ -296,7 +298,7 @@ func (g *guess) suspect(c net.Conn) {
 	case err != nil:
 		fresh.CloseIdleConnections()
 		cancel()
-		if delivered(c) != arrived { // a client without weir would have come no farther
+		if delivered(c, g.again) != arrived { // a client without weir would have come no farther
 			g.err = err
 			g.giveUp()
 		}

@@ -179,7 +179,7 @@ func TestSlowRegistry(t *testing.T) {
 	if _, err := c.Write([]byte("arrives")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "what was sent has arrived", func() bool { return delivered(c) == arrived })
+	eventually(t, "what was sent has arrived", func() bool { return delivered(c, 0) == arrived })
 	for _, waited := range []bool{false, true} {
 		g := &guess{times: defaultTimes, since: time.Now(), waited: waited}
 		g.suspect(c)
@@ -211,8 +211,8 @@ func TestUnderway(t *testing.T) {
 			return w.egress.newHTTP(Target{Addr: s.addr}, 0)
 		}}
 		g.suspect(c)
-		if again.Load() != (g.timer == nil) || again.Load() && delivered(c) != repeated {
-			t.Fatalf("asked twice: %v, and it is %d", again.Load(), delivered(c))
+		if again.Load() != (g.timer == nil) || again.Load() && delivered(c, 0) != repeated {
+			t.Fatalf("asked twice: %v, and it is %d", again.Load(), delivered(c, 0))
 		}
 		if g.timer != nil {
 			g.timer.Stop()
