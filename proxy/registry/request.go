@@ -28,8 +28,8 @@ type request struct {
 }
 
 // parse understands a client's request. What is not the plain form of the
-// distribution API is the upstream's business: another host than the connection's, a
-// request target with a scheme (and maybe with a user and a password), and what a
+// distribution API is the upstream's business: another host than the connection's
+// (HTTP/1.0 need not name any), a request target with a scheme (and maybe with a user and a password), and what a
 // body, or a query but for a mirror's, may ask for, or prove.
 func (h *Handler) parse(r *http.Request, up Upstream) request {
 	if slices.Equal(r.Header["Authorization"], []string{"Bearer " + placeholder}) {
@@ -40,7 +40,7 @@ func (h *Handler) parse(r *http.Request, up Upstream) request {
 	}
 	q := request{r: r, up: up, target: parsePath(r.URL.EscapedPath()), via: up.Transport}
 	ofMirror := q.target.repo != "" && ofMirrorRE.MatchString(r.URL.RawQuery)
-	if Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || q.reading() && (r.URL.RawQuery != "" && !ofMirror || r.ContentLength != 0) {
+	if r.Host != "" && Canonical(r.Host) != up.Host && Canonical(r.Host) != stripPort(up.Host) || r.URL.IsAbs() || q.reading() && (r.URL.RawQuery != "" && !ofMirror || r.ContentLength != 0) {
 		q.target = target{}
 	}
 	q.who = rights.Principal{Repository: up.repository(repositoryName(q.target.repo, r.URL.RawQuery)), Client: h.rights.Client(r.Header, up.ClientIdentity, up.NetworkID)}

@@ -59,10 +59,13 @@ func newLogins() logins {
 // weir passes through.
 func (l login) elsewhere(up Upstream) bool { return l.realm != nil && l.realm.Host != up.base().Host }
 
-// learnLogin records a registry's answer, whose body can be read again then. For
-// those that begin with a manifest, a refusal of that says whether passwords are
-// wanted.
+// learnLogin records a registry's answer to a client without credentials, whose body can
+// be read again then. For those that begin with a manifest, a refusal of that says
+// whether passwords are wanted.
 func (x *exchange) learnLogin(resp *reply) error {
+	if !rights.Anonymous(x.r.Header) {
+		return nil
+	}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxLogin+1))
 	resp.Body = readCloser{io.MultiReader(bytes.NewReader(b), resp.Body), resp.Body}
 	if err != nil || len(b) > maxLogin || !x.up.authenticated() || x.failed(resp.Response) || !x.own(resp.Response) {
