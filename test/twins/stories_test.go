@@ -51,6 +51,21 @@ func (p *play) hosts(change func(string) string) (mend func()) {
 		for n, b := range was {
 			n.WriteFile("/etc/hosts", b)
 		}
+		p.w.mu.Lock()
+		defer p.w.mu.Unlock()
+		p.w.hosts = time.Now()
+	}
+}
+
+// blackHole drops what goes to a family's addresses. Who is left with the other one would go to where a
+// name has been for as long as Go's resolver remembers /etc/hosts (net, cacheMaxAge).
+func blackHole(prefix string) func(p *play) func() {
+	return func(p *play) func() {
+		p.w.mu.Lock()
+		changed := p.w.hosts
+		p.w.mu.Unlock()
+		time.Sleep(time.Until(changed.Add(5 * time.Second)))
+		return p.Drop(netip.MustParsePrefix(prefix))
 	}
 }
 
@@ -72,8 +87,8 @@ var faults = []fault{
 		p.warm()
 		return p.ForgetFlows()
 	}},
-	{name: "IPv6 is a black hole", set: func(p *play) func() { return p.Drop(netip.MustParsePrefix("2001:db8:113::/64")) }},
-	{name: "IPv4 is a black hole", set: func(p *play) func() { return p.Drop(netip.MustParsePrefix("203.0.113.0/24")) }, fits: func(c *client, _ story) bool { return !c.box }},
+	{name: "IPv6 is a black hole", set: blackHole("2001:db8:113::/64")},
+	{name: "IPv4 is a black hole", set: blackHole("203.0.113.0/24"), fits: func(c *client, _ story) bool { return !c.box }},
 	{name: "a further address of the registry hangs", set: func(p *play) func() {
 		mend := p.Drop(netip.MustParsePrefix("203.0.113.250/32"))
 		undo := p.hosts(func(s string) string { return s + fmt.Sprintf("203.0.113.250 %s\n", p.reg.Host) })
