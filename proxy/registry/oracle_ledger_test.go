@@ -125,12 +125,13 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		if o.q.anonymous() {
 			l.public[publicKey(o.g, o.repo, q.net)] = w.now
 		}
-		if a.truth == nil {
-			break
+		for _, c := range []*modelContent{a.truth, a.asked} { // it says that it has that, and may lie
+			if c != nil {
+				delete(l.denied, o.key()+" blobs "+c.name)
+				delete(l.denied, o.key()+" manifests "+c.name)
+			}
 		}
-		delete(l.denied, o.key()+" blobs "+a.truth.name)
-		delete(l.denied, o.key()+" manifests "+a.truth.name)
-		if q.method == http.MethodGet {
+		if a.truth != nil && q.method == http.MethodGet {
 			l.sent(w.now, has, o, a.truth)
 		}
 	case own && (a.status == http.StatusUnauthorized || a.status == http.StatusForbidden) && a.header.Get("Content-Type") != "text/html":
@@ -392,9 +393,9 @@ func (w *modelWorld) leads(x *modelAsk, got *answered) bool {
 }
 
 // wholly says whether a request is for all of a content, in the one way that weir
-// reads.
+// reads: under a condition it passes through.
 func (x *modelAsk) wholly() bool {
-	return strings.HasPrefix(x.raw, "GET /") && x.q.query == "" && x.q.host != "" && x.q.header.Get("Range") == "" &&
+	return strings.HasPrefix(x.raw, "GET /") && x.q.query == "" && x.q.host != "" && !slices.ContainsFunc([]string{"Range", "If-None-Match", "If-Match"}, func(h string) bool { return x.q.header.Get(h) != "" }) &&
 		modelOrigin{x.g, "", x.q}.plainly() && modelPathRE.MatchString(x.q.path)
 }
 
