@@ -321,20 +321,21 @@ func (x *exchange) parallel(resp *reply, from, size int64) io.ReadCloser {
 		to = first.to
 	}
 	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), from, to, size, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
-		r, err := x.fetchRange(ctx, at, first, last)
+		part := store.Span{From: first, To: last + 1}
+		r, err := x.fetchRanges(ctx, at, part)
 		if at != nil && (err != nil || signatureIsOver(r.StatusCode)) && ctx.Err() == nil {
 			// What signs its URL may be over. The registry gives another.
 			if err == nil {
 				r.Body.Close()
 			}
 			at = nil
-			r, err = x.fetchRange(ctx, nil, first, last)
+			r, err = x.fetchRanges(ctx, nil, part)
 		}
 		if err != nil {
 			return nil, nil, err
 		}
 		other := r.Header.Get("Etag")
-		if !isRange(r, first, last, size) || other != "" && tag != "" && other != tag {
+		if sent, total, ok := sentRange(r); !ok || sent != part || total != size || other != "" && tag != "" && other != tag {
 			x.decline(r)
 			return nil, nil, fmt.Errorf("%s answers a request for a part of a blob with %s, %q", x.up.Host, r.Status, r.Header.Get("Content-Range"))
 		}
@@ -345,22 +346,16 @@ func (x *exchange) parallel(resp *reply, from, size int64) io.ReadCloser {
 	})
 }
 
-// isRange says whether an answer is the range from first to last of a blob of size bytes.
-func isRange(resp *reply, first, last, size int64) bool {
-	return resp.StatusCode == http.StatusPartialContent && !encoded(resp) &&
-		resp.Header.Get("Content-Range") == fmt.Sprintf("bytes %d-%d/%d", first, last, size)
-}
-
 // signatureIsOver says whether an answer may be to a signed URL that is over: 400 is that of
 // Google Cloud Storage, and of Amazon S3 for temporary keys.
 func signatureIsOver(status int) bool {
 	return status == http.StatusForbidden || status == http.StatusUnauthorized || status == http.StatusBadRequest
 }
 
-// fetchRange asks the upstream for a part of the blob: where it has redirected to
+// fetchRanges asks the upstream for ranges of the blob: where it has redirected to
 // before, or at the registry if at is nil.
-func (x *exchange) fetchRange(ctx context.Context, at *url.URL, first, last int64) (*reply, error) {
-	req := x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-%d", first, last)}})
+func (x *exchange) fetchRanges(ctx context.Context, at *url.URL, ranges ...store.Span) (*reply, error) {
+	req := x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}, "Range": {formatRanges(ranges)}})
 	if at != nil {
 		dropCredentials(req)
 		req.URL, req.Host = at, ""

@@ -58,13 +58,21 @@ func (x *exchange) blob(retry bool) {
 		x.kept(b)
 		return
 	}
-	if x.part() {
-		return
+	wanted := x.wanted()
+	var all *opened
+	if !wholly(wanted) {
+		var answered bool
+		if answered, all = x.part(wanted); answered {
+			return
+		}
 	}
-	start, ranged := rangeStart(x.r.Header.Get("Range"))
 	t, leader := x.h.store.Claim(x.target.digest, x.origin())
+	if all != nil && !leader {
+		all.resp.Body.Close()
+		all.cancel()
+	}
 	switch {
-	case leader && ranged && (start > 0 || !strings.HasSuffix(x.r.Header.Get("Range"), "-")):
+	case leader && all == nil && !wholly(wanted):
 		t.Abandon(errNotLed)
 		if retry && x.h.store.Has(x.target.digest) { // since just now
 			x.blob(false)
@@ -72,8 +80,8 @@ func (x *exchange) blob(retry bool) {
 		}
 		x.miss()
 	case leader:
-		x.lead(t)
-	case x.follow(t, start):
+		x.lead(t, all)
+	case x.follow(t, wanted):
 	case retry:
 		x.blob(false)
 	default:
@@ -146,7 +154,7 @@ func refusesAnyway(status int) bool {
 
 // follow answers from a transfer that another client of the repository leads. It
 // returns false, and has not answered, when that came to nothing.
-func (x *exchange) follow(t *store.Transfer, start int64) bool {
+func (x *exchange) follow(t *store.Transfer, wanted []store.Span) bool {
 	waiting, stop := context.WithTimeout(x.r.Context(), x.h.lagTime)
 	r, err := t.Wait(waiting)
 	stop()
@@ -183,7 +191,7 @@ func (x *exchange) follow(t *store.Transfer, start int64) bool {
 	if x.r.Header.Get("Range") == "" {
 		r.Whole()
 	}
-	if r.WaitReadable(x.r.Context()) == nil && start > r.Arrived()+farAhead {
+	if r.WaitReadable(x.r.Context()) == nil && unwanted(wanted) > r.Arrived()+farAhead {
 		x.forward()
 		return true
 	}
@@ -203,10 +211,13 @@ func (x *exchange) detachable() (ctx context.Context, detach func() bool, cancel
 }
 
 // lead gets a blob for all clients that want it: from a peer, or from the
-// upstream.
-func (x *exchange) lead(t *store.Transfer) {
-	x.stats.misses.Add(1)
-	share := x.share()
+// upstream, which may have answered with all of it already.
+func (x *exchange) lead(t *store.Transfer, all *opened) {
+	var share Share
+	if all == nil {
+		x.stats.misses.Add(1)
+		share = x.share()
+	}
 	var at time.Time       // the registry answered with the blob
 	var body io.ReadCloser // what the transfer reads
 	t.OnEnd(func(kept bool) {
@@ -221,8 +232,15 @@ func (x *exchange) lead(t *store.Transfer) {
 	if share != nil && x.fromPeer(t, share) {
 		return
 	}
-	ctx, detach, cancel := x.detachable()
-	resp, rest, err := x.missing(ctx, t)
+	if all == nil {
+		all = new(opened)
+		var ctx context.Context
+		ctx, all.detach, all.cancel = x.detachable()
+		all.resp, all.rest, all.err = x.missing(ctx, t)
+	} else {
+		t.Missing() // which comes again
+	}
+	resp, rest, err, cancel := all.resp, all.rest, all.err, all.cancel
 	switch {
 	case err != nil || resp.StatusCode != http.StatusOK && rest == nil:
 		t.Abandon(errNotLed)
@@ -241,7 +259,7 @@ func (x *exchange) lead(t *store.Transfer) {
 		defer cancel()
 		x.sent(resp)
 		return
-	case !detach():
+	case !all.detach():
 		t.Abandon(errNotLed)
 		resp.Body.Close()
 		cancel()

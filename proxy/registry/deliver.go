@@ -3,12 +3,17 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"mime/multipart"
 	"net/http"
+	"net/textproto"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -69,10 +74,15 @@ func (x *exchange) serve(r io.ReadSeeker, size int64, from provenance, slow bool
 	if slow {
 		w = headFirst{w}
 	}
-	body := &watched{ReadSeeker: r}
-	http.ServeContent(w, x.r, "", time.Time{}, body)
-	if body.err != nil && x.r.Context().Err() == nil {
-		x.logger(x.target.digest).Warn("a blob broke off", "at", x.w.bytes.Load(), "err", scrub(body.err))
+	body := &watched{r: r}
+	several := within(x.wanted(), size)
+	if len(several) > 1 && x.r.Method == http.MethodGet && !conditionalRange(x.r) {
+		serveRanges(w, body, size, several)
+	} else {
+		http.ServeContent(w, x.r, "", time.Time{}, body)
+	}
+	if err := body.end(); err != nil && x.r.Context().Err() == nil {
+		x.logger(x.target.digest).Warn("a blob broke off", "at", x.w.bytes.Load(), "err", scrub(err))
 	}
 }
 
@@ -84,19 +94,81 @@ func (x *exchange) copy(r io.Reader) {
 	}
 }
 
-// watched remembers why reading failed: http.ServeContent doesn't say.
+// serveRanges answers with several ranges of what has size bytes (RFC 9110, section 15.3.7.2), as http.ServeContent does,
+// but for more than 200 as well.
+func serveRanges(w http.ResponseWriter, r io.ReadSeeker, size int64, ranges []store.Span) {
+	contentType, boundary := w.Header().Get("Content-Type"), multipart.NewWriter(nil).Boundary()
+	write := func(to io.Writer, content func(store.Span, io.Writer) error) {
+		m := multipart.NewWriter(to)
+		_ = m.SetBoundary(boundary)
+		for _, e := range ranges {
+			part, err := m.CreatePart(textproto.MIMEHeader{
+				"Content-Type": {contentType}, "Content-Range": {fmt.Sprintf("bytes %d-%d/%d", e.From, e.To-1, size)},
+			})
+			if err != nil || content(e, part) != nil {
+				return // which the client sees by the length
+			}
+		}
+		m.Close()
+	}
+	var heads bytes.Buffer
+	length := int64(0)
+	write(&heads, func(e store.Span, _ io.Writer) error {
+		length += e.To - e.From
+		return nil
+	})
+	w.Header().Set("Accept-Ranges", "bytes")
+	w.Header().Set("Content-Type", severalRanges+"; boundary="+boundary)
+	w.Header().Set("Content-Length", strconv.FormatInt(length+int64(heads.Len()), 10))
+	w.WriteHeader(http.StatusPartialContent)
+	write(w, func(e store.Span, part io.Writer) error {
+		if _, err := r.Seek(e.From, io.SeekStart); err != nil {
+			return err
+		}
+		_, err := io.CopyN(part, r, e.To-e.From)
+		return err
+	})
+}
+
+// watched remembers why reading failed: http.ServeContent doesn't say. Several ranges, of which some are
+// from the end, it has a goroutine read, which may go on when it has returned.
 type watched struct {
-	io.ReadSeeker
-	err error
+	mu    sync.Mutex
+	r     io.ReadSeeker
+	err   error
+	ended bool
 }
 
 // Read implements io.Reader.
 func (w *watched) Read(p []byte) (int, error) {
-	n, err := w.ReadSeeker.Read(p)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ended {
+		return 0, http.ErrBodyReadAfterClose
+	}
+	n, err := w.r.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) {
 		w.err = err
 	}
 	return n, err
+}
+
+// Seek implements io.Seeker.
+func (w *watched) Seek(offset int64, whence int) (int64, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ended {
+		return 0, http.ErrBodyReadAfterClose
+	}
+	return w.r.Seek(offset, whence)
+}
+
+// end has nothing be read any more, and says why reading failed.
+func (w *watched) end() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ended = true
+	return w.err
 }
 
 // relay sends the client the upstream's answer.
@@ -268,7 +340,6 @@ const (
 // among many transfers.
 func (x *exchange) keepUp(r *store.Reader) (stop context.CancelFunc) {
 	ctx, stop := context.WithCancel(x.r.Context())
-	start, _ := rangeStart(x.r.Header.Get("Range"))
 	go func() {
 		t := time.NewTicker(x.h.lagTime)
 		defer t.Stop()
@@ -284,7 +355,7 @@ func (x *exchange) keepUp(r *store.Reader) (stop context.CancelFunc) {
 			switch {
 			case here >= r.Size()-1: // it has arrived, or waits for its digest
 				return
-			case here >= start && lags(here-was, progress(before, each), x.stats.arrivals.pace(), x.h.lagTime):
+			case lags(here-was, progress(before, each), x.stats.arrivals.pace(), x.h.lagTime):
 				x.logger(x.target.digest).Info("another client's transfer lags, and is left for the registry", "at", here)
 				r.Detach()
 				return

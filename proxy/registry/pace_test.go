@@ -34,11 +34,15 @@ func TestLaggingIsLeft(t *testing.T) {
 			t.Errorf("range %q: %d bytes, %v", rng, len(a.body), a.err)
 		}
 	}
+	several := []store.Span{{From: 100, To: 200}, {From: 250_000, To: 300_000}} // of which one has not come
+	if got, err := s.do("GET", path, "Bearer fast", "Range", formatRanges(several)).pieces(); err != nil || len(got) != 2 || !bytes.Equal(got[0], want[100:200]) || !bytes.Equal(got[1], want[250_000:]) {
+		t.Errorf("several ranges: %d, %v", len(got), err)
+	}
 	close(done)
 	if a := <-led; a.err != nil || !bytes.Equal(a.body, want) {
 		t.Errorf("the slow one got %d bytes, %v", len(a.body), a.err)
 	}
-	s.want(s.do("GET", path, "Bearer fast"), 200, want, "GET "+path, "GET "+path, "GET "+path, "GET "+path)
+	s.want(s.do("GET", path, "Bearer fast"), 200, want, "GET "+path, "GET "+path, "GET "+path, "GET "+path, "GET "+path)
 }
 
 // A transfer lags when the registry gives more, and the node gets less.

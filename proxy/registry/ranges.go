@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,128 +17,136 @@ import (
 	"weir/proxy/store"
 )
 
-// oneRange reads a Range field that names one range, from its first byte up to, and without, end,
-// which is -1 if it has none (RFC 9110, section 14.2). A suffix isn't one.
-func oneRange(header string) (first, end int64, ok bool) {
-	spec, ok := strings.CutPrefix(header, "bytes=")
-	from, to, dash := strings.Cut(spec, "-")
-	if !ok || !dash {
-		return 0, 0, false
+// wanted is which ranges of a blob are asked for, in order: {0, -1} if it is all. It is nil if that isn't understood.
+func (q request) wanted() []store.Span {
+	switch fields := q.r.Header["Range"]; {
+	case len(fields) > 1:
+		return nil
+	case len(fields) == 0 || fields[0] == "":
+		return []store.Span{{To: -1}}
+	default:
+		return parseRanges(fields[0])
 	}
-	first, err := strconv.ParseInt(from, 10, 63)
-	if err != nil || from[0] == '+' || from[0] == '-' {
-		return 0, 0, false
-	}
-	if to == "" {
-		return first, -1, true
-	}
-	last, err := strconv.ParseInt(to, 10, 63)
-	if err != nil || to[0] == '+' || to[0] == '-' || last < first || last == math.MaxInt64 {
-		return 0, 0, false
-	}
-	return first, last + 1, true
 }
 
-// sentRange says which range of a blob an answer is, and how large that is: to is without it.
-func sentRange(resp *reply) (first, to, size int64, ok bool) {
-	spec, ok := strings.CutPrefix(resp.Header.Get("Content-Range"), "bytes ")
-	where, total, slash := strings.Cut(spec, "/")
-	if !ok || !slash || resp.StatusCode != http.StatusPartialContent || encoded(resp) || foreign(resp.Response) {
-		return 0, 0, 0, false
+// wholly says whether all of a blob is wanted.
+func wholly(wanted []store.Span) bool { return len(wanted) == 1 && wanted[0] == store.Span{To: -1} }
+
+// unwanted is how many bytes of a blob come before the last one of the ranges that are wanted, and aren't wanted.
+func unwanted(wanted []store.Span) int64 {
+	if len(wanted) == 0 {
+		return 1 << 62 // who knows
 	}
-	first, to, ok = oneRange("bytes=" + where)
-	size, err := strconv.ParseInt(total, 10, 64)
-	if !ok || err != nil || to < 0 || to > size {
-		return 0, 0, 0, false
+	n := wanted[len(wanted)-1].From
+	for _, e := range wanted[:len(wanted)-1] {
+		n -= e.To - e.From
 	}
-	return first, to, size, true
+	return n
 }
 
-// fetchUpTo asks the upstream for a range of the blob, or for all from first on if to, which is
-// without it, isn't known.
-func (x *exchange) fetchUpTo(ctx context.Context, first, to int64) (*reply, error) {
-	if to == math.MaxInt64 || to < 0 {
-		return x.send(x.up.Transport, x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}, "Range": {fmt.Sprintf("bytes=%d-", first)}}), true)
+// sentRange says which range of a blob an answer is, and how large that is.
+func sentRange(resp *reply) (at store.Span, size int64, ok bool) {
+	if resp.StatusCode != http.StatusPartialContent || encoded(resp) || foreign(resp.Response) ||
+		strings.HasPrefix(resp.Header.Get("Content-Type"), severalRanges) {
+		return store.Span{}, 0, false
 	}
-	return x.fetchRange(ctx, nil, first, to-1)
+	return parseContentRange(resp.Header.Get("Content-Range"))
 }
 
-// part answers GET of a range of a blob that isn't stored: with what is there of it, or on its way
+// opened is what the upstream has answered to a request of a client, which is the client's until it is
+// detached.
+type opened struct {
+	resp   *reply
+	rest   *store.Rest // nil if it is all of a blob
+	err    error
+	detach func() bool
+	cancel context.CancelFunc
+}
+
+// part answers GET of ranges of a blob that isn't stored: with what is there of it, or on its way
 // to others, and what the registry sends of the rest, which is put with what is there. So the
 // ranges that clients ask for become one transfer. It returns false, and has not answered, when
-// the range is to be had in another way.
+// the ranges are to be had in another way; and an answer with all of the blob, when the registry gives
+// that to who asks for several ranges.
 //
 // Nothing of it is verified, as nothing is that passes through: it is what this repository's
 // registry has sent, and the client is one that the registry gives content to, or this range.
-func (x *exchange) part() bool {
-	first, end, ok := oneRange(x.r.Header.Get("Range"))
-	if !ok || first == 0 && end < 0 || len(x.r.Header["Range"]) != 1 || conditionalRange(x.r) {
-		return false
+func (x *exchange) part(wanted []store.Span) (answered bool, all *opened) {
+	if len(wanted) == 0 || conditionalRange(x.r) {
+		return false, nil
 	}
 	waiting, stop := context.WithTimeout(x.r.Context(), x.h.lagTime)
 	r := x.h.store.Ranges(waiting, x.target.digest, x.origin())
 	stop()
 	if r == nil {
-		return false
+		return false, nil
 	}
 	defer r.Close()
 	var at time.Time // the registry has last sent some of it
-	r.With(x.r.Context(), func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
-		answered, body, err := x.openGap(ctx, first, to, r.Size())
+	r.With(x.r.Context(), func(ctx context.Context, missing []store.Span) (io.ReadCloser, int, error) {
+		answered, body, n, err := x.openGaps(ctx, missing, r.Size(), x.counted)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		at = answered
-		return x.counted(body), nil
+		return body, n, nil
 	})
 	entitled := x.h.rights.Granted(x.who)
-	to, missing := r.Missing(first, end)
-	size := r.Size()
+	missing := r.Missing(wanted...)
+	size, last := r.Size(), wanted[len(wanted)-1]
 	switch {
 	case x.r.Context().Err() != nil:
-		return true
-	case size >= 0 && first >= size:
-		return false // there is no such range, which the registry says
-	case !missing && entitled && size >= 0:
+		return true, nil
+	case size >= 0 && last.From >= size:
+		return false, nil // there is no such range, which the registry says
+	case len(missing) > 0:
+	case entitled && size >= 0:
 		x.stats.hits.Add(1)
 		x.serve(r, size, provenance{source: SourceTransfer}, true)
 		x.complete(r, size, at)
-		return true
-	case !missing:
-		to = end
+		return true, nil
+	default:
+		x.miss()
+		return true, nil
 	}
-	if to == math.MaxInt64 {
+	if end := &missing[len(missing)-1]; end.To == math.MaxInt64 {
 		// Nobody knows how large it is, and others that come at the same time want what
 		// follows.
-		to = first + store.PieceSize
+		end.To = end.From + store.PieceSize
 	}
 	x.stats.misses.Add(1)
-	less := to != end && to < math.MaxInt64 // than the client wants
-	resp, err := x.fetchUpTo(x.r.Context(), first, to)
+	ctx, detach, cancel := x.detachable()
+	resp, err := x.fetchRanges(ctx, nil, missing...)
 	if err != nil {
+		cancel()
 		r.Decline()
 		x.refused(nil, err)
-		return true
+		return true, nil
 	}
-	from, until, size, ok := sentRange(resp)
+	less, several := !slices.Equal(missing, wanted), len(missing) > 1
+	body, given, size, ok := pick(resp, missing, x.counted)
 	switch {
-	case !ok || from != first, !missing, !r.Fill(x.counted(resp.Body), first, until, size):
+	case ok && r.Fill(&cancelBody{body, cancel}, given, size):
+	case several && resp.StatusCode == http.StatusOK && !encoded(resp) && !foreign(resp.Response):
+		return false, &opened{resp: resp, detach: detach, cancel: cancel}
+	default:
+		defer cancel()
 		r.Decline()
-		if less && ofTheRange(resp.StatusCode) {
+		if less && ofTheRange(resp.StatusCode) || several && resp.StatusCode == http.StatusPartialContent {
 			resp.Body.Close()
 			x.forward()
 		} else {
 			x.refused(resp, nil)
 		}
-		return true
+		return true, nil
 	}
 	at = resp.at
 	x.grant(at)
-	if end < 0 || end > size {
-		end = size
+	if last.To < 0 || last.To > size {
+		last.To = size
 	}
-	if until == end {
-		err = x.relayRange(resp, r, until-first)
+	if n := given[0].To - given[0].From; len(wanted) == 1 && given[0].To == last.To {
+		err = x.relayRange(resp, r, n)
 	} else {
 		x.serve(r, size, provenance{}, true)
 	}
@@ -145,7 +154,7 @@ func (x *exchange) part() bool {
 	if err != nil {
 		panic(http.ErrAbortHandler)
 	}
-	return true
+	return true, nil
 }
 
 // relayRange sends the client the upstream's answer with n bytes that r reads.
@@ -179,38 +188,44 @@ func conditionalRange(r *http.Request) bool {
 	return false
 }
 
-// gap opens ranges that are missing of the blob, which has size bytes, or more of it, for a transfer.
-func (x *exchange) gap(size int64) func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
-	return func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
-		_, body, err := x.openGap(ctx, first, to, size)
-		if err != nil {
-			return nil, err
-		}
-		return x.arriving(body), nil
+// gap opens ranges that are missing of the blob, which has size bytes, for a transfer.
+func (x *exchange) gap(size int64) store.Opener {
+	return func(ctx context.Context, missing []store.Span) (io.ReadCloser, int, error) {
+		_, body, n, err := x.openGaps(ctx, missing, size, x.arriving)
+		return body, n, err
 	}
 }
 
-// openGap opens a range, and says when the registry has answered. The error is [store.ErrCorrupt] when it
+// openGaps opens the first n of ranges that are missing, which are read by way of through, and says when the registry has answered. The
+// error is [store.ErrCorrupt] when it
 // says now that the blob has another size: what has come of it is wrong, or what comes.
-func (x *exchange) openGap(ctx context.Context, first, to, size int64) (at time.Time, body io.ReadCloser, err error) {
-	resp, err := x.fetchUpTo(ctx, first, to)
-	if err != nil {
-		return time.Time{}, nil, err
+func (x *exchange) openGaps(ctx context.Context, missing []store.Span, size int64, through func(io.ReadCloser) io.ReadCloser) (at time.Time, body io.ReadCloser, n int, err error) {
+	w := x.h.widths.registry(x.up.ID())
+	if w.refusesSeveral() {
+		missing = missing[:1]
 	}
-	from, _, total, ok := sentRange(resp)
-	switch {
-	case ok && from == first && total == size:
-		return resp.at, resp.Body, nil
-	case ok && from == first:
-		err = fmt.Errorf("%s says that a blob has %d bytes, and said %d before: %w", x.up.Host, total, size, store.ErrCorrupt)
-	default:
-		at = resp.at
+	resp, err := x.fetchRanges(ctx, nil, missing...)
+	if err != nil {
+		return time.Time{}, nil, 0, err
+	}
+	body, given, total, ok := pick(resp, missing, through)
+	if ok && total == size {
+		return resp.at, body, len(given), nil
 	}
 	resp.Body.Close()
-	if err == nil {
-		body, err = x.open(ctx, first)
+	switch {
+	case ok:
+		return time.Time{}, nil, 0, fmt.Errorf("%s says that a blob has %d bytes, and said %d before: %w", x.up.Host, total, size, store.ErrCorrupt)
+	case len(missing) > 1:
+		if resp.StatusCode < http.StatusInternalServerError && !refusesAnyway(resp.StatusCode) {
+			w.refuseSeveral()
+		}
+		return x.openGaps(ctx, missing[:1], size, through)
 	}
-	return at, body, err
+	if body, err = x.open(ctx, missing[0].From); err != nil {
+		return time.Time{}, nil, 0, err
+	}
+	return resp.at, through(body), 1, nil
 }
 
 // complete has a blob verified and stored of which all was sent in ranges, or more than half: the
@@ -267,15 +282,15 @@ func (x *exchange) missing(ctx context.Context, t *store.Transfer) (*reply, *sto
 		resp, err := x.fetch(ctx, 0)
 		return resp, nil, err
 	}
-	resp, err := x.fetchRange(ctx, nil, first, to-1)
+	resp, err := x.fetchRanges(ctx, nil, store.Span{From: first, To: to})
 	if err != nil {
 		return nil, nil, err
 	}
-	from, until, total, is := sentRange(resp)
+	at, total, is := sentRange(resp)
 	switch {
-	case is && from == first && (size < 0 || until == to && total == size):
-		rest := &store.Rest{Size: total, First: first, To: until, Pieces: pieces, Gap: x.gap(total), More: x.source, Refetch: x.anew}
-		rest.Firm = until == total && !pieces
+	case is && at.From == first && (size < 0 || at.To == to && total == size):
+		rest := &store.Rest{Size: total, First: first, To: at.To, Pieces: pieces, Gap: x.gap(total), More: x.source, Refetch: x.anew}
+		rest.Firm = at.To == total && !pieces
 		return resp, rest, nil
 	case ofTheRange(resp.StatusCode):
 		resp.Body.Close()
@@ -300,17 +315,17 @@ func ofTheRange(status int) bool {
 // fetchFirstPart asks the upstream for a blob by its first part. What it gives is as the answer to a
 // request for all of it, with the body of the first part, or of all.
 func (x *exchange) fetchFirstPart(ctx context.Context) (*reply, error) {
-	resp, err := x.fetchRange(ctx, nil, 0, x.h.widths.part-1)
+	resp, err := x.fetchRanges(ctx, nil, store.Span{To: x.h.widths.part})
 	if err != nil {
 		return nil, err
 	}
-	from, to, size, ok := sentRange(resp)
+	at, size, ok := sentRange(resp)
 	switch {
-	case ok && from == 0 && (to == size || to == x.h.widths.part):
+	case ok && at.From == 0 && (at.To == size || at.To == x.h.widths.part):
 		resp.StatusCode, resp.Status, resp.ContentLength, resp.ranged = http.StatusOK, "200 OK", size, true
 		resp.Header.Del("Content-Range")
-		if to < size {
-			resp.Body = &firstPart{resp.Body, to}
+		if at.To < size {
+			resp.Body = &firstPart{resp.Body, at.To}
 		}
 		return resp, nil
 	case !refusesAnyway(resp.StatusCode) || resp.StatusCode == http.StatusTooManyRequests:

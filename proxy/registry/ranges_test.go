@@ -4,10 +4,15 @@ package registry
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"mime"
+	"mime/multipart"
 	"net/http"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,42 +23,6 @@ import (
 	"weir/proxy/rights"
 	"weir/proxy/store"
 )
-
-func TestOneRange(t *testing.T) {
-	for header, want := range map[string]string{
-		"bytes=0-": "0 -1 true", "bytes=5-9": "5 10 true", "bytes=7-": "7 -1 true", "bytes=3-3": "3 4 true",
-		"": "0 0 false", "bytes=": "0 0 false", "bytes=-5": "0 0 false", "bytes=5": "0 0 false", "bytes=9-5": "0 0 false", "bytes=1-2,4-5": "0 0 false",
-		"bytes=+1-2": "0 0 false", "bytes=1-+2": "0 0 false", "bytes=1--2": "0 0 false", "items=1-2": "0 0 false", "bytes=a-": "0 0 false",
-		"bytes=1-9223372036854775807": "0 0 false", "bytes=99999999999999999999-": "0 0 false", "bytes= 1-2": "0 0 false",
-	} {
-		first, end, ok := oneRange(header)
-		if got := fmt.Sprint(first, end, ok); got != want {
-			t.Errorf("%q: %s, want %s", header, got, want)
-		}
-	}
-}
-
-func FuzzOneRange(f *testing.F) {
-	for _, s := range []string{"bytes=0-", "bytes=5-9", "bytes=-5", "bytes=1-2,4-5", "bytes=1-9223372036854775807"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, header string) {
-		first, end, ok := oneRange(header)
-		switch {
-		case !ok:
-			if first != 0 || end != 0 {
-				t.Error(first, end)
-			}
-		case first < 0 || end >= 0 && end <= first:
-			t.Error(first, end)
-		default:
-			from, to, ok := oneRange(map[bool]string{true: fmt.Sprintf("bytes=%d-", first), false: fmt.Sprintf("bytes=%d-%d", first, end-1)}[end < 0])
-			if !ok || from != first || to != end {
-				t.Errorf("%q: %d to %d, and then %d to %d", header, first, end, from, to)
-			}
-		}
-	})
-}
 
 // proven waits until it is known that a blob is in the repository a.
 func (s *side) proven(d digest.Digest) {
@@ -75,24 +44,63 @@ func (u *scripted) countSent(content []byte) *atomic.Int64 {
 			return false
 		}
 		w.Header().Set("Content-Type", "application/octet-stream")
-		http.ServeContent(&sentWriter{w, sent}, r, "", time.Time{}, bytes.NewReader(content))
+		http.ServeContent(w, r, "", time.Time{}, &sentReader{bytes.NewReader(content), sent})
 		return true
 	}
 	return sent
 }
 
-type sentWriter struct {
-	http.ResponseWriter
+type sentReader struct {
+	io.ReadSeeker
 	n *atomic.Int64
 }
 
-func (w *sentWriter) Write(p []byte) (int, error) {
-	n, err := w.ResponseWriter.Write(p)
-	w.n.Add(int64(n))
+func (r *sentReader) Read(p []byte) (int, error) {
+	n, err := r.ReadSeeker.Read(p)
+	r.n.Add(int64(n))
 	return n, err
 }
 
-// Twenty clients ask for ranges of one blob, which overlap, in any order: each has its bytes, the
+// pieces are the ranges of an answer.
+func (a answer) pieces() (all [][]byte, err error) {
+	if a.err != nil {
+		return nil, a.err
+	}
+	mediaType, params, err := mime.ParseMediaType(a.Header.Get("Content-Type"))
+	if a.StatusCode != 206 || err != nil || mediaType != severalRanges {
+		return nil, fmt.Errorf("%s, %q, %w", a.Status, mediaType, err)
+	}
+	for r := multipart.NewReader(bytes.NewReader(a.body), params["boundary"]); ; {
+		part, err := r.NextPart()
+		if errors.Is(err, io.EOF) {
+			return all, nil
+		}
+		if err != nil {
+			return all, err
+		}
+		b, err := io.ReadAll(part)
+		if err != nil {
+			return all, err
+		}
+		all = append(all, b)
+	}
+}
+
+// have says whether an answer has ranges of a blob, each as a part, in order.
+func (a answer) have(content []byte, ranges []store.Span) error {
+	got, err := a.pieces()
+	if err == nil && len(got) != len(ranges) {
+		err = fmt.Errorf("%d ranges", len(got))
+	}
+	for i := range got {
+		if err == nil && !bytes.Equal(got[i], content[ranges[i].From:ranges[i].To]) {
+			err = fmt.Errorf("range %d has %d other bytes", i, len(got[i]))
+		}
+	}
+	return err
+}
+
+// Twenty clients ask for ranges of one blob, which overlap, in any order, some of them for several at a time: each has its bytes, the
 // registry sends each byte once, and the blob is stored. Who may not read it is given nothing.
 func TestRangesOfOneBlob(t *testing.T) {
 	content := bytesOf(70, 3<<20)
@@ -116,6 +124,26 @@ func TestRangesOfOneBlob(t *testing.T) {
 					first, last := i*part, (i+1)*part-1+r.IntN(part)
 					if i == clients-1 || last >= len(content) {
 						last = len(content) - 1
+					}
+					if i%3 == 1 { // half of that, and a little of the whole
+						var several []store.Span
+						for at := range 20 {
+							from := int64(first + at*(last-first)/20)
+							several = append(several, store.Span{From: from, To: from + int64(last-first)/40})
+						}
+						end := several[len(several)-1].To
+						for at := end + 1 + r.Int64N(1<<16); at+1000 < int64(len(content)) && r.IntN(10) > 0; at += 1000 + r.Int64N(1<<16) {
+							several = append(several, store.Span{From: at, To: at + 1000})
+						}
+						wg.Go(func() {
+							if err := s.do("GET", path, "Bearer 1", "Range", formatRanges(several)).have(content, several); err != nil {
+								t.Errorf("%v: %v", several, err)
+							}
+							if a := s.do("GET", path, "Bearer 2", "Range", formatRanges(several)); a.err != nil || a.StatusCode != 401 {
+								t.Errorf("who may not read it: %v, %v", a.Response, a.err)
+							}
+						})
+						continue
 					}
 					wg.Go(func() {
 						a := s.do("GET", path, "Bearer 1", "Range", fmt.Sprintf("bytes=%d-%d", first, last))
@@ -405,10 +433,11 @@ func TestRangesOfAnotherSize(t *testing.T) {
 			s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
 			var lie atomic.Bool
 			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
-				first, end, ok := oneRange(r.Header.Get("Range"))
-				if !ok || !lie.Load() {
+				asked := parseRanges(r.Header.Get("Range"))
+				if asked == nil || !lie.Load() {
 					return false
 				}
+				first, end := asked[0].From, asked[0].To
 				if end < 0 {
 					end = int64(size)
 				}
@@ -443,5 +472,184 @@ func TestRangesOfAnotherSize(t *testing.T) {
 			get(0, 100_000)
 			eventually(t, "it is stored", func() bool { return s.store.Has(d) })
 		})
+	}
+}
+
+// Registries answer a request for several ranges in their ways, and hostile ones in theirs. Each time the client has what
+// it asked for, or the registry's answer as it came; and what is stored of it is right.
+func TestSeveralRanges(t *testing.T) {
+	content := bytesOf(79, 1<<20)
+	size := int64(len(content))
+	asked := []store.Span{{From: 1000, To: 2000}, {From: 300_000, To: 400_000}, {From: 400_000, To: 400_500}, {From: 900_000, To: 900_001}, {From: 1_000_000, To: size}}
+	bytesAsked := int64(0)
+	for _, e := range asked {
+		bytesAsked += e.To - e.From
+	}
+	type answers struct {
+		several func(w http.ResponseWriter, ranges []store.Span) // what it answers to several
+		status  int                                              // that the client sees; 0 is that of its ranges
+		sent    int64                                            // of the blob, by those that net/http makes
+		stored  bool
+	}
+	parts := func(w http.ResponseWriter, of []store.Span, edit func(string) string) {
+		body, contentType := severalOf(content, of)
+		if edit != nil {
+			body = []byte(edit(string(body)))
+		}
+		w.Header().Set("Content-Type", contentType)
+		w.WriteHeader(206)
+		_, _ = w.Write(body)
+	}
+	edited := func(old, by string) func(http.ResponseWriter, []store.Span) {
+		return func(w http.ResponseWriter, of []store.Span) {
+			parts(w, of, func(s string) string { return strings.ReplaceAll(s, old, by) })
+		}
+	}
+	for name, tt := range map[string]answers{
+		"as net/http does": {nil, 0, bytesAsked, false},
+		"all of it": {func(w http.ResponseWriter, _ []store.Span) {
+			w.Header().Set("Content-Length", strconv.Itoa(len(content)))
+			_, _ = w.Write(content)
+		}, 0, 0, true},
+		"all of it, without a length": {func(w http.ResponseWriter, _ []store.Span) { _, _ = w.Write(content) }, 200, 0, true},
+		"one range around them": {func(w http.ResponseWriter, of []store.Span) {
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes 500-%d/%d", size-1, size))
+			w.WriteHeader(206)
+			_, _ = w.Write(content[500:])
+		}, 0, 0, false},
+		"some merged": {func(w http.ResponseWriter, of []store.Span) {
+			parts(w, []store.Span{{From: 1000, To: 400_500}, {From: 900_000, To: size}}, nil)
+		}, 0, 0, false},
+		"not at all": {func(w http.ResponseWriter, _ []store.Span) { w.WriteHeader(400) }, 400, 0, false},
+		"in another order": {func(w http.ResponseWriter, of []store.Span) {
+			of = slices.Clone(of)
+			slices.Reverse(of)
+			parts(w, of, nil)
+		}, 206, 0, false},
+		"the last ones first":       {func(w http.ResponseWriter, of []store.Span) { parts(w, append(of[:1:1], of[2:]...), nil) }, 0, size - 1_000_000, false},
+		"without a boundary":        {edited("\r\n--", "\r\n-x"), 0, size - 1_000_000, false},
+		"with an endless line":      {edited("Content-Type", strings.Repeat("x", 1<<20)), 206, 0, false},
+		"overlapping":               {edited("bytes 300000-399999", "bytes 1999-101998"), 0, 0, false},
+		"out of bounds":             {edited("bytes 1000000-1048575", "bytes 1000000-1048576"), 0, size - 1_000_000, false},
+		"of another size in one":    {edited("399999/1048576", "399999/1048577"), 0, 0, false},
+		"of another size in all":    {edited("/1048576", "/1048577"), 0, -1, false},
+		"with ends of parts sooner": {edited("bytes 300000-399999", "bytes 300000-349999"), 0, -1, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			u := newUpstream(t)
+			u.allow("a", "Bearer 1")
+			d := u.put("a", content)
+			path := "/v2/a/blobs/" + d.String()
+			s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+			var sent atomic.Int64
+			var came []byte
+			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
+				ranges := parseRanges(r.Header.Get("Range"))
+				if r.Header.Get("Authorization") != "Bearer 1" {
+					return false
+				}
+				if len(ranges) > 1 && tt.several != nil {
+					b := &both{ResponseWriter: w}
+					tt.several(b, ranges)
+					came = b.body
+				} else {
+					w.Header().Set("Content-Type", "application/octet-stream")
+					http.ServeContent(w, r, "", time.Time{}, &sentReader{bytes.NewReader(content), &sent})
+				}
+				return true
+			}
+			a := s.do("GET", path, "Bearer 1", "Range", formatRanges(asked))
+			switch {
+			case tt.status == 0:
+				if err := a.have(content, asked); err != nil {
+					t.Error(err)
+				}
+			case a.err != nil || a.StatusCode != tt.status || !bytes.Equal(a.body, came):
+				t.Errorf("%v, %d bytes, %v", a.Response, len(a.body), a.err)
+			}
+			if n := sent.Load(); tt.sent >= 0 && n != tt.sent {
+				t.Errorf("then the registry has sent %d bytes, want %d", n, tt.sent)
+			}
+			if tt.stored {
+				eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+			} else if st := s.store.Stats(); st.Blobs != 0 || st.Partial > bytesAsked || tt.status > 0 && st.Partial > 0 {
+				t.Errorf("%+v", st)
+			}
+			a = s.do("GET", path, "Bearer 1")
+			if a.err != nil || a.StatusCode != 200 || !bytes.Equal(a.body, content) {
+				t.Errorf("all of it: %v, %d bytes, %v", a.Response, len(a.body), a.err)
+			}
+		})
+	}
+}
+
+type both struct {
+	http.ResponseWriter
+	body []byte
+}
+
+func (b *both) Write(p []byte) (int, error) {
+	b.body = append(b.body, p...)
+	return b.ResponseWriter.Write(p)
+}
+
+// Several ranges of what is stored are given from there: to who may have it, while they stay.
+func TestSeveralRangesOfWhatIsStored(t *testing.T) {
+	content := bytesOf(80, 40<<20)
+	u := newUpstream(t)
+	u.allow("a", "Bearer 1")
+	d := u.put("a", content)
+	path := "/v2/a/blobs/" + d.String()
+	s := newSide(t, u, store.Options{})
+	sent := u.countSent(content)
+	s.do("GET", path, "Bearer 1")
+	eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+	s.proven(d)
+	was := sent.Load()
+	asked := []store.Span{{From: 0, To: 1}, {From: 5, To: 20 << 20}, {From: 39 << 20, To: 40 << 20}}
+	if err := s.do("GET", path, "Bearer 1", "Range", formatRanges(asked)).have(content, asked); err != nil {
+		t.Error(err)
+	}
+	if a := s.do("GET", path, "Bearer 2", "Range", formatRanges(asked)); a.err != nil || a.StatusCode != 401 {
+		t.Errorf("who may not read it: %v, %v", a.Response, a.err)
+	}
+	for range 20 { // leave in the middle
+		if b, err := s.take(path, "Bearer 1", formatRanges(asked), 1<<20, func() {}); err != nil || len(b) != 1<<20 {
+			t.Errorf("%d bytes, %v", len(b), err)
+		}
+	}
+	if n := sent.Load(); n != was {
+		t.Errorf("the registry has sent %d bytes more", n-was)
+	}
+}
+
+// Very many ranges are asked for by few requests, whose fields servers take.
+func TestVeryManyRanges(t *testing.T) {
+	content := bytesOf(81, 1<<20)
+	u := newUpstream(t)
+	u.allow("a", "Bearer 1")
+	d := u.put("a", content)
+	s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
+	var asked []store.Span
+	for at := int64(5); len(asked) < maxRanges; at += 1000 {
+		asked = append(asked, store.Span{From: at, To: at + 900})
+	}
+	var requests atomic.Int64
+	u.fault = func(_ http.ResponseWriter, r *http.Request) bool {
+		requests.Add(1)
+		if n := len(r.Header.Get("Range")); n > 4<<10 {
+			t.Errorf("a field has %d bytes", n)
+		}
+		return false
+	}
+	if err := s.do("GET", "/v2/a/blobs/"+d.String(), "Bearer 1", "Range", formatRanges(asked)).have(content, asked); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "it is stored", func() bool { return s.store.Has(d) })
+	if n := requests.Load(); n > 20 {
+		t.Errorf("%d requests", n)
+	}
+	if err := s.do("GET", "/v2/a/blobs/"+d.String(), "Bearer 1", "Range", formatRanges(asked)).have(content, asked); err != nil {
+		t.Errorf("from the store: %v", err)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -183,20 +182,6 @@ func unaccepted(r *http.Request) (bits uint8) {
 func conditional(r *http.Request) bool {
 	return slices.ContainsFunc([]string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range"},
 		func(h string) bool { return r.Header.Get(h) != "" })
-}
-
-// rangeStart is where a Range header's only range begins.
-func rangeStart(header string) (int64, bool) {
-	spec, ok := strings.CutPrefix(header, "bytes=")
-	if !ok {
-		return 0, header != ""
-	}
-	from, _, ok := strings.Cut(spec, "-")
-	n, err := strconv.ParseInt(from, 10, 64)
-	if !ok || err != nil || n < 0 {
-		return 1 << 62, true // a suffix, or something else that needs the whole
-	}
-	return n, true
 }
 
 func stripPort(host string) string {

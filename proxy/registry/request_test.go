@@ -129,17 +129,6 @@ func FuzzParsePath(f *testing.F) {
 	})
 }
 
-func FuzzRangeStart(f *testing.F) {
-	for _, s := range []string{"", "bytes=0-", "bytes=5-9", "bytes=-5", "bytes=1-2,4-5", "lines=1-"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		if n, _ := rangeStart(s); n < 0 {
-			t.Error(n)
-		}
-	})
-}
-
 // FuzzAccepts compares what a client accepts with what a manifest is.
 func FuzzAccepts(f *testing.F) {
 	f.Add("application/vnd.oci.image.index.v1+json, */*;q=0.1", []byte(`{"schemaVersion":2,"manifests":[]}`))

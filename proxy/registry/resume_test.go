@@ -34,8 +34,8 @@ func (c *cuts) fault(content []byte, w http.ResponseWriter, r *http.Request) boo
 	}
 	if c.after == 0 || rng != "" {
 		c.sent += int64(len(content))
-		if from, _ := rangeStart(rng); rng != "" {
-			c.sent -= from
+		if at := parseRanges(rng); at != nil {
+			c.sent -= at[0].From
 		}
 		return false
 	}

@@ -62,6 +62,7 @@ type width struct {
 	received atomic.Int64 // bytes of large blobs
 	conns    atomic.Int64 // for those
 	refused  atomic.Int64 // a part; until then blobs have one connection (in Unix nanoseconds)
+	several  atomic.Int64 // ranges in one request were refused; until then weir asks for one
 
 	mu      sync.Mutex
 	blobs   map[*parallel]struct{} // that are on their way
@@ -254,6 +255,11 @@ func (w *width) alone() bool {
 func (w *width) refuses() bool { return time.Now().UnixNano() < w.refused.Load() }
 
 func (w *width) refuse() { w.refused.Store(time.Now().Add(aloneTime).UnixNano()) }
+
+// refusesSeveral says whether it doesn't give several ranges of a blob to one request.
+func (w *width) refusesSeveral() bool { return time.Now().UnixNano() < w.several.Load() }
+
+func (w *width) refuseSeveral() { w.several.Store(time.Now().Add(aloneTime).UnixNano()) }
 
 func (ws *widths) take() (taken bool) {
 	select {

@@ -46,11 +46,13 @@ type partial struct {
 	recorded bool  // there is a record
 	change   sync.Cond
 	coming   []*coming
-	piece    int64 // how much is asked for at a time, if clients ask for ranges without an end
-	shared   bool  // whoever asks for a range finds it, while a transfer has it
-	asked    bool  // clients have asked for ranges
-	lags     bool  // one that a client brings has lagged
-	dead     bool  // it was dropped, or is stored: nothing is written any more
+	piece    int64     // how much is asked for at a time, if clients ask for ranges without an end
+	shared   bool      // whoever asks for a range finds it, while a transfer has it
+	asked    bool      // clients have asked for ranges
+	lags     bool      // one that a client brings has lagged
+	transfer *Transfer // that has it, and whose bytes before arrived need not be in the file yet
+	arrived  int64
+	dead     bool // it was dropped, or is stored: nothing is written any more
 
 	opening sync.Mutex
 	file    *os.File // of those who read ranges; guarded by opening
@@ -193,7 +195,7 @@ func (p *partial) lose(from, to int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.dead = true // what can be read of the rest, nobody knows
-	p.have = slices.DeleteFunc(p.have, func(e span) bool { return e.from < to && from < e.to })
+	p.have = slices.DeleteFunc(p.have, func(e Span) bool { return e.From < to && from < e.To })
 	p.change.Broadcast()
 }
 

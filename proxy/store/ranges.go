@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -19,6 +20,8 @@ const (
 	// gatherSize bounds what all ranges together have in memory until then: of one whose client
 	// reads slowly, it stays there.
 	gatherSize = 16 << 20
+	// maxComing bounds the ranges that are on their way of a blob: each is looked at to find another.
+	maxComing = 4096
 )
 
 // Ranges reads ranges of a blob that isn't stored, for clients that ask for no more: what is there
@@ -32,16 +35,17 @@ type Ranges struct {
 	store *Store
 	part  *partial
 	ctx   context.Context
-	open  func(ctx context.Context, first, to int64) (io.ReadCloser, error)
+	open  Opener
 	off   int64
-	end   int64 // of what is wanted; -1 is that of the blob
 
-	mine     *coming // what is asked for; nil if nobody is to wait for it
-	body     io.ReadCloser
-	at, to   int64  // of body
-	buf      []byte // what is to be written at mine.at
-	failures int    // in a row
-	alone    bool   // it waits for nobody any more
+	wanted   []Span    // in order; -1 is where the last one ends if it has no end
+	mine     *coming   // what is read of what it asks for; nil if nobody is to wait for it
+	ahead    []*coming // what else it asks for, in order
+	inflow             // of these
+	buf      []byte    // what is to be written at mine.at
+	failures int       // in a row
+	alone    bool      // it waits for nobody any more
+	memory   *Transfer // what is read next has come by it, and need not be in the file
 }
 
 // Ranges returns what reads ranges of a blob from an origin. It returns nil when the blob is stored, or
@@ -103,7 +107,7 @@ func (s *Store) ranges(p *partial, from Origin) *Ranges {
 	p.users++
 	p.used = time.Now()
 	s.mu.Unlock()
-	r := &Ranges{store: s, part: p, ctx: context.Background(), end: -1}
+	r := &Ranges{store: s, part: p, ctx: context.Background()}
 	if _, err := p.ranged(s, false); err != nil && p.there() > 0 {
 		r.Close() // the file has another name by now, or none
 		return nil
@@ -111,9 +115,9 @@ func (s *Store) ranges(p *partial, from Origin) *Ranges {
 	return r
 }
 
-// With has what is missing be opened by open, from its first byte up to to, and reads end with
+// With has what is missing be opened by open, and reads end with
 // ctx. An error that wraps [ErrCorrupt] says that what is there may be wrong, which is dropped. It returns r.
-func (r *Ranges) With(ctx context.Context, open func(ctx context.Context, first, to int64) (io.ReadCloser, error)) *Ranges {
+func (r *Ranges) With(ctx context.Context, open Opener) *Ranges {
 	r.ctx, r.open = ctx, open
 	return r
 }
@@ -121,30 +125,48 @@ func (r *Ranges) With(ctx context.Context, open func(ctx context.Context, first,
 // Size is the blob's length in bytes, or -1 while no registry has said it.
 func (r *Ranges) Size() int64 { return r.part.sizeNow() }
 
-// Missing says whether nobody has the byte at first yet, nor brings it soon, and up to where that
-// is so: to end at most, or, if that is -1, to the end of the blob, which is math.MaxInt64 while
-// nobody knows it. The caller brings it then, by [Ranges.Fill]. It waits until the size is known
-// of what somebody else brings.
-func (r *Ranges) Missing(first, end int64) (to int64, is bool) {
+// Missing returns which of the ranges that are wanted nobody has yet, nor brings soon, or the first of them, if they
+// are many. These are the caller's to bring, by [Ranges.Fill]. The ranges are in order, and don't overlap. A single one may
+// have no end, which is -1: then what is missing may end at math.MaxInt64, while nobody knows how large the
+// blob is. Of a single one no more is returned than the first bytes that are missing, if these are at its
+// beginning. It waits until the size is known of what somebody else brings.
+func (r *Ranges) Missing(wanted ...Span) (missing []Span) {
 	p := r.part
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.asked, r.end = true, end
-	for {
-		if to, is = r.reserve(first); is || p.size >= 0 || r.ctx.Err() != nil {
-			return to, is
+	p.asked, r.wanted = true, wanted
+	for _, w := range wanted {
+		for off := w.From; (w.To < 0 || off < w.To) && (p.size < 0 || off < p.size); {
+			to, is, c := r.reserve(off)
+			if !is && p.size < 0 && len(missing) == 0 && r.ctx.Err() == nil {
+				if !p.lags {
+					_, _, c := p.look(off, math.MaxInt64)
+					p.await(r.ctx, c, off)
+					continue
+				}
+				is = true
+			}
+			if is {
+				missing = follow(missing, off, to)
+			}
+			if c != nil {
+				if n := len(r.ahead); n > 0 {
+					c.after = r.ahead[n-1]
+				}
+				r.ahead = append(r.ahead, c)
+			}
+			if off = to; len(wanted) == 1 {
+				break
+			}
 		}
-		if p.lags {
-			return to, true
-		}
-		_, _, c := p.look(first, math.MaxInt64)
-		p.await(r.ctx, c, first)
 	}
+	return missing[:min(len(missing), maxAsked)]
 }
 
-// reserve is Missing. The caller holds p.mu.
-func (r *Ranges) reserve(off int64) (to int64, is bool) {
-	p, end := r.part, r.end
+// reserve says up to where the byte at off, and what follows it, is to be asked for, if it is, and reserves that: c is nil
+// if nobody is to wait for it. The caller holds p.mu.
+func (r *Ranges) reserve(off int64) (to int64, is bool, c *coming) {
+	p, end := r.part, r.end(off)
 	open := end < 0
 	if open {
 		end = math.MaxInt64
@@ -152,40 +174,65 @@ func (r *Ranges) reserve(off int64) (to int64, is bool) {
 	if p.size >= 0 {
 		end = min(end, p.size)
 	}
-	where, to, c := p.look(off, end)
-	if where == onItsWay && off > c.read+nearSpan {
-		if !p.split(c, off) {
-			return end, true
+	where, to, other := p.look(off, end)
+	if where == onItsWay && other.before(off) > nearSpan {
+		if !p.split(other, off) {
+			return end, true, nil
 		}
 		where, to, _ = p.look(off, end)
 	}
 	if where != missing {
-		return to, false
+		return to, false, nil
 	}
 	if open && p.piece > 0 {
 		to = min(to, off+p.piece)
 	}
-	if !p.dead && len(p.have) < maxSpans {
-		r.mine = p.reserve(off, to, false)
+	if !p.dead && len(p.have) < maxSpans && len(p.coming) < maxComing {
+		c = p.reserve(off, to, false)
 	}
-	return to, true
+	return to, true, c
+}
+
+// end is where the range ends that is wanted at off, or -1 if it has no end.
+func (r *Ranges) end(off int64) int64 {
+	i, _ := slices.BinarySearchFunc(r.wanted, off, func(w Span, off int64) int {
+		if w.To >= 0 && w.To <= off {
+			return -1
+		}
+		return 1
+	})
+	if i == len(r.wanted) {
+		return -1
+	}
+	return r.wanted[i].To
 }
 
 // Decline has others bring what [Ranges.Missing] has left to the caller, who doesn't.
-func (r *Ranges) Decline() { r.leave() }
+func (r *Ranges) Decline() {
+	r.leave()
+	for len(r.bodies) > 0 {
+		r.pop()
+	}
+	r.part.mu.Lock()
+	defer r.part.mu.Unlock()
+	for _, c := range r.ahead {
+		r.part.leave(c)
+	}
+	r.ahead = nil
+}
 
-// Fill has body, which is a part of a blob of size bytes from first up to to, read from there on, and
-// put with what is there. It returns false if the blob was said to have another size before: which one
+// Fill has body, which gives the bytes of ranges that are missing, one after another, of a blob of size bytes, be read,
+// and put with what is there. It returns false if the blob was said to have another size before: which one
 // is right nobody knows, and what is there is dropped.
-func (r *Ranges) Fill(body io.ReadCloser, first, to, size int64) bool {
-	if r.fill(body, first, to, size) {
+func (r *Ranges) Fill(body io.ReadCloser, given []Span, size int64) bool {
+	if r.fill(body, given, size) {
 		return true
 	}
 	r.store.lose(r.part)
 	return false
 }
 
-func (r *Ranges) fill(body io.ReadCloser, first, to, size int64) bool {
+func (r *Ranges) fill(body io.ReadCloser, given []Span, size int64) bool {
 	p := r.part
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -195,10 +242,15 @@ func (r *Ranges) fill(body io.ReadCloser, first, to, size int64) bool {
 	if p.size != size {
 		return false
 	}
-	r.body, r.off, r.at, r.to = body, first, first, to
-	if c := r.mine; c != nil && c.to > to {
-		c.to = to
+	_ = r.add(body, slices.Clone(given))
+	last := given[len(given)-1].To
+	for _, c := range r.ahead {
+		if c.from < last && c.to > last {
+			c.to = last
+		}
+		c.to = min(c.to, size)
 	}
+	r.off = given[0].From
 	p.change.Broadcast()
 	return true
 }
@@ -236,11 +288,13 @@ func (r *Ranges) Read(b []byte) (int, error) {
 		case to == r.off:
 			return 0, io.EOF
 		case wait:
+		case ask && r.find(r.off):
 		case ask:
 			if !r.goesOn() {
 				return 0, r.ctx.Err()
 			}
-			body, err := r.open(r.ctx, r.off, to)
+			missing := r.asks(to)
+			body, n, err := r.open(r.ctx, missing)
 			if err != nil {
 				r.leave()
 				if errors.Is(err, ErrCorrupt) {
@@ -248,10 +302,13 @@ func (r *Ranges) Read(b []byte) (int, error) {
 				}
 				return 0, err
 			}
-			r.body, r.at, r.to = body, r.off, to
+			_ = r.add(body, missing[:n])
 		default:
 			if n := r.fromFile(b[:min(int64(len(b)), to-r.off)]); n > 0 {
 				return n, nil
+			}
+			if r.alone = r.memory != nil; r.alone {
+				continue
 			}
 			r.store.lose(r.part)
 			r.part.lose(r.off, to) // it is asked for instead
@@ -265,10 +322,19 @@ func (r *Ranges) next() (to int64, ask, wait bool) {
 	p := r.part
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	r.memory = nil
+	for len(r.ahead) > 0 && (r.ahead[0].to <= r.off || r.ahead[0].from < r.off) { // others have brought it
+		p.leave(r.ahead[0])
+		r.ahead = r.ahead[1:]
+	}
 	if r.off >= p.size {
 		return r.off, false, false
 	}
-	if to, ask = r.reserve(r.off); ask {
+	if len(r.ahead) > 0 && r.ahead[0].from == r.off {
+		r.mine, r.ahead = r.ahead[0], r.ahead[1:]
+		return r.mine.to, true, false
+	}
+	if to, ask, r.mine = r.reserve(r.off); ask {
 		return to, true, false
 	}
 	is, to, c := p.look(r.off, p.size)
@@ -277,13 +343,35 @@ func (r *Ranges) next() (to int64, ask, wait bool) {
 		return to, false, false
 	case r.alone || p.lags && !c.window:
 		to, _ = p.have.at(r.off)
-		if to = min(to, p.size); r.end > r.off {
-			to = min(to, r.end)
+		if to = min(to, p.size); r.end(r.off) > r.off {
+			to = min(to, r.end(r.off))
 		}
 		return to, true, false
+	case c.window && r.off < p.arrived:
+		r.memory = p.transfer
+		return min(to, p.arrived), false, false
 	}
 	r.alone = p.await(r.ctx, c, r.off)
 	return to, false, true
+}
+
+// asks are the ranges that are asked for together: that from off up to to, and those ahead, if they don't come already.
+func (r *Ranges) asks(to int64) []Span {
+	if len(r.ahead) > 0 {
+		to = min(to, r.ahead[0].from)
+	}
+	all := []Span{{r.off, to}}
+	if len(r.bodies) > 0 {
+		return all
+	}
+	r.part.mu.Lock()
+	defer r.part.mu.Unlock()
+	for _, c := range r.ahead {
+		if c.from < c.to && len(all) < maxAsked {
+			all = follow(all, c.from, c.to)
+		}
+	}
+	return all
 }
 
 // goesOn says whether the client is there still, which hangs up when it has the chunk that it
@@ -292,7 +380,7 @@ func (r *Ranges) next() (to int64, ask, wait bool) {
 func (r *Ranges) goesOn() bool {
 	p := r.part
 	p.mu.Lock()
-	pieces := r.end < 0 && p.piece > 0
+	pieces := r.end(r.off) < 0 && p.piece > 0
 	p.mu.Unlock()
 	if !pieces {
 		return true
@@ -309,51 +397,54 @@ func (r *Ranges) goesOn() bool {
 	return true
 }
 
-// mayRead says how many bytes of n may be read of body.
+// mayRead says how many bytes of n may be read of what comes.
 func (r *Ranges) mayRead(n int64) int64 {
-	if r.body == nil || r.at != r.off {
+	if n = min(n, r.at(r.off)); n == 0 {
 		return 0
 	}
-	n = min(n, r.to-r.off)
 	c, p := r.mine, r.part
-	if c == nil {
-		return n
-	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n = min(n, c.to-r.off) // somebody may have taken the rest over
+	if c == nil {
+		if len(r.ahead) > 0 {
+			n = min(n, max(0, r.ahead[0].from-r.off))
+		}
+		return n
+	}
+	n = max(0, min(n, c.to-r.off)) // somebody may have taken the rest over
 	c.read = max(c.read, r.off+n)
 	return n
 }
 
 func (r *Ranges) fromBody(b []byte) (int, error) {
-	n, err := r.body.Read(b)
+	n, err := r.read(b)
 	r.off += int64(n)
-	r.at = r.off
 	if r.mine != nil {
 		r.buf = append(r.buf, b[:n]...)
-		if all := r.store.gathered.Add(int64(n)); len(r.buf) >= flushSize || all > gatherSize || r.off == r.to {
+		if all := r.store.gathered.Add(int64(n)); len(r.buf) >= flushSize || all > gatherSize || r.at(r.off) == 0 {
 			r.flush()
 		}
 	}
-	switch {
-	case n > 0:
-		r.failures = 0
-	case err == nil:
-	default:
-		if errors.Is(err, io.EOF) {
-			err = io.ErrUnexpectedEOF
+	if err == nil {
+		if n > 0 {
+			r.failures = 0
 		}
-		r.leave()
-		if r.failures++; r.failures < attempts && r.ctx.Err() == nil {
-			err = nil
-		}
-		return 0, err
+		return n, nil
 	}
-	return n, nil
+	r.pop()
+	r.leave()
+	if r.failures++; r.failures < attempts && r.ctx.Err() == nil {
+		err = nil
+	}
+	return 0, err
 }
 
 func (r *Ranges) fromFile(b []byte) int {
+	if t := r.memory; t != nil {
+		n, _ := arrivedAt{t}.ReadAt(b, r.off)
+		r.off += int64(n)
+		return n
+	}
 	file, err := r.part.ranged(r.store, false)
 	if err != nil {
 		return 0
@@ -404,7 +495,7 @@ func (r *Ranges) flush() {
 	p.change.Broadcast()
 }
 
-// leave gives up what is being asked for, but for what has come of it.
+// leave gives up what is being read, but for what has come of it.
 func (r *Ranges) leave() {
 	if r.mine != nil && len(r.buf) > 0 {
 		r.flush()
@@ -414,11 +505,18 @@ func (r *Ranges) leave() {
 		r.part.leave(c)
 		r.part.mu.Unlock()
 	}
-	if r.body != nil {
-		r.body.Close()
+	for len(r.bodies) > 0 && !r.useful() {
+		r.pop()
 	}
 	r.forget()
-	r.body, r.mine = nil, nil
+	r.mine = nil
+}
+
+// useful says whether something of the answer that comes next is to be read later.
+func (r *Ranges) useful() bool {
+	rest := r.bodies[len(r.bodies)-1].rest
+	n := len(rest)
+	return n > 0 && (rest[n-1].From > r.off || len(r.ahead) > 0 && r.ahead[0].from < rest[n-1].To)
 }
 
 // forget forgets what is to be written.
@@ -429,7 +527,7 @@ func (r *Ranges) forget() {
 
 // Close gives the reader up. What has come stays.
 func (r *Ranges) Close() error {
-	r.leave()
+	r.Decline()
 	p, s := r.part, r.store
 	if p.unsaved() >= saveStep/4 {
 		_ = s.disk.do(func() error { return p.save(s.path("ingest")) }, nil)

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -33,19 +34,33 @@ func newServer(seed uint64, want []byte) *server {
 	return &server{want: want, r: rand.New(rand.NewPCG(seed, 11)), sent: make([]uint8, len(want))}
 }
 
-func (s *server) open(_ context.Context, first, to int64) (io.ReadCloser, error) {
+// open gives some of the ranges that are asked for, from the first one on.
+func (s *server) open(_ context.Context, missing []Span) (io.ReadCloser, int, error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	b := &served{s: s, at: first, to: min(to, int64(len(s.want)))}
-	if b.cut = b.to; s.cuts > 0 && b.to > first {
-		s.cuts--
-		b.cut = first + s.r.Int64N(b.to-first)
-	}
-	return b, nil
+	n := 1 + s.r.IntN(len(missing))
+	s.mu.Unlock()
+	return s.ranges(missing[:n]...), n, nil
 }
 
-func (s *server) source(ctx context.Context, first int64) (io.ReadCloser, error) {
-	return s.open(ctx, first, math.MaxInt64)
+// ranges gives ranges, one after another.
+func (s *server) ranges(given ...Span) io.ReadCloser {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := &served{s: s, cut: math.MaxInt64}
+	for _, e := range given {
+		if e.To = min(e.To, int64(len(s.want))); e.From < e.To {
+			b.rest = append(b.rest, e)
+		}
+	}
+	if n := spans(b.rest).bytes(); s.cuts > 0 && n > 0 {
+		s.cuts--
+		b.cut = s.r.Int64N(n)
+	}
+	return b
+}
+
+func (s *server) source(_ context.Context, first int64) (io.ReadCloser, error) {
+	return s.ranges(Span{first, math.MaxInt64}), nil
 }
 
 // most says how often the byte was given that was given most often, and how many were in all.
@@ -60,9 +75,10 @@ func (s *server) most() (most uint8, all int64) {
 }
 
 type served struct {
-	s           *server
-	at, to, cut int64
-	closed      bool
+	s      *server
+	rest   []Span
+	cut    int64 // after how many bytes more it breaks off
+	closed bool
 }
 
 func (b *served) Read(p []byte) (int, error) {
@@ -71,16 +87,20 @@ func (b *served) Read(p []byte) (int, error) {
 	switch {
 	case b.closed:
 		return 0, os.ErrClosed
-	case b.at == b.to:
+	case len(b.rest) == 0:
 		return 0, io.EOF
-	case b.at >= b.cut:
+	case b.cut == 0:
 		return 0, errors.New("reset")
 	}
-	n := copy(p[:min(len(p), 1+b.s.r.IntN(2*chunkSize))], b.s.want[b.at:min(b.to, b.cut)])
+	at := b.rest[0].From
+	n := copy(p[:min(len(p), 1+b.s.r.IntN(2*chunkSize))], b.s.want[at:min(b.rest[0].To, at+min(b.cut, int64(len(b.s.want))))])
 	for i := range n {
-		b.s.sent[int(b.at)+i]++
+		b.s.sent[int(at)+i]++
 	}
-	b.at += int64(n)
+	b.cut -= int64(n)
+	if b.rest[0].From += int64(n); b.rest[0].From == b.rest[0].To {
+		b.rest = b.rest[1:]
+	}
 	return n, nil
 }
 
@@ -91,9 +111,9 @@ func (b *served) Close() error {
 	return nil
 }
 
-// get reads a range as a client does: it asks itself for what is missing first. It reads no more
-// than n bytes of it.
-func (s *server) get(t *testing.T, st *Store, from Origin, first, end int64, n int) {
+// get reads ranges as a client does, which are in order: it asks itself for what is missing first. It reads no more
+// than n bytes of each.
+func (s *server) get(t *testing.T, st *Store, from Origin, n int, wanted ...Span) {
 	t.Helper()
 	d, size := digest.FromBytes(s.want), int64(len(s.want))
 	r := st.Ranges(t.Context(), d, from)
@@ -102,23 +122,30 @@ func (s *server) get(t *testing.T, st *Store, from Origin, first, end int64, n i
 	}
 	defer r.Close()
 	r.With(t.Context(), s.open)
-	if to, is := r.Missing(first, end); is || r.Size() < 0 {
-		body, _ := s.open(t.Context(), first, min(to, size))
-		if !r.Fill(body, first, min(to, size), size) {
+	missing := r.Missing(wanted...)
+	if r.Size() < 0 && len(missing) == 0 {
+		missing = []Span{{wanted[0].From, size}}
+	}
+	if len(missing) > 0 {
+		last := &missing[len(missing)-1]
+		last.To = min(last.To, size)
+		if body := s.ranges(missing...); !r.Fill(body, missing, size) {
 			body.Close()
 			t.Error("another size was said")
 			return
 		}
 	}
-	if _, err := r.Seek(first, io.SeekStart); err != nil {
-		t.Error(err)
-	}
-	if end < 0 {
-		end = size
-	}
-	got, err := io.ReadAll(io.LimitReader(r, min(end-first, int64(n))))
-	if want := s.want[first:min(end, first+int64(n))]; err != nil || !bytes.Equal(got, want) {
-		t.Errorf("of %d to %d %d bytes of %d, right: %v, %v", first, end, len(got), len(want), bytes.HasPrefix(want, got), err)
+	for _, w := range wanted {
+		if _, err := r.Seek(w.From, io.SeekStart); err != nil {
+			t.Error(err)
+		}
+		if w.To < 0 {
+			w.To = size
+		}
+		got, err := io.ReadAll(io.LimitReader(r, min(w.To-w.From, int64(n))))
+		if want := s.want[w.From:min(w.To, w.From+int64(n))]; err != nil || !bytes.Equal(got, want) {
+			t.Errorf("of %d to %d %d bytes of %d, right: %v, %v", w.From, w.To, len(got), len(want), bytes.HasPrefix(want, got), err)
+		}
 	}
 }
 
@@ -136,7 +163,7 @@ func (s *server) finish(t *testing.T, st *Store, from Origin) {
 	}
 	rest := Rest{Size: size, First: first, To: to, Gap: s.open, More: s.source}
 	if first < size {
-		rest.Body, _ = s.open(t.Context(), first, to)
+		rest.Body = s.ranges(Span{first, to})
 	}
 	r, err := tr.Resume(rest)
 	if err != nil {
@@ -152,9 +179,29 @@ func (s *server) finish(t *testing.T, st *Store, from Origin) {
 	}
 }
 
+// someSpans are ranges of a blob, in order. Some touch each other.
+func someSpans(r *rand.Rand, size int64) (some []Span) {
+	to := int64(0)
+	for range 1 + r.IntN(300) {
+		from := to
+		if r.IntN(4) > 0 {
+			from += r.Int64N(size / 50)
+		}
+		if to = from + 1 + r.Int64N(size/50); to > size {
+			break
+		}
+		some = append(some, Span{from, to})
+	}
+	if len(some) == 0 {
+		return []Span{{0, size}}
+	}
+	return some
+}
+
 // Twenty clients ask for ranges, in any order, which overlap; some leave in the middle; sources
 // break off; one client asks for all of it in the middle of that; the store is opened anew. What
-// each is given is right. When nobody leaves and nothing breaks off, the registry gives each byte once.
+// each is given is right. Some ask for several ranges at a time. When nobody leaves and nothing breaks off, the registry
+// gives each byte once, but for what somebody takes over of what another has asked for with what comes before it.
 func TestRangeStories(t *testing.T) {
 	for seed := range uint64(40) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -163,6 +210,7 @@ func TestRangeStories(t *testing.T) {
 			dir := t.TempDir()
 			from := Origin{Name: "a"}
 			want := random(seed+900, 100_000+r.IntN(4<<20))
+			several := r.IntN(2) == 0
 			size := int64(len(want))
 			d := digest.FromBytes(want)
 			s := open(t, dir, Options{MaxBytes: 256 << 20})
@@ -189,7 +237,11 @@ func TestRangeStories(t *testing.T) {
 					if i == whole {
 						wg.Go(func() { srv.finish(t, s, from) })
 					}
-					wg.Go(func() { srv.get(t, s, from, first, end, n) })
+					wanted := []Span{{first, end}}
+					if several && r.IntN(2) == 0 {
+						wanted = someSpans(r, size)
+					}
+					wg.Go(func() { srv.get(t, s, from, n, wanted...) })
 				}
 				wg.Wait()
 				if s.Has(d) {
@@ -211,7 +263,7 @@ func TestRangeStories(t *testing.T) {
 			if !s.Has(d) {
 				srv.finish(t, s, from)
 			}
-			if most, all := srv.most(); calm && most > 1 {
+			if most, all := srv.most(); calm && most > 1 && (!several || size <= nearSpan) {
 				t.Errorf("a byte was given %d times, and %d bytes of %d", most, all, size)
 			}
 			if got, err := read(s, d); err != nil || !bytes.Equal(got, want) {
@@ -236,11 +288,11 @@ func TestRangeStandsStill(t *testing.T) {
 	lies := bytes.Repeat([]byte("x"), len(want))
 	slow := s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
 	defer slow.Close()
-	if to, is := slow.Missing(1<<20, 2<<20); !is || to != 2<<20 {
-		t.Fatal(to, is)
+	if missing := slow.Missing(Span{1 << 20, 2 << 20}); !slices.Equal(missing, []Span{{1 << 20, 2 << 20}}) {
+		t.Fatal(missing)
 	}
 	pr, pw := io.Pipe()
-	slow.Fill(pr, 1<<20, 2<<20, size)
+	slow.Fill(pr, []Span{{1 << 20, 2 << 20}}, size)
 	go func() { _, _ = pw.Write(lies[:flushSize]) }()
 	if _, err := io.ReadFull(slow, make([]byte, flushSize)); err != nil {
 		t.Fatal(err)
@@ -251,7 +303,7 @@ func TestRangeStandsStill(t *testing.T) {
 	if !ok || first != 0 || to != 1<<20 {
 		t.Fatal(first, to, ok)
 	}
-	b, _ := srv.open(t.Context(), first, to)
+	b := srv.ranges(Span{first, to})
 	r, err := tr.Resume(Rest{Size: size, Body: b, First: first, To: to, Gap: srv.open, More: srv.source})
 	if err != nil {
 		t.Fatal(err)
@@ -260,7 +312,7 @@ func TestRangeStandsStill(t *testing.T) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 	r.Close()
-	go func() { _, _ = pw.Write(lies[:1<<20-flushSize]); pw.Close() }()
+	go func(pw *io.PipeWriter) { _, _ = pw.Write(lies[:1<<20-flushSize]); pw.Close() }(pw) // there is another later
 	if _, err := io.CopyN(io.Discard, slow, 1<<20-flushSize); err != nil {
 		t.Error(err)
 	}
@@ -272,10 +324,10 @@ func TestRangeStandsStill(t *testing.T) {
 	// Nothing of it has come, and all is right.
 	slow = s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
 	defer slow.Close()
-	slow.Missing(1<<20, 2<<20)
+	slow.Missing(Span{1 << 20, 2 << 20})
 	pr, pw = io.Pipe()
-	slow.Fill(pr, 1<<20, 2<<20, size)
-	srv.get(t, s, Origin{}, 0, 1<<20, len(want))
+	slow.Fill(pr, []Span{{1 << 20, 2 << 20}}, size)
+	srv.get(t, s, Origin{}, len(want), Span{0, 1 << 20})
 	srv.finish(t, s, Origin{})
 	go func() { _, _ = pw.Write(lies[:1<<20]); pw.Close() }()
 	_, _ = io.CopyN(io.Discard, slow, 1<<20)
@@ -299,10 +351,10 @@ func TestRangesThatLag(t *testing.T) {
 		for i := range slow {
 			first, end := size*int64(i)/lagging, size*int64(i+1)/lagging
 			slow[i] = s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
-			if to, is := slow[i].Missing(first, end); !is || to != end {
-				t.Fatal(to, is)
+			if missing := slow[i].Missing(Span{first, end}); !slices.Equal(missing, []Span{{first, end}}) {
+				t.Fatal(missing)
 			}
-			slow[i].Fill(body(want[first:end]), first, end, size)
+			slow[i].Fill(body(want[first:end]), []Span{{first, end}}, size)
 		}
 		done := make(chan struct{})
 		var wg sync.WaitGroup
@@ -327,8 +379,8 @@ func TestRangesThatLag(t *testing.T) {
 		if whole {
 			srv.finish(t, s, Origin{})
 		} else {
-			srv.get(t, s, Origin{}, 0, -1, len(want))
-			srv.get(t, s, Origin{}, size/2+1, size-5, len(want))
+			srv.get(t, s, Origin{}, len(want), Span{0, -1})
+			srv.get(t, s, Origin{}, len(want), Span{size/2 + 1, size - 5})
 		}
 		close(done)
 		wg.Wait()
@@ -346,7 +398,7 @@ func TestArrivedBeforeRanges(t *testing.T) {
 	s := open(t, t.TempDir(), Options{})
 	s.disk.timeout = time.Hour
 	srv := newServer(6, want)
-	srv.get(t, s, Origin{}, size-chunkSize, size, len(want))
+	srv.get(t, s, Origin{}, len(want), Span{size - chunkSize, size})
 	g := &gate{}
 	g.open()
 	s.disk.hold = g.hold
@@ -402,9 +454,9 @@ func TestWholeAmongRanges(t *testing.T) {
 	for _, follows := range []bool{true, false} {
 		s, srv := open(t, t.TempDir(), Options{}), newServer(5, want)
 		var asked atomic.Int64
-		gap := func(ctx context.Context, first, to int64) (io.ReadCloser, error) {
+		gap := func(ctx context.Context, missing []Span) (io.ReadCloser, int, error) {
 			asked.Add(1)
-			return srv.open(ctx, first, to)
+			return srv.open(ctx, missing)
 		}
 		rest := Rest{Size: size, Body: body(want[:PieceSize]), To: PieceSize, Pieces: true, Gap: gap, More: srv.source}
 		if !follows {
@@ -420,9 +472,9 @@ func TestWholeAmongRanges(t *testing.T) {
 					return
 				}
 				r.With(t.Context(), srv.open)
-				if to, is := r.Missing(off, -1); is && r.Size() >= 0 {
-					b, _ := srv.open(t.Context(), off, min(to, off+chunkSize))
-					r.Fill(b, off, min(to, off+chunkSize), size)
+				if missing := r.Missing(Span{off, -1}); len(missing) > 0 && r.Size() >= 0 {
+					missing[0].To = min(missing[0].To, off+chunkSize)
+					r.Fill(srv.ranges(missing...), missing, size)
 					_, _ = io.CopyN(io.Discard, r, chunkSize)
 				}
 				r.Close()
@@ -443,7 +495,7 @@ func TestWholeAmongRanges(t *testing.T) {
 			if !ok {
 				t.Fatal("nothing is there")
 			}
-			b, _ := srv.open(t.Context(), first, to)
+			b := srv.ranges(Span{first, to})
 			if r, err = tr.Resume(Rest{Size: size, Body: b, First: first, To: to, Gap: gap, More: srv.source}); err != nil {
 				t.Fatal(err)
 			}
@@ -471,9 +523,9 @@ func TestRangesInMemory(t *testing.T) {
 		r := s.Ranges(t.Context(), digest.FromBytes(want), Origin{}).With(t.Context(), srv.open)
 		defer r.Close()
 		first, end := i*n, (i+1)*n
-		r.Missing(first, end)
-		r.Fill(body(want[first:end]), first, end, int64(len(want)))
-		if got := make([]byte, n-1); r.mine == nil {
+		r.Missing(Span{first, end})
+		r.Fill(body(want[first:end]), []Span{{first, end}}, int64(len(want)))
+		if got := make([]byte, n-1); len(r.ahead) == 0 {
 			t.Fatal("it isn't put with what is there")
 		} else if _, err := io.ReadFull(r, got); err != nil || !bytes.Equal(got, want[first:end-1]) {
 			t.Fatal(err)
@@ -498,21 +550,21 @@ func TestRangeIsTakenOver(t *testing.T) {
 	a, b := s.Ranges(t.Context(), d, Origin{}), s.Ranges(t.Context(), d, Origin{})
 	defer a.Close()
 	defer b.Close()
-	if to, is := a.Missing(0, -1); !is || to != math.MaxInt64 {
-		t.Fatal(to, is)
+	if missing := a.Missing(Span{0, -1}); !slices.Equal(missing, []Span{{0, math.MaxInt64}}) {
+		t.Fatal(missing)
 	}
-	a.Fill(body(want), 0, size, size)
-	if to, is := b.Missing(1<<19, 1<<20); is {
-		t.Errorf("what comes soon is asked for again: to %d", to)
+	a.Fill(body(want), []Span{{0, size}}, size)
+	if missing := b.Missing(Span{1 << 19, 1 << 20}); len(missing) > 0 {
+		t.Errorf("what comes soon is asked for again: %v", missing)
 	}
-	if to, is := b.Missing(4<<20, -1); !is || to != size {
-		t.Errorf("what comes late isn't asked for: to %d, %v", to, is)
+	if missing := b.Missing(Span{4 << 20, -1}); !slices.Equal(missing, []Span{{4 << 20, size}}) {
+		t.Errorf("what comes late isn't asked for: %v", missing)
 	}
-	b.Fill(body(want[4<<20:]), 4<<20, size, size)
+	b.Fill(body(want[4<<20:]), []Span{{4 << 20, size}}, size)
 	var wg sync.WaitGroup
 	for _, r := range []*Ranges{a, b} {
 		wg.Go(func() {
-			r.With(t.Context(), func(context.Context, int64, int64) (io.ReadCloser, error) { return nil, errors.New("asked again") })
+			r.With(t.Context(), func(context.Context, []Span) (io.ReadCloser, int, error) { return nil, 0, errors.New("asked again") })
 			at := r.off
 			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want[at:]) {
 				t.Errorf("from %d: %d bytes, %v", at, len(got), err)
@@ -534,9 +586,9 @@ func TestRangesGiveWay(t *testing.T) {
 	srv := newServer(2, want)
 	r := s.Ranges(t.Context(), d, Origin{}).With(t.Context(), srv.open)
 	defer r.Close()
-	r.Missing(0, -1)
-	b, _ := srv.open(t.Context(), 0, 4<<20)
-	r.Fill(b, 0, 4<<20, 4<<20)
+	r.Missing(Span{0, -1})
+	all := Span{0, 4 << 20}
+	r.Fill(srv.ranges(all), []Span{all}, all.To)
 	if _, err := io.ReadFull(r, make([]byte, 2<<20)); err != nil {
 		t.Fatal(err)
 	}
@@ -555,8 +607,154 @@ func TestRangesGiveWay(t *testing.T) {
 	big := random(994, 16<<20)
 	srv = newServer(3, big)
 	s = open(t, t.TempDir(), Options{MaxBytes: size})
-	srv.get(t, s, Origin{}, 0, -1, len(big))
+	srv.get(t, s, Origin{}, len(big), Span{0, -1})
 	if st := s.Stats(); st.Partial > size/partialShare || st.Partial < size/partialShare-flushSize {
 		t.Errorf("%+v", st)
+	}
+}
+
+// Who asks for several ranges at a time is given all by one answer. Who asks for one of them that comes late there
+// takes it over, and who asks for one that comes soon waits for it.
+func TestSeveralRanges(t *testing.T) {
+	want := random(989, 8<<20)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	s, srv := open(t, t.TempDir(), Options{}), newServer(7, want)
+	again := func(context.Context, []Span) (io.ReadCloser, int, error) { return nil, 0, errors.New("asked again") }
+	wanted := []Span{{100, 1000}, {5000, 3 << 20}, {4 << 20, 5 << 20}, {6 << 20, 6<<20 + 10}, {7 << 20, size}}
+	a := s.Ranges(t.Context(), d, Origin{}).With(t.Context(), again)
+	defer a.Close()
+	if missing := a.Missing(wanted...); !slices.Equal(missing, wanted) {
+		t.Fatal(missing)
+	}
+	a.Fill(srv.ranges(wanted...), wanted, size)
+	b := s.Ranges(t.Context(), d, Origin{}).With(t.Context(), again)
+	defer b.Close()
+	late := []Span{{0, 50}, {200, 300}, {4<<20 + 7, 4<<20 + 9}, {6 << 20, 8 << 20}}
+	if missing, want := b.Missing(late...), []Span{{0, 50}, {4<<20 + 7, 4<<20 + 9}, {6 << 20, 8 << 20}}; !slices.Equal(missing, want) {
+		t.Errorf("%v is asked for, want %v", missing, want)
+	} else {
+		b.Fill(srv.ranges(missing...), missing, size)
+	}
+	var wg sync.WaitGroup
+	for r, wanted := range map[*Ranges][]Span{a: wanted, b: late} {
+		wg.Go(func() {
+			for _, w := range wanted {
+				_, _ = r.Seek(w.From, io.SeekStart)
+				got := make([]byte, w.To-w.From)
+				if _, err := io.ReadFull(r, got); err != nil || !bytes.Equal(got, want[w.From:w.To]) {
+					t.Errorf("%v: right: %v, %v", w, bytes.Equal(got, want[w.From:w.To]), err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	a.Close()
+	b.Close()
+	if len(a.part.coming) > 0 || s.gathered.Load() != 0 {
+		t.Errorf("%d ranges are on their way still, %d bytes in memory", len(a.part.coming), s.gathered.Load())
+	}
+}
+
+// Very many small ranges that are missing cost few requests.
+func TestManyGaps(t *testing.T) {
+	want := random(988, 3<<20)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	s, srv := open(t, t.TempDir(), Options{}), newServer(8, want)
+	var wanted []Span
+	for at := int64(0); at < size; at += 4 << 10 {
+		wanted = append(wanted, Span{at + 100, at + 4<<10})
+	}
+	srv.get(t, s, Origin{}, len(want), wanted...)
+	asked := 0
+	gap := func(_ context.Context, missing []Span) (io.ReadCloser, int, error) {
+		asked++
+		return srv.ranges(missing...), len(missing), nil
+	}
+	tr, _ := s.Claim(d, Origin{})
+	if first, to, _, ok := tr.Missing(); !ok || first != 0 || to != 100 {
+		t.Fatal(first, to, ok)
+	}
+	r, err := tr.Resume(Rest{Size: size, Gap: gap, More: srv.source})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	if most, _ := srv.most(); most != 1 || asked > len(wanted)/maxAsked+1 {
+		t.Errorf("asked %d times for %d ranges, and given %d times", asked, len(wanted), most)
+	}
+}
+
+// A transfer that asks for pieces asks for each of them, and for no more.
+func TestPieces(t *testing.T) {
+	want := random(987, 3*PieceSize)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	s, srv := open(t, t.TempDir(), Options{}), newServer(9, want)
+	tr, _ := s.Claim(d, Origin{})
+	more := func(context.Context, int64) (io.ReadCloser, error) {
+		t.Error("all of the rest is asked for")
+		return nil, errors.New("no")
+	}
+	r, err := tr.Resume(Rest{Size: size, Body: srv.ranges(Span{0, PieceSize}), To: PieceSize, Pieces: true, Gap: srv.open, More: more})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	if most, _ := srv.most(); most != 1 {
+		t.Errorf("a byte was given %d times", most)
+	}
+}
+
+// Who asks for several ranges, of which others bring some and stand still, asks for these, too, and for no
+// byte twice.
+func TestSeveralRangesThatLag(t *testing.T) {
+	defer func(was time.Duration) { stallTime = was }(stallTime)
+	stallTime = 50 * time.Millisecond
+	want := random(986, 300_000)
+	size, d := int64(len(want)), digest.FromBytes(want)
+	for _, broken := range []bool{false, true} { // the answer for the others breaks off at once
+		s, srv := open(t, t.TempDir(), Options{}), newServer(10, want)
+		for _, e := range []Span{{0, 20_000}, {20_000, 40_000}} {
+			still := s.Ranges(t.Context(), d, Origin{})
+			defer still.Close()
+			still.Missing(e)
+			pr, pw := io.Pipe()
+			defer pw.Close()
+			still.Fill(pr, []Span{e}, size)
+		}
+		asked := spans(nil)
+		r := s.Ranges(t.Context(), d, Origin{}).With(t.Context(), func(_ context.Context, missing []Span) (io.ReadCloser, int, error) {
+			if !spans(missing).valid(size) {
+				t.Errorf("asks for %v", missing)
+			}
+			asked = append(asked, missing...)
+			return srv.ranges(missing...), len(missing), nil
+		})
+		defer r.Close()
+		wanted := []Span{{0, 100_000}, {200_000, size}}
+		missing := r.Missing(wanted...)
+		if !slices.Equal(missing, []Span{{40_000, 100_000}, {200_000, size}}) {
+			t.Errorf("missing: %v", missing)
+		}
+		body := srv.ranges(missing...)
+		if broken {
+			body.Close()
+		}
+		r.Fill(body, missing, size)
+		for _, w := range wanted {
+			_, _ = r.Seek(w.From, io.SeekStart)
+			got := make([]byte, w.To-w.From)
+			if _, err := io.ReadFull(r, got); err != nil || !bytes.Equal(got, want[w.From:w.To]) {
+				t.Errorf("%v: %v", w, err)
+			}
+		}
+		if n := asked.bytes(); n != 40_000 && !broken || n != 200_000 && broken {
+			t.Errorf("asked for %v", asked)
+		}
 	}
 }

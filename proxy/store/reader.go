@@ -91,8 +91,8 @@ func (r *Reader) Read(p []byte) (int, error) {
 	}
 }
 
-// Seek implements io.Seeker. The end is known only when the size is. What the reader
-// has from a source for itself can't be sought in.
+// Seek implements io.Seeker. The end is known only when the size is. In what the reader
+// has from a source for itself it goes forward only.
 func (r *Reader) Seek(offset int64, whence int) (int64, error) {
 	switch whence {
 	case io.SeekCurrent:
@@ -141,16 +141,19 @@ func (r *Reader) failOver(cause error) error {
 // readOn goes on by a source of the reader's own, verified against the digest like
 // the transfer.
 func (r *Reader) readOn(from *arrivingPart) error {
-	body, err := r.over.Own(r.ctx, r.off)
+	from.t.mu.Lock()
+	off := min(r.off, from.t.arrived) // what comes before the one is read, too
+	from.t.mu.Unlock()
+	body, err := r.over.Own(r.ctx, off)
 	if err != nil {
 		return err
 	}
 	st := newStream(r.ctx, r.digest, from.size(), body, r.over.Own)
-	if st.read, err = io.Copy(st.hash, io.NewSectionReader(arrivedAt{from.t}, 0, r.off)); err != nil {
+	if st.read, err = io.Copy(st.hash, io.NewSectionReader(arrivedAt{from.t}, 0, off)); err != nil {
 		body.Close()
 		return fmt.Errorf("reading back %s: %w", r.digest, err)
 	}
-	st.given = r.off
+	st.given = off
 	from.close() // its file takes room
 	r.from = st
 	r.store.log.Info("a blob is read on from its source, and not kept by this reader", "digest", r.digest, "at", r.off)
@@ -383,7 +386,7 @@ func (a *arrivingPart) close() {
 }
 
 // Detach has the reader go on by itself, from its own source, while the transfer
-// goes on for others. What it reads next must not be beyond what has arrived.
+// goes on for others.
 func (r *Reader) Detach() {
 	r.arriving.t.mu.Lock()
 	defer r.arriving.t.mu.Unlock()

@@ -43,7 +43,7 @@ func (p *partial) save(dir string) error {
 	p.mu.Lock()
 	r := record{bootID(), p.key.digest, p.from.Name, p.from.Owner, p.from.Free, p.size, p.begun, make([][2]int64, len(p.have))}
 	for i, e := range p.have {
-		r.Have[i] = [2]int64{e.from, e.to}
+		r.Have[i] = [2]int64{e.From, e.To}
 	}
 	p.saved, p.recorded = p.have.bytes(), true
 	path := p.path + recordSuffix
@@ -87,7 +87,7 @@ func parseRecord(b []byte) (*partial, string, error) {
 	p := newPartial(running{r.Digest, r.Name}, Origin{r.Name, r.Owner, r.Free}, r.Size)
 	p.begun = r.Begun
 	for _, e := range r.Have {
-		p.have = append(p.have, span{e[0], e[1]})
+		p.have = append(p.have, Span{e[0], e[1]})
 	}
 	if !p.have.valid(p.size) {
 		return nil, "", errRecord
@@ -155,7 +155,7 @@ func readRecord(path string) (*partial, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	if n := len(p.have); !info.Mode().IsRegular() || n == 0 || p.have[n-1].to > info.Size() {
+	if n := len(p.have); !info.Mode().IsRegular() || n == 0 || p.have[n-1].To > info.Size() {
 		return nil, "", errRecord
 	}
 	p.path = path

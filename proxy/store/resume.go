@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"sync"
 	"time"
 )
 
@@ -99,8 +98,8 @@ type Rest struct {
 	Firm bool
 	// Pieces says that clients ask for ranges, and may leave in the middle of them.
 	Pieces bool
-	// Gap opens another range that is missing, from its first byte up to to.
-	Gap func(ctx context.Context, first, to int64) (io.ReadCloser, error)
+	// Gap opens other ranges that are missing.
+	Gap Opener
 	// More opens the blob from an offset on when either breaks off.
 	More Source
 	// Refetch fetches the blob again when its digest turns out to be wrong, and no reader was
@@ -125,7 +124,7 @@ func (t *Transfer) Resume(rest Rest) (*Reader, error) {
 	m := newMended(t, 0, rest.More)
 	m.gap = rest.Gap
 	p.mu.Lock()
-	p.shared = true
+	p.shared, p.transfer = true, t
 	p.piece = 0
 	if rest.Pieces {
 		p.piece = PieceSize
@@ -133,7 +132,7 @@ func (t *Transfer) Resume(rest Rest) (*Reader, error) {
 	if rest.Body != nil {
 		if is, _, _ := p.look(rest.First, rest.Size); is == missing {
 			p.reserve(rest.First, rest.To, true).firm = rest.Firm
-			m.body, m.at = rest.Body, rest.First
+			_ = m.add(rest.Body, []Span{{rest.First, rest.To}})
 		} else {
 			rest.Body.Close()
 		}
@@ -165,14 +164,10 @@ type mended struct {
 	part   *partial
 	ctx    context.Context
 	cancel context.CancelFunc
-	gap    func(ctx context.Context, first, to int64) (io.ReadCloser, error) // may be nil
+	gap    Opener // may be nil
 	src    Source
 	off    int64 // of the one who reads
-
-	mu     sync.Mutex
-	body   io.ReadCloser // nil while nothing is open
-	at     int64         // where that is
-	closed bool
+	inflow
 }
 
 func newMended(t *Transfer, off int64, src Source) *mended {
@@ -199,27 +194,23 @@ func (m *mended) Read(b []byte) (n int, err error) {
 		}
 		return n, err
 	}
-	body, err := m.open(to)
-	if err != nil {
-		return 0, err
+	if !m.find(m.off) {
+		if err := m.open(to); err != nil {
+			return 0, err
+		}
 	}
-	n, err = body.Read(b[:min(int64(len(b)), to-m.off)])
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	n, err = m.read(b[:min(int64(len(b)), to-m.off, m.at(m.off))])
 	m.off += int64(n)
-	m.at = m.off
-	if m.off == to {
-		err = nil
-	} else if errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
 	return n, err
 }
 
 // next says whether what is at off is there or to be asked for, and up to where: of that no
 // more than n bytes are read. It waits for what somebody else brings.
 func (m *mended) next(n int64) (is place, to int64) {
-	p := m.part
+	p, t := m.part, m.t
+	t.mu.Lock()
+	arrived := t.arrived
+	t.mu.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for m.ctx.Err() == nil && m.off < p.size {
@@ -234,6 +225,9 @@ func (m *mended) next(n int64) (is place, to int64) {
 			c.to = m.off
 			p.change.Broadcast()
 		case is == onItsWay:
+			// Whoever brings it may need what has come before that, and isn't written before more comes.
+			p.arrived = arrived
+			p.change.Broadcast()
 			p.await(m.ctx, c, m.off)
 		default:
 			if p.piece > 0 && (p.asked || m.off < patience*p.piece) {
@@ -245,37 +239,51 @@ func (m *mended) next(n int64) (is place, to int64) {
 	return missing, m.off
 }
 
-// open returns what reads what is missing from off up to to.
-func (m *mended) open(to int64) (io.ReadCloser, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
-		return nil, os.ErrClosed
+// open asks for what is missing from off up to to.
+func (m *mended) open(to int64) error {
+	if m.gap == nil {
+		return m.add(newOpening(m.ctx, m.src, m.off), []Span{{m.off, m.part.sizeNow()}})
 	}
-	if m.body != nil && m.at == m.off {
-		return m.body, nil
+	missing := []Span{{m.off, to}}
+	if len(m.bodies) == 0 { // or they give what comes after that
+		missing = m.gaps(to)
 	}
-	if m.body != nil {
-		m.body.Close()
+	return m.add(newOpening(m.ctx, func(ctx context.Context, _ int64) (io.ReadCloser, error) {
+		body, n, err := m.gap(ctx, missing)
+		m.gives(n)
+		return body, err
+	}, m.off), missing)
+}
+
+// gaps are what the transfer is to bring from off up to to, and the small ranges that are missing after that, which it
+// reserves: there may be thousands, and each would take a request of its own.
+func (m *mended) gaps(to int64) []Span {
+	p, all, n := m.part, []Span{{m.off, to}}, to-m.off
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, _, last := p.look(m.off, to)
+	for off := to; off < p.size && len(all) < maxAsked; {
+		is, end, c := p.look(off, p.size)
+		if is == missing || is == onItsWay && c.window && c.from == off {
+			if n += end - off; off == to || n > nearSpan {
+				break
+			}
+			if is == missing {
+				c = p.reserve(off, end, true)
+			}
+			c.after, last = last, c
+			all = append(all, Span{off, end})
+		}
+		off = end
 	}
-	src := m.src
-	if gap := m.gap; gap != nil {
-		src = func(ctx context.Context, off int64) (io.ReadCloser, error) { return gap(ctx, off, to) }
-	}
-	m.body, m.at = newOpening(m.ctx, src, m.off), m.off
-	return m.body, nil
+	return all
 }
 
 // Close implements io.Closer.
 func (m *mended) Close() error {
 	m.cancel()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.closed = true
-	if m.body == nil {
-		return nil
-	}
-	return m.body.Close()
+	m.end()
+	return nil
 }
 
 // ranged says whether clients ask for ranges of the blob, now or not long ago.

@@ -36,11 +36,12 @@ const leastPace = 1 << 20
 
 // coming is a range that somebody has asked a registry for. It is guarded by the partial's mutex.
 type coming struct {
-	from, at, to int64 // what of it is in the file ends at at
-	read         int64 // up to where it was read from the registry
-	begun        int64 // where the request for it began
-	window       bool  // it is a transfer's, and goes through its window to the file
-	firm         bool  // its rest is taken over by nobody
+	from, at, to int64   // what of it is in the file ends at at
+	read         int64   // up to where it was read from the registry
+	begun        int64   // where the request for it began
+	after        *coming // what the same request brings before it
+	window       bool    // it is a transfer's, and goes through its window to the file
+	firm         bool    // its rest is taken over by nobody
 	writing      bool
 }
 
@@ -69,6 +70,15 @@ func (p *partial) look(off, end int64) (is place, to int64, c *coming) {
 		}
 	}
 	return missing, to, nil
+}
+
+// before is how many bytes whoever brings it reads before the one at off, or more than nearSpan.
+func (c *coming) before(off int64) int64 {
+	n := off - c.read
+	for b := c.after; b != nil && n <= nearSpan; b = b.after {
+		n += max(0, b.to-b.read)
+	}
+	return n
 }
 
 // split has who looks at off take over the rest of a range that is on its way there, and says
@@ -106,6 +116,7 @@ func (p *partial) leaveAll(die bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.coming = slices.DeleteFunc(p.coming, func(c *coming) bool { return c.window })
+	p.transfer, p.arrived = nil, 0
 	p.dead = p.dead || die
 	p.change.Broadcast()
 	for die && slices.ContainsFunc(p.coming, func(c *coming) bool { return c.writing }) {
@@ -126,7 +137,7 @@ func (p *partial) add(from, to int64) {
 	p.change.Broadcast()
 }
 
-// await waits until the byte at off, which c is to bring, is there, or somebody else's to bring,
+// await waits until the byte at off, which c is to bring, is there, or has come by a transfer that waits, or is somebody else's to bring,
 // the size becomes known, or ctx is done. When c lags it is the caller's to bring, and await says so. Nobody waits
 // for other ranges that clients bring any more then: there may be any number of them. The caller holds p.mu.
 func (p *partial) await(ctx context.Context, c *coming, off int64) (lagged bool) {
@@ -142,7 +153,7 @@ func (p *partial) await(ctx context.Context, c *coming, off int64) (lagged bool)
 	timer := time.AfterFunc(stallTime, wake)
 	defer timer.Stop()
 	for ctx.Err() == nil {
-		if is, _, now := p.look(off, off+1); is != onItsWay || now != c || p.size != size {
+		if is, _, now := p.look(off, off+1); is != onItsWay || now != c || p.size != size || off < p.arrived {
 			return false
 		}
 		if now := progress(); now-at >= int64(stallTime.Seconds()*leastPace) {

@@ -8,23 +8,23 @@ import (
 	"slices"
 )
 
-// span is a range of a blob's bytes: from one up to, and without, another.
-type span struct{ from, to int64 }
+// Span is a range of a blob's bytes: from one up to, and without, another.
+type Span struct{ From, To int64 }
 
 // spans are ranges that don't touch each other, in order.
-type spans []span
+type spans []Span
 
 // at says whether the byte at off is in a range, and up to where that stays so:
 // math.MaxInt64 if nothing follows.
 func (s spans) at(off int64) (to int64, in bool) {
-	i, _ := slices.BinarySearchFunc(s, off+1, func(e span, end int64) int { return cmp.Compare(e.to, end) })
+	i, _ := slices.BinarySearchFunc(s, off+1, func(e Span, end int64) int { return cmp.Compare(e.To, end) })
 	switch {
 	case i == len(s):
 		return math.MaxInt64, false
-	case s[i].from <= off:
-		return s[i].to, true
+	case s[i].From <= off:
+		return s[i].To, true
 	}
-	return s[i].from, false
+	return s[i].From, false
 }
 
 // add returns the ranges with one more. It may change s.
@@ -32,18 +32,27 @@ func (s spans) add(from, to int64) spans {
 	if from >= to {
 		return s
 	}
-	i, _ := slices.BinarySearchFunc(s, from, func(e span, at int64) int { return cmp.Compare(e.to, at) })
+	i, _ := slices.BinarySearchFunc(s, from, func(e Span, at int64) int { return cmp.Compare(e.To, at) })
 	j := i
-	for ; j < len(s) && s[j].from <= to; j++ {
-		from, to = min(from, s[j].from), max(to, s[j].to)
+	for ; j < len(s) && s[j].From <= to; j++ {
+		from, to = min(from, s[j].From), max(to, s[j].To)
 	}
-	return slices.Replace(s, i, j, span{from, to})
+	return slices.Replace(s, i, j, Span{from, to})
+}
+
+// follow returns the ranges with one more, which begins where the last one ends, or later.
+func follow(s []Span, from, to int64) []Span {
+	if n := len(s); n > 0 && s[n-1].To == from {
+		s[n-1].To = to
+		return s
+	}
+	return append(s, Span{from, to})
 }
 
 // bytes is how many are in the ranges.
 func (s spans) bytes() (n int64) {
 	for _, e := range s {
-		n += e.to - e.from
+		n += e.To - e.From
 	}
 	return n
 }
@@ -52,10 +61,10 @@ func (s spans) bytes() (n int64) {
 func (s spans) valid(size int64) bool {
 	end := int64(-1)
 	for _, e := range s {
-		if e.from <= end || e.from >= e.to || e.to > size {
+		if e.From <= end || e.From >= e.To || e.To > size {
 			return false
 		}
-		end = e.to
+		end = e.To
 	}
 	return true
 }

@@ -47,11 +47,14 @@ func newStream(ctx context.Context, d digest.Digest, size int64, body io.ReadClo
 func (s *stream) size() int64 { return s.length }
 func (s *stream) close()      { s.body.Close() }
 
-// readAt reads what comes next, which off has to be. The error wraps [ErrCorrupt]
+// readAt reads what comes at off, which has to be what comes next, or later. The error wraps [ErrCorrupt]
 // when the bytes are not the digest's.
 func (s *stream) readAt(_ context.Context, p []byte, off int64) (int, error) {
-	if off != s.given {
-		return 0, errors.New("seek in a blob that is being streamed")
+	if off < s.given {
+		return 0, errors.New("seek back in a blob that is being streamed")
+	}
+	if err := s.skip(off); err != nil {
+		return 0, err
 	}
 	for len(s.ready) == 0 && s.err == nil {
 		s.fill()
@@ -67,6 +70,9 @@ func (s *stream) readAt(_ context.Context, p []byte, off int64) (int, error) {
 
 // skip reads up to an offset.
 func (s *stream) skip(off int64) error {
+	if s.given == off {
+		return nil
+	}
 	buf := make([]byte, 32<<10)
 	for s.given < off {
 		if _, err := s.readAt(s.ctx, buf[:min(int64(len(buf)), off-s.given)], s.given); err != nil {
