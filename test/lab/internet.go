@@ -22,6 +22,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -488,7 +489,7 @@ func blobGET(r Request) bool {
 func question(r Request) bool {
 	var from, to int64
 	n, err := fmt.Sscanf(r.Range, "bytes=%d-%d", &from, &to)
-	return n == 2 && err == nil && to-from < 1<<10
+	return n == 2 && err == nil && to-from < 1<<10 && !strings.Contains(r.Range, ",")
 }
 func manifestGET(r Request) bool {
 	return r.Method == "GET" && strings.Contains(r.Path, "/manifests/") && r.Status != 401
@@ -544,6 +545,27 @@ func (l *Log) BlobBytes() (n int64) {
 		n += r.Bytes
 	}
 	return n
+}
+
+// SentTwice returns the answers with ranges of blobs of which some bytes were sent before. That of 1 KiB is a question.
+func (l *Log) SentTwice() (twice []Request) {
+	sent := make(map[string][][2]int64)
+	for _, r := range l.All(func(r Request) bool { return r.Status == http.StatusPartialContent }) {
+		var ranges [][2]int64
+		again := false
+		for spec := range strings.SplitSeq(strings.TrimPrefix(r.Range, "bytes="), ",") {
+			var from, to int64
+			if n, _ := fmt.Sscanf(spec, "%d-%d", &from, &to); n != 2 || to-from == 1<<10-1 {
+				continue
+			}
+			ranges = append(ranges, [2]int64{from, to})
+			again = again || slices.ContainsFunc(sent[r.Path], func(e [2]int64) bool { return from <= e[1] && e[0] <= to })
+		}
+		if sent[r.Path] = append(sent[r.Path], ranges...); again {
+			twice = append(twice, r)
+		}
+	}
+	return twice
 }
 
 // String is for failures' messages.

@@ -3,12 +3,15 @@
 package twins
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"mime"
+	"mime/multipart"
 	"net/http"
 	"net/url"
 	"os"
@@ -418,6 +421,32 @@ func (r *rawClient) path(rest string) string {
 
 var challengeRE = regexp.MustCompile(`(\w+)="([^"]*)"`)
 
+// several are the ranges that were asked for, if these were several, of an answer that has each as a part, or
+// all of the content. weir gives the parts where a registry gives all: to clients it's the same.
+func several(ranges string, resp *http.Response, b []byte) (parts []string) {
+	specs := strings.Split(strings.TrimPrefix(ranges, "bytes="), ",")
+	if len(specs) < 2 || resp.StatusCode/100 != 2 {
+		return nil
+	}
+	_, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	for r := multipart.NewReader(bytes.NewReader(b), params["boundary"]); err == nil && resp.StatusCode == http.StatusPartialContent; {
+		part, err := r.NextPart()
+		if err != nil {
+			return parts
+		}
+		content, _ := io.ReadAll(part)
+		parts = append(parts, part.Header.Get("Content-Range")+" "+string(content))
+	}
+	for _, spec := range specs {
+		var first, last int
+		if _, err := fmt.Sscanf(spec, "%d-%d", &first, &last); err != nil || first > last || last >= len(b) {
+			return nil
+		}
+		parts = append(parts, fmt.Sprintf("bytes %d-%d/%d %s", first, last, len(b), b[first:last+1]))
+	}
+	return parts
+}
+
 // do makes a request, gets a token for it if need be, and prints the answer.
 func (r *rawClient) do(method, where string, h http.Header, body []byte) (*http.Response, []byte, error) {
 	for try := 0; ; try++ {
@@ -444,16 +473,18 @@ func (r *rawClient) do(method, where string, h http.Header, body []byte) (*http.
 		}
 		b, err := io.ReadAll(resp.Body)
 		resp.Body.Close()
-		fmt.Print(method, " ", req.URL.Path, " ", h.Get("Range"), " → ", resp.StatusCode)
+		fmt.Print(method, " ", req.URL.Path, " ", h.Get("Range"), " → ")
+		if parts := several(h.Get("Range"), resp, b); parts != nil {
+			fmt.Printf("%q\n", parts)
+			return resp, b, err
+		}
+		fmt.Print(resp.StatusCode)
 		for _, k := range []string{"Content-Type", "Content-Length", "Content-Encoding", "Content-Range", "Docker-Content-Digest", "Www-Authenticate", "Location", "Retry-After"} {
 			if v := resp.Header[k]; v != nil {
 				fmt.Printf(" %s=%q", k, v)
 			}
 		}
 		sum := fmt.Sprintf("%x", sha256.Sum256(b))
-		if strings.HasPrefix(resp.Header.Get("Content-Type"), "multipart/") {
-			sum = "with a boundary"
-		}
 		if resp.StatusCode >= 500 {
 			fmt.Printf(" %q", b)
 		}
