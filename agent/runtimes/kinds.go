@@ -79,8 +79,8 @@ type kind struct {
 // containers/image (pkg/tlsclientconfig, SetupCertificates), buildkitd
 // (util/resolver/resolver.go, loadTLSConfig), kaniko (pkg/util/transport_util.go),
 // regctl (internal/reghttp/http.go, makeRootPool), trivy
-// (pkg/flag/global_flags.go), nerdctl (containerd's hosts.go,
-// updateTLSConfigFromHost).
+// (pkg/flag/global_flags.go, loadRootCAs, as it starts), nerdctl (containerd's
+// hosts.go, updateTLSConfigFromHost).
 //
 // Snapshotters that pull by themselves, later than containerd and without it:
 // soci-snapshotter (service/resolver/registry.go and client.go) and

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -407,5 +408,66 @@ func TestComposeAndImagetools(t *testing.T) {
 		if now := agent.Status().Connections; now.Intercepted > before != known || now.Failed > 0 {
 			t.Errorf("%s, known: %v: %+v", name, known, now)
 		}
+	}
+}
+
+// trivy, with its database, an OCI artifact, from where it looks for that first: it
+// finds in an image what it finds without weir, and what one job has got, the next,
+// whose cache is empty too, gets from the node.
+func TestTrivy(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	mirror := w.Registry("mirror.gcr.io")
+	mirror.Push("aquasec/trivy-db:2", lab.Image{Layers: []int{2 << 20}, Seed: 75, TrivyDB: true})
+	w.ghcr.Push("acme/app:1", lab.Image{Layers: []int{700_000}, Seed: 76, Index: true, Program: lab.Tool(t, "crane")})
+	found := func(node *lab.Node, job string) (modules []string, db string) {
+		t.Helper()
+		trivy, dir := node.As(lab.Tool(t, "trivy"), "trivy"), "/var/lib/home/"+job
+		scan := func(args ...string) {
+			t.Helper()
+			node.Run(append([]string{trivy, "image", "--cache-dir=" + dir, "--no-progress", "--skip-version-check", "--disable-telemetry"}, args...)...)
+		}
+		scan("--download-db-only")
+		scan("--image-src=remote", "--format=cyclonedx", "--output="+dir+"/found.json", "ghcr.io/acme/app:1")
+		b, err := node.File(dir + "/found.json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var bom struct{ Components []struct{ PURL string } }
+		if err := json.Unmarshal(b, &bom); err != nil {
+			t.Fatalf("%v: %s", err, b)
+		}
+		for _, c := range bom.Components {
+			modules = append(modules, c.PURL)
+		}
+		slices.Sort(modules)
+		return modules, strings.Fields(node.Run("sha256sum", dir+"/db/trivy.db"))[0]
+	}
+	want, wantDB := found(w.Node(), "without")
+	if !slices.ContainsFunc(want, func(s string) bool { return strings.Contains(s, "golang.org/x/sync") }) {
+		t.Errorf("without weir it finds %q", want)
+	}
+	node := w.Node()
+	agent := node.Agent()
+	// The first on the node, with which the CA comes there: trivy may read its roots as
+	// it starts, and would be passed through.
+	first := node.Spawn("first", node.As(lab.Tool(t, "crane"), "crane"), "registry", "serve", "--address=127.0.0.1:0")
+	agent.Runtime(first.PID())
+	tick()
+	for job := range 2 {
+		w.forget()
+		mirror.Log.Reset()
+		got, db := found(node, fmt.Sprintf("job%d", job))
+		if !slices.Equal(got, want) || db != wantDB {
+			t.Errorf("job %d has found %q in the image, and without weir it is %q; its database is %s, and without weir %s", job, got, want, db, wantDB)
+		}
+		for _, r := range []*lab.Registry{mirror, w.ghcr} {
+			if gets := r.Log.BlobGETs(); (gets == 0) != (job == 1) {
+				t.Errorf("job %d: %d blobs were fetched from %s:\n%s", job, gets, r.Host, r.Log)
+			}
+		}
+	}
+	if s := agent.Status(); s.Connections.Intercepted == 0 || s.Connections.Failed > 0 {
+		t.Errorf("%+v", s.Connections)
 	}
 }

@@ -525,6 +525,9 @@ type Image struct {
 	Foreign string
 	// Annotation is the size of an annotation in the manifest.
 	Annotation int
+	// TrivyDB makes it an OCI artifact that trivy takes for its database: one layer,
+	// with the content as that database's file.
+	TrivyDB bool
 }
 
 // Pushed is an image as a registry has it.
@@ -548,19 +551,23 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 		"config": "application/vnd.docker.container.image.v1+json", "layer": "application/vnd.docker.image.rootfs.diff.tar.gzip",
 		"manifest": "application/vnd.docker.distribution.manifest.v2+json", "index": "application/vnd.docker.distribution.manifest.list.v2+json",
 	}
-	if im.OCI {
+	if im.OCI || im.TrivyDB {
 		types = map[string]string{
 			"config": "application/vnd.oci.image.config.v1+json", "layer": "application/vnd.oci.image.layer.v1.tar+gzip",
 			"manifest": "application/vnd.oci.image.manifest.v1+json", "index": "application/vnd.oci.image.index.v1+json",
 		}
 	}
+	if im.TrivyDB {
+		types["config"], types["layer"] = "application/vnd.oci.empty.v1+json", "application/vnd.aquasec.trivy.db.layer.v1.tar+gzip"
+	}
 	p := Pushed{Ref: ref}
 	type descriptor struct {
-		MediaType string        `json:"mediaType"`
-		Digest    digest.Digest `json:"digest"`
-		Size      int64         `json:"size"`
-		Platform  any           `json:"platform,omitempty"`
-		URLs      []string      `json:"urls,omitempty"`
+		MediaType   string            `json:"mediaType"`
+		Digest      digest.Digest     `json:"digest"`
+		Size        int64             `json:"size"`
+		Platform    any               `json:"platform,omitempty"`
+		URLs        []string          `json:"urls,omitempty"`
+		Annotations map[string]string `json:"annotations,omitempty"`
 	}
 	put := func(kind string, b []byte) descriptor {
 		d := descriptor{MediaType: types[kind], Digest: digest.FromBytes(b), Size: int64(len(b))}
@@ -571,8 +578,8 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 		return d
 	}
 	var layers []descriptor
-	for i, size := range im.Layers {
-		layer, diff := makeLayer(im.Seed<<8+uint64(i), size, im.Padded)
+	for i := range im.Layers {
+		layer, diff := makeLayer(im, i)
 		var d descriptor
 		if i == 0 && im.Foreign != "" {
 			d = descriptor{MediaType: "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", Digest: digest.FromBytes(layer), Size: int64(len(layer))}
@@ -580,6 +587,9 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 			r.upload("foreign", d.Digest, layer)
 		} else {
 			d = put("layer", layer)
+		}
+		if im.TrivyDB {
+			d.Annotations = map[string]string{"org.opencontainers.image.title": "db.tar.gz"}
 		}
 		layers = append(layers, d)
 		p.Layers, p.Sizes, p.DiffIDs = append(p.Layers, d.Digest), append(p.Sizes, d.Size), append(p.DiffIDs, diff)
@@ -596,9 +606,15 @@ func (r *Registry) Push(ref string, im Image) Pushed {
 		"architecture": runtime.GOARCH, "os": "linux", "created": "2020-01-01T00:00:00Z", "config": run,
 		"rootfs": map[string]any{"type": "layers", "diff_ids": p.DiffIDs}, "history": history(len(p.Layers)),
 	})
+	if im.TrivyDB {
+		config = []byte("{}")
+	}
 	c := put("config", config)
 	p.Config = c.Digest
 	content := map[string]any{"schemaVersion": 2, "mediaType": types["manifest"], "config": c, "layers": layers}
+	if im.TrivyDB {
+		content["artifactType"] = "application/vnd.aquasec.trivy.config.v1+json"
+	}
 	if im.Annotation > 0 {
 		content["annotations"] = map[string]string{"large": strings.Repeat("x", im.Annotation)}
 	}
@@ -629,23 +645,30 @@ func history(n int) (h []map[string]string) {
 	return h
 }
 
-// makeLayer makes a layer with a file of random content, or with an empty file
-// and the content behind it.
-func makeLayer(seed uint64, size int, padded bool) (layer []byte, diffID digest.Digest) {
-	content := make([]byte, size)
+// makeLayer makes one of an image's Layers: with a file of random content, or with
+// an empty file and the content behind it.
+func makeLayer(im Image, i int) (layer []byte, diffID digest.Digest) {
+	seed := im.Seed<<8 + uint64(i)
+	content := make([]byte, im.Layers[i])
 	_, _ = rand.NewChaCha8(sha256.Sum256(fmt.Append(nil, seed))).Read(content)
 	var plain, packed bytes.Buffer
 	tw := tar.NewWriter(&plain)
-	h := &tar.Header{Name: fmt.Sprintf("file-%d", seed), Mode: 0o644, Size: int64(size)}
-	if padded {
+	h := &tar.Header{Name: fmt.Sprintf("file-%d", seed), Mode: 0o644, Size: int64(len(content))}
+	if im.TrivyDB {
+		const about = `{"Version":2}`
+		_ = tw.WriteHeader(&tar.Header{Name: "metadata.json", Mode: 0o644, Size: int64(len(about))})
+		_, _ = io.WriteString(tw, about)
+		h.Name = "trivy.db"
+	}
+	if im.Padded {
 		h.Size = 0
 	}
 	_ = tw.WriteHeader(h)
-	if !padded {
+	if !im.Padded {
 		_, _ = tw.Write(content)
 	}
 	tw.Close()
-	if padded {
+	if im.Padded {
 		plain.Write(content)
 	}
 	gz, _ := gzip.NewWriterLevel(&packed, gzip.NoCompression)

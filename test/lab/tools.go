@@ -37,6 +37,7 @@ var tools = map[string]string{
 	"coredns":                 "github.com/coredns/coredns@v1.15.0",
 	"cosign":                  "github.com/sigstore/cosign/v3/cmd/cosign@v3.1.3",
 	"ko":                      "github.com/google/ko@v0.19.1",
+	"trivy":                   "github.com/aquasecurity/trivy/cmd/trivy@v0.74.0",
 	"kube-router":             "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router@v2.1.0",
 	"docker-compose":          compose + "/cmd@v2.40.3",
 	"soci-snapshotter-grpc":   soci + "@v0.16.1",
@@ -138,6 +139,8 @@ func install(t testing.TB, name, dir, out string) *exec.Cmd {
 	cmd := exec.Command("go", "install", tools[name])
 	module, _, _ := strings.Cut(program, "/cmd")
 	switch {
+	case name == "trivy": // it has encoding/json/v2 as that was before it was released
+		env = append(env, "GOTOOLCHAIN=go1.26.8", "GOEXPERIMENT=jsonv2")
 	case mains[module] != "":
 		dir = scratch(t, module, version)
 		env = append(env, "CGO_ENABLED=1") // SOCI reads layers by zlib

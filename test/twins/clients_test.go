@@ -25,6 +25,8 @@ import (
 // client is one on a node.
 type client struct {
 	pull, push func(p *play) error
+	// image makes of an image what it pulls, if that is something else.
+	image func(*lab.Image)
 	// forget removes what was pulled.
 	forget func(p *play)
 	// restart starts a daemon anew; nil for what is a new process each time.
@@ -161,6 +163,14 @@ wait $w; r=$?; rm -rf %[4]s-*; exit $r`, crane, p.at("both"), p.ref(), at(p)))
 			func(p *play) []string { return cosigned("save", at(p), p.ref()) },
 			func(p *play) []string { return cosigned("load", "cosigned", p.at("pushed")) })
 	}
+	// It has what it has scanned, and its database, in a cache that is new each time.
+	trivy := s.As(lab.Tool(t, "trivy"), "trivy")
+	scans := func(p *play, args ...string) []string {
+		return append([]string{trivy, "image", "--cache-dir=" + at(p), "--no-progress", "--skip-version-check", "--disable-telemetry"}, args...)
+	}
+	tool("trivy", s.Node, func(p *play) []string { return scans(p, "--image-src=remote", "--scanners=secret", p.ref()) }, nil)
+	tool("trivy --download-db-only", s.Node, func(p *play) []string { return scans(p, "--download-db-only", "--db-repository="+p.ref()) }, nil)
+	s.clients["trivy --download-db-only"].image = func(im *lab.Image) { *im = lab.Image{Layers: im.Layers[:1], Seed: im.Seed, TrivyDB: true} }
 	s.nerdctl("nerdctl", box, string(auth))
 	s.kaniko("kaniko", string(auth))
 	// The raw client prints what it was answered.

@@ -303,7 +303,7 @@ var ops = append([]op{
 		if p.c.forget != nil {
 			p.c.forget(p)
 		}
-		p.reg.Push(p.repo+":"+p.tag, lab.Image{Layers: []int{100_000}, Seed: 77})
+		p.put(lab.Image{Layers: []int{100_000}, Seed: 77})
 		return p.c.pull(p)
 	}, fits: pulls},
 }, special("delete", "copy", "push and pull at once", "HEAD with Range", "ranges", "Docker's types alone", "Expect: 100-continue", "monolithic POST", "chunks", "credentials in another field")...)
@@ -376,15 +376,20 @@ func (w *world) all() (sts []story) {
 		names = append(names, name)
 	}
 	slices.Sort(names)
-	add := func(st story) {
-		if w.fits(st) {
-			sts = append(sts, st)
+	// A client does the k-th of some things, or the next one that it can do.
+	add := func(st story, k int, do ...string) {
+		for i := range do {
+			st.op = do[(k+i)%len(do)]
+			if w.fits(st) {
+				sts = append(sts, st)
+				return
+			}
 		}
 	}
 	for i, way := range ways {
 		for j, c := range names {
 			if !way.slow {
-				add(story{client: c, op: []string{"pull twice", "pull and push", "pull", "push"}[(i+j)%4], way: way.name})
+				add(story{client: c, way: way.name}, i+j, "pull twice", "pull and push", "pull", "push")
 			}
 		}
 	}
@@ -394,10 +399,10 @@ func (w *world) all() (sts []story) {
 			if strings.Contains(f.name, "proxy") {
 				way = ways[1].name
 			}
-			add(story{client: c, op: []string{"pull", "push", "pull twice"}[i%3], way: way, fault: f.name})
+			add(story{client: c, way: way, fault: f.name}, i, "pull", "push", "pull twice")
 		}
 		for j, m := range moments {
-			add(story{client: c, op: []string{"pull", "push", "pull twice"}[(i+j)%3], moment: m.name})
+			add(story{client: c, moment: m.name}, i+j, "pull", "push", "pull twice")
 		}
 	}
 	return sts
@@ -434,7 +439,7 @@ var slow = []story{
 // those and one for each fault and moment.
 func (w *world) fixed() (byWay, others []story) {
 	var all []story
-	cheap := []string{"raw", "crane", "containerd 2.4", "skopeo", "dockerd 20.10", "regctl", "containerd 1.6", "oras", "dockerd 29", "podman", "buildah", "helm", "cosign", "buildkitd", "containerd 1.7", "nerdctl", "kaniko"}
+	cheap := []string{"raw", "crane", "containerd 2.4", "skopeo", "dockerd 20.10", "regctl", "containerd 1.6", "oras", "dockerd 29", "podman", "buildah", "helm", "cosign", "buildkitd", "containerd 1.7", "nerdctl", "kaniko", "trivy", "trivy --download-db-only"}
 	n := 0
 	add := func(st story, do ...string) {
 		for range cheap {

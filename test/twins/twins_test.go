@@ -301,11 +301,19 @@ func (w *world) begin(st story, i, number int) *play {
 	if p.way.image != nil {
 		p.way.image(&im)
 	}
-	p.im = p.reg.Push(p.repo+":1", im)
+	p.im = p.put(im)
 	if p.way.pushed != nil {
 		p.way.pushed(p)
 	}
 	return p
+}
+
+// put has the play's tag name what the client pulls.
+func (p *play) put(im lab.Image) lab.Pushed {
+	if p.c.image != nil {
+		p.c.image(&im)
+	}
+	return p.reg.Push(p.repo+":"+p.tag, im)
 }
 
 func find[T any](all []T, name string, of func(T) string) T {
