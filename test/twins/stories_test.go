@@ -376,12 +376,16 @@ func (w *world) all() (sts []story) {
 		names = append(names, name)
 	}
 	slices.Sort(names)
-	// A client does the k-th of some things, or the next one that it can do.
+	// A client does the k-th of some things. One that only pulls does the next one
+	// that it can do.
 	add := func(st story, k int, do ...string) {
 		for i := range do {
 			st.op = do[(k+i)%len(do)]
 			if w.fits(st) {
 				sts = append(sts, st)
+				return
+			}
+			if w.sides[0].clients[st.client].push != nil {
 				return
 			}
 		}
