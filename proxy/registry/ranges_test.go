@@ -542,7 +542,7 @@ func TestSeveralRanges(t *testing.T) {
 			path := "/v2/a/blobs/" + d.String()
 			s := newSide(t, u, store.Options{MaxBytes: 100 << 20})
 			var sent atomic.Int64
-			var came []byte
+			var came atomic.Pointer[[]byte] // last
 			u.fault = func(w http.ResponseWriter, r *http.Request) bool {
 				ranges := parseRanges(r.Header.Get("Range"))
 				if r.Header.Get("Authorization") != "Bearer 1" {
@@ -551,7 +551,7 @@ func TestSeveralRanges(t *testing.T) {
 				if len(ranges) > 1 && tt.several != nil {
 					b := &both{ResponseWriter: w}
 					tt.several(b, ranges)
-					came = b.body
+					came.Store(&b.body)
 				} else {
 					w.Header().Set("Content-Type", "application/octet-stream")
 					http.ServeContent(w, r, "", time.Time{}, &sentReader{bytes.NewReader(content), &sent})
@@ -564,7 +564,7 @@ func TestSeveralRanges(t *testing.T) {
 				if err := a.have(content, asked); err != nil {
 					t.Error(err)
 				}
-			case a.err != nil || a.StatusCode != tt.status || !bytes.Equal(a.body, came):
+			case a.err != nil || a.StatusCode != tt.status || !bytes.Equal(a.body, *came.Load()):
 				t.Errorf("%v, %d bytes, %v", a.Response, len(a.body), a.err)
 			}
 			if n := sent.Load(); tt.sent >= 0 && n != tt.sent {
