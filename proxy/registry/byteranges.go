@@ -40,7 +40,7 @@ func parseRanges(header string) (ranges []store.Span) {
 			return []store.Span{{From: first, To: -1}}
 		}
 		last, ok := parseOffset(to)
-		if !ok || last < first || last == math.MaxInt64 {
+		if !ok || last < first || last >= math.MaxInt64-1 { // that is where what has no end ends
 			return nil
 		}
 		ranges = append(ranges, store.Span{From: first, To: last + 1})
