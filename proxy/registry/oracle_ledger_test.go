@@ -109,7 +109,7 @@ func (w *modelWorld) record(g *modelRegistry, q *modelRequest, u *url.URL, a *mo
 		has = hasKey(o.g, o.repo, q.net, a.truth)
 	}
 	switch {
-	case o.repo == "" || !o.plainly():
+	case o.repo == "" || !o.plainly() || u.Opaque != "": // the absolute form
 	case q.method != http.MethodGet && q.method != http.MethodHead:
 		if a.truth != nil {
 			l.sent(w.now, has, o, a.truth)
