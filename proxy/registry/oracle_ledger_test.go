@@ -326,13 +326,23 @@ func (got *answered) equals(a *modelAnswer, method string) bool {
 	return bytes.Equal(withoutBoundary(got.header, got.body), withoutBoundary(a.header, a.body))
 }
 
-// withoutBoundary is the body of an answer without what is random in it.
+// withoutBoundary is the body of an answer without what is random in it: of several ranges, which
+// each is, and its bytes.
 func withoutBoundary(h http.Header, body []byte) []byte {
-	_, params, err := mime.ParseMediaType(h.Get("Content-Type"))
-	if err != nil || params["boundary"] == "" {
+	mediaType, params, err := mime.ParseMediaType(h.Get("Content-Type"))
+	if err != nil || mediaType != severalRanges {
 		return body
 	}
-	return bytes.ReplaceAll(body, []byte(params["boundary"]), nil)
+	var ranges bytes.Buffer
+	for r := multipart.NewReader(bytes.NewReader(body), params["boundary"]); ; {
+		part, err := r.NextRawPart()
+		if err != nil {
+			fmt.Fprint(&ranges, err)
+			return ranges.Bytes()
+		}
+		fmt.Fprintln(&ranges, part.Header.Get("Content-Range"))
+		_, _ = io.Copy(&ranges, part)
+	}
 }
 
 // pieceOf says whether weir's answer has nothing but bytes of b, at the places
