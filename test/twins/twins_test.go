@@ -520,7 +520,7 @@ func asked(without, with *play) (faults []string) {
 	return faults
 }
 
-var progressRE = regexp.MustCompile(`^(T )?(Preparing|Uploading|Copying|Downloading|Exists|Skipped) |^time=T level=WARN msg="Failed to (copy|push) `)
+var progressRE = regexp.MustCompile(`^(T )?(Preparing|Uploading|Copying|Copied|Downloading|Downloaded|Exists|Skipped) |^time=T level=WARN msg="Failed to (copy|push) `)
 
 func lastLines(s string) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
