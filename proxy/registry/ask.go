@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -255,11 +254,10 @@ func dropCredentials(req *http.Request) {
 // fetch opens the blob at the upstream, from an offset on, following redirects
 // to where the registry keeps its blobs.
 func (x *exchange) fetch(ctx context.Context, offset int64) (*reply, error) {
-	extra := http.Header{"Accept-Encoding": {"identity"}}
 	if offset > 0 {
-		extra.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
+		return x.fetchRanges(ctx, nil, store.Span{From: offset, To: -1})
 	}
-	return x.send(x.up.Transport, x.outgoing(ctx, http.MethodGet, extra), true)
+	return x.send(x.up.Transport, x.outgoing(ctx, http.MethodGet, http.Header{"Accept-Encoding": {"identity"}}), true)
 }
 
 // open opens the blob at the upstream for a reader that has what is before offset.

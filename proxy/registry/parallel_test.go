@@ -503,7 +503,7 @@ func TestConnectionsForEach(t *testing.T) {
 			pace := make(chan struct{})
 			ws.pace = func(w *width) sample {
 				<-pace
-				for !asked(w) {
+				for !asked(w) { // not eventually, whose failure is for the test's own goroutine
 					time.Sleep(time.Millisecond)
 				}
 				measured.Add(1)

@@ -147,7 +147,7 @@ func (r *Ranges) Missing(wanted ...Span) (missing []Span) {
 				is = true
 			}
 			if is {
-				missing = follow(missing, off, to)
+				missing = spans(missing).add(off, to)
 			}
 			if c != nil {
 				if n := len(r.ahead); n > 0 {
@@ -368,7 +368,7 @@ func (r *Ranges) asks(to int64) []Span {
 	defer r.part.mu.Unlock()
 	for _, c := range r.ahead {
 		if c.from < c.to && len(all) < maxAsked {
-			all = follow(all, c.from, c.to)
+			all = spans(all).add(c.from, c.to)
 		}
 	}
 	return all

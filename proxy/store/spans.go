@@ -40,15 +40,6 @@ func (s spans) add(from, to int64) spans {
 	return slices.Replace(s, i, j, Span{from, to})
 }
 
-// follow returns the ranges with one more, which begins where the last one ends, or later.
-func follow(s []Span, from, to int64) []Span {
-	if n := len(s); n > 0 && s[n-1].To == from {
-		s[n-1].To = to
-		return s
-	}
-	return append(s, Span{from, to})
-}
-
 // bytes is how many are in the ranges.
 func (s spans) bytes() (n int64) {
 	for _, e := range s {

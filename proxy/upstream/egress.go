@@ -120,11 +120,7 @@ func (c Config) NewNodeEgress() *Egress {
 }
 
 // Close closes idle connections. Those in use live on until they are done.
-func (e *Egress) Close() {
-	for _, p := range e.pools.Values() {
-		p.close()
-	}
-}
+func (e *Egress) Close() { e.closeOthers(nil) }
 
 // closeOthers closes idle connections to all targets but that of p, of which one was
 // forgotten on the way: the others probably were as well, and each costs time.

@@ -399,6 +399,17 @@ type Agent struct {
 	Env []string
 }
 
+// Stored waits until nothing is on its way to the store, nor there in part.
+func (a *Agent) Stored() {
+	a.t.Helper()
+	a.until("storing all that has come", func(context.Context) error {
+		if s := a.Status().Store; s.Running > 0 || s.Partial > 0 {
+			return fmt.Errorf("not all is stored: %+v", s)
+		}
+		return nil
+	})
+}
+
 // Agent starts the agent and waits until it is ready.
 func (n *Node) Agent(args ...string) *Agent {
 	n.t.Helper()
