@@ -343,7 +343,7 @@ func (w *world) fits(st story) bool {
 	f := find(faults, st.fault, func(f fault) string { return f.name })
 	m := find(moments, st.moment, func(m moment) string { return m.name })
 	y := find(ways, st.way, func(w way) string { return w.name })
-	return o.fits(c) && (f.fits == nil || f.fits(c, st)) && (m.fits == nil || m.fits(c, st)) && (y.fits == nil || y.fits(st.client))
+	return o.fits(c) && (f.fits == nil || f.fits(c, st)) && (m.fits == nil || m.fits(c, st)) && (y.fits == nil || y.fits(st))
 }
 
 // random composes a story.

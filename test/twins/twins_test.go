@@ -235,13 +235,15 @@ func (w *world) front(host string, rw http.ResponseWriter, r *http.Request, next
 		next.ServeHTTP(rw, r)
 		return
 	}
-	rec := &recorded{ResponseWriter: rw}
-	q := request{method: r.Method, host: host, path: normal(r.URL.Path), agent: r.UserAgent(), rng: r.Header.Get("Range")}
-	defer func() {
-		q.status = rec.status
+	rec := &recorded{ResponseWriter: rw, answered: func(status int) {
 		p.mu.Lock()
-		p.asked = append(p.asked, q)
-		p.mu.Unlock()
+		defer p.mu.Unlock()
+		p.asked = append(p.asked, request{method: r.Method, host: host, path: normal(r.URL.Path), status: status, agent: r.UserAgent(), rng: r.Header.Get("Range")})
+	}}
+	defer func() {
+		if rec.status == 0 {
+			rec.answered(0)
+		}
 	}()
 	if strings.Contains(r.URL.Path, "/blobs/") {
 		p.once.Do(func() { close(p.begun) })
@@ -256,8 +258,9 @@ func (w *world) front(host string, rw http.ResponseWriter, r *http.Request, next
 // recorded keeps an answer's status, and lets its head be changed.
 type recorded struct {
 	http.ResponseWriter
-	head   func(h http.Header, status int) int
-	status int
+	head     func(h http.Header, status int) int
+	status   int
+	answered func(status int) // comes before the client has the answer, and may end
 }
 
 func (w *recorded) WriteHeader(code int) {
@@ -270,6 +273,7 @@ func (w *recorded) WriteHeader(code int) {
 			code = w.head(w.Header(), code)
 		}
 		w.status = code
+		w.answered(code)
 	}
 	w.ResponseWriter.WriteHeader(code)
 }

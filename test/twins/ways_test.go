@@ -25,10 +25,10 @@ type way struct {
 	registry func(*world) *lab.Registry // nil means ghcr.io
 	serve    func(p *play, w *recorded, r *http.Request, next http.Handler)
 	image    func(*lab.Image)
-	pushed   func(*play)              // the image is there
-	slow     bool                     // it takes minutes
-	inTurn   bool                     // the node with weir comes after the one without
-	fits     func(client string) bool // nil means all
+	pushed   func(*play)         // the image is there
+	slow     bool                // it takes minutes
+	inTurn   bool                // the node with weir comes after the one without
+	fits     func(st story) bool // nil means all
 	// any says that which error a failure gives, and what else is asked, depends on
 	// when the client gives up, or in which order it asks: weir resumes what breaks
 	// off, too.
@@ -141,6 +141,7 @@ func byHand(w *recorded, rec *httptest.ResponseRecorder, proto string, more stri
 	}
 	defer c.Close()
 	w.status = rec.Code
+	w.answered(w.status)
 	fmt.Fprintf(buf, "%s %d %s\r\n", proto, rec.Code, http.StatusText(rec.Code))
 	_ = rec.Header().Write(buf)
 	fmt.Fprint(buf, more+"\r\n")
@@ -251,7 +252,7 @@ var ways = []way{
 		return status
 	})},
 	// Clients that use a connection again run into a race, with and without weir.
-	{name: "closes each connection after its answer, and doesn't say so", fits: func(client string) bool { return client == "raw" }, serve: func(_ *play, w *recorded, r *http.Request, next http.Handler) {
+	{name: "closes each connection after its answer, and doesn't say so", fits: func(st story) bool { return st.client == "raw" }, serve: func(_ *play, w *recorded, r *http.Request, next http.Handler) {
 		rec := httptest.NewRecorder()
 		next.ServeHTTP(rec, r)
 		if r.Method != http.MethodHead && rec.Header().Get("Content-Length") == "" && rec.Code != http.StatusNoContent {
@@ -306,7 +307,7 @@ var ways = []way{
 		next.ServeHTTP(w, r)
 	}},
 	// The raw client is given them all the same: weir asks for their pieces.
-	{name: "416 for open ranges", fits: func(client string) bool { return client != "raw" }, serve: answer(func(r *http.Request) bool { return isBlob(r) && strings.HasSuffix(r.Header.Get("Range"), "-") }, http.StatusRequestedRangeNotSatisfiable, nil, "")},
+	{name: "416 for open ranges", fits: func(st story) bool { return st.client != "raw" }, serve: answer(func(r *http.Request) bool { return isBlob(r) && strings.HasSuffix(r.Header.Get("Range"), "-") }, http.StatusRequestedRangeNotSatisfiable, nil, "")},
 	{name: "no Accept-Ranges", serve: head(func(_ *play, _ *http.Request, h http.Header, status int) int {
 		h.Del("Accept-Ranges")
 		return status
@@ -342,8 +343,9 @@ var ways = []way{
 	}},
 	{name: "a challenge page", any: true, serve: answer(func(*http.Request) bool { return true }, http.StatusForbidden, http.Header{"Content-Type": {"text/html"}}, "<html>are you human?</html>")},
 	{name: "429", serve: answer(func(*http.Request) bool { return true }, http.StatusTooManyRequests, http.Header{"Retry-After": {"1"}}, `{"errors":[{"code":"TOOMANYREQUESTS"}]}`), any: true},
-	{name: "429 for the first layer", any: true, serve: tooManyOnce(func(p *play, r *http.Request) bool { return isBlob(r) && !p.isConfig(r) })},
-	{name: "429 for the image configuration", any: true, serve: tooManyOnce((*play).isConfig)},
+	// Of several ranges it is chance which one gets the 429: weir asks for what is between them, too.
+	{name: "429 for the first layer", any: true, fits: func(st story) bool { return st.op != "ranges" }, serve: tooManyOnce(func(p *play, r *http.Request) bool { return isBlob(r) && !p.isConfig(r) })},
+	{name: "429 for the image configuration", any: true, fits: func(st story) bool { return st.op != "ranges" }, serve: tooManyOnce((*play).isConfig)},
 	{name: "503 for manifests", serve: answer(func(r *http.Request) bool { return isManifest(r) && authorized(r) }, http.StatusServiceUnavailable, nil, ""), any: true},
 	{name: "the token server fails", serve: answer(func(r *http.Request) bool { return r.URL.Path == "/token" }, http.StatusServiceUnavailable, nil, "out of order"), any: true},
 	{name: "not there", serve: answer(func(r *http.Request) bool { return isManifest(r) && r.Method != http.MethodPut && authorized(r) }, http.StatusNotFound,
@@ -352,7 +354,7 @@ var ways = []way{
 		http.Header{"Content-Type": {"application/json"}}, `{"errors":[{"code":"DENIED","message":"requested access to the resource is denied"}]}`)},
 	{name: "tokens of 20 KB", serve: bearer(20 << 10)},
 	// The raw client has no token then, and ends while its body is being refused.
-	{name: "several challenges", fits: func(client string) bool { return client != "raw" }, serve: bearer(60, "Negotiate")},
+	{name: "several challenges", fits: func(st story) bool { return st.client != "raw" }, serve: bearer(60, "Negotiate")},
 	{name: "monolithic POST is taken", serve: func(p *play, w *recorded, r *http.Request, next http.Handler) {
 		digest := r.URL.Query().Get("digest")
 		if r.Method != http.MethodPost || !isUpload(r) || digest == "" {
@@ -429,7 +431,7 @@ var ways = []way{
 		return status
 	})},
 	// The raw client doesn't look at digests, and takes whatever comes.
-	{name: "another file under the digest", any: true, fits: func(client string) bool { return client != "raw" }, serve: func(_ *play, w *recorded, r *http.Request, next http.Handler) {
+	{name: "another file under the digest", any: true, fits: func(st story) bool { return st.client != "raw" }, serve: func(_ *play, w *recorded, r *http.Request, next http.Handler) {
 		if !isBlob(r) || !authorized(r) {
 			next.ServeHTTP(w, r)
 			return
