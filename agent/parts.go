@@ -136,11 +136,13 @@ func (a *Agent) openProxy() (stop func(), err error) {
 }
 
 func (a *Agent) loadKernel() (stop func(), err error) {
+	names, guests := runtimes.Programs()
 	a.kernel, err = bpf.Load(bpf.Options{
 		Cgroup: a.conf.Cgroup,
 		Ports:  slices.Concat(a.conf.Ports, a.regs.Ports()),
 		Probes: runtimes.Probes,
-		Names:  runtimes.Programs(),
+		Names:  names,
+		Guests: guests,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w; `weir doctor` says more", err)

@@ -254,7 +254,7 @@ func newStage(t testing.TB) *stage {
 		t.Fatal("setting up a network namespace: ", err)
 	}
 	s.pid = holder.Process.Pid
-	s.opts = Options{Cgroup: s.cgroup, Ports: []uint16{443, 80, 5000}, Probes: []netip.Addr{probe1, probe2}, Names: []string{"dockerd", "containerd-with-a-long-name"}, MaxBeatAge: time.Hour}
+	s.opts = Options{Cgroup: s.cgroup, Ports: []uint16{443, 80, 5000}, Probes: []netip.Addr{probe1, probe2}, Names: []string{"dockerd", "containerd-with-a-long-name", "nerdctl"}, Guests: []string{"nerdctl"}, MaxBeatAge: time.Hour}
 	s.load()
 	return s
 }

@@ -93,6 +93,8 @@ const (
 	kernelMapWeirDialled       = "weir_dialled"
 	kernelMapWeirEarly         = "weir_early"
 	kernelMapWeirEvents        = "weir_events"
+	kernelMapWeirGuestCounts   = "weir_guest_counts"
+	kernelMapWeirGuests        = "weir_guests"
 	kernelMapWeirHandover      = "weir_handover"
 	kernelMapWeirHeartbeat     = "weir_heartbeat"
 	kernelMapWeirLeft          = "weir_left"
@@ -181,26 +183,28 @@ type kernelProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelMapSpecs struct {
-	WeirAccepted   *ebpf.MapSpec `ebpf:"weir_accepted"`
-	WeirArrivals   *ebpf.MapSpec `ebpf:"weir_arrivals"`
-	WeirCounters   *ebpf.MapSpec `ebpf:"weir_counters"`
-	WeirDialled    *ebpf.MapSpec `ebpf:"weir_dialled"`
-	WeirEarly      *ebpf.MapSpec `ebpf:"weir_early"`
-	WeirEvents     *ebpf.MapSpec `ebpf:"weir_events"`
-	WeirHandover   *ebpf.MapSpec `ebpf:"weir_handover"`
-	WeirHeartbeat  *ebpf.MapSpec `ebpf:"weir_heartbeat"`
-	WeirLeft       *ebpf.MapSpec `ebpf:"weir_left"`
-	WeirListeners  *ebpf.MapSpec `ebpf:"weir_listeners"`
-	WeirLooked     *ebpf.MapSpec `ebpf:"weir_looked"`
-	WeirMarks      *ebpf.MapSpec `ebpf:"weir_marks"`
-	WeirNames      *ebpf.MapSpec `ebpf:"weir_names"`
-	WeirPorts      *ebpf.MapSpec `ebpf:"weir_ports"`
-	WeirSaid       *ebpf.MapSpec `ebpf:"weir_said"`
-	WeirSubtree    *ebpf.MapSpec `ebpf:"weir_subtree"`
-	WeirTracked    *ebpf.MapSpec `ebpf:"weir_tracked"`
-	WeirVisitAfter *ebpf.MapSpec `ebpf:"weir_visit_after"`
-	WeirVisits     *ebpf.MapSpec `ebpf:"weir_visits"`
-	WeirWatched    *ebpf.MapSpec `ebpf:"weir_watched"`
+	WeirAccepted    *ebpf.MapSpec `ebpf:"weir_accepted"`
+	WeirArrivals    *ebpf.MapSpec `ebpf:"weir_arrivals"`
+	WeirCounters    *ebpf.MapSpec `ebpf:"weir_counters"`
+	WeirDialled     *ebpf.MapSpec `ebpf:"weir_dialled"`
+	WeirEarly       *ebpf.MapSpec `ebpf:"weir_early"`
+	WeirEvents      *ebpf.MapSpec `ebpf:"weir_events"`
+	WeirGuestCounts *ebpf.MapSpec `ebpf:"weir_guest_counts"`
+	WeirGuests      *ebpf.MapSpec `ebpf:"weir_guests"`
+	WeirHandover    *ebpf.MapSpec `ebpf:"weir_handover"`
+	WeirHeartbeat   *ebpf.MapSpec `ebpf:"weir_heartbeat"`
+	WeirLeft        *ebpf.MapSpec `ebpf:"weir_left"`
+	WeirListeners   *ebpf.MapSpec `ebpf:"weir_listeners"`
+	WeirLooked      *ebpf.MapSpec `ebpf:"weir_looked"`
+	WeirMarks       *ebpf.MapSpec `ebpf:"weir_marks"`
+	WeirNames       *ebpf.MapSpec `ebpf:"weir_names"`
+	WeirPorts       *ebpf.MapSpec `ebpf:"weir_ports"`
+	WeirSaid        *ebpf.MapSpec `ebpf:"weir_said"`
+	WeirSubtree     *ebpf.MapSpec `ebpf:"weir_subtree"`
+	WeirTracked     *ebpf.MapSpec `ebpf:"weir_tracked"`
+	WeirVisitAfter  *ebpf.MapSpec `ebpf:"weir_visit_after"`
+	WeirVisits      *ebpf.MapSpec `ebpf:"weir_visits"`
+	WeirWatched     *ebpf.MapSpec `ebpf:"weir_watched"`
 }
 
 // kernelVariableSpecs contains global variables before they are loaded into the kernel.
@@ -235,26 +239,28 @@ func (o *kernelObjects) Close() error {
 //
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelMaps struct {
-	WeirAccepted   *ebpf.Map `ebpf:"weir_accepted"`
-	WeirArrivals   *ebpf.Map `ebpf:"weir_arrivals"`
-	WeirCounters   *ebpf.Map `ebpf:"weir_counters"`
-	WeirDialled    *ebpf.Map `ebpf:"weir_dialled"`
-	WeirEarly      *ebpf.Map `ebpf:"weir_early"`
-	WeirEvents     *ebpf.Map `ebpf:"weir_events"`
-	WeirHandover   *ebpf.Map `ebpf:"weir_handover"`
-	WeirHeartbeat  *ebpf.Map `ebpf:"weir_heartbeat"`
-	WeirLeft       *ebpf.Map `ebpf:"weir_left"`
-	WeirListeners  *ebpf.Map `ebpf:"weir_listeners"`
-	WeirLooked     *ebpf.Map `ebpf:"weir_looked"`
-	WeirMarks      *ebpf.Map `ebpf:"weir_marks"`
-	WeirNames      *ebpf.Map `ebpf:"weir_names"`
-	WeirPorts      *ebpf.Map `ebpf:"weir_ports"`
-	WeirSaid       *ebpf.Map `ebpf:"weir_said"`
-	WeirSubtree    *ebpf.Map `ebpf:"weir_subtree"`
-	WeirTracked    *ebpf.Map `ebpf:"weir_tracked"`
-	WeirVisitAfter *ebpf.Map `ebpf:"weir_visit_after"`
-	WeirVisits     *ebpf.Map `ebpf:"weir_visits"`
-	WeirWatched    *ebpf.Map `ebpf:"weir_watched"`
+	WeirAccepted    *ebpf.Map `ebpf:"weir_accepted"`
+	WeirArrivals    *ebpf.Map `ebpf:"weir_arrivals"`
+	WeirCounters    *ebpf.Map `ebpf:"weir_counters"`
+	WeirDialled     *ebpf.Map `ebpf:"weir_dialled"`
+	WeirEarly       *ebpf.Map `ebpf:"weir_early"`
+	WeirEvents      *ebpf.Map `ebpf:"weir_events"`
+	WeirGuestCounts *ebpf.Map `ebpf:"weir_guest_counts"`
+	WeirGuests      *ebpf.Map `ebpf:"weir_guests"`
+	WeirHandover    *ebpf.Map `ebpf:"weir_handover"`
+	WeirHeartbeat   *ebpf.Map `ebpf:"weir_heartbeat"`
+	WeirLeft        *ebpf.Map `ebpf:"weir_left"`
+	WeirListeners   *ebpf.Map `ebpf:"weir_listeners"`
+	WeirLooked      *ebpf.Map `ebpf:"weir_looked"`
+	WeirMarks       *ebpf.Map `ebpf:"weir_marks"`
+	WeirNames       *ebpf.Map `ebpf:"weir_names"`
+	WeirPorts       *ebpf.Map `ebpf:"weir_ports"`
+	WeirSaid        *ebpf.Map `ebpf:"weir_said"`
+	WeirSubtree     *ebpf.Map `ebpf:"weir_subtree"`
+	WeirTracked     *ebpf.Map `ebpf:"weir_tracked"`
+	WeirVisitAfter  *ebpf.Map `ebpf:"weir_visit_after"`
+	WeirVisits      *ebpf.Map `ebpf:"weir_visits"`
+	WeirWatched     *ebpf.Map `ebpf:"weir_watched"`
 }
 
 func (m *kernelMaps) Close() error {
@@ -265,6 +271,8 @@ func (m *kernelMaps) Close() error {
 		m.WeirDialled,
 		m.WeirEarly,
 		m.WeirEvents,
+		m.WeirGuestCounts,
+		m.WeirGuests,
 		m.WeirHandover,
 		m.WeirHeartbeat,
 		m.WeirLeft,

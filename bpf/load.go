@@ -59,6 +59,9 @@ type Options struct {
 	// Names are the executables' names that make a process tracked. The
 	// kernel compares the first 15 bytes.
 	Names []string
+	// Guests are those of Names whose processes have another one pull for them; see
+	// [ModeLent].
+	Guests []string
 	// MaxBeatAge is how old the last Beat may be. Zero means three times
 	// BeatInterval.
 	MaxBeatAge time.Duration
@@ -170,11 +173,13 @@ func (k *Kernel) setUp(o Options, cgroup *os.File) error {
 	}
 	// Read in this order, what Beat writes is never in the programs' future.
 	k.startNS, k.start = ts.Nano(), time.Now()
-	for _, n := range o.Names {
-		var key [16]byte
-		copy(key[:15], n)
-		if err := k.objs.WeirNames.Put(key, uint8(1)); err != nil {
-			return fmt.Errorf("naming %q to the kernel side: %w", n, err)
+	for kind, names := range [][]string{1: o.Names, 2: o.Guests} {
+		for _, n := range names {
+			var key [16]byte
+			copy(key[:15], n)
+			if err := k.objs.WeirNames.Put(key, uint8(kind)); err != nil {
+				return fmt.Errorf("naming %q to the kernel side: %w", n, err)
+			}
 		}
 	}
 	if err := k.objs.WeirSubtree.Put(uint32(0), uint32(cgroup.Fd())); err != nil {

@@ -24,7 +24,19 @@ const (
 	ModeNew
 	// ModeRedirect redirects connections to the given ports.
 	ModeRedirect
+	// ModeLent is ModeRedirect, and ModeProbe while a process of Options.Guests runs:
+	// from its exec on, and so before it can have asked for a pull.
+	ModeLent
 )
+
+// SeededGuests says how many processes of Options.Guests run whose exec was before the
+// programs were attached.
+func (k *Kernel) SeededGuests(n int) error {
+	if err := k.objs.WeirGuestCounts.Put(uint32(1), uint32(n)); err != nil {
+		return fmt.Errorf("counting the processes that have others pull for them: %w", err)
+	}
+	return nil
+}
 
 // Remode says how the connections of a process are treated that is tracked. One
 // that isn't any more, because it has ended, stays so.

@@ -78,6 +78,53 @@ func TestModes(t *testing.T) {
 	}
 }
 
+// What has another process pull for it counts from its exec on, whatever is done with
+// the event of that.
+func TestGuests(t *testing.T) {
+	s := newStage(t)
+	s.openListener()
+	s.serve("tcp4", "203.0.113.9:443")
+	p, other := s.start("dockerd", true), s.start("dockerd", true)
+	for who, mode := range map[*proc]Mode{p: ModeLent, other: ModeRedirect} {
+		if err := s.k.SetMode(who.pid(), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lent := func(yes bool) {
+		t.Helper()
+		if yes {
+			p.redirected("tcp4", "203.0.113.9:443")
+		} else {
+			p.direct("tcp4", "203.0.113.9:443")
+		}
+		p.redirected("tcp4", probe1.String()+":443")
+		other.redirected("tcp4", "203.0.113.9:443")
+	}
+	lent(true)
+	for range 2 { // with one that becomes another program, and one that ends
+		s.start("nerdctl", false) // elsewhere
+		lent(true)
+		guest := s.start("nerdctl", true)
+		lent(false)
+		second := s.start("nerdctl", true)
+		fmt.Fprintln(guest.in, "exec")
+		s.event(guest.pid(), Exit)
+		lent(false)
+		second.end()
+		lent(true)
+	}
+	for _, n := range []int{2, 1} {
+		if err := s.k.SeededGuests(n); err != nil {
+			t.Fatal(err)
+		}
+		lent(false)
+	}
+	if err := s.k.SeededGuests(0); err != nil {
+		t.Fatal(err)
+	}
+	lent(true)
+}
+
 // arrival waits until a network namespace is reported.
 func (s *stage) arrival() Arrival {
 	s.t.Helper()

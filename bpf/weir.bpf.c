@@ -41,7 +41,11 @@ enum mode {
 	MODE_PROBE = 1, // only those to probe addresses are redirected; others are looked at
 	MODE_NEW,	// as MODE_REDIRECT, and what goes direct is noted in weir_early
 	MODE_REDIRECT,	// those to weir_ports are redirected, but for those to weir_left
+	MODE_LENT,	// as MODE_REDIRECT, and as MODE_PROBE while one of weir_guests runs
 };
+
+// Values of weir_names. Keep with setUp in Go.
+enum name_kind { NAME_RUNTIME = 1, NAME_GUEST };
 
 // What the loader sets.
 const volatile __u32 agent_pid;		   // thread-group id, in the first pid namespace
@@ -199,6 +203,24 @@ struct {
 	__type(key, char[NAME_LEN]);
 	__type(value, __u8);
 } weir_names SEC(".maps");
+
+// Processes that have others pull for them: they count from their exec on, before
+// those can have heard of them.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32); // tgid
+	__type(value, __u8);
+} weir_guests SEC(".maps");
+
+// How many of those run, and how many more that ran before their exec could be seen.
+enum guest_count { GUESTS, SEEDED_GUESTS, GUEST_COUNTS };
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, GUEST_COUNTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} weir_guest_counts SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -401,6 +423,18 @@ static __always_inline void look(struct bpf_sock *sk, struct endpoint *to, __u32
 	on->tgid = tgid;
 }
 
+static __always_inline __u32 *guest_count(__u32 which)
+{
+	return bpf_map_lookup_elem(&weir_guest_counts, &which);
+}
+
+static __always_inline int has_guests(void)
+{
+	__u32 *seen = guest_count(GUESTS), *seeded = guest_count(SEEDED_GUESTS);
+
+	return !seen || !seeded || *seen || *seeded;
+}
+
 static __always_inline int is_probe(__u32 ip4)
 {
 #pragma unroll
@@ -554,6 +588,8 @@ static __always_inline __u16 redirect(struct bpf_sock_addr *ctx, __u32 tgid, __u
 		bpf_sk_storage_delete(&weir_dialled, sk);
 		bpf_sk_storage_delete(&weir_looked, sk);
 	}
+	if (mode == MODE_LENT)
+		mode = has_guests() ? MODE_PROBE : MODE_REDIRECT;
 	netns = bpf_get_netns_cookie(ctx);
 	if (!(dport == HTTPS && !v6 && is_probe(d))) {
 		// It is seen, and not left alone for that: the process may be redirected later.
@@ -919,10 +955,28 @@ static __always_inline void report(__u32 kind, __u32 tgid, const char *name)
 	bpf_ringbuf_submit(e, 0);
 }
 
+static __always_inline void add_guest(__u32 tgid)
+{
+	__u32 *n = guest_count(GUESTS);
+	__u8 one = 1;
+
+	if (n && !bpf_map_update_elem(&weir_guests, &tgid, &one, BPF_NOEXIST))
+		__sync_fetch_and_add(n, 1);
+}
+
+static __always_inline void remove_guest(__u32 tgid)
+{
+	__u32 *n = guest_count(GUESTS);
+
+	if (n && !bpf_map_delete_elem(&weir_guests, &tgid))
+		__sync_fetch_and_add(n, -1);
+}
+
 static __always_inline void forget(__u32 tgid)
 {
 	char none[NAME_LEN] = {};
 
+	remove_guest(tgid);
 	if (bpf_map_delete_elem(&weir_tracked, &tgid))
 		return; // it wasn't there
 	bpf_map_delete_elem(&weir_early, &tgid);
@@ -968,14 +1022,17 @@ int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binp
 {
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32, new = MODE_NEW;
 	char name[2 * NAME_LEN] = {};
+	__u8 *kind;
 
 	// The name it was called by, e.g. of a link; then the file's, e.g. when
 	// it was called as /proc/self/exe.
 	bpf_get_current_comm(name, NAME_LEN);
-	if (!bpf_map_lookup_elem(&weir_names, name)) {
+	kind = bpf_map_lookup_elem(&weir_names, name);
+	if (!kind) {
 		__builtin_memset(name, 0, sizeof(name));
 		bpf_probe_read_kernel_str(name, sizeof(name), bprm->file->f_path.dentry->d_name.name);
-		if (name[NAME_LEN - 1] || !bpf_map_lookup_elem(&weir_names, name)) {
+		kind = name[NAME_LEN - 1] ? 0 : bpf_map_lookup_elem(&weir_names, name);
+		if (!kind) {
 			forget(tgid);
 			announce(task, 0); // it may have entered the namespace without a fork: unshare(1), nsenter(1)
 			return 0;
@@ -985,6 +1042,10 @@ int BPF_PROG(weir_exec, struct task_struct *task, int old_pid, struct linux_binp
 		forget(tgid);
 		return 0;
 	}
+	if (*kind == NAME_GUEST)
+		add_guest(tgid);
+	else
+		remove_guest(tgid);
 	bpf_map_delete_elem(&weir_early, &tgid);
 	bpf_map_update_elem(&weir_tracked, &tgid, &new, BPF_ANY);
 	report(EVENT_EXEC, tgid, name);

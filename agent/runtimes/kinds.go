@@ -5,7 +5,6 @@ package runtimes
 import (
 	"context"
 	"fmt"
-	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -56,10 +55,9 @@ type kind struct {
 	// contentStore says that it keeps blobs that weir may read, if it is the
 	// node's own: containerd.
 	contentStore bool
-	// pullsThrough names the kind whose process pulls for this one and then
-	// reads no certsD: while a ctr runs, interception of a containerd that
-	// trusts the CA by its certs.d alone is suspended.
-	pullsThrough string
+	// guest says that it has a containerd pull for it, which then reads no certsD:
+	// while a ctr runs, what trusts the CA by a certs.d alone is not intercepted.
+	guest bool
 }
 
 // kinds are all that weir knows. dockerd has no certsD: its classic pulls read
@@ -115,10 +113,10 @@ var kinds = []*kind{
 	{name: "podman", programs: []string{"podman"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
 	{name: "buildah", programs: []string{"buildah"}, oneShot: true, builds: true, settings: containersSettings, userSettings: containersUserSettings},
 	{name: "skopeo", programs: []string{"skopeo"}, oneShot: true, settings: containersSettings, userSettings: containersUserSettings},
-	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, eager: true, pullsThrough: "containerd",
+	{name: "nerdctl", programs: []string{"nerdctl"}, oneShot: true, eager: true, guest: true,
 		settings:     []string{trust.ContainerdCertsD, trust.DockerCertsD},
 		userSettings: []string{trust.UserContainerdCertsD, trust.UserDockerCertsD}},
-	{name: "ctr", programs: []string{"ctr"}, oneShot: true, pullsThrough: "containerd", ownRoots: []string{"--tlscacert"}},
+	{name: "ctr", programs: []string{"ctr"}, oneShot: true, guest: true, ownRoots: []string{"--tlscacert"}},
 	{name: "crane", programs: []string{"crane", "gcrane", "krane"}, oneShot: true},
 	{name: "oras", programs: []string{"oras"}, oneShot: true, ownRoots: []string{"--ca-file", "--from-ca-file", "--to-ca-file"}},
 	{name: "regctl", programs: []string{"regctl", "regsync"}, oneShot: true, eager: true},
@@ -188,12 +186,22 @@ func ownRoots(k *kind, args []string) string {
 	return ""
 }
 
-// Programs are all executables' names, for the kernel side.
-func Programs() (names []string) {
-	for _, k := range kinds {
-		names = append(names, k.programs...)
+// Programs are all executables' names, for the kernel side, and guests those of them
+// that have a runtime pull for them.
+func Programs() (names, guests []string) {
+	add := func(k *kind, programs ...string) {
+		names = append(names, programs...)
+		if k.guest {
+			guests = append(guests, programs...)
+		}
 	}
-	return slices.AppendSeq(names, maps.Keys(added))
+	for _, k := range kinds {
+		add(k, k.programs...)
+	}
+	for program, k := range added {
+		add(k, program)
+	}
+	return names, guests
 }
 
 // maxComm is what the kernel keeps of a process's name: TASK_COMM_LEN, less a byte.

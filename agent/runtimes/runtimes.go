@@ -110,6 +110,7 @@ type Kernel interface {
 	Remode(pid int, m bpf.Mode) error
 	Forget(pid int) error
 	Early(pid int) bool
+	SeededGuests(n int) error
 }
 
 // Listeners opens redirect listeners in network namespaces.
@@ -134,10 +135,10 @@ type Runtimes struct {
 	ctx   context.Context // what runs in the background ends with it
 	state *stateFile
 
-	mu        sync.Mutex
-	all       map[int]*Runtime
-	suspended map[string]map[int]struct{} // kind → one-shot processes it pulls for
-	wg        sync.WaitGroup
+	mu     sync.Mutex
+	all    map[int]*Runtime
+	guests map[int]struct{} // processes that ran before their exec could be seen, and have others pull for them
+	wg     sync.WaitGroup
 	// establishing bounds those that are being looked at, each of which may hold a
 	// thread for as long as a file system gives no answer.
 	establishing *semaphore.Weighted
@@ -152,7 +153,7 @@ type Runtimes struct {
 // ends with ctx.
 func New(ctx context.Context, o Options) *Runtimes {
 	return &Runtimes{o: o, ctx: ctx, state: openState(o.RunDir, o.CA.ID(), o.Log),
-		all: make(map[int]*Runtime), suspended: make(map[string]map[int]struct{}),
+		all: make(map[int]*Runtime), guests: make(map[int]struct{}),
 		establishing: semaphore.NewWeighted(maxEstablishing), reading: semaphore.NewWeighted(maxEstablishing),
 		logged: lru.NewLRU[[2]string, struct{}](256, nil, time.Hour)}
 }
@@ -195,8 +196,15 @@ func (rs *Runtimes) Seed(cgroup string) error {
 			continue
 		}
 		rs.mu.Lock()
+		if k.guest {
+			rs.guests[pid] = struct{}{}
+			err = rs.o.Kernel.SeededGuests(len(rs.guests))
+		}
 		rs.add(p, k, 0, true)
 		rs.mu.Unlock()
+		if err != nil {
+			return err
+		}
 	}
 	for _, p := range oldest {
 		rs.o.Listeners.Arrived(bpf.Arrival{PID: p.PID})
@@ -231,9 +239,6 @@ func (rs *Runtimes) add(p procfs.Process, k *kind, execed time.Duration, seeded 
 		old.cancel()
 	}
 	rs.all[p.PID] = rt
-	if k.pullsThrough != "" {
-		rs.suspend(k.pullsThrough, p.PID)
-	}
 	rs.wg.Go(func() {
 		defer rt.settle()
 		if !rs.establishing.TryAcquire(1) {
@@ -258,8 +263,11 @@ func (rs *Runtimes) Ended(pid int) {
 	rs.mu.Lock()
 	rt, ok := rs.all[pid]
 	delete(rs.all, pid)
-	if ok && rt.kind.pullsThrough != "" {
-		rs.resume(rt.kind.pullsThrough, pid)
+	if _, guest := rs.guests[pid]; guest {
+		delete(rs.guests, pid)
+		if err := rs.o.Kernel.SeededGuests(len(rs.guests)); err != nil {
+			rs.o.Log.Error("a runtime stays passed through", "err", err)
+		}
 	}
 	if ok {
 		rt.cancel() // before another goroutine changes its mode
@@ -308,37 +316,15 @@ func (rs *Runtimes) Find(pid int) *Runtime {
 	return rt
 }
 
-// suspend ends intercepting the runtimes of a kind that trust the CA only by a
-// directory which the tool pid doesn't make them read, while that tool runs. The caller holds rs.mu.
-func (rs *Runtimes) suspend(kind string, pid int) {
-	if rs.suspended[kind] == nil {
-		rs.suspended[kind] = make(map[int]struct{})
-	}
-	rs.suspended[kind][pid] = struct{}{}
-	rs.remode(kind)
-}
-
-func (rs *Runtimes) resume(kind string, pid int) {
-	delete(rs.suspended[kind], pid)
-	rs.remode(kind)
-}
-
-// remode sets the kernel side's mode of the runtimes of a kind anew. The
-// caller holds rs.mu.
-func (rs *Runtimes) remode(kind string) {
-	for _, rt := range rs.all {
-		if rt.kind.name == kind {
-			rs.setMode(rt)
-		}
-	}
-}
-
 // setMode sets the kernel side's mode of a runtime. The caller holds rs.mu.
 func (rs *Runtimes) setMode(rt *Runtime) {
 	rt.mu.Lock()
 	mode := bpf.ModeProbe
-	if rt.reach == ReachIntercepted && (rt.basis.certsD == nil || len(rs.suspended[rt.kind.name]) == 0) {
+	if rt.reach == ReachIntercepted {
 		mode = bpf.ModeRedirect
+		if rt.basis.certsD != nil {
+			mode = bpf.ModeLent
+		}
 	}
 	rt.mu.Unlock()
 	if rt.ctx.Err() != nil {

@@ -24,7 +24,8 @@ import (
 // about it: the next process of its number isn't it.
 func TestNotTrackedAfterEnd(t *testing.T) {
 	cgroup := agenttest.Cgroup(t)
-	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: Programs()})
+	names, guests := Programs()
+	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: names, Guests: guests})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +77,8 @@ func TestNotTrackedAfterEnd(t *testing.T) {
 // through is logged once, and each time of a daemon.
 func TestPassThroughIsLogged(t *testing.T) {
 	cgroup := agenttest.Cgroup(t)
-	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: Programs()})
+	names, guests := Programs()
+	k, err := bpf.Load(bpf.Options{Cgroup: cgroup.Name(), Names: names, Guests: guests})
 	if err != nil {
 		t.Fatal(err)
 	}
