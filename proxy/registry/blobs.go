@@ -126,6 +126,10 @@ func (x *exchange) notShown(shown *proof, resp *reply, err error) {
 		if resp != nil {
 			resp.Body.Close()
 		}
+		if !wholly(x.wanted()) {
+			x.forward() // it may be given the range, and not the whole
+			return
+		}
 		if resp, err = x.fetch(x.r.Context(), 0); err != nil || resp.StatusCode != http.StatusOK {
 			x.refused(resp, err)
 			return
