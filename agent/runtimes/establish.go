@@ -217,8 +217,9 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 }
 
 // proveCertsD tries the directories that the runtime reads at each pull, one
-// after the other, and leaves the CA only in the one that it does read. fresh
-// says that it wasn't there before.
+// after the other, and leaves the CA only in the one that it does read. There each registry
+// gets a directory, once it is known to be that one: what is taken away again may be
+// read just then, by a pull that fails. fresh says that one wasn't there before.
 func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (certsD *trust.CertsD, read string, fresh bool, err error) {
 	// Its configuration says where: only root's may say where root writes.
 	if uid, err := procfs.User(rt.PID); err != nil || uid != 0 {
@@ -228,20 +229,19 @@ func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (cer
 	dirs := certsDOf(rt, root)
 	for _, dir := range dirs {
 		place := trust.Places{CertsD: []string{dir}}
-		res := rs.o.CA.Install(root, place, rs.o.Registries())
+		res := rs.o.CA.Install(root, place, nil) // for the probe alone
 		rs.record(host, res)
 		coverage := res.CertsD[dir]
 		if !coverage.Covers(probeCertsD.String()) {
 			last = fmt.Errorf("%s: %w", dir, coverage[probeCertsD.String()])
 			continue
 		}
-		err := rs.probe(rt, probeCertsD, 0, 0)
-		if err == nil {
-			return rt.lookup(root, dir, dirs), dir, len(res.Files) > 0, nil
+		if last = rs.probe(rt, probeCertsD, 0, 0); last == nil {
+			all := rs.o.CA.Install(root, place, rs.o.Registries())
+			rs.record(host, all)
+			return rt.lookup(root, dir, dirs), dir, len(res.Files)+len(all.Files) > 0, nil
 		}
-		last = err
-		made := slices.DeleteFunc(rs.o.Ledger.Made(host), func(m trust.Made) bool { return m.Path != dir && !strings.HasPrefix(m.Path, dir+"/") })
-		if _, err := trust.Uninstall(root, place, made); err != nil {
+		if err := res.Undo(root); err != nil {
 			rs.o.Log.Warn("taking the CA out again", "dir", dir, "err", err)
 		}
 	}

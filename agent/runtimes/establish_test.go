@@ -3,6 +3,10 @@
 package runtimes
 
 import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -68,6 +72,67 @@ func TestMayHaveRead(t *testing.T) {
 		since := time.Now().Add(c.since - (procfs.SinceBoot() - now) - time.Minute)
 		if may := mayHaveRead(rt, root, since); may != c.may {
 			t.Errorf("%s, CA %s after its exec (known: %v), settings %q: %v", c.kind.name, c.since, c.known, c.dir, may)
+		}
+	}
+}
+
+// In a certs.d that isn't read, no registry has a directory at any time: who else reads there
+// may have found it, and would fail when it is taken away.
+func TestProveCertsD(t *testing.T) {
+	agenttest.Root(t)
+	for _, reads := range []bool{false, true} {
+		dir := t.TempDir()
+		root, err := trust.OpenRootDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		ca, err := trust.OpenCA(t.TempDir(), []string{"ghcr.io"}, Probes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ledger, err := trust.OpenLedger(filepath.Join(t.TempDir(), "ledger"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ledger.Close()
+		rs := New(t.Context(), Options{CA: ca, Ledger: ledger, Registries: func() []string { return []string{"ghcr.io"} }, RunDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)})
+		there := func() (names []string) {
+			all, err := filepath.Glob(filepath.Join(dir, trust.ContainerdCertsD, "*"))
+			if err != nil {
+				t.Error(err)
+			}
+			for _, n := range all {
+				names = append(names, filepath.Base(n))
+			}
+			return names
+		}
+		self, err := procfs.Read(os.Getpid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		rt := &Runtime{Process: self, probes: make(map[netip.Addr]*probe), ctx: t.Context(), settled: make(chan struct{})}
+		var asked []string
+		rt.kind = &kind{name: "puller", certsD: []string{trust.ContainerdCertsD}, ask: func(context.Context, *Runtime, string) error {
+			asked = there()
+			var verdict error
+			if !reads {
+				verdict = errDistrusts
+			}
+			rs.probed(rt.PID, probeCertsD, verdict)
+			return nil
+		}}
+		rs.all[rt.PID] = rt
+		_, read, _, err := rs.proveCertsD(rt, root, "")
+		if !slices.Equal(asked, []string{probeCertsD.String()}) {
+			t.Errorf("while it was asked there was %q", asked)
+		}
+		left, _ := os.ReadDir(dir)
+		switch {
+		case !reads && (!errors.Is(err, errDistrusts) || len(left) > 0):
+			t.Errorf("%v; %v is left", err, left)
+		case reads && (err != nil || read != trust.ContainerdCertsD || !slices.Contains(there(), "ghcr.io")):
+			t.Errorf("%v, reads %q; there is %q", err, read, there())
 		}
 	}
 }

@@ -40,6 +40,19 @@ func UninstallOf(cert []byte, r *Root, p Places) (removed []string, err error) {
 	})
 }
 
+// Undo removes from r what one [CA.Install] has made there.
+func (res Result) Undo(r *Root) error {
+	var made []Made
+	for _, f := range res.Files {
+		made = append(made, Made{Path: f})
+	}
+	for _, d := range res.Dirs {
+		made = append(made, Made{Path: d, Dir: true})
+	}
+	_, err := Uninstall(r, Places{}, made)
+	return err
+}
+
 func uninstall(r *Root, p Places, made []Made, ours func([]byte) bool) (removed []string, err error) {
 	u := uninstaller{root: r, ours: ours, ledger: len(made) > 0, dirs: make(map[string]bool)}
 	for _, m := range made {

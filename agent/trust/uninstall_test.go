@@ -26,6 +26,9 @@ func TestInstallUninstall(t *testing.T) {
 			}
 			defer ledger.Close()
 
+			if err := ca.Install(r, usual, nil).Undo(r); err != nil || listing(t, dir) != before {
+				t.Errorf("after Undo, %v:\n%s\nbefore install:\n%s", err, listing(t, dir), before)
+			}
 			res := ca.Install(r, usual, hosts)
 			if res.System != nil {
 				t.Errorf("System: %v", res.System)
@@ -62,8 +65,11 @@ func TestInstallUninstall(t *testing.T) {
 			if len(again.Files)+len(again.Dirs) != 0 {
 				t.Errorf("the second time it made %v and %v", again.Files, again.Dirs)
 			}
+			if err := again.Undo(r); err != nil {
+				t.Error(err)
+			}
 			if got := listing(t, dir); got != installed {
-				t.Errorf("the second time it changed the tree:\n%s\nwas:\n%s", got, installed)
+				t.Errorf("the second time, and its Undo, changed the tree:\n%s\nwas:\n%s", got, installed)
 			}
 
 			// What update-ca-certificates does meanwhile, and a crash.
