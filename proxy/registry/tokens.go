@@ -263,7 +263,7 @@ func (x *exchange) tokens(req *http.Request) (*http.Response, error) {
 }
 
 // tokenPath says whether a request is one for a token that weir is to see to, and
-// from where tokens are to be had: nil where that isn't known.
+// from where tokens are to be had: nil where that isn't known yet.
 func (x *exchange) tokenPath() (realm *url.URL, is bool) {
 	if !x.up.authenticated() || !x.reading() && x.r.Method != http.MethodPost || x.r.URL.IsAbs() || x.target.kind != other {
 		return nil, false
@@ -275,15 +275,6 @@ func (x *exchange) tokenPath() (realm *url.URL, is bool) {
 	if x.r.URL.Path != ownRealm {
 		return nil, false
 	}
-	if ok {
-		return known.realm, true
-	}
-	resp, err := x.ask(question{method: http.MethodGet, base: true, stale: func() bool { return true }})
-	if err == nil {
-		_ = x.learnLogin(resp)
-		resp.Body.Close()
-	}
-	known, _ = x.h.logins.Get(x.up.way())
 	return known.realm, true
 }
 
@@ -300,6 +291,18 @@ func (x *exchange) token(realm *url.URL) {
 		asked = form
 	}
 	public := x.arePublic(asked["scope"])
+	if realm == nil && !x.h.outages.Failing(x.up.way()) {
+		base, err := x.ask(question{method: http.MethodGet, base: true, stale: func() bool { return public }})
+		if err == nil {
+			_ = x.learnLogin(base)
+			known, _ := x.h.logins.Get(x.up.way())
+			if realm = known.realm; realm == nil && !public {
+				x.relay(base) // it has no token server, or says something else
+				return
+			}
+			base.Body.Close()
+		}
+	}
 	var resp *http.Response
 	err = errors.New("it isn't known who gives the registry's tokens")
 	switch {

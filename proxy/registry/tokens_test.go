@@ -183,6 +183,27 @@ func TestAllSilent(t *testing.T) {
 	}
 }
 
+// Who is sent to weir for a token, because something answers in the registry's stead, is told what
+// that says, and not to try again later, if a token for what is public isn't what it wants.
+func TestTokenOfNobody(t *testing.T) {
+	for name, want := range map[string]int{"challenge": 403, "page": 200, "503": 503} {
+		h := newHub(t)
+		h.mu.Lock()
+		h.fault = faults[name]
+		h.mu.Unlock()
+		a := h.do("GET", "/v2/", "")
+		if a.err != nil || a.StatusCode != http.StatusUnauthorized || !strings.Contains(a.Header.Get("Www-Authenticate"), ownRealm) {
+			t.Fatalf("%s: %v %v", name, a.Response, a.err)
+		}
+		if a := h.do("GET", ownRealm+"?scope=repository:library/p:pull,push", ""); a.StatusCode != want {
+			t.Errorf("%s, to push: %v %q", name, a.Response, a.body)
+		}
+		if a := h.do("GET", ownRealm+"?scope=repository:library/p:pull", ""); a.StatusCode != 200 || !strings.Contains(string(a.body), placeholder) {
+			t.Errorf("%s, to pull: %v %q", name, a.Response, a.body)
+		}
+	}
+}
+
 // A token server at the registry's own host is asked by way of weir anyway.
 func TestOwnTokenServerFails(t *testing.T) {
 	h := newHub(t)
