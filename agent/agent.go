@@ -278,6 +278,8 @@ func (a *Agent) serve(l *redirect.Listener, c *net.TCPConn, t redirect.Admission
 	f := a.flow(l, origin.PID, origin.Netns, origin.Dst)
 	f.Direct, f.Closed = t.Direct, t.Closed
 	if rt := a.runtimes.Find(origin.PID); rt != nil {
+		done := a.runtimes.Carry(rt)
+		f.Closed = func() { done(); t.Closed() }
 		a.runtimes.Settle(rt)
 	}
 	a.proxy.Serve(a.ctx, c, f)

@@ -266,7 +266,7 @@ func (rs *Runtimes) quiet(rt *Runtime, ports []uint16) bool {
 			return false
 		case <-t.C:
 		}
-		if n, err := procfs.Connections(rt.PID, ports); n > 0 || err != nil {
+		if pulls, err := rt.pulls(ports); pulls || err != nil {
 			since = time.Now()
 		}
 	}

@@ -7,7 +7,9 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"sync"
 
+	"weir/agent/procfs"
 	"weir/agent/trust"
 )
 
@@ -104,6 +106,32 @@ func (rs *Runtimes) freshen(rt *Runtime, host string) {
 			rt.mu.Unlock()
 		}
 	})
+}
+
+// Carry counts a connection of a runtime that comes through a listener, until what it
+// returns is called: among the runtime's sockets it is to the listener's port. One that
+// is intercepted may be of a pull that has read an earlier generation of the CA.
+func (rs *Runtimes) Carry(rt *Runtime) (done func()) {
+	count := func(n int) {
+		rt.mu.Lock()
+		defer rt.mu.Unlock()
+		rt.through += n
+	}
+	count(1)
+	return sync.OnceFunc(func() { count(-1) })
+}
+
+// pulls says whether a runtime has a connection to one of the given ports, or through a
+// listener.
+func (rt *Runtime) pulls(ports []uint16) (bool, error) {
+	rt.mu.Lock()
+	through := rt.through
+	rt.mu.Unlock()
+	if through > 0 {
+		return true, nil
+	}
+	n, err := procfs.Connections(rt.PID, ports)
+	return n > 0, err
 }
 
 // Withdraw removes the directories of a registry from the certs.d of runtimes.

@@ -66,6 +66,7 @@ type Runtime struct {
 	misled       map[string]time.Time  // when a pull of it was last seen to be led to a host without the CA
 	unsure       map[string]time.Time  // hosts that may be registries, and when it last connected there
 	fresh        map[string]bool       // a pull may be running that began before the host's directory in the certs.d was made
+	through      int                   // its connections that weir carries
 }
 
 // basis is what a runtime's trust in the CA rests on. The zero value is its

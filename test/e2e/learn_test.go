@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"weir/agent/admin"
 	"weir/agent/registries"
@@ -195,6 +196,39 @@ func TestPortIsLearned(t *testing.T) {
 	nothing("buildkitd")
 	if s := agent.Status(); len(s.UnknownHosts) > 0 {
 		t.Errorf("%+v", s.UnknownHosts)
+	}
+}
+
+// A pull that runs as its registry is learned has read its certs.d before the CA was
+// there: it passes through to its end, however long that takes.
+func TestPullRunsAsRegistryIsLearned(t *testing.T) {
+	t.Parallel()
+	const ref = "registry.corp.example/team/app:1"
+	w := newWorld(t)
+	r := w.Registry("registry.corp.example")
+	im := r.Push("team/app:1", lab.Image{Layers: []int{1 << 20}, Seed: 96})
+	node := w.Node()
+	node.WriteFile("/etc/containerd/config.toml", `version = 2
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
+`)
+	containerd := node.Containerd()
+	containerd.Pull(renovate) // its roots are read
+	agent := node.Agent()
+	if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
+		t.Fatalf("%+v", rt)
+	}
+	r.Fault(func(w http.ResponseWriter, req *http.Request) bool {
+		w.Header().Set("Connection", "close") // each request has its own
+		if req.Method == http.MethodGet && strings.HasSuffix(req.URL.Path, "/manifests/"+im.Digest.String()) {
+			<-time.After(8 * time.Second) // longer than a runtime has to be without a connection
+		}
+		return false
+	})
+	containerd.Pull(ref)
+	containerd.Same(ref, im)
+	if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
+		t.Errorf("%+v", rt)
 	}
 }
 
