@@ -173,6 +173,7 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 		}
 		return
 	}
+	before := rs.state.savedCertsD(rt) // it is forgotten with that
 	rs.passThrough(rt, "it is being asked whether it trusts the CA", "wait a moment")
 	var perr error
 	if system == nil {
@@ -188,7 +189,10 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 		}
 	}
 	if len(rt.kind.certsD) > 0 && rt.ctx.Err() == nil {
-		if certsD, dir, fresh, err := rs.proveCertsD(rt, root, host); err == nil {
+		if certsD, dir, made, err := rs.proveCertsD(rt, root, host); err == nil {
+			// What was there may have been put there by an agent that has ended before
+			// the pulls that began without it, or for another runtime just now.
+			fresh := made || dir != before
 			if fresh {
 				rs.passThrough(rt, "it trusts the CA in the pulls that begin now; the others are waited for", "wait until it has no connection to a registry for a moment, or "+rt.restartStep())
 			}
@@ -219,8 +223,8 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 // proveCertsD tries the directories that the runtime reads at each pull, one
 // after the other, and leaves the CA only in the one that it does read. There each registry
 // gets a directory, once it is known to be that one: what is taken away again may be
-// read just then, by a pull that fails. fresh says that one wasn't there before.
-func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (certsD *trust.CertsD, read string, fresh bool, err error) {
+// read just then, by a pull that fails. made says that one wasn't there before.
+func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (certsD *trust.CertsD, read string, made bool, err error) {
 	// Its configuration says where: only root's may say where root writes.
 	if uid, err := procfs.User(rt.PID); err != nil || uid != 0 {
 		return nil, "", false, errors.Join(errors.New("its certs.d is not root's"), err)

@@ -45,6 +45,8 @@ type state struct {
 	// not, and then its next generations in the place of the one before.
 	Installed map[string][]installation `json:"installations"`
 	Runtimes  []trustRecord             `json:"trust"`
+	// CertsD are those that trust the CA by a certs.d in all pulls that may run.
+	CertsD []certsDRecord `json:"certs_d,omitempty"`
 	// Refusals are the last maxRefusals, the oldest first.
 	Refusals []refusal `json:"refusals,omitempty"`
 }
@@ -64,6 +66,12 @@ type trustRecord struct {
 	// Generation is what it was seen to trust. 0 says that it did not trust the
 	// CA although it should have.
 	Generation uint64 `json:"generation"`
+}
+
+type certsDRecord struct {
+	PID   int           `json:"pid"`
+	Start time.Duration `json:"start"`
+	Dir   string        `json:"dir"`
 }
 
 // openState reads the file; what is of another boot or CA is void.
@@ -110,14 +118,34 @@ func (f *stateFile) installedBefore(root string, start time.Duration) (generatio
 	return generation
 }
 
-// saveTrust notes what a runtime trusts through its roots, which it keeps for life.
+// saveTrust notes what a runtime trusts through its roots, which it keeps for life, or
+// by a certs.d: that is proven again, but which pulls have read it can't be.
 func (f *stateFile) saveTrust(rt *Runtime) {
 	rt.mu.Lock()
-	generation := rt.generation
+	generation, dir := rt.generation, rt.basis.dir
 	rt.mu.Unlock()
-	if generation > 0 { // else it is proven again, at no cost
+	if generation > 0 {
 		f.note(rt, generation)
+		return
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.drop(rt.PID)
+	f.s.CertsD = append(f.s.CertsD, certsDRecord{rt.PID, rt.Start, dir})
+	f.save()
+}
+
+// savedCertsD returns the certs.d by which a runtime was seen to trust the CA in all
+// pulls that may run, empty for none.
+func (f *stateFile) savedCertsD(rt *Runtime) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, r := range f.s.CertsD {
+		if r.PID == rt.PID && r.Start == rt.Start {
+			return r.Dir
+		}
+	}
+	return ""
 }
 
 // refused notes that a runtime must not be tried again.
@@ -140,13 +168,10 @@ func (f *stateFile) forget(pid int) {
 }
 
 func (f *stateFile) drop(pid int) bool {
-	for i, r := range f.s.Runtimes {
-		if r.PID == pid {
-			f.s.Runtimes = append(f.s.Runtimes[:i:i], f.s.Runtimes[i+1:]...)
-			return true
-		}
-	}
-	return false
+	before := len(f.s.Runtimes) + len(f.s.CertsD)
+	f.s.Runtimes = slices.DeleteFunc(f.s.Runtimes, func(r trustRecord) bool { return r.PID == pid })
+	f.s.CertsD = slices.DeleteFunc(f.s.CertsD, func(r certsDRecord) bool { return r.PID == pid })
+	return len(f.s.Runtimes)+len(f.s.CertsD) < before
 }
 
 // savedTrust returns the generation that a runtime was seen to trust, 0 for none.

@@ -47,6 +47,15 @@ func TestState(t *testing.T) {
 	if s.savedTrust(&Runtime{Process: procfs.Process{PID: 7, Start: 6 * time.Second}}) != 0 {
 		t.Error("a later process with the same pid is taken for the earlier one")
 	}
+	byDir := &Runtime{Process: procfs.Process{PID: 8, Start: 5 * time.Second}, basis: basis{dir: "/certs.d"}}
+	s.saveTrust(byDir)
+	s = openState(dir, "cert1", log)
+	if s.savedCertsD(byDir) != "/certs.d" || s.savedTrust(byDir) != 0 || s.refusedBefore(byDir) || s.savedCertsD(rt) != "" {
+		t.Errorf("%+v", s.s.CertsD)
+	}
+	if s.forget(8); s.savedCertsD(byDir) != "" {
+		t.Error("a process that has ended is remembered")
+	}
 	s.refused(rt)
 	s = openState(dir, "cert1", log)
 	if s.savedTrust(rt) != 0 || !s.refusedBefore(rt) {

@@ -3,14 +3,18 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
+	"weir/agent/runtimes"
 	"weir/test/lab"
 )
 
@@ -183,4 +187,58 @@ func TestComesDuringPull(t *testing.T) {
 	w.forget()
 	containerd.Pull(flyway)
 	w.nothingFetched(t)
+}
+
+// A pull that began before the CA was in the certs.d that it has read passes through to
+// its end, also when the agent is restarted meanwhile.
+func TestPullRunsAsAgentRestarts(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	node := w.Node()
+	node.WriteFile("/etc/containerd/config.toml", `version = 2
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
+`)
+	containerd := node.Containerd()
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	begin := sync.OnceFunc(func() { close(begun) })
+	w.ghcr.Fault(func(rw http.ResponseWriter, req *http.Request) bool {
+		rw.Header().Set("Connection", "close") // each request has its own
+		if req.Method == http.MethodGet && strings.Contains(req.URL.Path, "/manifests/") {
+			begin()
+			<-goOn
+		}
+		return false
+	})
+	pulled := make(chan error, 1)
+	go func() { pulled <- containerd.TryPull(renovate) }()
+	<-begun
+	agent := node.Agent()
+	for again := range 2 {
+		if again > 0 {
+			agent.Stop()
+			agent.Start()
+		}
+		if err := lab.Eventually(agent.Ended(), func(ctx context.Context) error {
+			s, err := agent.AskStatus(ctx)
+			i := slices.IndexFunc(s.Runtimes, func(rt runtimes.Status) bool { return rt.PID == containerd.PID() })
+			if err != nil || i < 0 || s.Runtimes[i].Reach != "intercepted" && !strings.Contains(s.Runtimes[i].Reason, "the others are waited for") {
+				return fmt.Errorf("%+v, %w", s.Runtimes, err)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	close(goOn)
+	if err := <-pulled; err != nil {
+		t.Errorf("%v\n%s", err, agent.Log(4000))
+	}
+	for range 2 { // at once after the next restart
+		if rt := agent.Runtime(containerd.PID()); rt.Reach != "intercepted" {
+			t.Errorf("%+v", rt)
+		}
+		agent.Stop()
+		agent.Start()
+	}
 }
