@@ -29,6 +29,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -203,14 +204,8 @@ func (k *Kernel) setUp(o Options, cgroup *os.File) error {
 }
 
 func (k *Kernel) attach(cgroup *os.File) error {
-	// Processes first: what starts meanwhile is new, and what goes direct is noted.
-	for name, p := range map[string]*ebpf.Program{"fork": k.objs.WeirFork, "exec": k.objs.WeirExec, "exit": k.objs.WeirExit} {
-		l, err := link.AttachTracing(link.TracingOptions{Program: p})
-		if err != nil {
-			return explain("following processes' "+name, err)
-		}
-		k.links = append(k.links, l)
-	}
+	// Connections first: of what starts from then on, and is new, all that goes direct is
+	// noted.
 	for _, a := range []struct {
 		to ebpf.AttachType
 		p  *ebpf.Program
@@ -237,6 +232,17 @@ func (k *Kernel) attach(cgroup *os.File) error {
 		}
 		k.links = append(k.links, l)
 	}
+	// Of what is tracked, or counted among the guests, the end is seen.
+	for _, a := range []struct {
+		what string
+		p    *ebpf.Program
+	}{{"exit", k.objs.WeirExit}, {"fork", k.objs.WeirFork}, {"exec", k.objs.WeirExec}} {
+		l, err := link.AttachTracing(link.TracingOptions{Program: a.p})
+		if err != nil {
+			return explain("following processes' "+a.what, err)
+		}
+		k.links = slices.Insert(k.links, 0, l) // to be detached when nothing is redirected any more
+	}
 	return nil
 }
 
@@ -247,7 +253,7 @@ func (k *Kernel) Detach() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var errs []error
-	// In reverse: redirecting ends first.
+	// From the end: redirecting ends first.
 	for i := len(k.links) - 1; i >= 0; i-- {
 		errs = append(errs, k.links[i].Close())
 	}

@@ -5,15 +5,18 @@ package bpf
 import (
 	"bufio"
 	"bytes"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -68,6 +71,33 @@ func TestDetach(t *testing.T) {
 		t.Errorf("%+v, %v", o, err)
 	}
 	p.direct("tcp4", "203.0.113.9:443")
+}
+
+// Processes are followed once all connections are: one that has started is not to have
+// connected unseen. The end of one is seen before its start is.
+func TestConnectionsFirst(t *testing.T) {
+	s := newStage(t)
+	var order []ebpf.ProgramID
+	at := make(map[link.ID]ebpf.ProgramID)
+	for _, l := range s.k.links {
+		info, err := l.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		at[info.ID] = info.Program // links are numbered as they are made
+	}
+	for _, id := range slices.Sorted(maps.Keys(at)) {
+		order = append(order, at[id])
+	}
+	for i, p := range []*ebpf.Program{s.k.objs.WeirConnect4, s.k.objs.WeirConnect6, s.k.objs.WeirExit, s.k.objs.WeirFork, s.k.objs.WeirExec} {
+		info, err := p.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if id, _ := info.ID(); order[len(order)-5+i] != id {
+			t.Errorf("%s is not attached as the last but %d", info.Name, 4-i)
+		}
+	}
 }
 
 func TestKilled(t *testing.T) {
