@@ -19,25 +19,25 @@ import (
 // certificate, and learns from its reaction whether it trusts the CA.
 func (rs *Runtimes) AnswerProbe(conn *net.TCPConn, pid int, addr netip.Addr) {
 	defer conn.Close()
-	leaf, err := rs.probeLeaf(pid, addr)
+	p, err := rs.probeOf(pid, addr)
 	if err != nil {
 		rs.o.Log.Error("no certificate for a probe address", "addr", addr, "err", err)
 		return
 	}
 	ctx, cancel := context.WithTimeout(rs.ctx, 10*time.Second)
 	defer cancel()
-	c := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{*leaf}, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12})
+	c := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{*p.leaf}, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12})
 	if err := c.HandshakeContext(ctx); err != nil {
 		op, ok := errors.AsType[*net.OpError](err)
 		switch {
 		case ok && op.Op == "remote error": // a TLS alert
-			rs.probed(pid, addr, errDistrusts)
+			p.is(errDistrusts)
 		default: // plain HTTP, which some try before or after; says nothing
 			rs.o.Log.Debug("a probe's connection ended early", "pid", pid, "err", err)
 		}
 		return
 	}
-	rs.probed(pid, addr, nil)
+	p.is(nil)
 	// The image isn't there, and the runtime should get that answer at once.
 	l := &oneConn{c: c, done: make(chan struct{})}
 	s := http.Server{
@@ -114,16 +114,26 @@ type probe struct {
 	verdict chan error
 }
 
-// probeLeaf returns what is shown to a process at a probe address.
-func (rs *Runtimes) probeLeaf(pid int, addr netip.Addr) (*tls.Certificate, error) {
+// probeOf returns the probe that a process comes to an address for: what it is shown there
+// is that one's, and so is what it makes of it. There may be another one by then.
+func (rs *Runtimes) probeOf(pid int, addr netip.Addr) (*probe, error) {
 	if rt := rs.Find(pid); rt != nil {
 		rt.mu.Lock()
 		defer rt.mu.Unlock()
 		if p, ok := rt.probes[addr]; ok {
-			return p.leaf, nil
+			return p, nil
 		}
 	}
-	return rs.o.CA.Leaf(addr.String())
+	leaf, err := rs.o.CA.Leaf(addr.String())
+	return &probe{leaf: leaf, verdict: make(chan error, 1)}, err // nobody asks for its verdict
+}
+
+// is records what became of a connection to a probe address.
+func (p *probe) is(verdict error) {
+	select {
+	case p.verdict <- verdict:
+	default:
+	}
 }
 
 // probe makes a runtime pull from a probe address. It returns nil when the
@@ -136,12 +146,15 @@ func (rs *Runtimes) probe(rt *Runtime, addr netip.Addr, after, upTo uint64) erro
 		return err
 	}
 	verdict := make(chan error, 1)
+	p := &probe{leaf, verdict}
 	rt.mu.Lock()
-	rt.probes[addr] = &probe{leaf, verdict}
+	rt.probes[addr] = p
 	rt.mu.Unlock()
 	defer func() {
 		rt.mu.Lock()
-		delete(rt.probes, addr)
+		if rt.probes[addr] == p { // and not the next one's
+			delete(rt.probes, addr)
+		}
 		rt.mu.Unlock()
 	}()
 	image := addr.String() + "/weir/probe:" + strings.ToLower(rand.Text()[:12])
@@ -172,22 +185,6 @@ func (rs *Runtimes) probe(rt *Runtime, addr netip.Addr, after, upTo uint64) erro
 			}
 		case <-ctx.Done():
 			return errNoProbe
-		}
-	}
-}
-
-// probed records what became of a connection to a probe address.
-func (rs *Runtimes) probed(pid int, addr netip.Addr, err error) {
-	rt := rs.Find(pid)
-	if rt == nil {
-		return
-	}
-	rt.mu.Lock()
-	defer rt.mu.Unlock()
-	if p, ok := rt.probes[addr]; ok {
-		select {
-		case p.verdict <- err:
-		default:
 		}
 	}
 }
