@@ -77,7 +77,7 @@ func BenchmarkConnectUntracked(b *testing.B) {
 }
 
 func BenchmarkConnectTracked(b *testing.B) {
-	connects(b, func(s *stage, pid int) string { _ = s.k.SetMode(pid, ModeRedirect); return "203.0.113.9:443" })
+	connects(b, func(s *stage, pid int) string { _ = s.k.Remode(pid, ModeRedirect); return "203.0.113.9:443" })
 }
 
 // BenchmarkConnectLeftAlone is a tracked program's, at a redirected port where no
@@ -85,7 +85,7 @@ func BenchmarkConnectTracked(b *testing.B) {
 // seen what is said.
 func BenchmarkConnectLeftAlone(b *testing.B) {
 	connects(b, func(s *stage, pid int) string {
-		_ = s.k.SetMode(pid, ModeRedirect)
+		_ = s.k.Remode(pid, ModeRedirect)
 		_ = s.k.Leave(s.cookie, netip.MustParseAddrPort("203.0.113.9:443"), time.Hour)
 		return "203.0.113.9:443"
 	})
@@ -93,7 +93,7 @@ func BenchmarkConnectLeftAlone(b *testing.B) {
 
 func BenchmarkConnectElsewhere(b *testing.B) {
 	connects(b, func(s *stage, pid int) string {
-		_ = s.k.SetMode(pid, ModeRedirect)
+		_ = s.k.Remode(pid, ModeRedirect)
 		s.serve("tcp4", "203.0.113.9:8443")
 		_ = s.k.Leave(s.cookie, netip.MustParseAddrPort("203.0.113.9:8443"), time.Hour)
 		return "203.0.113.9:8443"

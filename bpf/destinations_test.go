@@ -21,7 +21,7 @@ func TestDestinations(t *testing.T) {
 	}
 	s.serve("tcp6", "[2001:db8::9]:8443")
 	other, p := s.start("bash", true), s.start("dockerd", true)
-	if err := s.k.SetMode(p.pid(), ModeRedirect); err != nil {
+	if err := s.k.Remode(p.pid(), ModeRedirect); err != nil {
 		t.Fatal(err)
 	}
 	long := strings.Repeat("x", 10_000)
@@ -76,7 +76,7 @@ func TestDestinations(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.redirected("tcp4", "203.0.113.9:9000")
-	if err := s.k.SetMode(p.pid(), ModeProbe); err != nil {
+	if err := s.k.Remode(p.pid(), ModeProbe); err != nil {
 		t.Fatal(err)
 	}
 	p.direct("tcp4", "203.0.113.9:9000")
@@ -112,7 +112,7 @@ func TestUntrackedIsLookedAt(t *testing.T) {
 		}
 	}
 	tracked := s.start("dockerd", true)
-	if err := s.k.SetMode(tracked.pid(), ModeRedirect); err != nil {
+	if err := s.k.Remode(tracked.pid(), ModeRedirect); err != nil {
 		t.Fatal(err)
 	}
 	tracked.redirected("tcp4", "203.0.113.9:443")
@@ -127,7 +127,7 @@ func TestPassedThroughIsLookedAt(t *testing.T) {
 	s.serve("tcp4", "203.0.113.9:443")
 	s.serve("tcp4", "203.0.113.9:8443")
 	p := s.start("dockerd", true)
-	if err := s.k.SetMode(p.pid(), ModeProbe); err != nil {
+	if err := s.k.Remode(p.pid(), ModeProbe); err != nil {
 		t.Fatal(err)
 	}
 	for addr, direct := range map[string]bool{"203.0.113.9:443": true, "203.0.113.9:8443": false} {
@@ -142,7 +142,7 @@ func TestPassedThroughIsLookedAt(t *testing.T) {
 			t.Errorf("%+v, %v, want %s", got, err, addr)
 		}
 	}
-	if err := s.k.SetMode(p.pid(), ModeRedirect); err != nil {
+	if err := s.k.Remode(p.pid(), ModeRedirect); err != nil {
 		t.Fatal(err)
 	}
 	p.redirected("tcp4", "203.0.113.9:443")

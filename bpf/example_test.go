@@ -42,7 +42,7 @@ func Example() {
 				return // k is closed
 			}
 			if e.Kind == bpf.Exec {
-				_ = k.SetMode(e.PID, bpf.ModeRedirect)
+				_ = k.Remode(e.PID, bpf.ModeRedirect)
 			}
 		}
 	}()

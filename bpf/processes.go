@@ -48,13 +48,17 @@ func (k *Kernel) Remode(pid int, m Mode) error {
 	return nil
 }
 
-// SetMode says how a process's connections are treated, and has it tracked if
-// it wasn't.
-func (k *Kernel) SetMode(pid int, m Mode) error {
-	if err := k.objs.WeirTracked.Put(uint32(pid), uint32(m)); err != nil {
-		return fmt.Errorf("tracking process %d: %w", pid, err)
+// Track has a process tracked whose exec was before the programs were attached. It
+// returns true for one that is tracked, and leaves that as it is.
+func (k *Kernel) Track(pid int, m Mode) (tracked bool, err error) {
+	err = k.objs.WeirTracked.Update(uint32(pid), uint32(m), ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		return true, nil
 	}
-	return nil
+	if err != nil {
+		return false, fmt.Errorf("tracking process %d: %w", pid, err)
+	}
+	return false, nil
 }
 
 // Mode returns how a process's connections are treated, false when it isn't

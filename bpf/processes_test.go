@@ -28,10 +28,18 @@ func TestWhoIsTracked(t *testing.T) {
 	}
 	s.start("containerd-with-a-different-name", true).redirected("tcp4", "203.0.113.9:443") // 15 bytes count
 	p := s.start("dockerd", true)
+	if seen, err := s.k.Track(p.pid(), ModeProbe); !seen || err != nil {
+		t.Errorf("it isn't tracked, or can't be: %v", err)
+	}
+	p.redirected("tcp4", "203.0.113.9:443") // as before
 	if err := s.k.Forget(p.pid()); err != nil {
 		t.Fatal(err)
 	}
 	p.direct("tcp4", "203.0.113.9:443")
+	if seen, err := s.k.Track(p.pid(), ModeRedirect); seen || err != nil {
+		t.Errorf("it is still tracked, or can't be: %v", err)
+	}
+	p.redirected("tcp4", "203.0.113.9:443")
 }
 
 func TestModes(t *testing.T) {
@@ -56,20 +64,20 @@ func TestModes(t *testing.T) {
 	if !s.k.Early(p.pid()) {
 		t.Error("a connection past the listener was not noted")
 	}
-	if err := s.k.SetMode(p.pid(), ModeProbe); err != nil {
+	if err := s.k.Remode(p.pid(), ModeProbe); err != nil {
 		t.Fatal(err)
 	}
 	p.direct("tcp4", "203.0.113.9:443")
 	p.redirected("tcp4", probe1.String()+":443")
 	p.redirected("tcp4", probe2.String()+":443")
-	if err := s.k.SetMode(p.pid(), ModeRedirect); err != nil {
+	if err := s.k.Remode(p.pid(), ModeRedirect); err != nil {
 		t.Fatal(err)
 	}
 	if o := p.redirected("tcp4", "203.0.113.9:443"); o.Mode != ModeRedirect {
 		t.Errorf("%+v", o)
 	}
 	q := s.start("dockerd", true)
-	if err := s.k.SetMode(q.pid(), ModeRedirect); err != nil {
+	if err := s.k.Remode(q.pid(), ModeRedirect); err != nil {
 		t.Fatal(err)
 	}
 	q.direct("tcp4", "203.0.113.9:8443")
@@ -86,7 +94,7 @@ func TestGuests(t *testing.T) {
 	s.serve("tcp4", "203.0.113.9:443")
 	p, other := s.start("dockerd", true), s.start("dockerd", true)
 	for who, mode := range map[*proc]Mode{p: ModeLent, other: ModeRedirect} {
-		if err := s.k.SetMode(who.pid(), mode); err != nil {
+		if err := s.k.Remode(who.pid(), mode); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -107,7 +108,7 @@ type Options struct {
 // Kernel tracks processes; [bpf.Kernel] is one.
 type Kernel interface {
 	Mode(pid int) (bpf.Mode, bool)
-	SetMode(pid int, m bpf.Mode) error
+	Track(pid int, m bpf.Mode) (tracked bool, err error)
 	Remode(pid int, m bpf.Mode) error
 	Forget(pid int) error
 	Early(pid int) bool
@@ -172,6 +173,7 @@ func (rs *Runtimes) Seed(cgroup string) error {
 		return fmt.Errorf("listing the processes in %s: %w", cgroup, err)
 	}
 	oldest := make(map[uint64]procfs.Process) // by network namespace
+	var found []procfs.Process
 	for _, pid := range pids {
 		p, err := procfs.Read(pid)
 		if err != nil {
@@ -182,33 +184,48 @@ func (rs *Runtimes) Seed(cgroup string) error {
 				oldest[ino] = p
 			}
 		}
-		k := kindOf(p.Comm, p.Exe)
-		if k == nil {
+		if kindOf(p.Comm, p.Exe) == nil {
 			continue
 		}
-		if _, tracked := rs.o.Kernel.Mode(pid); tracked {
-			continue // its exec was seen
-		}
-		if err := rs.o.Kernel.SetMode(pid, bpf.ModeProbe); err != nil {
-			return fmt.Errorf("tracking process %d: %w", pid, err)
+		if seen, err := rs.o.Kernel.Track(pid, bpf.ModeProbe); err != nil {
+			return err
+		} else if seen {
+			continue // as it was when its exec was seen
 		}
 		if now, err := procfs.Read(pid); err != nil || now.Start != p.Start {
 			_ = rs.o.Kernel.Forget(pid)
 			continue
 		}
-		rs.mu.Lock()
-		if k.guest {
-			rs.guests[pid] = struct{}{}
-			err = rs.o.Kernel.SeededGuests(len(rs.guests))
-		}
-		rs.add(p, k, 0, true)
-		rs.mu.Unlock()
-		if err != nil {
-			return err
-		}
+		found = append(found, p)
+	}
+	if err := rs.seed(found); err != nil {
+		return err
 	}
 	for _, p := range oldest {
 		rs.o.Listeners.Arrived(bpf.Arrival{PID: p.PID})
+	}
+	return nil
+}
+
+// seed adds processes that were running already. The guests are all counted before it is
+// found out about any other that it trusts the CA.
+func (rs *Runtimes) seed(found []procfs.Process) error {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	found = slices.DeleteFunc(found, func(p procfs.Process) bool {
+		mode, _ := rs.o.Kernel.Mode(p.PID)
+		return mode != bpf.ModeProbe || rs.all[p.PID] != nil // it has ended, or started another program
+	})
+	for _, p := range found {
+		if kindOf(p.Comm, p.Exe).guest {
+			rs.guests[p.PID] = struct{}{}
+		}
+	}
+	if err := rs.o.Kernel.SeededGuests(len(rs.guests)); err != nil {
+		return err
+	}
+	for _, p := range found {
+		rs.add(p, kindOf(p.Comm, p.Exe), 0, true)
 	}
 	return nil
 }

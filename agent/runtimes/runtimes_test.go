@@ -5,6 +5,8 @@ package runtimes
 import (
 	"bytes"
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -100,5 +102,66 @@ func TestPassThroughIsLogged(t *testing.T) {
 		if n := strings.Count(log.String(), "passed through"); n != want {
 			t.Errorf("%s: %d lines, want %d:\n%s", name, n, want, log.String())
 		}
+	}
+}
+
+// seeing is a kernel side without one, and listeners of nothing.
+type seeing struct {
+	Kernel
+	Listeners
+	guests func(n int)
+}
+
+func (seeing) Mode(int) (bpf.Mode, bool)         { return bpf.ModeProbe, true }
+func (seeing) Track(int, bpf.Mode) (bool, error) { return false, nil }
+func (s seeing) SeededGuests(n int) error        { s.guests(n); return nil }
+func (seeing) Arrived(bpf.Arrival)               {}
+func (seeing) Enter(int) error                   { return fs.ErrNotExist }
+func (seeing) AddForeign(string)                 {}
+func (seeing) RemoveForeign(string)              {}
+
+// When a containerd that is running is looked at, a ctr that is, whatever its place, is
+// counted already.
+func TestSeedCountsGuestsFirst(t *testing.T) {
+	cgroup := agenttest.Cgroup(t)
+	for dir, name := range map[string]string{"a": "containerd", "b": "ctr"} { // in that order they are found
+		bin := filepath.Join(t.TempDir(), name)
+		if err := errors.Join(os.Symlink("/bin/sleep", bin), os.Mkdir(filepath.Join(cgroup.Name(), dir), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		below, err := os.Open(filepath.Join(cgroup.Name(), dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(bin, "1000")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL, UseCgroupFD: true, CgroupFD: int(below.Fd())}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+			below.Close()
+			agenttest.Until(t, "removing a cgroup", func() bool { return os.Remove(below.Name()) == nil })
+		})
+	}
+	ca, err := trust.OpenCA(t.TempDir(), []string{"ghcr.io"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var rs *Runtimes
+	counted := 0
+	k := seeing{guests: func(n int) {
+		counted = n
+		if len(rs.all) > 0 {
+			t.Errorf("%d are looked at before", len(rs.all))
+		}
+	}}
+	rs = New(ctx, Options{Kernel: k, Listeners: k, Content: k, CA: ca, RunDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)})
+	defer rs.Wait()
+	defer cancel()
+	if err := rs.Seed(cgroup.Name()); err != nil || counted != 1 || len(rs.all) != 2 {
+		t.Errorf("%d are counted, %d are looked at: %v", counted, len(rs.all), err)
 	}
 }
