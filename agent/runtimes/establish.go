@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"weir/agent/procfs"
@@ -82,18 +83,30 @@ func (rs *Runtimes) establish(rt *Runtime, seeded bool) {
 				return
 			}
 			why = "it connected somewhere before the CA was installed"
+		case seeded && rs.wentMeanwhile(rt, finds):
+			why = "it may have read its roots while the CA was gone and the agent was not there"
 		case seeded:
 			if before := rs.state.installedBefore(host, rt.Start); before > 0 {
 				rs.intercept(rt, trustByStart, finds, before)
 				return
 			}
 			if known := rs.state.savedTrust(rt); known > 0 {
-				rs.intercept(rt, trustRemembered, basis{}, known)
+				if rs.state.savedFile(rt) == (trust.FileID{}) {
+					finds = basis{} // it has read it
+				}
+				rs.intercept(rt, trustRemembered, finds, known)
 				return
 			}
 		}
 	}
 	rs.prove(rt, root, host, system, why)
+}
+
+// wentMeanwhile says whether the file that a runtime had yet to read the CA from is
+// another one now.
+func (rs *Runtimes) wentMeanwhile(rt *Runtime, finds basis) bool {
+	file := rs.state.savedFile(rt)
+	return file != (trust.FileID{}) && !rs.o.CA.Follows(finds.id, file)
 }
 
 // earliestRead is how soon after its exec an eager program can read its roots.
@@ -221,7 +234,8 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 }
 
 // proveCertsD tries the directories that the runtime reads at each pull, one
-// after the other, and leaves the CA only in the one that it does read. There each registry
+// after the other, and leaves the CA only in the one that it does read, and where
+// another runtime may. There each registry
 // gets a directory, once it is known to be that one: what is taken away again may be
 // read just then, by a pull that fails. made says that one wasn't there before.
 func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (certsD *trust.CertsD, read string, made bool, err error) {
@@ -233,23 +247,57 @@ func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (cer
 	dirs := certsDOf(rt, root)
 	for _, dir := range dirs {
 		place := trust.Places{CertsD: []string{dir}}
+		shared := rs.sharedDir(root, dir)
+		shared.mu.Lock()
+		shared.users = append(shared.users, rt)
 		res := rs.o.CA.Install(root, place, nil) // for the probe alone
+		shared.made.Files = append(shared.made.Files, res.Files...)
+		shared.made.Dirs = append(shared.made.Dirs, res.Dirs...)
+		shared.mu.Unlock()
 		rs.record(host, res)
-		coverage := res.CertsD[dir]
-		if !coverage.Covers(probeCertsD.String()) {
+		if coverage := res.CertsD[dir]; !coverage.Covers(probeCertsD.String()) {
 			last = fmt.Errorf("%s: %w", dir, coverage[probeCertsD.String()])
-			continue
-		}
-		if last = rs.probe(rt, probeCertsD, 0, 0); last == nil {
+		} else if last = rs.probe(rt, probeCertsD, 0, 0); last == nil {
 			all := rs.o.CA.Install(root, place, rs.o.Registries())
 			rs.record(host, all)
 			return rt.lookup(root, dir, dirs), dir, len(res.Files)+len(all.Files) > 0, nil
 		}
-		if err := res.Undo(root); err != nil {
-			rs.o.Log.Warn("taking the CA out again", "dir", dir, "err", err)
+		shared.mu.Lock()
+		shared.users = slices.DeleteFunc(shared.users, func(u *Runtime) bool { return u == rt || u.ctx.Err() != nil })
+		if len(shared.users) == 0 {
+			if err := shared.made.Undo(root); err != nil {
+				rs.o.Log.Warn("taking the CA out again", "dir", dir, "err", err)
+			}
+			shared.made = trust.Result{}
 		}
+		shared.mu.Unlock()
 	}
 	return nil, "", false, last
+}
+
+// certsDPlace is a certs.d in a root file system.
+type certsDPlace struct {
+	root trust.RootID
+	dir  string
+}
+
+// sharedDir has the runtimes that trust the CA by a certs.d, or may, and what was made for
+// the probe there.
+type sharedDir struct {
+	mu    sync.Mutex // held while the CA is put there, or taken out
+	users []*Runtime
+	made  trust.Result
+}
+
+// sharedDir returns who else may trust the CA by a certs.d.
+func (rs *Runtimes) sharedDir(root *trust.Root, dir string) *sharedDir {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	at := certsDPlace{root.ID(), dir}
+	if rs.certsDs[at] == nil {
+		rs.certsDs[at] = new(sharedDir)
+	}
+	return rs.certsDs[at]
 }
 
 // quietTime is how long a runtime has to have no connection to a registry before

@@ -119,8 +119,9 @@ func TestProveCertsD(t *testing.T) {
 			if !reads {
 				verdict = errDistrusts
 			}
-			rs.probed(rt.PID, probeCertsD, verdict)
-			return nil
+			p, err := rs.probeOf(rt.PID, probeCertsD)
+			p.is(verdict)
+			return err
 		}}
 		rs.all[rt.PID] = rt
 		_, read, _, err := rs.proveCertsD(rt, root, "")

@@ -75,6 +75,7 @@ func (rs *Runtimes) refresh(rt *Runtime) {
 			if res.System == nil && host != "" {
 				rs.state.installed(host, res, generation)
 			}
+			rs.follow(rt, root)
 		}
 		if rests.certsD != nil {
 			rs.record(host, rs.o.CA.Install(root, trust.Places{CertsD: []string{rests.dir}}, rs.o.Registries()))
@@ -83,6 +84,39 @@ func (rs *Runtimes) refresh(rt *Runtime) {
 	})
 	if err != nil {
 		rs.o.Log.Warn("a runtime does not get the CA's new certificate", "runtime", rt.kind.name, "pid", rt.PID, "err", err)
+	}
+}
+
+// follow notes which file has the CA that a runtime has yet to read, once it is the next
+// generation's.
+func (rs *Runtimes) follow(rt *Runtime, root *trust.Root) {
+	rt.mu.Lock()
+	rests := rt.basis
+	rt.mu.Unlock()
+	if rests.file == "" {
+		return
+	}
+	id, err := rs.o.CA.Holds(root, rests.file)
+	if err != nil || id == rests.id || !rs.o.CA.Follows(id, rests.id) {
+		return
+	}
+	rt.mu.Lock()
+	if rt.basis == rests {
+		rt.basis.id = id
+	}
+	rt.mu.Unlock()
+	rs.keep(rt)
+}
+
+// keep has it remembered what a runtime's trust rests on, as long as it is intercepted.
+func (rs *Runtimes) keep(rt *Runtime) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	rt.mu.Lock()
+	intercepted := rt.reach == ReachIntercepted
+	rt.mu.Unlock()
+	if intercepted && rt.ctx.Err() == nil && !rt.kind.oneShot {
+		rs.state.saveTrust(rt)
 	}
 }
 

@@ -140,7 +140,9 @@ type Runtimes struct {
 	mu     sync.Mutex
 	all    map[int]*Runtime
 	guests map[int]struct{} // processes that ran before their exec could be seen, and have others pull for them
-	wg     sync.WaitGroup
+	// certsDs are the directories that are tried, and those that were. Few runtimes have one.
+	certsDs map[certsDPlace]*sharedDir
+	wg      sync.WaitGroup
 	// establishing bounds those that are being looked at, each of which may hold a
 	// thread for as long as a file system gives no answer.
 	establishing *semaphore.Weighted
@@ -155,7 +157,7 @@ type Runtimes struct {
 // ends with ctx.
 func New(ctx context.Context, o Options) *Runtimes {
 	return &Runtimes{o: o, ctx: ctx, state: openState(o.RunDir, o.CA.ID(), o.Log),
-		all: make(map[int]*Runtime), guests: make(map[int]struct{}),
+		all: make(map[int]*Runtime), guests: make(map[int]struct{}), certsDs: make(map[certsDPlace]*sharedDir),
 		establishing: semaphore.NewWeighted(maxEstablishing), reading: semaphore.NewWeighted(maxEstablishing),
 		logged: lru.NewLRU[[2]string, struct{}](256, nil, time.Hour)}
 }

@@ -66,6 +66,8 @@ type trustRecord struct {
 	// Generation is what it was seen to trust. 0 says that it did not trust the
 	// CA although it should have.
 	Generation uint64 `json:"generation"`
+	// File has the CA, and it may not have been read yet. It is none once that has.
+	File trust.FileID `json:"file,omitzero"`
 }
 
 type certsDRecord struct {
@@ -122,16 +124,16 @@ func (f *stateFile) installedBefore(root string, start time.Duration) (generatio
 // by a certs.d: that is proven again, but which pulls have read it can't be.
 func (f *stateFile) saveTrust(rt *Runtime) {
 	rt.mu.Lock()
-	generation, dir := rt.generation, rt.basis.dir
+	generation, rests := rt.generation, rt.basis
 	rt.mu.Unlock()
 	if generation > 0 {
-		f.note(rt, generation)
+		f.note(rt, generation, rests.id)
 		return
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.drop(rt.PID)
-	f.s.CertsD = append(f.s.CertsD, certsDRecord{rt.PID, rt.Start, dir})
+	f.s.CertsD = append(f.s.CertsD, certsDRecord{rt.PID, rt.Start, rests.dir})
 	f.save()
 }
 
@@ -149,13 +151,13 @@ func (f *stateFile) savedCertsD(rt *Runtime) string {
 }
 
 // refused notes that a runtime must not be tried again.
-func (f *stateFile) refused(rt *Runtime) { f.note(rt, 0) }
+func (f *stateFile) refused(rt *Runtime) { f.note(rt, 0, trust.FileID{}) }
 
-func (f *stateFile) note(rt *Runtime, generation uint64) {
+func (f *stateFile) note(rt *Runtime, generation uint64, file trust.FileID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.drop(rt.PID)
-	f.s.Runtimes = append(f.s.Runtimes, trustRecord{rt.PID, rt.Start, generation})
+	f.s.Runtimes = append(f.s.Runtimes, trustRecord{rt.PID, rt.Start, generation, file})
 	f.save()
 }
 
@@ -178,6 +180,12 @@ func (f *stateFile) drop(pid int) bool {
 func (f *stateFile) savedTrust(rt *Runtime) uint64 {
 	r, _ := f.record(rt)
 	return r.Generation
+}
+
+// savedFile returns the file that a runtime had yet to read the CA from.
+func (f *stateFile) savedFile(rt *Runtime) trust.FileID {
+	r, _ := f.record(rt)
+	return r.File
 }
 
 // refusedBefore says whether a runtime must not be tried again.

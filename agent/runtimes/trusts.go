@@ -131,9 +131,13 @@ func (rs *Runtimes) holds(rt *Runtime, rests basis, hosts []string) (trust.Cover
 // its roots in its memory now.
 func (rs *Runtimes) Accepted(rt *Runtime) {
 	rt.mu.Lock()
-	defer rt.mu.Unlock()
-	if rt.basis.certsD == nil {
+	first := rt.basis.file != ""
+	if first {
 		rt.basis = basis{}
+	}
+	rt.mu.Unlock()
+	if first {
+		rs.keep(rt)
 	}
 }
 

@@ -16,6 +16,17 @@ type FileID struct {
 	born     unix.StatxTimestamp
 }
 
+// MarshalText implements encoding.TextMarshaler.
+func (id FileID) MarshalText() ([]byte, error) {
+	return fmt.Appendf(nil, "%d.%d.%d.%d", id.dev, id.ino, id.born.Sec, id.born.Nsec), nil
+}
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (id *FileID) UnmarshalText(b []byte) error {
+	_, err := fmt.Sscanf(string(b), "%d.%d.%d.%d", &id.dev, &id.ino, &id.born.Sec, &id.born.Nsec)
+	return err
+}
+
 // Holds fails unless a file that [CA.Install] named has a certificate of the CA's, of
 // whichever generation.
 func (ca *CA) Holds(r *Root, file string) (FileID, error) {

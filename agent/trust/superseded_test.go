@@ -3,12 +3,15 @@
 package trust
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The CA's file is told from one that was made anew, and not from one whose
@@ -111,5 +114,27 @@ func TestSuperseded(t *testing.T) {
 	}
 	if names, _ := r.ReadDir(DockerCertsD + "/ghcr.io:443"); !slices.Equal(names, []string{"client.cert"}) {
 		t.Errorf("there are %q", names)
+	}
+}
+
+// A file is the same one when its identity has been written down and read again.
+func TestFileIDAsText(t *testing.T) {
+	again := func(id FileID) FileID {
+		b, err := json.Marshal(id)
+		var read FileID
+		if err == nil {
+			err = json.Unmarshal(b, &read)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return read
+	}
+	id := FileID{dev: 1<<40 + 1, ino: 1<<63 + 2, born: unix.StatxTimestamp{Sec: -3, Nsec: 999999999}}
+	if read := again(id); read != id {
+		t.Errorf("%+v, not %+v", read, id)
+	}
+	if again(FileID{}) != (FileID{}) {
+		t.Error("none is one")
 	}
 }

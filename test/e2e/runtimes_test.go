@@ -242,3 +242,59 @@ func TestPullRunsAsAgentRestarts(t *testing.T) {
 		agent.Start()
 	}
 }
+
+// A containerd that reads no certs.d, and was running before, takes the CA from no other
+// that does.
+func TestCertsDOfAnother(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	node := w.Node()
+	node.WriteFile(lab.K3s+"/etc/containerd/config.toml", `version = 2
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
+`)
+	reads, other := node.K3sContainerd(), node.Containerd()
+	reads.Pull(renovate)
+	other.Pull(renovate) // their roots are read
+	agent := node.Agent()
+	for again := range 3 {
+		if rt := agent.Runtime(other.PID()); rt.Reach != "passthrough" {
+			t.Errorf("%+v", rt)
+		}
+		if rt := agent.Runtime(reads.PID()); rt.Reach != "intercepted" || len(rt.Except) > 0 {
+			t.Errorf("%d: %+v", again, rt)
+		}
+		agent.Stop()
+		agent.Start()
+	}
+	reads.Remove(renovate, w.renovate)
+	reads.Pull(renovate)
+}
+
+// What was taken to trust the CA, but had not read it yet, isn't any more when it may have
+// read its roots while the CA was gone, and the agent was not there.
+func TestCAGoneMeanwhile(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	node := w.Node()
+	agent := node.Agent()
+	docker, boxed := node.Docker(), node.Box().Docker()
+	for _, d := range []*lab.Docker{docker, boxed} {
+		if rt := agent.Runtime(d.PID()); rt.Reach != "intercepted" {
+			t.Errorf("%+v", rt)
+		}
+	}
+	agent.Stop()
+	for _, d := range []*lab.Docker{docker, boxed} {
+		node.Run("rm", fmt.Sprintf("/proc/%d/root/etc/ssl/certs/weir-ca.pem", d.PID()))
+		d.Pull(flyway)
+		d.Remove(flyway)
+	}
+	agent.Start()
+	for _, d := range []*lab.Docker{docker, boxed} {
+		if rt := agent.Runtime(d.PID()); rt.Reach != "passthrough" {
+			t.Errorf("%+v", rt)
+		}
+		d.Pull(renovate)
+	}
+}
