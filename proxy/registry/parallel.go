@@ -51,7 +51,6 @@ type parallel struct {
 	next      int64   // where the next part begins; 0 before there is one
 	want      int     // connections
 	workers   int     // that are there
-	counted   int     // connections, in w.conns
 	closed    bool
 
 	// least is how many bytes a connection has to bring in ws.stall. Of body, if it isn't
@@ -93,17 +92,15 @@ func (ws *widths) parallel(registry string, body io.ReadCloser, from, to, size i
 	return p
 }
 
-// count counts the connections that there are now. p.mu is held.
-func (p *parallel) count() {
-	n := p.workers
-	if p.body != nil {
-		n++
+// conns is how many connections there are. p.mu is held.
+func (p *parallel) conns() int {
+	switch {
+	case p.closed:
+		return 0
+	case p.body != nil:
+		return p.workers + 1
 	}
-	if p.closed {
-		n = 0
-	}
-	p.w.conns.Add(int64(n - p.counted))
-	p.counted = n
+	return p.workers
 }
 
 // left is how many bytes nothing has asked for in parts, of those that were not read.
@@ -130,14 +127,9 @@ func (p *parallel) use(n int, least int64) {
 
 // hire begins to read over the connections that are missing. p.mu is held.
 func (p *parallel) hire() {
-	own := 0
-	if p.body != nil {
-		own = 1
-	}
-	for ; p.want > 1 && p.workers+own < p.want && !p.closed; p.workers++ {
+	for ; p.want > 1 && p.conns() < p.want && !p.closed; p.workers++ {
 		go p.work()
 	}
-	p.count()
 }
 
 // work asks for parts over one connection, one after the other.
@@ -175,7 +167,6 @@ func (p *parallel) take() *part {
 	}
 	if p.closed || p.workers > p.want || p.want == 1 || p.size-p.next <= 0 || !p.ws.take() {
 		p.workers--
-		p.count()
 		p.change.Broadcast()
 		return nil
 	}
@@ -346,7 +337,6 @@ func (p *parallel) reopen(end int64) error {
 		body.Close()
 	}
 	p.body = body
-	p.count()
 	return nil
 }
 
@@ -423,7 +413,6 @@ func (p *parallel) Close() error {
 		return nil
 	}
 	p.closed = true
-	p.count()
 	p.cancel()
 	for range p.parts {
 		p.ws.give()

@@ -31,7 +31,7 @@ func eager(ws *widths) *widths {
 	ws.from, ws.part = 1<<20, 64<<10
 	ws.pace = func(w *width) sample { // each brings the same
 		runtime.Gosched()
-		n := float64(w.conns.Load())
+		n := float64(w.conns())
 		return sample{n, n}
 	}
 	ws.stall = time.Hour
@@ -423,7 +423,7 @@ func TestPartsThatDrip(t *testing.T) {
 		for w.received.Load() == 0 {
 			time.Sleep(time.Millisecond)
 		}
-		n := float64(w.conns.Load())
+		n := float64(w.conns())
 		return sample{n * float64(size), n}
 	}
 	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), 0, size, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
@@ -507,7 +507,7 @@ func TestConnectionsForEach(t *testing.T) {
 					time.Sleep(time.Millisecond)
 				}
 				measured.Add(1)
-				n := float64(w.conns.Load())
+				n := float64(w.conns())
 				return sample{min(n, float64(of.link)), n}
 			}
 			nothing := func() io.ReadCloser { return &silent{closed: make(chan struct{})} }
@@ -554,7 +554,7 @@ func TestConnectionsForEach(t *testing.T) {
 			for _, p := range all {
 				p.Close()
 			}
-			if n := w.conns.Load(); n != 0 {
+			if n := w.conns(); n != 0 {
 				t.Errorf("%d connections are left", n)
 			}
 		})

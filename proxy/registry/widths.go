@@ -60,7 +60,6 @@ type widths struct {
 // and those that come soon afterwards have as many from their beginning.
 type width struct {
 	received atomic.Int64 // bytes of large blobs
-	conns    atomic.Int64 // for those
 	refused  atomic.Int64 // a part; until then blobs have one connection (in Unix nanoseconds)
 	several  atomic.Int64 // ranges in one request were refused; until then weir asks for one
 
@@ -96,14 +95,26 @@ func newWidths(most int) *widths {
 
 // measure measures how much a registry gives.
 func measure(w *width) sample {
-	start, before, conns := time.Now(), w.received.Load(), w.conns.Load()
+	start, before, conns := time.Now(), w.received.Load(), w.conns()
 	for {
 		time.Sleep(paceTime)
 		took, came := time.Since(start), w.received.Load()-before
 		if came >= partSize || took >= maxPaceTime {
-			return sample{float64(came) / took.Seconds(), float64(conns+w.conns.Load()) / 2}
+			return sample{float64(came) / took.Seconds(), float64(conns+w.conns()) / 2}
 		}
 	}
+}
+
+// conns is how many connections there are to the registry for large blobs.
+func (w *width) conns() (n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for p := range w.blobs {
+		p.mu.Lock()
+		n += p.conns()
+		p.mu.Unlock()
+	}
+	return n
 }
 
 // join has a blob have as many connections as others have, and finds out whether more
