@@ -35,29 +35,69 @@ type parallel struct {
 
 	ctx    context.Context
 	cancel context.CancelFunc
+	// least is how many bytes a connection has to bring in ws.stall.
+	least atomic.Int64
 
 	mu      sync.Mutex
 	change  *sync.Cond
 	pos     int64         // of the reader
 	reading int64         // up to where it is reading from body
-	body    io.ReadCloser // what comes before the first part; nil if that has to be opened
-	first   io.ReadCloser // the one that was there at first
-	// onlyParts says that this is only the first part, so that there is none to be taken up
-	// again.
-	onlyParts bool
-	rests     int64   // where that rests
-	opening   bool    // a body
-	parts     []*part // one after the other, without gaps
-	next      int64   // where the next part begins; 0 before there is one
-	want      int     // connections
-	workers   int     // that are there
-	closed    bool
+	body    io.ReadCloser // what comes before the first part: first, or a reopened one; nil if that has to be opened
+	first   *resting      // nil if the blob was asked for by its first part
+	failed  error         // of a reopened body, in whose place first is taken up
+	opening bool          // a body
+	parts   []*part       // one after the other, without gaps
+	next    int64         // where the next part begins; 0 before there is one
+	want    int           // connections
+	workers int           // that are there
+	closed  bool
+}
 
-	// least is how many bytes a connection has to bring in ws.stall. Of body, if it isn't
-	// the first, brought is what came in the time that it was waited for.
-	least, brought int64
-	waited         time.Duration
-	onlyFirst      bool // it failed, or was too slow, and the first is taken up again
+// resting is the body that a blob has begun with, which knows where it rests. It is for one
+// goroutine, but for Close.
+type resting struct {
+	io.ReadCloser
+	at int64
+}
+
+// Read implements io.Reader.
+func (r *resting) Read(b []byte) (int, error) {
+	n, err := r.ReadCloser.Read(b)
+	r.at += int64(n)
+	return n, err
+}
+
+// upTo reads for nothing what comes before off.
+func (r *resting) upTo(off int64) error {
+	_, err := io.CopyN(io.Discard, r, off-r.at)
+	return err
+}
+
+// reopened is a body that was asked for where a part has failed. It fails when it is far slower
+// than the blob's beginning.
+type reopened struct {
+	io.ReadCloser
+	least  *atomic.Int64 // see [parallel]
+	stall  time.Duration
+	came   int64
+	waited time.Duration // for that
+}
+
+var errTooSlow = errors.New("the registry gives the rest of a blob far more slowly than its beginning")
+
+// Read implements io.Reader. It may give bytes and errTooSlow.
+func (r *reopened) Read(b []byte) (int, error) {
+	defer time.AfterFunc(r.stall, func() { r.Close() }).Stop()
+	start := time.Now()
+	n, err := r.ReadCloser.Read(b)
+	r.came, r.waited = r.came+int64(n), r.waited+time.Since(start)
+	if r.waited >= r.stall {
+		if r.came < r.least.Load() {
+			err = errTooSlow
+		}
+		r.came, r.waited = 0, 0
+	}
+	return n, err
 }
 
 // part is a part that is on its way.
@@ -75,10 +115,15 @@ func (ws *widths) parallel(registry string, body io.ReadCloser, from, to, size i
 	if to == size && (ws.most < 2 || size-from < ws.from || w.alone()) {
 		return body
 	}
-	p := &parallel{ws: ws, w: w, size: size, open: open, pos: from, body: body, first: body}
-	if to < size {
+	p := &parallel{ws: ws, w: w, size: size, open: open, pos: from}
+	p.change = sync.NewCond(&p.mu)
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	if to == size {
+		p.first = &resting{body, from}
+		p.body = p.first
+	} else {
+		context.AfterFunc(p.ctx, func() { body.Close() })
 		var taken atomic.Bool
-		p.body, p.onlyParts = nil, true
 		p.open = func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
 			if first == from && last == to-1 && taken.CompareAndSwap(false, true) {
 				return body, nil, nil
@@ -86,8 +131,6 @@ func (ws *widths) parallel(registry string, body io.ReadCloser, from, to, size i
 			return open(ctx, at, first, last)
 		}
 	}
-	p.change = sync.NewCond(&p.mu)
-	p.ctx, p.cancel = context.WithCancel(context.Background())
 	ws.join(w, p)
 	return p
 }
@@ -120,7 +163,8 @@ func (p *parallel) ending() bool { return p.left() < 2*p.ws.part }
 func (p *parallel) use(n int, least int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.want, p.least = n, least
+	p.want = n
+	p.least.Store(least)
 	p.hire()
 	p.change.Broadcast()
 }
@@ -196,9 +240,7 @@ func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
 	defer body.Close()
 	stop := context.AfterFunc(ctx, func() { body.Close() })
 	defer stop()
-	p.mu.Lock()
-	least := p.least
-	p.mu.Unlock()
+	least := p.least.Load()
 	missing := least
 	for to := t.bytes[:size]; len(t.bytes) < size; {
 		n, err := body.Read(to[len(t.bytes):])
@@ -214,10 +256,7 @@ func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
 		}
 		p.mu.Unlock()
 		if err != nil && len(t.bytes) < size {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
-			return nil, err
+			return nil, noEOF(err)
 		}
 	}
 	stalled.Reset(p.ws.stall)
@@ -273,12 +312,10 @@ func (p *parallel) Read(b []byte) (int, error) {
 // replaced leaves the body, which has come to what others bring, and has another
 // connection in its place. p.mu is held.
 func (p *parallel) replaced() {
-	switch p.body {
-	case nil:
+	if p.body == nil {
 		return
-	case p.first:
-		p.rests = p.pos
-	default:
+	}
+	if p.body != p.first {
 		p.body.Close()
 	}
 	p.body = nil
@@ -313,20 +350,15 @@ func (p *parallel) fromPart(b []byte) int {
 
 // reopen opens what is missing before end. p.mu is held, and given up meanwhile.
 func (p *parallel) reopen(end int64) error {
-	from, rests := p.pos, p.rests
-	p.opening = true
-	var body io.ReadCloser
-	err := errNotTheRest
-	onlyFirst := p.onlyFirst
-	p.brought, p.waited, p.onlyFirst = 0, 0, false
+	from, err := p.pos, p.failed
+	p.opening, p.failed = true, nil
 	p.mu.Unlock()
-	if !onlyFirst {
+	var body io.ReadCloser
+	if err == nil {
 		body, err = p.begun(from, end-1)
 	}
-	if err != nil && !p.onlyParts {
-		if _, skipErr := io.CopyN(io.Discard, p.first, from-rests); skipErr == nil {
-			body, err = p.first, nil
-		}
+	if err != nil && p.first != nil && p.first.upTo(from) == nil {
+		body, err = p.first, nil
 	}
 	p.mu.Lock()
 	p.opening = false
@@ -339,8 +371,6 @@ func (p *parallel) reopen(end int64) error {
 	p.body = body
 	return nil
 }
-
-var errNotTheRest = errors.New("the registry doesn't give the rest of a blob, or far more slowly than its beginning")
 
 // begun opens the bytes from first to last, of which some have come.
 func (p *parallel) begun(first, last int64) (io.ReadCloser, error) {
@@ -362,7 +392,8 @@ func (p *parallel) begun(first, last int64) (io.ReadCloser, error) {
 		body.Close()
 		return nil, err
 	}
-	return &cancelBody{&readCloser{io.MultiReader(bytes.NewReader(b), body), body}, cancel}, nil
+	whole := &cancelBody{&readCloser{io.MultiReader(bytes.NewReader(b), body), body}, cancel}
+	return &reopened{ReadCloser: whole, least: &p.least, stall: p.ws.stall}, nil
 }
 
 // fromBody reads from the body. p.mu is held, and given up meanwhile.
@@ -370,30 +401,18 @@ func (p *parallel) fromBody(b []byte) (int, error) {
 	body := p.body
 	p.reading = p.pos + int64(len(b))
 	p.mu.Unlock()
-	if body != p.first {
-		defer time.AfterFunc(p.ws.stall, func() { body.Close() }).Stop()
-	}
-	start := time.Now()
 	n, err := body.Read(b)
-	in := time.Since(start)
 	p.mu.Lock()
 	p.pos += int64(n)
 	p.w.received.Add(int64(n))
-	if n > 0 {
+	if n > 0 && !errors.Is(err, errTooSlow) {
 		err = nil // it comes again
 	}
-	p.brought, p.waited = p.brought+int64(n), p.waited+in
-	long := p.waited >= p.ws.stall
-	if body != p.first && !p.closed && (err != nil || long && p.brought < p.least) {
+	err = noEOF(err)
+	if err != nil && body != p.first && !p.closed {
 		body.Close()
-		p.body, p.onlyFirst, err = nil, true, nil
+		p.body, p.failed, err = nil, err, nil
 		p.w.refuse()
-	}
-	if long {
-		p.brought, p.waited = 0, 0
-	}
-	if errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
 	}
 	return n, err
 }
@@ -425,5 +444,8 @@ func (p *parallel) Close() error {
 	if body != nil && body != p.first {
 		body.Close()
 	}
-	return p.first.Close()
+	if p.first != nil {
+		p.first.Close()
+	}
+	return nil
 }
