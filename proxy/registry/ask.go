@@ -21,9 +21,9 @@ import (
 type reply struct {
 	*http.Response
 	at time.Time
-	// ranged says that it is to a range, where the client asked for all: to that the registry
-	// may answer otherwise.
-	ranged bool
+	// firstPart is how many bytes its body has where the first part of a blob was asked for, and
+	// the client asked for all: to that the registry may answer otherwise.
+	firstPart int64
 }
 
 // question is a request that weir makes to find out what the client may have: the
@@ -305,21 +305,14 @@ func (x *exchange) decline(resp *reply) {
 	resp.Body.Close()
 }
 
-// firstPart is the body of the first part of a blob.
-type firstPart struct {
-	io.ReadCloser
-	to int64 // where it ends, without
-}
-
 // parallel returns what a transfer reads: the body of resp, which is a blob of size bytes from
 // a byte on, or its first part, and what is asked for beside it with the client's credentials.
 func (x *exchange) parallel(resp *reply, from, size int64) io.ReadCloser {
-	tag, to := resp.Header.Get("Etag"), size
-	if first, ok := resp.Body.(*firstPart); ok {
-		to = first.to
+	tag, has := resp.Header.Get("Etag"), store.Span{From: from, To: size}
+	if resp.firstPart > 0 {
+		has.To = resp.firstPart
 	}
-	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), from, to, size, func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
-		part := store.Span{From: first, To: last + 1}
+	return x.h.widths.parallel(x.up.ID(), x.arriving(resp.Body), has, size, func(ctx context.Context, at *url.URL, part store.Span) (io.ReadCloser, *url.URL, error) {
 		r, err := x.fetchRanges(ctx, at, part)
 		if at != nil && (err != nil || signatureIsOver(r.StatusCode)) && ctx.Err() == nil {
 			// What signs its URL may be over. The registry gives another.

@@ -298,7 +298,7 @@ func (x *exchange) lead(t *store.Transfer, all *opened) {
 		return
 	}
 	defer r.Close()
-	x.serveTransfer(r, nil, provenance{stored: true, ranged: resp.ranged})
+	x.serveTransfer(r, nil, provenance{stored: true, ranged: resp.firstPart > 0})
 }
 
 // ended records that a transfer has ended, to which the registry had answered at a time, and says

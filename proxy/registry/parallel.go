@@ -12,11 +12,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"weir/proxy/store"
 )
 
-// opener opens the bytes from first to last, where the last such request has ended
-// (nil at the beginning), and returns where that was.
-type opener func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error)
+// opener opens a part of a blob, where the last such request has ended (nil at the beginning), and
+// returns where that was.
+type opener func(ctx context.Context, at *url.URL, part store.Span) (io.ReadCloser, *url.URL, error)
 
 // parallel reads a body whose parts are asked for over several connections, where
 // that is faster. It begins as the body that there is. Parts that follow are asked
@@ -102,33 +104,32 @@ func (r *reopened) Read(b []byte) (int, error) {
 
 // part is a part that is on its way.
 type part struct {
-	start, end int64
-	bytes      []byte // what has come of it
-	err        error
+	store.Span
+	bytes []byte // what has come of it
+	err   error
 }
 
-// parallel returns what reads a blob of size bytes from a byte on. body is that up to, and
-// without, to, which is size, or the end of the first part. More is asked for by open. It is
-// closed with what is returned.
-func (ws *widths) parallel(registry string, body io.ReadCloser, from, to, size int64, open opener) io.ReadCloser {
+// parallel returns what reads a blob of size bytes, from where body begins. body has a range of it, to its end or only
+// the first part. More is asked for by open. It is closed with what is returned.
+func (ws *widths) parallel(registry string, body io.ReadCloser, has store.Span, size int64, open opener) io.ReadCloser {
 	w := ws.registry(registry)
-	if to == size && (ws.most < 2 || size-from < ws.from || w.alone()) {
+	if has.To == size && (ws.most < 2 || size-has.From < ws.from || w.alone()) {
 		return body
 	}
-	p := &parallel{ws: ws, w: w, size: size, open: open, pos: from}
+	p := &parallel{ws: ws, w: w, size: size, open: open, pos: has.From}
 	p.change = sync.NewCond(&p.mu)
 	p.ctx, p.cancel = context.WithCancel(context.Background())
-	if to == size {
-		p.first = &resting{body, from}
+	if has.To == size {
+		p.first = &resting{body, has.From}
 		p.body = p.first
 	} else {
 		context.AfterFunc(p.ctx, func() { body.Close() })
 		var taken atomic.Bool
-		p.open = func(ctx context.Context, at *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
-			if first == from && last == to-1 && taken.CompareAndSwap(false, true) {
+		p.open = func(ctx context.Context, at *url.URL, part store.Span) (io.ReadCloser, *url.URL, error) {
+			if part == has && taken.CompareAndSwap(false, true) {
 				return body, nil, nil
 			}
-			return open(ctx, at, first, last)
+			return open(ctx, at, part)
 		}
 	}
 	ws.join(w, p)
@@ -214,13 +215,13 @@ func (p *parallel) take() *part {
 		p.change.Broadcast()
 		return nil
 	}
-	t := &part{start: p.next, end: min(p.next+p.ws.part, p.size)}
+	t := &part{Span: store.Span{From: p.next, To: min(p.next+p.ws.part, p.size)}}
 	if b, ok := p.ws.free.Get().(*[]byte); ok {
 		t.bytes = *b
 	} else {
 		t.bytes = make([]byte, 0, p.ws.part)
 	}
-	p.next = t.end
+	p.next = t.To
 	p.parts = append(p.parts, t)
 	p.change.Broadcast()
 	return t
@@ -230,10 +231,10 @@ func (p *parallel) take() *part {
 func (p *parallel) bring(t *part, at *url.URL) (*url.URL, error) {
 	ctx, cancel := context.WithCancel(p.ctx)
 	defer cancel()
-	size := int(t.end - t.start)
+	size := int(t.To - t.From)
 	stalled := time.AfterFunc(p.ws.stall, cancel)
 	defer stalled.Stop()
-	body, at, err := p.open(ctx, at, t.start, t.end-1)
+	body, at, err := p.open(ctx, at, t.Span)
 	if err != nil {
 		return nil, err
 	}
@@ -283,7 +284,7 @@ func (p *parallel) Read(b []byte) (int, error) {
 	for {
 		end := p.size
 		if len(p.parts) > 0 {
-			end = max(p.parts[0].start, p.pos) // or it is being read
+			end = max(p.parts[0].From, p.pos) // or it is being read
 		}
 		switch {
 		case p.closed:
@@ -326,7 +327,7 @@ func (p *parallel) replaced() {
 // failed, or the reader is closed. It returns 0 then. p.mu is held.
 func (p *parallel) fromPart(b []byte) int {
 	t := p.parts[0]
-	read := int(p.pos - t.start)
+	read := int(p.pos - t.From)
 	for read == len(t.bytes) && t.err == nil && !p.closed {
 		p.change.Wait()
 	}
@@ -335,7 +336,7 @@ func (p *parallel) fromPart(b []byte) int {
 	}
 	n := copy(b, t.bytes[read:])
 	p.pos += int64(n)
-	if p.pos == t.end || n == 0 {
+	if p.pos == t.To || n == 0 {
 		p.parts[0] = nil // its bytes may be another's now
 		p.parts = p.parts[1:]
 		if n > 0 {
@@ -355,7 +356,7 @@ func (p *parallel) reopen(end int64) error {
 	p.mu.Unlock()
 	var body io.ReadCloser
 	if err == nil {
-		body, err = p.begun(from, end-1)
+		body, err = p.begun(store.Span{From: from, To: end})
 	}
 	if err != nil && p.first != nil && p.first.upTo(from) == nil {
 		body, err = p.first, nil
@@ -372,11 +373,11 @@ func (p *parallel) reopen(end int64) error {
 	return nil
 }
 
-// begun opens the bytes from first to last, of which some have come.
-func (p *parallel) begun(first, last int64) (io.ReadCloser, error) {
+// begun opens a part of which some has come.
+func (p *parallel) begun(part store.Span) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(p.ctx)
 	stalled := time.AfterFunc(p.ws.stall, cancel)
-	body, _, err := p.open(ctx, nil, first, last)
+	body, _, err := p.open(ctx, nil, part)
 	if err != nil {
 		cancel()
 		return nil, err

@@ -86,17 +86,17 @@ func TestParallelStories(t *testing.T) {
 		faulty := roll(2) == 0
 		ws := eager(newWidths(1 + roll(8)))
 		var alive, most atomic.Int64
-		body := func(first, last int64, err error) io.ReadCloser {
+		body := func(part store.Span, err error) io.ReadCloser {
 			n := alive.Add(1)
 			for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
 			}
-			left := int(last - first + 1)
+			left := int(part.To - part.From)
 			if err != nil {
 				left = roll(left)
 			} else {
 				err = io.EOF
 			}
-			return &stutter{r: bytes.NewReader(want[first : last+1]), rng: rand.New(rand.NewPCG(seed, uint64(roll(1<<30)))), left: left, err: err, alive: &alive}
+			return &stutter{r: bytes.NewReader(want[part.From:part.To]), rng: rand.New(rand.NewPCG(seed, uint64(roll(1<<30)))), left: left, err: err, alive: &alive}
 		}
 		breaks := func() error {
 			if faulty && roll(6) == 0 {
@@ -104,18 +104,18 @@ func TestParallelStories(t *testing.T) {
 			}
 			return nil
 		}
-		to := size
+		has := store.Span{To: size}
 		if roll(2) == 0 { // all of it in parts
-			to = ws.part
+			has.To = ws.part
 		}
-		p := ws.parallel("registry", body(0, to-1, breaks()), 0, to, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		p := ws.parallel("registry", body(has, breaks()), has, size, func(ctx context.Context, _ *url.URL, part store.Span) (io.ReadCloser, *url.URL, error) {
 			if faulty && roll(12) == 0 {
 				return nil, nil, errors.New("429 Too Many Requests")
 			}
-			if first < 0 || last >= size || first > last || ctx.Err() != nil {
-				return nil, nil, fmt.Errorf("asked for %d to %d of %d", first, last, size)
+			if part.From < 0 || part.To > size || part.From >= part.To || ctx.Err() != nil {
+				return nil, nil, fmt.Errorf("asked for %v of %d", part, size)
 			}
-			return body(first, last, breaks()), nil, nil
+			return body(part, breaks()), nil, nil
 		})
 		var got bytes.Buffer
 		buf := make([]byte, 1+roll(1<<17))
@@ -383,11 +383,11 @@ func TestPartsThatBreakOff(t *testing.T) {
 	var parts atomic.Int64
 	begun := make(chan struct{})
 	first := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
-	p := ws.parallel("registry", io.NopCloser(first), 0, int64(len(want)), int64(len(want)), func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+	p := ws.parallel("registry", io.NopCloser(first), store.Span{To: int64(len(want))}, int64(len(want)), func(_ context.Context, _ *url.URL, part store.Span) (io.ReadCloser, *url.URL, error) {
 		if parts.Add(1) == 1 {
 			close(begun)
 		}
-		cut := io.MultiReader(bytes.NewReader(want[first:first+1<<10]), iotest.ErrReader(io.ErrUnexpectedEOF))
+		cut := io.MultiReader(bytes.NewReader(want[part.From:part.From+1<<10]), iotest.ErrReader(io.ErrUnexpectedEOF))
 		return io.NopCloser(cut), nil, nil
 	})
 	defer p.Close()
@@ -426,8 +426,8 @@ func TestPartsThatDrip(t *testing.T) {
 		n := float64(w.conns())
 		return sample{n * float64(size), n}
 	}
-	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), 0, size, size, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
-		return drip{io.NopCloser(bytes.NewReader(want[first : last+1])), ctx.Done()}, nil, nil
+	p := ws.parallel("registry", io.NopCloser(bytes.NewReader(want)), store.Span{To: size}, size, func(ctx context.Context, _ *url.URL, part store.Span) (io.ReadCloser, *url.URL, error) {
+		return drip{io.NopCloser(bytes.NewReader(want[part.From:part.To])), ctx.Done()}, nil, nil
 	})
 	defer p.Close()
 	// What comes without parts is as much as a part has, so that they begin soon.
@@ -512,7 +512,7 @@ func TestConnectionsForEach(t *testing.T) {
 			}
 			nothing := func() io.ReadCloser { return &silent{closed: make(chan struct{})} }
 			begin := func() *parallel {
-				return ws.parallel("registry", nothing(), 0, 1<<30, 1<<30, func(ctx context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+				return ws.parallel("registry", nothing(), store.Span{To: 1 << 30}, 1<<30, func(ctx context.Context, _ *url.URL, part store.Span) (io.ReadCloser, *url.URL, error) {
 					return nothing(), nil, nil
 				}).(*parallel)
 			}
@@ -589,13 +589,13 @@ func TestMemoryOfParts(t *testing.T) {
 		var parts atomic.Int64
 		begun := make(chan struct{})
 		body := io.MultiReader(bytes.NewReader(want[:1<<10]), after{begun}, bytes.NewReader(want[1<<10:]))
-		p := ws.parallel(fmt.Sprint(i), io.NopCloser(body), 0, size, size, func(_ context.Context, _ *url.URL, first, last int64) (io.ReadCloser, *url.URL, error) {
+		p := ws.parallel(fmt.Sprint(i), io.NopCloser(body), store.Span{To: size}, size, func(_ context.Context, _ *url.URL, part store.Span) (io.ReadCloser, *url.URL, error) {
 			if n := parts.Add(1); n > 10 {
 				return nil, nil, errors.New("429 Too Many Requests")
 			} else if n == 8 {
 				close(begun)
 			}
-			return io.NopCloser(bytes.NewReader(want[first : last+1])), nil, nil
+			return io.NopCloser(bytes.NewReader(want[part.From:part.To])), nil, nil
 		})
 		defer p.Close()
 		if _, err := io.CopyN(io.Discard, p, size-1); err != nil { // and there it stays

@@ -322,11 +322,8 @@ func (x *exchange) fetchFirstPart(ctx context.Context) (*reply, error) {
 	at, size, ok := sentRange(resp)
 	switch {
 	case ok && at.From == 0 && (at.To == size || at.To == x.h.widths.part):
-		resp.StatusCode, resp.Status, resp.ContentLength, resp.ranged = http.StatusOK, "200 OK", size, true
+		resp.StatusCode, resp.Status, resp.ContentLength, resp.firstPart = http.StatusOK, "200 OK", size, at.To
 		resp.Header.Del("Content-Range")
-		if at.To < size {
-			resp.Body = &firstPart{resp.Body, at.To}
-		}
 		return resp, nil
 	case !refusesAnyway(resp.StatusCode) || resp.StatusCode == http.StatusTooManyRequests:
 		x.h.widths.registry(x.up.ID()).refuse() // it gives no parts any more
