@@ -268,11 +268,9 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 	}
 	switch {
 	case resp.StatusCode == http.StatusPartialContent && strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)):
+		return resp.Body, nil
 	case resp.StatusCode == http.StatusOK:
-		if _, err := io.CopyN(io.Discard, resp.Body, offset); err != nil {
-			resp.Body.Close()
-			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
-		}
+		return skipTo(resp.Body, offset)
 	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable && resp.Header.Get("Content-Range") == fmt.Sprintf("bytes */%d", offset):
 		// RFC 9110, 15.5.17. A client that knows the size takes it.
 		resp.Body.Close()
@@ -284,25 +282,28 @@ func (x *exchange) open(ctx context.Context, offset int64) (io.ReadCloser, error
 		if err != nil {
 			return nil, err
 		}
-		if _, err := io.CopyN(io.Discard, body, offset); err != nil {
-			body.Close()
-			return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
-		}
-		return body, nil
-	default:
-		x.decline(resp)
-		return nil, fmt.Errorf("%s answers a request for a blob with %s", x.up.Host, resp.Status)
+		return skipTo(body, offset)
 	}
-	return resp.Body, nil
+	return nil, x.notGiven(resp)
 }
 
-// decline closes an answer that isn't what a transfer asked for with the client's credentials. A
-// refusal is the client's, as if it had asked.
-func (x *exchange) decline(resp *reply) {
+// skipTo reads a body for nothing up to an offset.
+func skipTo(body io.ReadCloser, offset int64) (io.ReadCloser, error) {
+	if _, err := io.CopyN(io.Discard, body, offset); err != nil {
+		body.Close()
+		return nil, fmt.Errorf("reading up to byte %d: %w", offset, err)
+	}
+	return body, nil
+}
+
+// notGiven closes an answer that isn't what a transfer asked for with the client's credentials, and is the
+// error that says so. It is learned as if the client had asked.
+func (x *exchange) notGiven(resp *reply) error {
 	if x.own(resp.Response) {
 		x.learn(resp)
 	}
 	resp.Body.Close()
+	return fmt.Errorf("%s answers a request for a blob, or a part of it, with %s, %q", x.up.Host, resp.Status, resp.Header.Get("Content-Range"))
 }
 
 // parallel returns what a transfer reads: the body of resp, which is a blob of size bytes from
@@ -327,8 +328,7 @@ func (x *exchange) parallel(resp *reply, from, size int64) io.ReadCloser {
 		}
 		other := r.Header.Get("Etag")
 		if sent, total, ok := sentRange(r); !ok || sent != part || total != size || other != "" && tag != "" && other != tag {
-			x.decline(r)
-			return nil, nil, fmt.Errorf("%s answers a request for a part of a blob with %s, %q", x.up.Host, r.Status, r.Header.Get("Content-Range"))
+			return nil, nil, x.notGiven(r)
 		}
 		if r.Request != nil && r.Request.URL.Host != x.up.base().Host {
 			at = r.Request.URL

@@ -345,8 +345,7 @@ func (x *exchange) anew(ctx context.Context) (io.ReadCloser, int64, error) {
 		return nil, 0, fmt.Errorf("%w: %w", errNotAnew, err)
 	}
 	if resp.StatusCode != http.StatusOK || encoded(resp) {
-		x.decline(resp)
-		return nil, 0, fmt.Errorf("%w: %s answers with %s", errNotAnew, x.up.Host, resp.Status)
+		return nil, 0, fmt.Errorf("%w: %w", errNotAnew, x.notGiven(resp))
 	}
 	return x.arriving(resp.Body), resp.ContentLength, nil
 }
