@@ -315,9 +315,3 @@ func (x *exchange) askAnonymously(what func() string) {
 		}
 	})
 }
-
-// manifestTypes are the media types of manifests.
-var manifestTypes = []string{
-	"application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json",
-	"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
-}

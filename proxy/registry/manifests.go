@@ -89,7 +89,7 @@ func (x *exchange) serveManifest(m *keptManifest, from provenance) {
 func (x *exchange) tag() {
 	known, m := x.knownTag(false)
 	defer func() { m.close() }()
-	if m == nil && !x.entitled() || conditional(x.r) {
+	if m == nil && !x.entitled() || conditional(x.r) || x.r.Header.Get("Range") != "" {
 		if x.r.Method == http.MethodGet {
 			x.stats.misses.Add(1)
 		}

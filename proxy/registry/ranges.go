@@ -178,16 +178,6 @@ func (w flushing) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// conditionalRange says whether a range is asked for under a condition.
-func conditionalRange(r *http.Request) bool {
-	for _, h := range []string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "If-Range"} {
-		if r.Header.Get(h) != "" {
-			return true
-		}
-	}
-	return false
-}
-
 // gap opens ranges that are missing of the blob, which has size bytes, for a transfer.
 func (x *exchange) gap(size int64) store.Opener {
 	return func(ctx context.Context, missing []store.Span) (io.ReadCloser, int, error) {

@@ -136,53 +136,57 @@ func parsePath(path string) target {
 
 func isName(repo string) bool { return len(repo) <= 255 && nameRE.MatchString(repo) }
 
-func accepts(r *http.Request, mediaType string) bool {
-	values := r.Header.Values("Accept")
-	if len(values) == 0 {
-		return true
-	}
-	for _, v := range values {
+// manifestTypes are the media types of manifests. What a client doesn't name of them is kept over restarts by
+// their places here.
+var manifestTypes = []string{
+	"application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json",
+	"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
+}
+
+// accepted are the media types that a request names.
+func accepted(r *http.Request) (types []string) {
+	for _, v := range r.Header.Values("Accept") {
 		for part := range strings.SplitSeq(v, ",") {
 			mt, _, _ := strings.Cut(part, ";")
-			switch mt = strings.TrimSpace(mt); {
-			case mt == "*/*", strings.EqualFold(mt, mediaType), mt == "application/*" && strings.HasPrefix(mediaType, "application/"):
-				return true
-			}
+			types = append(types, strings.TrimSpace(mt))
 		}
 	}
-	return false
+	return types
+}
+
+func accepts(r *http.Request, mediaType string) bool {
+	types := accepted(r)
+	return len(types) == 0 || slices.ContainsFunc(types, func(mt string) bool {
+		return mt == "*/*" || strings.EqualFold(mt, mediaType) || mt == "application/*" && strings.HasPrefix(mediaType, "application/")
+	})
 }
 
 // noAccept is the bit of unaccepted for requests that say nothing of media types.
 const noAccept = 1 << 7
 
 // unaccepted is which of the media types of manifests a request doesn't name, as bits:
-// what a registry has for a tag depends on that. They are kept over restarts.
+// what a registry has for a tag depends on that.
 func unaccepted(r *http.Request) (bits uint8) {
-	for i, mediaType := range []string{
-		"application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json",
-		"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
-	} {
-		named := slices.ContainsFunc(r.Header.Values("Accept"), func(v string) bool {
-			return slices.ContainsFunc(strings.Split(v, ","), func(part string) bool {
-				mt, _, _ := strings.Cut(part, ";")
-				return strings.EqualFold(strings.TrimSpace(mt), mediaType)
-			})
-		})
-		if !named {
+	types := accepted(r)
+	for i, mediaType := range manifestTypes {
+		if !slices.ContainsFunc(types, func(mt string) bool { return strings.EqualFold(mt, mediaType) }) {
 			bits |= 1 << i
 		}
 	}
-	if len(r.Header.Values("Accept")) == 0 {
+	if len(types) == 0 {
 		bits |= noAccept
 	}
 	return bits
 }
 
+// conditional says whether an answer depends on what the client has already (RFC 9110, section 13.1), and
+// conditionalRange whether a range is asked for under a condition.
 func conditional(r *http.Request) bool {
-	return slices.ContainsFunc([]string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range"},
+	return slices.ContainsFunc([]string{"If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since"},
 		func(h string) bool { return r.Header.Get(h) != "" })
 }
+
+func conditionalRange(r *http.Request) bool { return conditional(r) || r.Header.Get("If-Range") != "" }
 
 func stripPort(host string) string {
 	if i := strings.LastIndexByte(host, ':'); i > 0 && !strings.HasSuffix(host, "]") {
