@@ -52,15 +52,19 @@ func (x *exchange) ask(q question) (*reply, error) {
 	if x.inOwnName() {
 		way += anonymously
 	}
-	resp, err := x.h.attempt(x.r.Context(), way, q.stale, func(ctx context.Context) (*http.Response, error) {
-		if q.method == http.MethodHead && x.inOwnName() {
-			return x.askTogether(ctx, q)
-		}
+	send := func(ctx context.Context) (*http.Response, error) {
 		resp, err := x.send(x.via, x.question(ctx, q), q.follow)
 		if err != nil {
 			return nil, err
 		}
 		return resp.Response, nil
+	}
+	resp, err := x.h.attempt(x.r.Context(), way, q.stale, func(ctx context.Context) (*http.Response, error) {
+		if q.method == http.MethodHead && x.inOwnName() { // for all clients that want to know the same
+			key := fmt.Sprintf("%s from %s %s %q %v", x.vantage.Registry, x.vantage.From, x.r.URL.RequestURI(), x.r.Header["Accept"], q.follow)
+			return x.h.together(ctx, key, send)
+		}
+		return send(ctx)
 	})
 	switch {
 	case errors.Is(err, errOutage), x.r.Context().Err() != nil, errors.Is(err, upstream.ErrTunnel):
@@ -127,19 +131,6 @@ func hadToken(resp *http.Response) bool {
 // errNotTheClients says that weir was refused what it asked for in its own name, which
 // says nothing of the client.
 var errNotTheClients = errors.New("what weir asked for in its own name was refused")
-
-// askTogether asks in weir's own name for all clients that want to know the same at
-// the same time.
-func (x *exchange) askTogether(ctx context.Context, q question) (*http.Response, error) {
-	key := fmt.Sprintf("%s from %s %s %q %v", x.vantage.Registry, x.vantage.From, x.r.URL.RequestURI(), x.r.Header["Accept"], q.follow)
-	return x.h.together(ctx, key, func(ctx context.Context) (*http.Response, error) {
-		resp, err := x.send(x.via, x.outgoing(ctx, q.method, q.extra), q.follow)
-		if err != nil {
-			return nil, err
-		}
-		return resp.Response, nil
-	})
-}
 
 // togetherTime is how long after a request others join it.
 const togetherTime = 200 * time.Millisecond
