@@ -125,13 +125,6 @@ var errNothingToShow = errors.New("the blob has no bytes to show")
 // errNotShown says that a registry has shown other bytes than there are.
 var errNotShown = errors.New("the registry has shown other bytes of the blob")
 
-// foreseen compares what was shown with what read reads there from where the blob is on
-// its way from.
-func (p *proof) foreseen(read func([]byte) error) {
-	has := make([]byte, len(p.bytes))
-	p.agreed = read(has) == nil && bytes.Equal(has, p.bytes)
-}
-
 // compare compares what was shown with what r has there, and waits until that has
 // arrived. The error is [errNotShown] if it differs.
 func (p *proof) compare(r io.ReadSeeker) error {

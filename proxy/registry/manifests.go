@@ -29,8 +29,8 @@ func (x *exchange) manifest() {
 	d := x.target.digest
 	contained, may := x.contains(d), x.allowsStale(d)
 	m := x.keptManifest(d)
-	if m == nil && may && x.r.Method == http.MethodGet && x.manifestFromPeer(d) {
-		m = x.keptManifest(d)
+	if m == nil && may && x.r.Method == http.MethodGet {
+		m = x.manifestFromPeer(d)
 	}
 	defer func() { m.close() }()
 	if m == nil || !contained && !may {

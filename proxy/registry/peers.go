@@ -3,6 +3,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -61,10 +62,13 @@ type Share interface {
 // small.
 const peerTime = 2 * time.Second
 
+// hasPeers says whether there is any peer.
+func (x *exchange) hasPeers() bool { return x.h.peers != nil && x.h.peers.Ready() }
+
 // share finds out whether the blob is to be had from a peer. It returns nil when
 // peers can't help.
 func (x *exchange) share() Share {
-	if x.h.peers == nil || !x.h.peers.Ready() {
+	if !x.hasPeers() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
@@ -80,12 +84,14 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		return false
 	}
 	ctx, detach, cancel := x.detachable()
-	body, size, err := share.Open(ctx, 0, -1)
-	if err != nil || !detach() {
+	open, size, err := share.Open(ctx, 0, -1)
+	if err != nil {
 		cancel()
-		if err == nil {
-			body.Close()
-		}
+		return false
+	}
+	body := &cancelBody{x.countedPeer(open), cancel}
+	if !detach() {
+		body.Close()
 		return false
 	}
 	believed := size > smallBlob && share.Believed()
@@ -98,11 +104,11 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 				resp.Body.Close()
 			}
 			body.Close()
-			cancel()
 			return false
 		}
 		if shown != nil && believed {
-			shown.foreseen(func(p []byte) error { return share.Range(x.r.Context(), shown.offset, p) })
+			has := make([]byte, len(shown.bytes))
+			shown.agreed = share.Range(x.r.Context(), shown.offset, has) == nil && bytes.Equal(has, shown.bytes)
 		}
 	}
 	more := func(ctx context.Context, offset int64) (io.ReadCloser, error) {
@@ -125,8 +131,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 		asked = true
 		return x.anew(ctx)
 	}
-	cb := &cancelBody{x.countedPeer(body), cancel}
-	r, err := t.BeginUnverified(size, cb, more, store.Unverified{Believed: believed, Wrong: share.Wrong, Refetch: again})
+	r, err := t.BeginUnverified(size, body, more, store.Unverified{Believed: believed, Wrong: share.Wrong, Refetch: again})
 	if err == nil {
 		defer r.Close()
 		x.serveTransfer(r, shown, provenance{source: SourcePeer})
@@ -134,7 +139,7 @@ func (x *exchange) fromPeer(t *store.Transfer, share Share) bool {
 	}
 	// It can't be kept, and what isn't kept can't be verified before a client
 	// gets it: it comes from the upstream.
-	cb.Close()
+	body.Close()
 	x.notKept(err)
 	x.forward()
 	return true
@@ -145,19 +150,22 @@ func (x *exchange) countedPeer(body io.ReadCloser) io.ReadCloser {
 }
 
 // manifestFromPeer gets a manifest that isn't kept from a peer, for a client that
-// may have it.
-func (x *exchange) manifestFromPeer(d digest.Digest) bool {
-	if x.h.peers == nil || !x.h.peers.Ready() {
-		return false
+// may have it, or returns nil.
+func (x *exchange) manifestFromPeer(d digest.Digest) *keptManifest {
+	if !x.hasPeers() {
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
 	defer cancel()
 	b, err := x.h.peers.Get(ctx, d, maxManifest)
 	if err != nil || mediaTypeOf(b) == "" {
-		return false
+		return nil
 	}
 	x.stats.fromPeers.Add(int64(len(b)))
-	return x.h.store.Put(d, b, x.origin()) == nil
+	if x.h.store.Put(d, b, x.origin()) != nil {
+		return nil
+	}
+	return x.keptManifest(d)
 }
 
 // names are the repositories of which something is known, by the hash of the
@@ -205,7 +213,7 @@ func (h *Handler) Export(hash string) []byte {
 // mergeFromPeers records what peers know of the client's repository. Whoever has
 // the right to read it is for this node's own upstream to say.
 func (x *exchange) mergeFromPeers() {
-	if x.h.peers == nil || !x.h.peers.Ready() || x.who.Network != "" {
+	if !x.hasPeers() || x.who.Network != "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(x.r.Context(), peerTime)
@@ -227,8 +235,8 @@ func (x *exchange) knownTag(peers bool) (rights.Tagged, *keptManifest) {
 	}
 	for _, was := range all {
 		m := x.keptManifest(was.Digest)
-		if m == nil && peers && x.manifestFromPeer(was.Digest) {
-			m = x.keptManifest(was.Digest)
+		if m == nil && peers {
+			m = x.manifestFromPeer(was.Digest)
 		}
 		if m != nil {
 			return was, m
@@ -251,5 +259,5 @@ func (x *exchange) wasRead(d digest.Digest) bool {
 // entitled says whether the client could be given something of the repository if
 // the upstream were silent.
 func (x *exchange) entitled() bool {
-	return x.h.peers != nil && x.h.peers.Ready() && (x.h.rights.Granted(x.who) || x.h.rights.Public(x.vantage))
+	return x.hasPeers() && (x.h.rights.Granted(x.who) || x.h.rights.Public(x.vantage))
 }
