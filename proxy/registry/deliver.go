@@ -5,7 +5,6 @@ package registry
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -271,11 +270,7 @@ const (
 func (x *exchange) notThere(err error) {
 	x.stats.errors.Add(1)
 	x.logger(x.target.digest).Warn("the registry sends something else than the blob", "err", err)
-	x.w.Header().Set("Content-Type", "application/json")
-	x.w.WriteHeader(http.StatusNotFound)
-	_ = json.NewEncoder(x.w).Encode(map[string]any{"errors": []map[string]string{{
-		"code": "BLOB_UNKNOWN", "message": "what " + x.up.Host + " sends has another digest",
-	}}})
+	x.fail(http.StatusNotFound, "BLOB_UNKNOWN", "what "+x.up.Host+" sends has another digest")
 }
 
 // askForAll answers with what the registry gives to a request for all of a blob, of which

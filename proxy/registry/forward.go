@@ -144,8 +144,7 @@ type readCloser struct {
 	io.Closer
 }
 
-// unreachable answers for an upstream that gave no answer, in the form of the
-// distribution specification's errors.
+// unreachable answers for an upstream that gave no answer.
 func (x *exchange) unreachable(err error) {
 	if x.r.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the client has gone
@@ -165,11 +164,14 @@ func (x *exchange) unreachable(err error) {
 		// answer (containerd).
 		panic(http.ErrAbortHandler)
 	}
+	x.fail(http.StatusBadGateway, "UNAVAILABLE", "no answer from "+x.up.Host+": "+err.Error())
+}
+
+// fail answers with an error of weir's own (distribution specification, "Error Codes").
+func (x *exchange) fail(status int, code, message string) {
 	x.w.Header().Set("Content-Type", "application/json")
-	x.w.WriteHeader(http.StatusBadGateway)
-	_ = json.NewEncoder(x.w).Encode(map[string]any{"errors": []map[string]string{{
-		"code": "UNAVAILABLE", "message": "no answer from " + x.up.Host + ": " + err.Error(),
-	}}})
+	x.w.WriteHeader(status)
+	_ = json.NewEncoder(x.w).Encode(map[string]any{"errors": []map[string]string{{"code": code, "message": message}}})
 }
 
 func copyHeader(dst, src http.Header) {

@@ -267,12 +267,7 @@ func (x *exchange) keepManifest(resp *reply) error {
 	if !ok {
 		return nil
 	}
-	d := x.target.digest
-	if d == "" {
-		if d, err = digest.Parse(resp.Header.Get("Docker-Content-Digest")); err != nil {
-			d = digest.FromBytes(body)
-		}
-	}
+	d := x.digestOf(resp, body)
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), signedSchema1) {
 		return nil
 	}
@@ -295,6 +290,18 @@ func (x *exchange) keepManifest(resp *reply) error {
 		x.setTag(rights.Tagged{Digest: d, Read: true, Without: unaccepted(x.r)})
 	}
 	return nil
+}
+
+// digestOf is the digest of a manifest that was asked for or pushed: as the client says, or else the registry, or
+// else that of its bytes.
+func (x *exchange) digestOf(resp *reply, manifest []byte) digest.Digest {
+	if x.target.digest != "" {
+		return x.target.digest
+	}
+	if d, err := digest.Parse(resp.Header.Get("Docker-Content-Digest")); err == nil {
+		return d
+	}
+	return digest.FromBytes(manifest)
 }
 
 // signedSchema1 is a media type of manifests whose digest is not that of their

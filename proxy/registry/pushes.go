@@ -254,14 +254,7 @@ func (p *push) pushedBlob(x *exchange, resp *reply) {
 
 // pushedManifest keeps a manifest that the upstream has accepted.
 func (x *exchange) pushedManifest(body []byte, resp *reply) {
-	d := x.target.digest
-	if d == "" {
-		var err error
-		if d, err = digest.Parse(resp.Header.Get("Docker-Content-Digest")); err != nil {
-			d = digest.FromBytes(body)
-		}
-	}
-	repo := x.who.Repository
+	d, repo := x.digestOf(resp, body), x.who.Repository
 	if x.target.tag != "" {
 		x.h.rights.ForgetTag(repo, x.target.tag)
 	}
