@@ -236,28 +236,24 @@ func (x *exchange) lead(t *store.Transfer, all *opened) {
 	if share != nil && x.fromPeer(t, share) {
 		return
 	}
+	var rest *store.Rest // nil if the answer is all of the blob
+	var err error
 	if all == nil {
 		all = new(opened)
 		var ctx context.Context
 		ctx, all.detach, all.cancel = x.detachable()
-		all.resp, all.rest, all.err = x.missing(ctx, t)
+		all.resp, rest, err = x.missing(ctx, t)
 	} else {
 		t.Missing() // which comes again
 	}
-	resp, rest, err, cancel := all.resp, all.rest, all.err, all.cancel
+	resp, cancel := all.resp, all.cancel
 	switch {
 	case err != nil || resp.StatusCode != http.StatusOK && rest == nil:
 		t.Abandon(errNotLed)
 		defer cancel()
 		x.refused(resp, err)
 		return
-	case encoded(resp):
-		t.Abandon(errNotLed)
-		resp.Body.Close()
-		cancel()
-		x.forward()
-		return
-	case foreign(resp.Response):
+	case encoded(resp), foreign(resp.Response):
 		// A login page, say: the registry may give the blob to those who follow.
 		t.Abandon(errNotLed)
 		defer cancel()

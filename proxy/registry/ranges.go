@@ -53,12 +53,9 @@ func sentRange(resp *reply) (at store.Span, size int64, ok bool) {
 	return parseContentRange(resp.Header.Get("Content-Range"))
 }
 
-// opened is what the upstream has answered to a request of a client, which is the client's until it is
-// detached.
+// opened is an answer with a blob, and what its request was made with: see [exchange.detachable].
 type opened struct {
 	resp   *reply
-	rest   *store.Rest // nil if it is all of a blob
-	err    error
 	detach func() bool
 	cancel context.CancelFunc
 }
