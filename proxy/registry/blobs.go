@@ -267,17 +267,20 @@ func (x *exchange) lead(t *store.Transfer, all *opened) {
 	}
 	at = resp.at
 	x.h.leaders.Store(t, x.who.Client)
+	switch {
+	case rest == nil:
+		body = x.parallel(resp, 0, resp.ContentLength)
+	case rest.Firm:
+		body = x.parallel(resp, rest.First, rest.Size)
+	default:
+		body = x.arriving(resp.Body)
+	}
+	resp.Body = &cancelBody{body, cancel}
 	var r *store.Reader
 	if rest == nil {
-		body = x.parallel(resp, 0, resp.ContentLength)
-		resp.Body = &cancelBody{body, cancel}
 		r, err = t.Begin(resp.ContentLength, resp.Body, x.source)
 	} else {
 		x.grant(at) // 206; its other ranges come before the end
-		if body = x.arriving(resp.Body); rest.Firm {
-			body = x.parallel(resp, rest.First, rest.Size)
-		}
-		resp.Body = &cancelBody{body, cancel}
 		rest.Body = resp.Body
 		r, err = t.Resume(*rest)
 	}
