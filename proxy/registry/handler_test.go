@@ -198,7 +198,14 @@ func newSide(t testing.TB, u *scripted, o store.Options) *side {
 	if s.store, err = store.Open(s.dir, o); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { s.h.Close(); s.store.Close() })
+	t.Cleanup(func() {
+		s.h.Close()
+		s.store.Close()
+		s.h.stats.m.Range(func(_, c any) bool {
+			eventually(t, "what was measured of transfers is over", func() bool { return len(c.(*counters).arrivals.sample()) == 0 })
+			return true
+		})
+	})
 	s.file = filepath.Join(t.TempDir(), "memory.json")
 	s.restart()
 	tr := u.srv.Client().Transport.(*http.Transport).Clone()
