@@ -245,7 +245,7 @@ func noEOF(err error) error {
 
 // pick returns what gives the ranges that were asked for, one after another, of the answer to that, which is read
 // by way of through; which ranges these are, up to the blob's end; and the blob's size. ok is false if the answer is another one.
-// If it has several ranges, some of it was read then.
+// If it has several ranges, some of it was read then, and it is closed.
 func pick(resp *reply, asked []store.Span, through func(io.ReadCloser) io.ReadCloser) (body io.ReadCloser, given []store.Span, size int64, ok bool) {
 	at, size, one := sentRange(resp)
 	if len(asked) == 1 {
@@ -261,12 +261,14 @@ func pick(resp *reply, asked []store.Span, through func(io.ReadCloser) io.ReadCl
 	p := &picked{Closer: body, r: body, at: at, size: size}
 	if !one {
 		if p.parts = newByteranges(body, resp.Header.Get("Content-Type")); p.parts == nil || p.next() != nil {
+			body.Close()
 			return nil, nil, 0, false
 		}
 		p.r = p.parts.r
 	}
 	given = within(asked, p.size)
 	if len(given) == 0 || p.at.From > given[0].From || p.at.To <= given[0].From || one && p.at.To < given[len(given)-1].To {
+		body.Close()
 		return nil, nil, 0, false
 	}
 	p.asked = append(p.asked, given...)

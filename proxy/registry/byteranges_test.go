@@ -76,13 +76,26 @@ func severalOf(content []byte, ranges []store.Span) (body []byte, contentType st
 	return b.Bytes(), "multipart/byteranges; boundary=" + w.Boundary()
 }
 
-func through(b io.ReadCloser) io.ReadCloser { return b }
+// closable says whether it was closed.
+type closable struct {
+	io.Reader
+	closed bool
+}
+
+func (c *closable) Close() error { c.closed = true; return nil }
 
 // picking is what pick gives of an answer.
-func picking(body io.Reader, header http.Header, asked []store.Span) (got []byte, given []store.Span, size int64, err error) {
-	resp := &reply{Response: &http.Response{StatusCode: http.StatusPartialContent, Header: header, Body: io.NopCloser(body)}}
-	b, given, size, ok := pick(resp, asked, through)
+func picking(t *testing.T, body io.Reader, header http.Header, asked []store.Span) (got []byte, given []store.Span, size int64, err error) {
+	resp := &reply{Response: &http.Response{StatusCode: http.StatusPartialContent, Header: header, Body: http.NoBody}}
+	through := &closable{closed: true} // unless it is to be read
+	b, given, size, ok := pick(resp, asked, func(io.ReadCloser) io.ReadCloser {
+		*through = closable{Reader: body}
+		return through
+	})
 	if !ok {
+		if !through.closed {
+			t.Error("what is not read to its end is open")
+		}
 		return nil, nil, 0, errPart
 	}
 	got, err = io.ReadAll(b)
@@ -147,7 +160,7 @@ func TestPick(t *testing.T) {
 			header.Set("Content-Range", tt.contentRange)
 		}
 		for _, r := range []io.Reader{strings.NewReader(tt.body), iotest.OneByteReader(strings.NewReader(tt.body)), iotest.DataErrReader(strings.NewReader(tt.body))} {
-			got, of, size, err := picking(r, header, asked)
+			got, of, size, err := picking(t, r, header, asked)
 			switch {
 			case (err == nil) != tt.ok || !bytes.HasPrefix(want, got) && name != "shorter than it says" && name != "longer than it says":
 				t.Errorf("%s: %d bytes, right: %v, %v", name, len(got), bytes.HasPrefix(want, got), err)
@@ -184,7 +197,7 @@ func FuzzPick(f *testing.F) {
 		if len(asked) < 2 {
 			return
 		}
-		got, given, size, err := picking(bytes.NewReader(body), http.Header{"Content-Type": {"multipart/byteranges; boundary=b"}}, asked)
+		got, given, size, err := picking(t, bytes.NewReader(body), http.Header{"Content-Type": {"multipart/byteranges; boundary=b"}}, asked)
 		if len(got) > 0 && (len(given) == 0 || given[len(given)-1].To > size) {
 			t.Fatalf("%v of %d", given, size)
 		}

@@ -81,11 +81,11 @@ func (x *exchange) part(wanted []store.Span) (answered bool, all *opened) {
 	defer r.Close()
 	var at time.Time // the registry has last sent some of it
 	r.With(x.r.Context(), func(ctx context.Context, missing []store.Span) (io.ReadCloser, int, error) {
-		answered, body, n, err := x.openGaps(ctx, missing, r.Size(), x.counted)
+		when, body, n, err := x.openGaps(ctx, missing, r.Size(), x.counted)
 		if err != nil {
 			return nil, 0, err
 		}
-		at = answered
+		at = when
 		return body, n, nil
 	})
 	entitled := x.h.rights.Granted(x.who)
@@ -183,9 +183,9 @@ func (x *exchange) gap(size int64) store.Opener {
 	}
 }
 
-// openGaps opens the first n of ranges that are missing, which are read by way of through, and says when the registry has answered. The
-// error is [store.ErrCorrupt] when it
-// says now that the blob has another size: what has come of it is wrong, or what comes.
+// openGaps opens the first n of ranges that are missing, which are read by way of through, and says when the registry
+// has answered. The error is [store.ErrCorrupt] when it says now that the blob has another size: what has come of it is
+// wrong, or what comes.
 func (x *exchange) openGaps(ctx context.Context, missing []store.Span, size int64, through func(io.ReadCloser) io.ReadCloser) (at time.Time, body io.ReadCloser, n int, err error) {
 	w := x.h.widths.registry(x.up.ID())
 	if w.refusesSeveral() {
@@ -196,14 +196,15 @@ func (x *exchange) openGaps(ctx context.Context, missing []store.Span, size int6
 		return time.Time{}, nil, 0, err
 	}
 	body, given, total, ok := pick(resp, missing, through)
-	if ok && total == size {
+	switch {
+	case ok && total == size:
 		return resp.at, body, len(given), nil
+	case ok:
+		body.Close()
+		return time.Time{}, nil, 0, fmt.Errorf("%s says that a blob has %d bytes, and said %d before: %w", x.up.Host, total, size, store.ErrCorrupt)
 	}
 	resp.Body.Close()
-	switch {
-	case ok:
-		return time.Time{}, nil, 0, fmt.Errorf("%s says that a blob has %d bytes, and said %d before: %w", x.up.Host, total, size, store.ErrCorrupt)
-	case len(missing) > 1:
+	if len(missing) > 1 {
 		if resp.StatusCode < http.StatusInternalServerError && !refusesAnyway(resp.StatusCode) {
 			w.refuseSeveral()
 		}
