@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"mime"
 	"mime/multipart"
 	"net/http"
 	"slices"
@@ -74,6 +75,32 @@ func severalOf(content []byte, ranges []store.Span) (body []byte, contentType st
 	}
 	w.Close()
 	return b.Bytes(), "multipart/byteranges; boundary=" + w.Boundary()
+}
+
+// rangePart is one of several ranges that an answer has.
+type rangePart struct {
+	contentRange string
+	bytes        []byte
+}
+
+// partsOf are the ranges of an answer that has several, and what reading them has ended with: io.EOF at their end, and
+// nil if it is another answer. The last one may have less than it says.
+func partsOf(h http.Header, body []byte) (all []rangePart, end error) {
+	mediaType, params, err := mime.ParseMediaType(h.Get("Content-Type"))
+	if err != nil || mediaType != severalRanges {
+		return nil, nil
+	}
+	for r := multipart.NewReader(bytes.NewReader(body), params["boundary"]); ; {
+		part, err := r.NextRawPart()
+		if err != nil {
+			return all, err
+		}
+		b, err := io.ReadAll(part)
+		all = append(all, rangePart{part.Header.Get("Content-Range"), b})
+		if err != nil {
+			return all, err
+		}
+	}
 }
 
 // closable says whether it was closed.
@@ -197,7 +224,8 @@ func FuzzPick(f *testing.F) {
 		if len(asked) < 2 {
 			return
 		}
-		got, given, size, err := picking(t, bytes.NewReader(body), http.Header{"Content-Type": {"multipart/byteranges; boundary=b"}}, asked)
+		header := http.Header{"Content-Type": {"multipart/byteranges; boundary=b"}}
+		got, given, size, err := picking(t, bytes.NewReader(body), header, asked)
 		if len(got) > 0 && (len(given) == 0 || given[len(given)-1].To > size) {
 			t.Fatalf("%v of %d", given, size)
 		}
@@ -207,19 +235,15 @@ func FuzzPick(f *testing.F) {
 		// All of it was read: each byte is in the part that says so. A boundary in the
 		// content of a part ends that for the other reader.
 		has := make(map[int64]byte)
-		for r := multipart.NewReader(bytes.NewReader(body), "b"); ; {
-			part, err := r.NextRawPart()
-			if err != nil {
-				break
-			}
-			at, total, ok := parseContentRange(part.Header.Get("Content-Range"))
-			b, err := io.ReadAll(part)
-			if !ok || total != size || err != nil || int64(len(b)) != at.To-at.From {
+		parts, _ := partsOf(header, body)
+		for _, part := range parts {
+			at, total, ok := parseContentRange(part.contentRange)
+			if !ok || total != size || int64(len(part.bytes)) != at.To-at.From {
 				return
 			}
-			for i := range b {
+			for i, b := range part.bytes {
 				if _, ok := has[at.From+int64(i)]; !ok {
-					has[at.From+int64(i)] = b[i]
+					has[at.From+int64(i)] = b
 				}
 			}
 		}

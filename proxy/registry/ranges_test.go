@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"mime"
-	"mime/multipart"
 	"net/http"
 	"slices"
 	"strconv"
@@ -66,24 +64,17 @@ func (a answer) pieces() (all [][]byte, err error) {
 	if a.err != nil {
 		return nil, a.err
 	}
-	mediaType, params, err := mime.ParseMediaType(a.Header.Get("Content-Type"))
-	if a.StatusCode != 206 || err != nil || mediaType != severalRanges {
-		return nil, fmt.Errorf("%s, %q, %w", a.Status, mediaType, err)
+	parts, end := partsOf(a.Header, a.body)
+	if a.StatusCode != 206 || end == nil {
+		return nil, fmt.Errorf("%s, %q", a.Status, a.Header.Get("Content-Type"))
 	}
-	for r := multipart.NewReader(bytes.NewReader(a.body), params["boundary"]); ; {
-		part, err := r.NextPart()
-		if errors.Is(err, io.EOF) {
-			return all, nil
-		}
-		if err != nil {
-			return all, err
-		}
-		b, err := io.ReadAll(part)
-		if err != nil {
-			return all, err
-		}
-		all = append(all, b)
+	for _, part := range parts {
+		all = append(all, part.bytes)
 	}
+	if !errors.Is(end, io.EOF) {
+		err = end
+	}
+	return all, err
 }
 
 // have says whether an answer has ranges of a blob, each as a part, in order.
