@@ -138,11 +138,7 @@ func (r *room) confirm(size int64) error {
 	if r.waiting == nil && size >= r.bytes && s.grow(r, size-r.bytes) {
 		return nil
 	}
-	s.count(r, -r.bytes)
-	if r.waiting != nil {
-		s.waiting.Remove(r.waiting)
-		r.waiting = nil
-	}
+	s.giveUp(r)
 	if s.grow(r, size) {
 		return nil
 	}
