@@ -148,7 +148,7 @@ func (t *Transfer) write(p []byte, off int64) error {
 		}
 		_, err := t.file.WriteAt(p, off)
 		if err == nil && part != nil {
-			part.wrote(off, end, t.store.path("ingest"))
+			part.wrote(off, end)
 		}
 		return err
 	})

@@ -72,15 +72,15 @@ func (p *partial) at(off int64) (to int64, in bool) {
 	return min(to, p.size), in
 }
 
-// wrote says that a range is in the file now, and writes it down now and then, in dir
-// first. When it can't be, no more is lost than what a restart would have found.
-func (p *partial) wrote(from, to int64, dir string) {
+// wrote says that a range is in the file now, and writes it down now and then. When it
+// can't be, no more is lost than what a restart would have found.
+func (p *partial) wrote(from, to int64) {
 	p.mu.Lock()
 	p.add(from, to)
 	save := p.have.bytes()-p.saved >= saveStep
 	p.mu.Unlock()
 	if save {
-		_ = p.save(dir)
+		_ = p.save()
 	}
 }
 
@@ -325,7 +325,7 @@ func (t *Transfer) leavePartial(cause error) bool {
 		return false
 	}
 	p.leaveAll(false)
-	if err := s.disk.do(func() error { return p.save(s.path("ingest")) }, nil); err != nil {
+	if err := s.disk.do(func() error { return p.save() }, nil); err != nil {
 		s.log.Warn("what has come of a blob can't be kept", "digest", t.digest, "err", err)
 		return false
 	}

@@ -474,7 +474,7 @@ func (r *Ranges) flush() {
 			err = s.disk.do(func() error {
 				_, err := file.WriteAt(b, at)
 				if err == nil {
-					p.wrote(at, at+int64(len(b)), s.path("ingest"))
+					p.wrote(at, at+int64(len(b)))
 				}
 				return err
 			}, nil)
@@ -530,7 +530,7 @@ func (r *Ranges) Close() error {
 	r.Decline()
 	p, s := r.part, r.store
 	if p.unsaved() >= saveStep/4 {
-		_ = s.disk.do(func() error { return p.save(s.path("ingest")) }, nil)
+		_ = s.disk.do(func() error { return p.save() }, nil)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

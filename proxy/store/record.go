@@ -38,8 +38,8 @@ type record struct {
 	Have   [][2]int64    `json:"have"`
 }
 
-// save writes down what is there, in dir first, so that the record is whole or not there.
-func (p *partial) save(dir string) error {
+// save writes down what is there.
+func (p *partial) save() error {
 	p.mu.Lock()
 	r := record{bootID(), p.key.digest, p.from.Name, p.from.Owner, p.from.Free, p.size, p.begun, make([][2]int64, len(p.have))}
 	for i, e := range p.have {
@@ -52,17 +52,7 @@ func (p *partial) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, "record.")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
+	err = replaceFile(path, filepath.Dir(path), b)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.dead { // it was removed meanwhile

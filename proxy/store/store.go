@@ -267,7 +267,7 @@ func (s *Store) Close() error {
 	defer s.mu.Unlock()
 	for _, p := range s.partials {
 		if p.unsaved() > 0 {
-			_ = s.disk.do(func() error { return p.save(s.path("ingest")) }, nil)
+			_ = s.disk.do(func() error { return p.save() }, nil)
 		}
 	}
 	s.disk.close()

@@ -80,21 +80,26 @@ func parseSums(b []byte) (*sums, error) {
 	return s, nil
 }
 
-// save writes the file, aside in tmpDir first, so that it is there whole or
-// not at all.
-func (s *sums) save(path, tmpDir string) error {
-	f, err := os.CreateTemp(tmpDir, "sums.")
+// save writes the file, in aside first.
+func (s *sums) save(path, aside string) error {
+	if err := replaceFile(path, aside, s.marshal()); err != nil {
+		return fmt.Errorf("writing checksums: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes a file, in the directory aside first, so that it is there whole or not at all.
+func replaceFile(path, aside string, b []byte) error {
+	f, err := os.CreateTemp(aside, "aside.")
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(s.marshal())
-	err = errors.Join(err, f.Close())
-	if err == nil {
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Close()); err == nil {
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
 		os.Remove(f.Name())
-		return fmt.Errorf("writing checksums: %w", err)
 	}
-	return nil
+	return err
 }
