@@ -35,11 +35,7 @@ func ParseTagTTL(values []string) (TagTTL, error) {
 
 // of is what counts for a registry.
 func (t TagTTL) of(up Upstream) time.Duration {
-	host := up.Host
-	if host == dockerHubIndex {
-		host = DockerHub
-	}
-	if d, ok := t[host]; ok {
+	if d, ok := t[up.host()]; ok {
 		return d
 	}
 	return t[""]

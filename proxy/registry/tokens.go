@@ -101,7 +101,7 @@ func (x *exchange) answer(l login, own bool) {
 		for _, c := range auth.ParseAuthHeader(l.header) {
 			switch c.Scheme {
 			case auth.BearerAuth:
-				h.Add("Www-Authenticate", fmt.Sprintf("Bearer realm=%q,service=%q", x.up.base().String()+ownRealm, c.Parameters["service"]))
+				h.Add("Www-Authenticate", x.ownChallenge(c.Parameters["service"]))
 			case auth.BasicAuth:
 				h.Add("Www-Authenticate", fmt.Sprintf("Basic realm=%q", c.Parameters["realm"]))
 			}
@@ -111,6 +111,11 @@ func (x *exchange) answer(l login, own bool) {
 	x.w.from(provenance{source: SourceStore, stale: true})
 	x.w.WriteHeader(l.status)
 	_, _ = x.w.Write(l.body)
+}
+
+// ownChallenge is a challenge by which tokens are to be had from weir.
+func (x *exchange) ownChallenge(service string) string {
+	return fmt.Sprintf("Bearer realm=%q,service=%q", x.up.base().String()+ownRealm, service)
 }
 
 // base answers GET and HEAD of /v2/. Clients ask there whether they must log in,
@@ -130,7 +135,7 @@ func (x *exchange) base() {
 		x.answer(known, x.h.outages.Failing(x.up.way()) || !x.givesTokens(known))
 		return
 	}
-	resp, err := x.ask(question{method: x.r.Method, stale: func() bool { return true }})
+	resp, err := x.ask(question{method: x.r.Method, stale: always})
 	if err == nil {
 		_ = x.learnLogin(resp)
 		if known, ok = x.h.logins.Get(x.up.way()); ok && known.elsewhere(x.up) && !x.givesTokens(known) {
@@ -150,7 +155,7 @@ func (x *exchange) base() {
 		known = login{status: http.StatusOK, body: []byte("{}"), header: http.Header{"Content-Type": {"application/json"}, "Docker-Distribution-Api-Version": {"registry/2.0"}}}
 		if x.up.authenticated() { // and it may want a token once it is back
 			known.status = http.StatusUnauthorized
-			known.header.Set("Www-Authenticate", fmt.Sprintf("Bearer realm=%q,service=%q", x.up.base().String()+ownRealm, x.up.Host))
+			known.header.Set("Www-Authenticate", x.ownChallenge(x.up.Host))
 		}
 	}
 	x.answer(known, ok && known.elsewhere(x.up))
@@ -165,7 +170,7 @@ func (x *exchange) loginFirst() bool {
 	if !ok || known.status != http.StatusUnauthorized || known.realm != nil || !rights.Anonymous(x.r.Header) || !x.h.HasStale(x.up) || x.allowsStale(x.target.digest) {
 		return false
 	}
-	q := question{method: x.r.Method, stale: func() bool { return true }}
+	q := question{method: x.r.Method, stale: always}
 	if x.target.kind == blob {
 		if !x.h.store.Has(x.target.digest) {
 			return false
@@ -211,7 +216,7 @@ func (x *exchange) givesTokens(l login) bool {
 		case <-answered:
 		}
 	})
-	resp, err := x.h.attempt(x.r.Context(), way, func() bool { return true }, func(ctx context.Context) (*http.Response, error) {
+	resp, err := x.h.attempt(x.r.Context(), way, always, func(ctx context.Context) (*http.Response, error) {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 		if err != nil {
 			return nil, err
@@ -229,10 +234,13 @@ func (x *exchange) givesTokens(l login) bool {
 	return true
 }
 
+// always is for questions to which there is another answer in any case.
+func always() bool { return true }
+
 // look finds out whether the registry answers, beside a token server that is silent:
 // if all of the outside is, what the client wants next doesn't wait for that again.
 func (x *exchange) look() {
-	resp, err := x.ask(question{method: http.MethodGet, base: true, stale: func() bool { return true }})
+	resp, err := x.ask(question{method: http.MethodGet, base: true, stale: always})
 	switch {
 	case err == nil:
 		resp.Body.Close()

@@ -55,14 +55,18 @@ func (u Upstream) name() string {
 	if u.Plain != "" {
 		return "http://" + u.Host + "@" + u.Plain
 	}
-	host := u.Host
-	if host == dockerHubIndex {
-		host = DockerHub
-	}
 	if u.TrustRootsID != "" {
-		return host + "#" + u.TrustRootsID
+		return u.host() + "#" + u.TrustRootsID
 	}
-	return host
+	return u.host()
+}
+
+// host is Host, but one for Docker Hub, which has two.
+func (u Upstream) host() string {
+	if u.Host == dockerHubIndex {
+		return DockerHub
+	}
+	return u.Host
 }
 
 // authenticated says whether the registry's answers are known to be its own.
