@@ -50,8 +50,8 @@ type parallel struct {
 	opening bool          // a body
 	parts   []*part       // one after the other, without gaps
 	next    int64         // where the next part begins; 0 before there is one
-	want    int           // connections
-	workers int           // that are there
+	want    int           // how many connections there are to be
+	workers int           // connections that ask for parts
 	closed  bool
 }
 

@@ -20,17 +20,18 @@ const (
 	// aloneTime is for how long a registry that has refused a range, or has given
 	// another than was asked for, is asked for blobs over one connection.
 	aloneTime = 10 * time.Minute
-	// paceTime is over what time it is measured how fast a registry is, and longer, if
-	// less than a part has come. After a connection was added it takes as long until that
-	// counts.
+	// paceTime is for how long it is measured how fast a registry is, and maxPaceTime the
+	// same where less than a part comes meanwhile. After connections were added as much time
+	// passes before what they bring is measured.
 	paceTime    = 100 * time.Millisecond
 	maxPaceTime = 3 * paceTime
-	// growth is how much of what added connections would bring, if each brought as much as
-	// those before, they have to bring. Less than leastGrowth of what there was before
-	// isn't told from chance.
+	// growth is the share that added connections have to bring of what they would bring if each
+	// brought as much as those before, or they are given up. To bring less than leastGrowth more
+	// than before may be chance.
 	growth      = 0.3
 	leastGrowth = 0.1
-	stallTime   = 5 * time.Second
+	// stallTime is how long a part may stand still before it is asked for again.
+	stallTime = 5 * time.Second
 	// learnedTime is for how long blobs have as many connections as those before them have
 	// grown to, be it one. Most layers have come before it is measured what more would bring.
 	learnedTime = time.Minute
@@ -40,24 +41,23 @@ const (
 	slowPart = 16
 )
 
-// widths are the registries, of which more than one connection may bring a large
-// blob sooner.
+// widths are over how many connections the large blobs of each registry are fetched.
 type widths struct {
-	most  int                 // connections for a blob
-	from  int64               // of how many bytes it is, at least
+	most  int                 // connections for a blob, at most
+	from  int64               // bytes of a large blob, at least
 	part  int64               // bytes of a part
-	parts chan struct{}       // that there may be more
+	parts chan struct{}       // has one for each part in memory, of all blobs
 	pace  func(*width) sample // measures a registry
-	stall time.Duration       // how long a part may stand still, before it is asked for again
+	stall time.Duration       // stallTime, but in tests
 	free  sync.Pool           // *[]byte, of parts that were read
 
 	mu sync.Mutex
 	of map[string]*width
 }
 
-// width is what is known of one registry: how many connections each large blob is to
-// have. Where twice as many for all that are on their way bring more, they keep them,
-// and those that come soon afterwards have as many from their beginning.
+// width is over how many connections each large blob of one registry is fetched. That is
+// found out by doubling: where twice as many for all blobs that are on their way bring more, these
+// keep them, and those that begin soon afterwards have as many from their beginning.
 type width struct {
 	received atomic.Int64 // bytes of large blobs
 	refused  atomic.Int64 // a part; until then blobs have one connection (in Unix nanoseconds)
@@ -67,9 +67,9 @@ type width struct {
 	blobs   map[*parallel]struct{} // that are on their way
 	each    int                    // connections for each
 	least   int64                  // bytes that each connection has to bring in widths.stall
-	settled bool                   // more would bring no more
-	until   time.Time              // when that is to be found out anew
-	growing bool                   // it is being found out
+	settled bool                   // more connections would bring no more
+	until   time.Time              // when each and settled hold no more
+	growing bool                   // grow is running
 }
 
 // sample is how much a registry gives.
@@ -78,13 +78,13 @@ type sample struct {
 	conns float64 // over how many connections
 }
 
-// grown says whether added connections bring what they should.
+// grown says whether added connections bring what they have to, see growth.
 func (after sample) grown(before sample) bool {
 	return after.rate >= before.rate*(1+max(leastGrowth, growth*(after.conns/before.conns-1)))
 }
 
-// alike says whether there are not more connections than before, so that nothing can be
-// told.
+// alike says whether there are hardly more connections than before, so that the rates say
+// nothing of them.
 func (after sample) alike(before sample) bool { return after.conns < (1+leastGrowth)*before.conns }
 
 func newWidths(most int) *widths {
@@ -133,9 +133,9 @@ func (ws *widths) join(w *width, p *parallel) {
 	}
 }
 
-// wide says whether blobs have more than one connection from their beginning: then it is
-// best to ask for the first part alone. Of all of the blob, what is on its way when that
-// connection comes to what others bring would be sent for nothing.
+// wide says whether blobs have more than one connection from their beginning. Then the
+// first one is best asked for the first part alone: had it been asked for all of the blob, what is on its way when it
+// comes to the next part would be sent for nothing.
 func (ws *widths) wide(registry string) bool {
 	w := ws.registry(registry)
 	w.mu.Lock()
@@ -159,9 +159,9 @@ func (w *width) use(n int, settled bool) {
 	}
 }
 
-// try has one blob have as many more connections as there are blobs, at most most, where each has one:
-// a first connection that comes to rest has sent for nothing what is on its way, so that of
-// one only is to rest if more connections bring no more.
+// try doubles the connections of blobs that have one each by giving all that are added to the longest of them, which has
+// most at most. It returns false, and has done nothing, if there is but one. A first connection that comes to rest has sent
+// for nothing what is on its way: if more connections bring no more, that is so at one blob only.
 func (w *width) try(most int) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -232,7 +232,7 @@ func (ws *widths) grow(w *width) {
 	}
 }
 
-// expect records what one connection brings.
+// expect records how much a connection has to bring, by what one alone has brought.
 func (w *width) expect(s sample, ws *widths) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -256,7 +256,7 @@ func (ws *widths) registry(name string) *width {
 	return w
 }
 
-// alone says whether a blob has one connection, and refuses that more are asked for.
+// alone says whether a blob is fetched over one connection, and it isn't tried whether more bring more.
 func (w *width) alone() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -272,6 +272,7 @@ func (w *width) refusesSeveral() bool { return time.Now().UnixNano() < w.several
 
 func (w *width) refuseSeveral() { w.several.Store(time.Now().Add(aloneTime).UnixNano()) }
 
+// take takes memory for a part, if there is some, and give gives it back.
 func (ws *widths) take() (taken bool) {
 	select {
 	case ws.parts <- struct{}{}:
@@ -280,4 +281,5 @@ func (ws *widths) take() (taken bool) {
 		return false
 	}
 }
+
 func (ws *widths) give() { <-ws.parts }
