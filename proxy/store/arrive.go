@@ -23,9 +23,7 @@ func (t *Transfer) run(body io.ReadCloser, answers context.Context) {
 	sum, err := t.receive(body)
 	again := false
 	for errors.Is(err, ErrCorrupt) {
-		begun, rerr := t.restart(&body, err)
-		if !begun {
-			err = rerr
+		if body, err = t.restart(err); err != nil {
 			break
 		}
 		again = true
@@ -155,9 +153,9 @@ func (t *Transfer) write(p []byte, off int64) error {
 }
 
 // restart begins again after what was read turned out to be wrong, if no
-// reader was given any of it. Else it returns the error that the transfer ends with: cause, and
-// why it can't be fetched again.
-func (t *Transfer) restart(body *io.ReadCloser, cause error) (begun bool, err error) {
+// reader was given any of it, and returns what is to be read then. The error is the one that the transfer
+// ends with: cause, and why it can't be fetched again.
+func (t *Transfer) restart(cause error) (body io.ReadCloser, err error) {
 	t.mu.Lock()
 	u, again := t.unverified, !t.given && t.round < attempts && !t.unkept
 	if u != nil && again { // nothing of it is given while it is fetched
@@ -167,20 +165,19 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) (begun bool, err er
 	}
 	t.mu.Unlock()
 	if u == nil {
-		return false, cause
+		return nil, cause
 	}
 	if u.Wrong != nil {
 		u.Wrong()
 	}
 	t.store.log.Warn("what came of a blob is wrong", "digest", t.digest, "again", again, "err", cause)
 	if !again {
-		return false, cause
+		return nil, cause
 	}
-	b, size, err := u.Refetch(t.ctx)
+	body, size, err := u.Refetch(t.ctx)
 	if err != nil {
-		return false, fmt.Errorf("%w, and it can't be fetched again: %w", cause, err)
+		return nil, fmt.Errorf("%w, and it can't be fetched again: %w", cause, err)
 	}
-	*body = b
 	t.mu.Lock()
 	if t.fromPeer() && t.until.IsZero() { // the next source need not be believed
 		t.until = time.Now().Add(holdTime)
@@ -200,11 +197,11 @@ func (t *Transfer) restart(body *io.ReadCloser, cause error) (begun bool, err er
 	t.allocated = 0
 	t.promise(size)
 	if err := t.store.disk.do(func() error { return t.file.Truncate(0) }, nil); err != nil {
-		b.Close()
+		body.Close()
 		t.cancel(&writeError{err})
-		return false, cause
+		return nil, cause
 	}
-	return true, nil
+	return body, nil
 }
 
 // fill has the blob's bytes arrive.
@@ -225,9 +222,10 @@ func (t *Transfer) fill(body io.ReadCloser) error {
 		if n > 0 {
 			failures = 0
 		}
-		if body, err = t.reopen(&failures, err); err != nil {
+		if body, err = t.reopen(failures, err); err != nil {
 			return err
 		}
+		failures++
 	}
 }
 
@@ -324,26 +322,25 @@ func (t *Transfer) source(try int, offset int64, instead bool) io.ReadCloser {
 	return t.opening(t.sources[try%n], offset)
 }
 
-// reopen finds a source for the rest.
-func (t *Transfer) reopen(failures *int, cause error) (io.ReadCloser, error) {
+// reopen finds a source for the rest, after so many failures in a row and cause.
+func (t *Transfer) reopen(failures int, cause error) (io.ReadCloser, error) {
 	t.mu.Lock()
 	var src Source
 	if len(t.sources) > 0 {
-		src = t.sources[*failures%len(t.sources)]
+		src = t.sources[failures%len(t.sources)]
 	}
 	limit := attempts * len(t.sources)
 	t.mu.Unlock()
-	if src == nil || *failures >= limit {
+	if src == nil || failures >= limit {
 		return nil, fmt.Errorf("%s broke off after %d bytes: %w", t.digest, t.arrived, cause)
 	}
-	if *failures > 0 {
+	if failures > 0 {
 		select {
 		case <-t.ctx.Done():
 			return nil, context.Cause(t.ctx)
-		case <-time.After(100 * time.Millisecond << min(*failures, 5)):
+		case <-time.After(100 * time.Millisecond << min(failures, 5)):
 		}
 	}
-	*failures++
 	return t.opening(src, t.arrived), nil
 }
 
