@@ -25,16 +25,16 @@ type Stats struct {
 	BytesFromUpstream int64  `json:"bytes_from_upstream"`
 }
 
-// Counts are all of the figures.
-func (s *Stats) Counts() []*int64 {
+// counts are all of the figures.
+func (s *Stats) counts() []*int64 {
 	return []*int64{&s.Requests, &s.Hits, &s.Misses, &s.Errors, &s.RateLimited, &s.ServerErrors, &s.Stale, &s.Pushed,
 		&s.BytesFromStore, &s.BytesFromPeers, &s.BytesFromUpstream}
 }
 
 // Add adds another registry's figures, or another node's of this one.
 func (s *Stats) Add(o Stats) {
-	for i, n := range o.Counts() {
-		*s.Counts()[i] += *n
+	for i, n := range o.counts() {
+		*s.counts()[i] += *n
 	}
 }
 
