@@ -62,7 +62,7 @@ func (x *exchange) blob(retry bool) {
 	var all *opened
 	if !wholly(wanted) {
 		var answered bool
-		if answered, all = x.part(wanted); answered {
+		if answered, all = x.ranges(wanted); answered {
 			return
 		}
 	}

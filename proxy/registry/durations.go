@@ -3,7 +3,6 @@
 package registry
 
 import (
-	"net/http"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -47,23 +46,4 @@ func (d durations) ended(p *Pull) {
 
 func observe(h *prometheus.HistogramVec, s Source, d time.Duration) {
 	h.WithLabelValues(s.String()).Observe(d.Seconds())
-}
-
-// counted counts an upstream's answers to requests of weir and of its clients.
-type counted struct {
-	http.RoundTripper
-	stats *counters
-}
-
-// RoundTrip implements http.RoundTripper.
-func (c counted) RoundTrip(req *http.Request) (*http.Response, error) {
-	resp, err := c.RoundTripper.RoundTrip(req)
-	switch {
-	case err != nil:
-	case resp.StatusCode == http.StatusTooManyRequests:
-		c.stats.rateLimited.Add(1)
-	case resp.StatusCode >= 500:
-		c.stats.serverErrors.Add(1)
-	}
-	return resp, err
 }

@@ -220,7 +220,7 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, up Upstream) {
 
 func (h *Handler) serve(w *delivery, r *http.Request, up Upstream) {
 	stats := h.stats.of(up.name())
-	up.Transport = counted{up.Transport, stats}
+	up.Transport = countedAnswers{up.Transport, stats}
 	x := &exchange{request: h.parse(r, up), h: h, w: w, stats: stats}
 	stats.requests.Add(1)
 	w.manifest, w.head = x.target.kind == manifest, r.Method == http.MethodHead

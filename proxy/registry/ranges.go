@@ -60,7 +60,7 @@ type opened struct {
 	cancel context.CancelFunc
 }
 
-// part answers GET of ranges of a blob that isn't stored: with what is there of it, or on its way
+// ranges answers GET of ranges of a blob that isn't stored: with what is there of it, or on its way
 // to others, and what the registry sends of the rest, which is put with what is there. So the
 // ranges that clients ask for become one transfer. It returns false, and has not answered, when
 // the ranges are to be had in another way; and an answer with all of the blob, when the registry gives
@@ -68,7 +68,7 @@ type opened struct {
 //
 // Nothing of it is verified, as nothing is that passes through: it is what this repository's
 // registry has sent, and the client is one that the registry gives content to, or this range.
-func (x *exchange) part(wanted []store.Span) (answered bool, all *opened) {
+func (x *exchange) ranges(wanted []store.Span) (answered bool, all *opened) {
 	if len(wanted) == 0 || conditionalRange(x.r) {
 		return false, nil
 	}

@@ -4,6 +4,7 @@ package registry
 
 import (
 	"cmp"
+	"net/http"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -41,6 +42,25 @@ func (s *Stats) Add(o Stats) {
 type counters struct {
 	requests, hits, misses, errors, rateLimited, serverErrors, stale, pushed, fromStore, fromPeers, fromUpstream atomic.Int64
 	arrivals                                                                                                     arrivals
+}
+
+// countedAnswers counts an upstream's answers to requests of weir and of its clients.
+type countedAnswers struct {
+	http.RoundTripper
+	stats *counters
+}
+
+// RoundTrip implements http.RoundTripper.
+func (c countedAnswers) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := c.RoundTripper.RoundTrip(req)
+	switch {
+	case err != nil:
+	case resp.StatusCode == http.StatusTooManyRequests:
+		c.stats.rateLimited.Add(1)
+	case resp.StatusCode >= 500:
+		c.stats.serverErrors.Add(1)
+	}
+	return resp, err
 }
 
 // maxStats bounds the registries that are counted each for itself: clients can

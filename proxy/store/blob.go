@@ -91,9 +91,9 @@ func (b *Blob) Close() error {
 
 // Reader returns a reader at the blob's beginning.
 func (b *Blob) Reader() *Reader {
-	r := &Reader{store: b.store, digest: b.digest, ctx: context.Background(), from: memoryPart(b.bytes)}
+	r := &Reader{store: b.store, digest: b.digest, ctx: context.Background(), from: keptBytes(b.bytes)}
 	if b.bytes == nil {
-		r.from = &filePart{blob: b, chunk: -1}
+		r.from = &keptFile{blob: b, chunk: -1}
 	}
 	return r
 }

@@ -29,10 +29,10 @@ type Reader struct {
 	digest digest.Digest
 	ctx    context.Context
 	over   Failover
-	from   part
+	from   backing
 	off    int64
 	// arriving is the transfer that it was made for, if it was.
-	arriving *arrivingPart
+	arriving *follower
 }
 
 // Failover is how a [Reader] goes on when what it reads from fails. The zero value
@@ -45,8 +45,8 @@ type Failover struct {
 	Fetch, Own Source
 }
 
-// part is a place that a blob's bytes are read from.
-type part interface {
+// backing is what a blob's bytes are read from.
+type backing interface {
 	// readAt reads what is at off, and waits until something is. It returns less
 	// than p when there is less just now, and io.EOF at the end only.
 	readAt(ctx context.Context, p []byte, off int64) (int, error)
@@ -126,11 +126,11 @@ func (r *Reader) failOver(cause error) error {
 	}
 	var werr *writeError
 	switch from := r.from.(type) {
-	case *filePart:
+	case *keptFile:
 		if errors.Is(cause, ErrCorrupt) || errors.Is(cause, ErrDiskHangs) {
 			return r.refetch(cause)
 		}
-	case *arrivingPart:
+	case *follower:
 		if errors.As(cause, &werr) || errors.Is(cause, errDetached) {
 			return r.readOn(from)
 		}
@@ -140,7 +140,7 @@ func (r *Reader) failOver(cause error) error {
 
 // readOn goes on by a source of the reader's own, verified against the digest like
 // the transfer.
-func (r *Reader) readOn(from *arrivingPart) error {
+func (r *Reader) readOn(from *follower) error {
 	from.t.mu.Lock()
 	off := min(r.off, from.t.arrived) // what comes before the one is read, too
 	from.t.mu.Unlock()
@@ -211,17 +211,17 @@ func (b *cancelBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// filePart reads a kept blob.
-type filePart struct {
+// keptFile reads a kept blob.
+type keptFile struct {
 	blob  *Blob
 	chunk int64 // which one is in buf, or -1
 	buf   []byte
 }
 
-func (f *filePart) size() int64 { return f.blob.size }
-func (f *filePart) close()      {}
+func (f *keptFile) size() int64 { return f.blob.size }
+func (f *keptFile) close()      {}
 
-func (f *filePart) readAt(_ context.Context, p []byte, off int64) (int, error) {
+func (f *keptFile) readAt(_ context.Context, p []byte, off int64) (int, error) {
 	if off >= f.blob.size {
 		return 0, io.EOF
 	}
@@ -247,7 +247,7 @@ func (f *filePart) readAt(_ context.Context, p []byte, off int64) (int, error) {
 }
 
 // load reads a chunk into b and checks it.
-func (f *filePart) load(i int64, b []byte) error {
+func (f *keptFile) load(i int64, b []byte) error {
 	s, err := f.blob.checksums()
 	if err != nil {
 		return err
@@ -268,22 +268,22 @@ func (f *filePart) load(i int64, b []byte) error {
 	return nil
 }
 
-// memoryPart reads a kept blob that is in memory.
-type memoryPart []byte
+// keptBytes reads a kept blob that is in memory.
+type keptBytes []byte
 
-func (m memoryPart) size() int64 { return int64(len(m)) }
-func (m memoryPart) close()      {}
+func (m keptBytes) size() int64 { return int64(len(m)) }
+func (m keptBytes) close()      {}
 
-func (m memoryPart) readAt(_ context.Context, p []byte, off int64) (int, error) {
+func (m keptBytes) readAt(_ context.Context, p []byte, off int64) (int, error) {
 	if off >= int64(len(m)) {
 		return 0, io.EOF
 	}
 	return copy(p, m[off:]), nil
 }
 
-// arrivingPart reads a transfer. What isn't const of it is guarded by the transfer's
+// follower reads a transfer. What isn't const of it is guarded by the transfer's
 // mutex.
-type arrivingPart struct {
+type follower struct {
 	t        *Transfer
 	at       int64 // up to where it has read
 	closed   bool
@@ -297,13 +297,13 @@ var (
 	errDetached  = errors.New("the reader has left the transfer")
 )
 
-func (a *arrivingPart) size() int64 {
+func (a *follower) size() int64 {
 	a.t.mu.Lock()
 	defer a.t.mu.Unlock()
 	return a.t.size
 }
 
-func (a *arrivingPart) readAt(ctx context.Context, p []byte, off int64) (int, error) {
+func (a *follower) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 	t := a.t
 	t.mu.Lock()
 	if a.at != off {
@@ -351,7 +351,7 @@ func (a *arrivingPart) readAt(ctx context.Context, p []byte, off int64) (int, er
 
 // refused says why the reader gets nothing more of the transfer. The caller holds
 // t.mu.
-func (a *arrivingPart) refused() error {
+func (a *follower) refused() error {
 	switch {
 	case a.closed:
 		return os.ErrClosed
@@ -363,7 +363,7 @@ func (a *arrivingPart) refused() error {
 	return nil
 }
 
-func (a *arrivingPart) close() {
+func (a *follower) close() {
 	t := a.t
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -487,7 +487,7 @@ func (t arrivedAt) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // visible is how many bytes a reader may have. The caller holds t.mu.
-func (t *Transfer) visible(r *arrivingPart) int64 {
+func (t *Transfer) visible(r *follower) int64 {
 	switch {
 	case t.state == kept:
 		return t.arrived

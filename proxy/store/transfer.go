@@ -77,7 +77,7 @@ type Transfer struct {
 	given      bool        // bytes that nothing vouches for, or their number, were given to a reader
 	round      int         // how often it has begun again
 	refs       int         // of file: the readers, the writer, and run
-	readers    map[*arrivingPart]struct{}
+	readers    map[*follower]struct{}
 	waiting    int         // readers
 	told       int64       // how many bytes readers know of
 	tell       *time.Timer // for them to be told of more
@@ -112,7 +112,7 @@ func (s *Store) Claim(d digest.Digest, from Origin) (t *Transfer, leader bool) {
 	if t, ok := s.running[key]; ok {
 		return t, false
 	}
-	t = &Transfer{store: s, digest: d, from: from, size: -1, readers: make(map[*arrivingPart]struct{})}
+	t = &Transfer{store: s, digest: d, from: from, size: -1, readers: make(map[*follower]struct{})}
 	t.init(s, batchSize, t.readByAll)
 	s.running[key] = t
 	return t, true
@@ -331,7 +331,7 @@ func (t *Transfer) reader() *Reader {
 		t.linger.Stop()
 		t.linger = nil
 	}
-	p := &arrivingPart{t: t}
+	p := &follower{t: t}
 	t.readers[p] = struct{}{}
 	return &Reader{store: t.store, digest: t.digest, ctx: context.Background(), from: p, arriving: p}
 }
