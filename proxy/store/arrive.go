@@ -135,10 +135,8 @@ func (t *Transfer) receive(body io.ReadCloser) (*sums, error) {
 // write writes a piece of the file. Only the writer calls it.
 func (t *Transfer) write(p []byte, off int64) error {
 	part, end := t.part, off+int64(len(p))
-	if part != nil {
-		if to, is := part.at(off); is && to >= end {
-			return nil
-		}
+	if part != nil && part.has(off, end) {
+		return nil
 	}
 	return t.store.disk.within(func() error {
 		if err := t.allocate(t.file, end, t.size); err != nil {

@@ -64,12 +64,12 @@ type partial struct {
 	used  time.Time     // when one of them came, or left
 }
 
-// at says whether the byte at off is there, and up to where that stays so.
-func (p *partial) at(off int64) (to int64, in bool) {
+// has says whether a range is there.
+func (p *partial) has(from, to int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	to, in = p.have.at(off)
-	return min(to, p.size), in
+	end, in := p.have.at(from)
+	return in && end >= to
 }
 
 // wrote says that a range is in the file now, and writes it down now and then. When it
@@ -108,6 +108,14 @@ func (s *Store) admit(p *partial) bool {
 	return true
 }
 
+// shares says whether p is within its shares of a bound for all partials: with an owner, a quarter is for those
+// of that owner, and half for those of all owners.
+func (p *partial) shares(bound int64, within func(of func(*partial) bool, bound int64) bool) bool {
+	owner := p.from.Owner
+	return (owner == "" || within(func(q *partial) bool { return q.from.Owner == owner }, bound/4) &&
+		within(func(q *partial) bool { return q.from.Owner != "" }, bound/2)) && within(anyPartial, bound)
+}
+
 // allot counts n bytes more for a partial, if its bounds allow it: others that are older go, and no
 // blob. They are on the disk already, or soon. The caller holds s.mu.
 func (s *Store) allot(p *partial, n int64) bool {
@@ -119,13 +127,8 @@ func (s *Store) allot(p *partial, n int64) bool {
 		}
 		return all <= bound
 	}
-	bound := s.partialBound()
-	if owner != "" && !(within(func(q *partial) bool { return q.from.Owner == owner }, bound/4) &&
-		within(func(q *partial) bool { return q.from.Owner != "" }, bound/2)) {
-		return false
-	}
 	most := s.opts.MaxBytes
-	if !within(anyPartial, bound) || most > 0 && s.stats.Bytes+n > most || !s.fits(0) ||
+	if !p.shares(s.partialBound(), within) || most > 0 && s.stats.Bytes+n > most || !s.fits(0) ||
 		owner != "" && most > 0 && (s.ownedBy(owner).bytes+n > most/ownerShare || s.owned+n > most/ownersShare) {
 		return false
 	}

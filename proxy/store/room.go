@@ -283,18 +283,15 @@ func (s *Store) makeOwnerRoom(owner string, size int64) bool {
 // which nothing has come yet before others. For one of those no other goes: anybody may ask for ranges of
 // whatever there isn't. The caller holds s.mu.
 func (s *Store) admits(p *partial, n int64) bool {
-	within := func(of func(*partial) bool, bound int) bool {
-		count := 0
+	return p.shares(maxPartials, func(of func(*partial) bool, bound int64) bool {
+		count := int64(0)
 		for el := s.idle.Front(); el != nil; el = el.Next() {
 			if of(el.Value.(*partial)) {
 				count++
 			}
 		}
 		return count < bound || s.dropPartial(func(q *partial) bool { return q.bytes == 0 && of(q) }) || n > 0 && s.dropPartial(of)
-	}
-	owner := p.from.Owner
-	return (owner == "" || within(func(q *partial) bool { return q.from.Owner == owner }, maxPartials/4) &&
-		within(func(q *partial) bool { return q.from.Owner != "" }, maxPartials/2)) && within(anyPartial, maxPartials)
+	})
 }
 
 // findRoom says whether size bytes more of an owner fit into the room that is
