@@ -321,11 +321,6 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 	foreign := s.foreign
 	s.mu.Unlock()
 
-	if !kept {
-		if err := d.Validate(); err != nil { // it may be a path that leads elsewhere
-			return nil, fmt.Errorf("%q: %w", d, err)
-		}
-	}
 	if kept {
 		if touch {
 			s.disk.aside(func() { _ = os.Chtimes(s.blobPath(d), time.Time{}, time.Now()) })
@@ -343,6 +338,8 @@ func (s *Store) Get(d digest.Digest) (*Blob, error) {
 		case !errors.Is(err, ErrDiskHangs):
 			s.log.Warn("a kept blob can't be opened", "digest", d, "err", err)
 		}
+	} else if err := d.Validate(); err != nil { // it may be a path that leads elsewhere
+		return nil, fmt.Errorf("%q: %w", d, err)
 	}
 	for _, f := range foreign {
 		b, err := s.open(f.disk, d, filepath.Join(f.dir, d.Algorithm().String(), d.Encoded()), -1)
