@@ -181,7 +181,7 @@ func (r *Ranges) reserve(off int64) (to int64, is bool, c *coming) {
 		}
 		where, to, _ = p.look(off, end)
 	}
-	if where != missing {
+	if where != nowhere {
 		return to, false, nil
 	}
 	if open && p.piece > 0 {

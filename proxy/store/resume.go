@@ -48,7 +48,7 @@ func (t *Transfer) Missing() (first, to, size int64, ok bool) {
 	defer p.mu.Unlock()
 	for first < p.size {
 		is, to, _ := p.look(first, p.size)
-		if is == missing {
+		if is == nowhere {
 			return first, to, p.size, true
 		}
 		first = to
@@ -130,7 +130,7 @@ func (t *Transfer) Resume(rest Rest) (*Reader, error) {
 		p.piece = PieceSize
 	}
 	if rest.Body != nil {
-		if is, _, _ := p.look(rest.First, rest.Size); is == missing {
+		if is, _, _ := p.look(rest.First, rest.Size); is == nowhere {
 			p.reserve(rest.First, rest.To, true).firm = rest.Firm
 			_ = m.add(rest.Body, []Span{{rest.First, rest.To}})
 		} else {
@@ -178,13 +178,13 @@ func newMended(t *Transfer, off int64, src Source) *mended {
 
 // Read implements io.Reader. It is not for concurrent use.
 func (m *mended) Read(b []byte) (n int, err error) {
-	is, to := m.next(int64(len(b)))
+	in, to := m.next(int64(len(b)))
 	switch {
 	case m.ctx.Err() != nil:
 		return 0, os.ErrClosed
 	case to == m.off:
 		return 0, io.EOF
-	case is == there:
+	case in:
 		n, err = m.t.store.reading.readAt(m.t.file, b[:min(int64(len(b)), to-m.off)], m.off)
 		m.off += int64(n)
 		if n > 0 {
@@ -204,9 +204,9 @@ func (m *mended) Read(b []byte) (n int, err error) {
 	return n, err
 }
 
-// next says whether what is at off is there or to be asked for, and up to where: of that no
+// next says whether what is at off is there, or else to be asked for, and up to where: of that no
 // more than n bytes are read. It waits for what somebody else brings.
-func (m *mended) next(n int64) (is place, to int64) {
+func (m *mended) next(n int64) (in bool, to int64) {
 	p, t := m.part, m.t
 	t.mu.Lock()
 	arrived := t.arrived
@@ -217,10 +217,10 @@ func (m *mended) next(n int64) (is place, to int64) {
 		is, to, c := p.look(m.off, p.size)
 		switch {
 		case is == there:
-			return there, to
+			return true, to
 		case is == onItsWay && c.window:
 			c.read = max(c.read, min(m.off+n, to))
-			return missing, to
+			return false, to
 		case is == onItsWay && p.lags && !c.writing:
 			c.to = m.off
 			p.change.Broadcast()
@@ -236,7 +236,7 @@ func (m *mended) next(n int64) (is place, to int64) {
 			p.reserve(m.off, to, true)
 		}
 	}
-	return missing, m.off
+	return false, m.off
 }
 
 // open asks for what is missing from off up to to.
@@ -264,11 +264,11 @@ func (m *mended) gaps(to int64) []Span {
 	_, _, last := p.look(m.off, to)
 	for off := to; off < p.size && len(all) < maxAsked; {
 		is, end, c := p.look(off, p.size)
-		if is == missing || is == onItsWay && c.window && c.from == off {
+		if is == nowhere || is == onItsWay && c.window && c.from == off {
 			if n += end - off; off == to || n > nearSpan {
 				break
 			}
-			if is == missing {
+			if is == nowhere {
 				c = p.reserve(off, end, true)
 			}
 			c.after, last = last, c

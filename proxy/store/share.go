@@ -49,9 +49,9 @@ type coming struct {
 type place int
 
 const (
-	missing place = iota
-	onItsWay
-	there
+	nowhere  place = iota // nobody has asked for it
+	onItsWay              // somebody has
+	there                 // in the file
 )
 
 // look says where the byte at off is, and up to where that stays so, but not beyond end. The
@@ -69,7 +69,7 @@ func (p *partial) look(off, end int64) (is place, to int64, c *coming) {
 			to = min(to, c.from)
 		}
 	}
-	return missing, to, nil
+	return nowhere, to, nil
 }
 
 // before is how many bytes whoever brings it reads before the one at off, or more than nearSpan.
