@@ -123,7 +123,9 @@ func TestProveCertsD(t *testing.T) {
 			p.is(verdict)
 			return err
 		}}
+		rs.mu.Lock()
 		rs.all[rt.PID] = rt
+		rs.mu.Unlock()
 		_, read, _, err := rs.proveCertsD(rt, root, "")
 		if !slices.Equal(asked, []string{probeCertsD.String()}) {
 			t.Errorf("while it was asked there was %q", asked)

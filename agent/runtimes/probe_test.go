@@ -60,7 +60,9 @@ func TestProbesAreToldApart(t *testing.T) {
 		return nil
 	}
 	rt := &Runtime{Process: procfs.Process{PID: os.Getpid()}, kind: &kind{name: "dockerd", ask: ask}, ctx: t.Context(), probes: make(map[netip.Addr]*probe)}
+	rs.mu.Lock()
 	rs.all[rt.PID] = rt
+	rs.mu.Unlock()
 	probe := func() chan error {
 		verdict := make(chan error, 1)
 		go func() { verdict <- rs.probe(rt, probeSystem, 0, ca.Generation()) }()

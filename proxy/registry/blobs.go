@@ -126,15 +126,11 @@ func (x *exchange) notShown(shown *proof, resp *reply, err error) {
 		if resp != nil {
 			resp.Body.Close()
 		}
-		if !wholly(x.wanted()) {
+		if wholly(x.wanted()) {
+			x.askForAll()
+		} else {
 			x.forward() // it may be given the range, and not the whole
-			return
 		}
-		if resp, err = x.fetch(x.r.Context(), 0); err != nil || resp.StatusCode != http.StatusOK {
-			x.refused(resp, err)
-			return
-		}
-		x.sent(resp)
 	case err != nil:
 		x.forward()
 	case resp.StatusCode == http.StatusOK:
