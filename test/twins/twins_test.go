@@ -592,7 +592,8 @@ func TestTwins(t *testing.T) {
 func (w *world) check(t *testing.T, st story, alone bool) {
 	r := w.play(st, alone, false)
 	cuts := find(moments, st.moment, func(m moment) string { return m.name }).cuts
-	if (*playFor > 0 || *only != "") && !cuts && r.took[1]-r.took[0] > maxAdded {
+	better := r.errs[0] != "" && r.errs[1] == "" // it fails sooner than it succeeds
+	if (*playFor > 0 || *only != "") && !cuts && !better && r.took[1]-r.took[0] > maxAdded {
 		// Once more, as the machine has other things to do too, not least the other
 		// side.
 		if again := w.play(st, alone, true); again.took[1]-again.took[0] > maxAdded {
