@@ -64,6 +64,9 @@ func (x *exchange) learn(resp *reply) {
 		}
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound:
 		x.h.rights.Refuse(x.who)
+		if resp.StatusCode == http.StatusNotFound && x.target.digest != "" {
+			x.h.rights.Deny(x.who, x.vantage.From, x.target.digest, resp.at)
+		}
 		x.recheck(resp.StatusCode)
 		if x.target.kind == manifest {
 			_ = x.learnLogin(resp)

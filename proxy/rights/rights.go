@@ -145,6 +145,7 @@ type Rights struct {
 	key  [32]byte // of clients' hashes, so that they are of no use elsewhere
 
 	grants  *shares[Principal, time.Time]
+	denials *shares[denial, time.Time]
 	content *shares[located, time.Time]
 	// claimed is content that peers say is there. It counts while the registry gives
 	// no answer.
@@ -160,6 +161,12 @@ type Rights struct {
 
 type located struct {
 	Vantage
+	digest digest.Digest
+}
+
+// denial is of content of which the registry has told a client that it isn't there.
+type denial struct {
+	Principal
 	digest digest.Digest
 }
 
@@ -185,6 +192,7 @@ func New(o Options) *Rights {
 	r := &Rights{
 		opts:    o,
 		grants:  newShares[Principal, time.Time](maxGrants),
+		denials: newShares[denial, time.Time](maxGrants),
 		content: newShares[located, time.Time](maxContent),
 		claimed: newShares[located, time.Time](maxContent),
 		public:  newShares[Vantage, publicity](maxPublic),
@@ -290,6 +298,20 @@ func (r *Rights) Grant(p Principal, when time.Time) {
 // Refuse records that the registry has refused a client.
 func (r *Rights) Refuse(p Principal) { r.grants.remove(p.share(), p) }
 
+// Deny records that the registry then told a client that content isn't there, which was
+// proven to be before: it isn't given to that client any more, until that is proven again.
+func (r *Rights) Deny(p Principal, from string, d digest.Digest, when time.Time) {
+	if r.Contains(Vantage{p.Repository, from}, d) {
+		r.denials.put(p.share(), denial{p, d}, when)
+	}
+}
+
+// denied says whether a client was told that content isn't there since that was proven.
+func (r *Rights) denied(p Principal, d digest.Digest, proven time.Time) bool {
+	when, ok := r.denials.get(p.share(), denial{p, d})
+	return ok && !when.Before(proven)
+}
+
 // Granted says whether a grant is remembered.
 func (r *Rights) Granted(p Principal) bool {
 	when, ok := r.grants.get(p.share(), p)
@@ -317,29 +339,36 @@ func (r *Rights) Remove(repo Repository, d digest.Digest) {
 // Contains says whether content was proven to be in a repository, for the network
 // of the vantage.
 func (r *Rights) Contains(v Vantage, d digest.Digest) bool {
-	return r.contains(r.content, v, d, ContentTTL)
+	_, ok := r.contains(r.content, v, d, ContentTTL)
+	return ok
 }
 
-func (r *Rights) contains(table *shares[located, time.Time], v Vantage, d digest.Digest, age time.Duration) bool {
+// contains says whether a table has content of a repository, and when it was last recorded.
+func (r *Rights) contains(table *shares[located, time.Time], v Vantage, d digest.Digest, age time.Duration) (last time.Time, ok bool) {
 	for _, v := range []Vantage{{Repository: v.Repository}, v} {
-		if when, ok := table.get(v.share(), located{v, d}); ok && r.Within(when, age) {
-			return true
+		if when, there := table.get(v.share(), located{v, d}); there && r.Within(when, age) && (!ok || when.After(last)) {
+			last, ok = when, true
 		}
 	}
-	return false
+	return last, ok
 }
 
 // Allows says whether content may be served to a client, which asks from a network,
 // without a question to the registry.
 func (r *Rights) Allows(p Principal, from string, d digest.Digest) bool {
-	return r.Granted(p) && r.Contains(Vantage{p.Repository, from}, d)
+	proven, ok := r.contains(r.content, Vantage{p.Repository, from}, d, ContentTTL)
+	return ok && r.Granted(p) && !r.denied(p, d, proven)
 }
 
 // AllowsStale says whether content may be served to a client, which asks from a
 // network, while the registry gives no answer.
 func (r *Rights) AllowsStale(p Principal, from string, d digest.Digest) bool {
 	age, v := max(ContentTTL, r.opts.StaleIfError), Vantage{p.Repository, from}
-	return (r.contains(r.content, v, d, age) || r.contains(r.claimed, v, d, age)) && (r.Public(v) || r.Granted(p))
+	proven, ok := r.contains(r.content, v, d, age)
+	if !ok {
+		proven, ok = r.contains(r.claimed, v, d, age)
+	}
+	return ok && (r.Public(v) || r.Granted(p) && !r.denied(p, d, proven))
 }
 
 // Public says whether a repository was found to be public from a network.

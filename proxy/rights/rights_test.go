@@ -81,6 +81,36 @@ func TestClient(t *testing.T) {
 	}
 }
 
+// Who was told that content isn't there isn't given it, before it is proven anew.
+func TestDenials(t *testing.T) {
+	r, later := clocked()
+	repo := Repository{Registry: "r", Name: "a"}
+	p, q := Principal{repo, Client{1}}, Principal{repo, Client{2}}
+	d, other := digest.FromString("x"), digest.FromString("y")
+	r.Deny(p, "", d, r.Now()) // it isn't known that it ever was there
+	later(time.Second)
+	for _, d := range []digest.Digest{d, other} {
+		r.Prove(Vantage{Repository: repo}, d, r.Now())
+	}
+	r.Grant(p, r.Now())
+	r.Grant(q, r.Now())
+	allowed := func(p Principal, d digest.Digest, want bool) {
+		t.Helper()
+		if r.Allows(p, "", d) != want || r.AllowsStale(p, "", d) != want {
+			t.Errorf("allowed: %v, while the registry is silent %v, want %v", r.Allows(p, "", d), r.AllowsStale(p, "", d), want)
+		}
+	}
+	allowed(p, d, true)
+	later(time.Second)
+	r.Deny(p, "", d, r.Now())
+	allowed(p, d, false)
+	allowed(p, other, true)
+	allowed(q, d, true)
+	later(time.Second)
+	r.Prove(Vantage{Repository: repo}, d, r.Now())
+	allowed(p, d, true)
+}
+
 func TestGrants(t *testing.T) {
 	r, later := clocked()
 	repo, other := Repository{Registry: "r", Name: "a"}, Repository{Registry: "r", Name: "b"}
