@@ -453,6 +453,11 @@ func (a *Agent) Start() {
 		}
 	})
 	a.until("getting ready", func(ctx context.Context) error {
+		select {
+		case <-p.done:
+			return errors.New("it has ended; another one may be running") // which would answer
+		default:
+		}
 		_, err := a.Get(ctx, "/readyz")
 		return err
 	})

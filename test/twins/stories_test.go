@@ -155,7 +155,7 @@ type moment struct {
 	name   string
 	before func(p *play) (after func())
 	during func(p *play) // once a blob has been asked for
-	after  func(p *play)
+	after  func(p *play) // during
 	both   bool
 	// fits says for which stories it is one; nil means all.
 	fits func(c *client, st story) bool

@@ -386,11 +386,13 @@ func (p *play) run() {
 		after = m.before(p)
 	}
 	var during sync.WaitGroup
+	var came bool
 	ended := make(chan struct{})
 	if m.during != nil && (p.agent != nil || m.both) {
 		during.Go(func() {
 			select {
 			case <-p.begun:
+				came = true
 				m.during(p)
 			case <-ended: // the registry was asked for no blob
 			}
@@ -406,7 +408,7 @@ func (p *play) run() {
 	p.took = time.Since(start)
 	close(ended)
 	during.Wait()
-	if m.after != nil && p.agent != nil {
+	if m.after != nil && p.agent != nil && came {
 		m.after(p)
 	}
 	if after != nil {
