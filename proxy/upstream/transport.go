@@ -187,7 +187,8 @@ func (p *pool) roundTrip(req *http.Request, g *guess) (*http.Response, error) {
 	g.giveUp = cancel
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: g.got, GotFirstResponseByte: g.stop})
 	resp, err := g.end(g.old.RoundTrip(req.WithContext(ctx)))
-	if err != nil && req.Context().Err() == nil && g.closedHere(err) {
+	if err != nil && req.Context().Err() == nil && g.spoiled(err) {
+		g.old.CloseIdleConnections()
 		resp, err = p.transport(g.fresh).RoundTrip(req)
 	}
 	if resp != nil {
@@ -212,6 +213,7 @@ type guess struct {
 	since  time.Time   // when it had its connection
 	again  uint32      // segments that had been sent again on that
 	waited bool        // that connection has waited for it for a while
+	reused bool        // that connection was used before
 	heard  bool        // an answer to it has begun
 	over   bool        // the first attempt's answer counts, or none
 	done   chan struct{}
@@ -221,13 +223,14 @@ type guess struct {
 	err    error // of the second attempt, if the first was given up for it
 }
 
-// closedHere says whether a request failed because its connection was closed as an
-// idle one: net/http takes it for idle once an answer's head is there, and before the
-// caller has it. Its error for that has no name.
-func (g *guess) closedHere(err error) bool {
+// spoiled says whether a request failed by what its connection was used for before. It was
+// closed as an idle one: net/http takes it for idle once an answer's head is there, and before the
+// caller has it, and its error for that has no name. Or something was left on it, and read as the
+// beginning of this answer.
+func (g *guess) spoiled(err error) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.heard && strings.HasSuffix(err.Error(), "http: CloseIdleConnections called")
+	return g.heard && (g.reused || strings.HasSuffix(err.Error(), "http: CloseIdleConnections called"))
 }
 
 // got begins to wait. A connection that was not used before may have waited for
@@ -239,7 +242,8 @@ func (g *guess) got(info httptrace.GotConnInfo) {
 		g.timer.Stop()
 		g.timer = nil
 	}
-	g.since, g.heard, g.waited = time.Now(), false, info.WasIdle && info.IdleTime >= g.times.idle
+	g.since, g.heard, g.reused = time.Now(), false, info.Reused
+	g.waited = info.WasIdle && info.IdleTime >= g.times.idle
 	g.again = sentAgain(info.Conn)
 	if !g.over {
 		g.timer = time.AfterFunc(g.times.guess, func() { g.suspect(info.Conn) })

@@ -674,3 +674,42 @@ func TestClosedUnderAnAnswer(t *testing.T) {
 		resp.Body.Close()
 	}
 }
+
+// What is left on a kept connection of an answer before, here a body where there must be none,
+// is taken for the beginning of the next one. A client without weir may have a connection of its own.
+func TestLeftOnTheConnection(t *testing.T) {
+	w := newWorld(t)
+	var conns atomic.Int64
+	s := w.serve("127.0.0.1", 0, w.ca, func(rw http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodHead || conns.Add(1) > 1 {
+			return
+		}
+		c, buf, err := http.NewResponseController(rw).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		_, _ = io.WriteString(c, "HTTP/1.1 401 Unauthorized\r\nContent-Length: 40\r\n\r\n")
+		if _, err := http.ReadRequest(buf.Reader); err != nil {
+			t.Error("the connection isn't used again: ", err)
+		}
+		_, _ = io.WriteString(c, `{"message":"authentication is required"}`+"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	})
+	target := s.target()
+	if err := w.egress.Verify(t.Context(), target); err != nil {
+		t.Fatal(err)
+	}
+	tr := w.egress.Transport(target)
+	for _, want := range []struct {
+		method string
+		status int
+	}{{http.MethodHead, 401}, {http.MethodGet, 200}} {
+		req, _ := http.NewRequestWithContext(t.Context(), want.method, target.url(), nil)
+		resp, err := tr.RoundTrip(req)
+		if err != nil || resp.StatusCode != want.status {
+			t.Fatal(want.method, resp, err)
+		}
+		resp.Body.Close()
+	}
+}

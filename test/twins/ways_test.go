@@ -134,7 +134,7 @@ func copyHead(w http.ResponseWriter, rec *httptest.ResponseRecorder) {
 }
 
 // byHand answers on the connection itself.
-func byHand(w *recorded, rec *httptest.ResponseRecorder, proto string, more string) {
+func byHand(w *recorded, r *http.Request, rec *httptest.ResponseRecorder, proto string) {
 	c, buf, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return
@@ -144,8 +144,10 @@ func byHand(w *recorded, rec *httptest.ResponseRecorder, proto string, more stri
 	w.answered(w.status)
 	fmt.Fprintf(buf, "%s %d %s\r\n", proto, rec.Code, http.StatusText(rec.Code))
 	_ = rec.Header().Write(buf)
-	fmt.Fprint(buf, more+"\r\n")
-	_, _ = buf.Write(rec.Body.Bytes())
+	fmt.Fprint(buf, "\r\n")
+	if r.Method != http.MethodHead {
+		_, _ = buf.Write(rec.Body.Bytes())
+	}
 	_ = buf.Flush()
 }
 
@@ -258,13 +260,13 @@ var ways = []way{
 		if r.Method != http.MethodHead && rec.Header().Get("Content-Length") == "" && rec.Code != http.StatusNoContent {
 			rec.Header().Set("Content-Length", strconv.Itoa(rec.Body.Len()))
 		}
-		byHand(w, rec, "HTTP/1.1", "")
+		byHand(w, r, rec, "HTTP/1.1")
 	}},
 	{name: "HTTP/1.0", serve: func(_ *play, w *recorded, r *http.Request, next http.Handler) {
 		rec := httptest.NewRecorder()
 		next.ServeHTTP(rec, r)
 		rec.Header().Del("Content-Length")
-		byHand(w, rec, "HTTP/1.0", "")
+		byHand(w, r, rec, "HTTP/1.0")
 	}},
 	{name: "no length", serve: head(func(_ *play, r *http.Request, h http.Header, status int) int {
 		if r.Method == http.MethodGet {
