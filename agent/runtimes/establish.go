@@ -235,9 +235,9 @@ func (rs *Runtimes) prove(rt *Runtime, root *trust.Root, host string, system err
 
 // proveCertsD tries the directories that the runtime reads at each pull, one
 // after the other, and leaves the CA only in the one that it does read, and where
-// another runtime may. There each registry
-// gets a directory, once it is known to be that one: what is taken away again may be
-// read just then, by a pull that fails. made says that one wasn't there before.
+// another runtime may. Each registry gets a directory in the one that it reads, once that is
+// known: what is taken away again may be read just then, by a pull that fails. made says that
+// one wasn't there before.
 func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (certsD *trust.CertsD, read string, made bool, err error) {
 	// Its configuration says where: only root's may say where root writes.
 	if uid, err := procfs.User(rt.PID); err != nil || uid != 0 {
@@ -248,12 +248,7 @@ func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (cer
 	for _, dir := range dirs {
 		place := trust.Places{CertsD: []string{dir}}
 		shared := rs.sharedDir(root, dir)
-		shared.mu.Lock()
-		shared.users = append(shared.users, rt)
-		res := rs.o.CA.Install(root, place, nil) // for the probe alone
-		shared.made.Files = append(shared.made.Files, res.Files...)
-		shared.made.Dirs = append(shared.made.Dirs, res.Dirs...)
-		shared.mu.Unlock()
+		res := shared.join(rt, func() trust.Result { return rs.o.CA.Install(root, place, nil) }) // for the probe alone
 		rs.record(host, res)
 		if coverage := res.CertsD[dir]; !coverage.Covers(probeCertsD.String()) {
 			last = fmt.Errorf("%s: %w", dir, coverage[probeCertsD.String()])
@@ -262,15 +257,9 @@ func (rs *Runtimes) proveCertsD(rt *Runtime, root *trust.Root, host string) (cer
 			rs.record(host, all)
 			return rt.lookup(root, dir, dirs), dir, len(res.Files)+len(all.Files) > 0, nil
 		}
-		shared.mu.Lock()
-		shared.users = slices.DeleteFunc(shared.users, func(u *Runtime) bool { return u == rt || u.ctx.Err() != nil })
-		if len(shared.users) == 0 {
-			if err := shared.made.Undo(root); err != nil {
-				rs.o.Log.Warn("taking the CA out again", "dir", dir, "err", err)
-			}
-			shared.made = trust.Result{}
+		if err := shared.leave(rt, root); err != nil {
+			rs.o.Log.Warn("taking the CA out again", "dir", dir, "err", err)
 		}
-		shared.mu.Unlock()
 	}
 	return nil, "", false, last
 }
@@ -287,6 +276,29 @@ type sharedDir struct {
 	mu    sync.Mutex // held while the CA is put there, or taken out
 	users []*Runtime
 	made  trust.Result
+}
+
+// join adds a runtime, for which install puts the CA there.
+func (s *sharedDir) join(rt *Runtime, install func() trust.Result) trust.Result {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.users = append(s.users, rt)
+	res := install()
+	s.made.Files = append(s.made.Files, res.Files...)
+	s.made.Dirs = append(s.made.Dirs, res.Dirs...)
+	return res
+}
+
+// leave removes a runtime that doesn't trust the CA by it, and with the last one what was made there.
+func (s *sharedDir) leave(rt *Runtime, root *trust.Root) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.users = slices.DeleteFunc(s.users, func(u *Runtime) bool { return u == rt || u.ctx.Err() != nil })
+	if len(s.users) == 0 {
+		err = s.made.Undo(root)
+		s.made = trust.Result{}
+	}
+	return err
 }
 
 // sharedDir returns who else may trust the CA by a certs.d.

@@ -125,7 +125,7 @@ func (rs *Runtimes) probeOf(pid int, addr netip.Addr) (*probe, error) {
 		}
 	}
 	leaf, err := rs.o.CA.Leaf(addr.String())
-	return &probe{leaf: leaf, verdict: make(chan error, 1)}, err // nobody asks for its verdict
+	return &probe{leaf: leaf}, err // whose verdict isn't waited for
 }
 
 // is records what became of a connection to a probe address.
@@ -145,8 +145,7 @@ func (rs *Runtimes) probe(rt *Runtime, addr netip.Addr, after, upTo uint64) erro
 	if err != nil {
 		return err
 	}
-	verdict := make(chan error, 1)
-	p := &probe{leaf, verdict}
+	p := &probe{leaf, make(chan error, 1)}
 	rt.mu.Lock()
 	rt.probes[addr] = p
 	rt.mu.Unlock()
@@ -165,16 +164,16 @@ func (rs *Runtimes) probe(rt *Runtime, addr netip.Addr, after, upTo uint64) erro
 		asked := make(chan error, 1)
 		go func() { asked <- rt.kind.ask(ctx, rt, image) }()
 		select {
-		case err := <-verdict:
+		case err := <-p.verdict:
 			return err
 		case err := <-asked:
 			select {
-			case err := <-verdict: // the answer's cause
+			case err := <-p.verdict: // the answer's cause
 				return err
 			case <-time.After(200 * time.Millisecond):
 			}
 			select {
-			case err := <-verdict:
+			case err := <-p.verdict:
 				return err
 			case <-ctx.Done():
 				if err == nil {

@@ -213,11 +213,7 @@ func (rs *Runtimes) proveLater(rt *Runtime) {
 		rt.mu.Lock()
 		rt.generation = max(rt.generation, present)
 		rt.mu.Unlock()
-		rs.mu.Lock()
-		if rt.ctx.Err() == nil && !rt.kind.oneShot {
-			rs.state.saveTrust(rt)
-		}
-		rs.mu.Unlock()
+		rs.keep(rt)
 	})
 }
 

@@ -276,11 +276,8 @@ func (x *exchange) tokenPath() (realm *url.URL, is bool) {
 	if !x.up.authenticated() || !x.reading() && x.r.Method != http.MethodPost || x.r.URL.IsAbs() || x.target.kind != other {
 		return nil, false
 	}
-	known, ok := x.h.logins.Get(x.up.way())
-	if ok && known.realm != nil && !known.elsewhere(x.up) && x.r.URL.Path == known.realm.Path {
-		return known.realm, true
-	}
-	if x.r.URL.Path != ownRealm {
+	known, _ := x.h.logins.Get(x.up.way())
+	if x.r.URL.Path != ownRealm && (known.realm == nil || known.elsewhere(x.up) || x.r.URL.Path != known.realm.Path) {
 		return nil, false
 	}
 	return known.realm, true
