@@ -141,16 +141,19 @@ func TestContainerd(t *testing.T) {
 	containerd.Same(flyway, w.flyway)
 }
 
+// readsCertsD is a configuration of containerd with a certs.d.
+const readsCertsD = `version = 2
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
+`
+
 // A containerd that was running before, with a certs.d that its user has named,
 // proves that it reads it.
 func TestContainerdCertsD(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", `version = 2
-[plugins."io.containerd.grpc.v1.cri".registry]
-  config_path = "/etc/containerd/certs.d"
-`)
+	node.WriteFile("/etc/containerd/config.toml", readsCertsD)
 	containerd := node.Containerd()
 	containerd.Pull(renovate) // its roots are read
 	containerd.Remove(renovate, w.renovate)
@@ -726,10 +729,7 @@ func TestUninstall(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", `version = 2
-[plugins."io.containerd.grpc.v1.cri".registry]
-  config_path = "/etc/containerd/certs.d"
-`)
+	node.WriteFile("/etc/containerd/config.toml", readsCertsD)
 	containerd := node.Containerd()
 	containerd.Pull(renovate)
 	box := node.Box()

@@ -141,10 +141,7 @@ func TestPortIsLearned(t *testing.T) {
 	im := public.Push("team/app:1", lab.Image{Layers: []int{2 << 20, 100_000}, Seed: 92})
 	im2 := own.Push("team/app:2", lab.Image{Layers: []int{1 << 20}, Seed: 93})
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", `version = 2
-[plugins."io.containerd.grpc.v1.cri".registry]
-  config_path = "/etc/containerd/certs.d"
-`)
+	node.WriteFile("/etc/containerd/config.toml", readsCertsD)
 	for _, dir := range []string{"/etc/docker/certs.d", "/etc/containerd/certs.d"} {
 		node.WriteFile(dir+"/harbor.corp.example:9443/ca.crt", string(ca))
 	}
@@ -208,10 +205,7 @@ func TestPullRunsAsRegistryIsLearned(t *testing.T) {
 	r := w.Registry("registry.corp.example")
 	im := r.Push("team/app:1", lab.Image{Layers: []int{1 << 20}, Seed: 96})
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", `version = 2
-[plugins."io.containerd.grpc.v1.cri".registry]
-  config_path = "/etc/containerd/certs.d"
-`)
+	node.WriteFile("/etc/containerd/config.toml", readsCertsD)
 	containerd := node.Containerd()
 	containerd.Pull(renovate) // its roots are read
 	agent := node.Agent()

@@ -159,10 +159,7 @@ func TestComesDuringPull(t *testing.T) {
 	}
 	large := w.hub.Push("acme/many:1", im)
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", `version = 2
-[plugins."io.containerd.grpc.v1.cri".registry]
-  config_path = "/etc/containerd/certs.d"
-`)
+	node.WriteFile("/etc/containerd/config.toml", readsCertsD)
 	containerd := node.Containerd()
 	containerd.Pull(renovate) // its roots are read
 	// Each request takes a new connection.
@@ -195,10 +192,7 @@ func TestPullRunsAsAgentRestarts(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
-	node.WriteFile("/etc/containerd/config.toml", `version = 2
-[plugins."io.containerd.grpc.v1.cri".registry]
-  config_path = "/etc/containerd/certs.d"
-`)
+	node.WriteFile("/etc/containerd/config.toml", readsCertsD)
 	containerd := node.Containerd()
 	begun, goOn := make(chan struct{}), make(chan struct{})
 	begin := sync.OnceFunc(func() { close(begun) })
@@ -249,10 +243,7 @@ func TestCertsDOfAnother(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	node := w.Node()
-	node.WriteFile(lab.K3s+"/etc/containerd/config.toml", `version = 2
-[plugins."io.containerd.grpc.v1.cri".registry]
-  config_path = "/etc/containerd/certs.d"
-`)
+	node.WriteFile(lab.K3s+"/etc/containerd/config.toml", readsCertsD)
 	reads, other := node.K3sContainerd(), node.Containerd()
 	reads.Pull(renovate)
 	other.Pull(renovate) // their roots are read
